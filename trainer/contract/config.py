@@ -1,0 +1,329 @@
+"""The tree of a run's config: one class a TOML section, a docstring under every field.
+
+Plug-ins declare their options beside their code; a `PluginSection` holds the options of the
+plug-ins chosen in it. Reading, merging and checking is `config_io`'s work.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from trainer.contract.dataset_config import DatasetConfig
+from trainer.contract.options import Options
+from trainer.contract.plugin_options import option_names
+
+
+class PluginSection(Options):
+    """A section whose further keys are the options of the plug-ins it names."""
+
+    model_config = ConfigDict(extra="allow")
+
+    slots: ClassVar[dict[str, str]] = {}
+    """Field that holds a plug-in's name -> kind of plug-in (`catalog.PLUGIN_KINDS`)."""
+
+    def options(self, slot: str) -> dict[str, Any]:
+        """Return the options of the plug-in chosen in field `slot`."""
+        names = option_names(self.slots[slot], getattr(self, slot))
+        return {k: v for k, v in (self.__pydantic_extra__ or {}).items() if k in names}
+
+
+class ModelSection(Options):
+    """Weight files and which model they are."""
+
+    variant: str = "auto"
+    """Model variant such as `wan2.1-t2v-1.3b`; `auto` recognises it from the weights."""
+    transformer: Path | None = None
+    """Transformer weights: a file or a folder, in any known layout. Wan 2.2: the low-noise expert."""
+    transformer_high_noise: Path | None = None
+    """Wan 2.2 only: weights of the high-noise expert."""
+    expert: Literal["low_noise", "high_noise"] | None = None
+    """Wan 2.2 only: the expert that is trained."""
+    vae: Path | None = None
+    """VAE weights (2.1 or 2.2, recognised). Needed by caching and sampling."""
+    text_encoder: Path | None = None
+    """umT5-XXL weights. Needed by caching and sampling."""
+    tokenizer: Path | None = None
+    """Tokenizer file or folder; empty: taken from the text encoder's file or folder."""
+    image_encoder: Path | None = None
+    """CLIP ViT-H weights; only Wan 2.1 image-to-video models need them."""
+    shape: dict[str, int | float | bool] = {}
+    """Sizes of a model that is not a released one, e.g. `{num_heads = 4}`."""
+
+
+class DatasetSection(Options):
+    """Where the clips are: a dataset file, or the same keys inline."""
+
+    file: Path | None = None
+    """Dataset TOML in musubi-tuner's schema (`[general]`, `[[datasets]]`)."""
+    general: dict[str, Any] = {}
+    """Keys that hold for all sources."""
+    sources: tuple[dict[str, Any], ...] = ()
+    """One table a source: `[[dataset.sources]]`, musubi-tuner's `[[datasets]]`."""
+
+    def load(self) -> DatasetConfig:
+        """Return the dataset, from the file or from the inline keys.
+
+        Raises:
+            ConfigError: the file is missing or a key is wrong.
+        """
+        from trainer.contract.dataset_config import load_dataset_file, parse_dataset
+
+        if self.file is not None:
+            return load_dataset_file(self.file)
+        return parse_dataset({"general": self.general, "datasets": list(self.sources)})
+
+
+class AdapterSection(PluginSection):
+    """What is trained."""
+
+    slots: ClassVar[dict[str, str]] = {"kind": "adapter"}
+
+    kind: str = "lora"
+    """Kind of adapter; `none` trains the model's own weights."""
+
+
+class ObjectiveSection(PluginSection):
+    """How noise is drawn and how the prediction is judged."""
+
+    slots: ClassVar[dict[str, str]] = {
+        "timestep_sampler": "timestep_sampler",
+        "loss": "loss",
+        "weighting": "weighting",
+    }
+
+    timestep_sampler: str = "shift"
+    """How sigma is drawn for each sample."""
+    min_timestep: float | None = Field(None, ge=0, le=1000)
+    """Smallest timestep that is trained (0 clean, 1000 noise); empty: 0, or the expert's range."""
+    max_timestep: float | None = Field(None, ge=0, le=1000)
+    """Largest timestep that is trained; empty: 1000, or the expert's range."""
+    preserve_distribution_shape: bool = False
+    """Redraw timesteps outside the range instead of squeezing the distribution into it."""
+    loss: str = "mse"
+    """Pointwise comparison of prediction and target."""
+    weighting: str = "none"
+    """Weight of the loss as a function of sigma."""
+
+
+class OptimizerSection(PluginSection):
+    """How gradients become updates."""
+
+    slots: ClassVar[dict[str, str]] = {"kind": "optimizer"}
+
+    kind: str = "adamw"
+    """Optimizer."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Step size after the warm-up."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are scaled down to this norm over all trained weights; 0 switches it off."""
+
+
+class LRScheduleSection(PluginSection):
+    """How the learning rate changes over the run."""
+
+    slots: ClassVar[dict[str, str]] = {"kind": "lr_schedule"}
+
+    kind: str = "constant"
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+
+
+class TrainingSection(Options):
+    """Length and repeatability of the run."""
+
+    max_steps: int = Field(1600, ge=1)
+    """Weight updates."""
+    epochs: int | None = Field(None, ge=1)
+    """Passes over the data; when given, it decides instead of `max_steps`."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Microbatches per weight update and process."""
+    seed: int = Field(42, ge=0)
+    """Fixes initial weights, order, noise and dropout."""
+
+
+class MemorySection(Options):
+    """What is kept where, and in which precision."""
+
+    weight_format: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the transformer's weights and activations."""
+    gradient_checkpointing: bool = True
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    vae_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the VAE. Norms are computed in fp32 either way."""
+    vae_tile: int | None = Field(None, ge=128, multiple_of=32)
+    """Encode and decode in square tiles of this many pixels; empty: whole frames."""
+    text_encoder_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the text encoder."""
+    cache_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of cached latents and text embeddings."""
+
+
+class DistributedSection(Options):
+    """Processes and how they share the work."""
+
+    engine: Literal["auto", "deepspeed", "local"] = "auto"
+    """`auto` is DeepSpeed where it is installed (Linux), else the plain one-process engine."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 weights too."""
+    num_processes: int | None = Field(None, ge=1)
+    """Training processes on this machine; empty: one a visible GPU, or one on a CPU."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to train; `auto` is cuda where there is one."""
+    timeout_s: float = Field(600.0, gt=0)
+    """How long a process waits for the others before the job ends."""
+
+
+class CheckpointSection(Options):
+    """Full training state, to resume from."""
+
+    every_steps: int = Field(500, ge=0)
+    """Steps between checkpoints; 0: only at the end and when asked."""
+    keep_last: int = Field(3, ge=1)
+    """How many checkpoints stay on disk."""
+
+
+class Prompt(Options):
+    """One sample; empty fields take `[sampling]`'s, then the variant's values."""
+
+    prompt: str
+    """What the sample shall show."""
+    negative_prompt: str | None = None
+    """What it shall not show; empty: the official negative prompt."""
+    width: int | None = Field(None, ge=16)
+    """Pixels."""
+    height: int | None = Field(None, ge=16)
+    """Pixels."""
+    num_frames: int | None = Field(None, ge=1)
+    """Frames, 4n + 1; 1 makes an image."""
+    num_steps: int | None = Field(None, ge=1, le=1000)
+    """Solver steps."""
+    guidance_scale: float | None = Field(None, ge=0)
+    """Classifier-free guidance; 1 switches it off."""
+    flow_shift: float | None = Field(None, gt=0)
+    """Shift of the solver's sigmas towards noise."""
+    solver: str | None = None
+    """Solver."""
+    seed: int | None = Field(None, ge=0)
+    """Fixes the noise."""
+    image: Path | None = None
+    """First frame, for image-to-video models."""
+    last_image: Path | None = None
+    """Last frame, for first-last-frame models."""
+
+
+class SamplingSection(Options):
+    """Samples made during training; the same keys are the defaults of `menma sample`."""
+
+    every_steps: int = Field(0, ge=0)
+    """Steps between samples; 0: none."""
+    at_start: bool = False
+    """Sample before the first step, too."""
+    prompts: tuple[Prompt, ...] = ()
+    """`[[sampling.prompts]]`: what to sample."""
+    prompts_file: Path | None = None
+    """Prompts in a .txt (musubi-tuner's flags), .toml or .json file instead."""
+    negative_prompt: str | None = None
+    """Default of the prompts; empty: the official negative prompt."""
+    width: int | None = Field(None, ge=16)
+    """Default of the prompts; empty: the variant's."""
+    height: int | None = Field(None, ge=16)
+    """Default of the prompts; empty: the variant's."""
+    num_frames: int | None = Field(None, ge=1)
+    """Default of the prompts; empty: the variant's."""
+    num_steps: int | None = Field(None, ge=1, le=1000)
+    """Default of the prompts; empty: the variant's."""
+    guidance_scale: float | None = Field(None, ge=0)
+    """Default of the prompts; empty: the variant's."""
+    flow_shift: float | None = Field(None, gt=0)
+    """Default of the prompts; empty: the variant's."""
+    solver: str = "unipc"
+    """Default of the prompts."""
+    seed: int = Field(42, ge=0)
+    """Seed of the first prompt; the next prompts count on from it."""
+    fps: int | None = Field(None, ge=1)
+    """Frames a second of the written video; empty: the variant's."""
+
+
+class OutputSection(Options):
+    """What people take away."""
+
+    runs_dir: Path = Path("runs")
+    """Folder of the run directories."""
+    every_steps: int = Field(0, ge=0)
+    """Steps between output files `<name>-step00000500.safetensors`; 0: only the final one."""
+    layout: Literal["comfy", "kohya", "peft"] = "comfy"
+    """Key layout: `comfy` loads in ComfyUI and diffusers; `kohya` as musubi-tuner; `peft` diffusers."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Precision of the output file."""
+    title: str = ""
+    """Title in the file's metadata; empty: the run's name."""
+    author: str = ""
+    """Author in the file's metadata."""
+    description: str = ""
+    """Description in the file's metadata."""
+    license: str = ""
+    """License in the file's metadata."""
+    tags: tuple[str, ...] = ()
+    """Tags in the file's metadata."""
+
+
+class LoggingSection(Options):
+    """Where figures go besides `events.jsonl`."""
+
+    tensorboard: bool = False
+    """Write TensorBoard files into the run directory (needs the `logging` extra)."""
+
+
+class TechniqueSection(PluginSection):
+    """One optional behaviour of the training step."""
+
+    slots: ClassVar[dict[str, str]] = {"name": "technique"}
+
+    name: str
+    """Technique."""
+
+
+class RunConfig(Options):
+    """Everything that defines a run."""
+
+    name: str = Field("lora", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Name of the run; it writes into `<runs_dir>/<name>`."""
+    preset: str | None = None
+    """Preset whose values stand below this file's."""
+    model: ModelSection = ModelSection()
+    """Weight files."""
+    dataset: DatasetSection = DatasetSection()
+    """Clips and captions."""
+    adapter: AdapterSection = AdapterSection()
+    """What is trained."""
+    objective: ObjectiveSection = ObjectiveSection()
+    """Noise and loss."""
+    optimizer: OptimizerSection = OptimizerSection()
+    """Updates."""
+    lr_schedule: LRScheduleSection = LRScheduleSection()
+    """Learning rate over time."""
+    training: TrainingSection = TrainingSection()
+    """Length and seed."""
+    memory: MemorySection = MemorySection()
+    """Precision and memory."""
+    distributed: DistributedSection = DistributedSection()
+    """Engine and processes."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """State to resume from."""
+    sampling: SamplingSection = SamplingSection()
+    """Samples."""
+    output: OutputSection = OutputSection()
+    """Output files."""
+    logging: LoggingSection = LoggingSection()
+    """Logs."""
+    techniques: tuple[TechniqueSection, ...] = ()
+    """`[[techniques]]`: optional behaviour, in this order."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        return self.output.runs_dir / self.name

@@ -1,0 +1,138 @@
+"""The event log of a run: append-only JSON lines, versioned. Standard library only.
+
+One object a line, each with `v` (format version), `time` (Unix seconds) and `type`:
+
+    phase       name, detail
+    step        step, total_steps, epoch, loss, terms, lr, grad_norm, step_time_s, eta_s, memory…
+    sample      step, path, prompt, seed
+    checkpoint  step, path
+    output      step, path
+    validation  step, loss
+    log | warning | error   message (and hint)
+    end         reason ("done", "stopped", "failed"), step
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.contract.files import disk_errors
+
+VERSION = 1
+MAX_LINE_BYTES = 64 * 1024
+EVENT_TYPES = (
+    "phase",
+    "step",
+    "sample",
+    "checkpoint",
+    "output",
+    "validation",
+    "log",
+    "warning",
+    "error",
+    "end",
+)
+
+
+def encode(kind: str, /, **fields: Any) -> str:
+    """Return one event line, newline included.
+
+    Raises:
+        ValueError: an unknown type, or a line of more than 64 KiB.
+    """
+    if kind not in EVENT_TYPES:
+        raise ValueError(f"unknown event type {kind!r}")
+    event = {"v": VERSION, "time": round(time.time(), 3), "type": kind, **fields}
+    line = json.dumps(_finite(event), ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    if len(line.encode()) > MAX_LINE_BYTES:
+        raise ValueError(f"event {kind!r} is larger than {MAX_LINE_BYTES} bytes")
+    return line
+
+
+class EventWriter:
+    """Appends events; each is one `write`, so a reader sees whole lines or an unfinished last one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, kind: str, /, **fields: Any) -> None:
+        """Append one event.
+
+        Raises:
+            DiskError: the disk is full or gone.
+        """
+        content = encode(kind, **fields).encode()
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab+") as file:
+                if not _ends_with_newline(file):  # a killed writer left half a line
+                    content = b"\n" + content
+                file.write(content)
+
+
+@dataclass(slots=True)
+class EventReader:
+    """Reads new events since the last call; survives truncation and half-written last lines."""
+
+    path: Path
+    offset: int = 0
+    inode: int = 0
+    bad_lines: int = 0
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the events that were added, skipping (and counting) lines that are damaged."""
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self.inode or status.st_size < self.offset:
+                self.inode, self.offset = status.st_ino, 0
+            file.seek(self.offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self.offset += len(line)
+                event = self._decode(line)
+                if event is not None:
+                    yield event
+
+    def _decode(self, line: bytes) -> dict[str, Any] | None:
+        if not line.strip():
+            return None
+        try:
+            event = json.loads(line)
+        except ValueError:
+            self.bad_lines += 1
+            return None
+        if not isinstance(event, dict) or "type" not in event:
+            self.bad_lines += 1
+            return None
+        return event
+
+
+def _ends_with_newline(file: Any) -> bool:
+    file.seek(0, os.SEEK_END)
+    if file.tell() == 0:
+        return True
+    file.seek(-1, os.SEEK_END)
+    return bool(file.read(1) == b"\n")
+
+
+def _finite(value: Any) -> Any:
+    # JSON has no NaN; a reader in another language would choke on Python's spelling of it.
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value

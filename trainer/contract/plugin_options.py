@@ -1,0 +1,91 @@
+"""Options of plug-ins without importing them: read from the generated `schema.json`.
+
+`python -m trainer schema` writes that file from the plug-ins' own `Config` classes; a test fails
+when it is stale. So the app checks a config completely without importing torch.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, create_model
+
+from trainer.contract.options import Options
+
+SCHEMA_FILE = Path(__file__).with_name("schema.json")
+
+
+@cache
+def plugin_schemas() -> dict[str, dict[str, dict[str, Any]]]:
+    """Return kind -> name -> JSON schema of the plug-in's options."""
+    content: dict[str, Any] = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    plugins: dict[str, dict[str, dict[str, Any]]] = content["plugins"]
+    return plugins
+
+
+def option_names(kind: str, name: str) -> frozenset[str]:
+    """Return the option names of one plug-in; none for a name that is not in the schema."""
+    return frozenset(plugin_schemas().get(kind, {}).get(name, {}).get("properties", {}))
+
+
+@cache
+def option_model(kind: str, name: str) -> type[Options]:
+    """Return a model that checks the options of one plug-in as its own `Config` would.
+
+    Rules between fields live in the plug-in's `Config` and are checked when the job starts.
+    """
+    schema = plugin_schemas()[kind][name]
+    required = set(schema.get("required", ()))
+    fields: dict[str, Any] = {}
+    for key, spec in schema.get("properties", {}).items():
+        default = ... if key in required else spec.get("default")
+        fields[key] = (_python_type(spec), _field(spec, default))
+    return create_model(f"{kind}_{name}", __base__=Options, **fields)
+
+
+_LIMITS = {
+    "minimum": "ge",
+    "maximum": "le",
+    "exclusiveMinimum": "gt",
+    "exclusiveMaximum": "lt",
+    "multipleOf": "multiple_of",
+    "pattern": "pattern",
+}
+_ARRAY_LIMITS = {"minItems": "min_length", "maxItems": "max_length"}
+_PRIMITIVES: dict[str, type] = {
+    "integer": int,
+    "number": float,
+    "string": str,
+    "boolean": bool,
+    "null": type(None),
+    "object": dict,
+}
+
+
+def _field(spec: dict[str, Any], default: Any) -> Any:
+    # A nullable field carries its limits inside the non-null branch; pydantic skips them for None.
+    branches = [part for part in spec.get("anyOf", ()) if part.get("type") != "null"]
+    inner = branches[0] if len(branches) == 1 else spec
+    limits = {ours: inner[theirs] for theirs, ours in _LIMITS.items() if theirs in inner}
+    if inner.get("type") == "array":
+        limits |= {ours: inner[key] for key, ours in _ARRAY_LIMITS.items() if key in inner}
+    return Field(default, description=spec.get("description"), **limits)
+
+
+def _python_type(spec: dict[str, Any]) -> Any:
+    if "const" in spec:
+        return Literal[spec["const"]]
+    if "enum" in spec:
+        return Literal[tuple(spec["enum"])]
+    if "anyOf" in spec:
+        union: Any = _python_type(spec["anyOf"][0])
+        for part in spec["anyOf"][1:]:
+            union = union | _python_type(part)
+        return union
+    if spec.get("type") == "array":
+        items = spec.get("items") or (spec.get("prefixItems") or [{}])[0]
+        return tuple[_python_type(items), ...] if items else tuple[Any, ...]
+    return _PRIMITIVES[spec["type"]] if "type" in spec else Any

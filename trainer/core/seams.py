@@ -1,0 +1,256 @@
+"""Every place where a part can be exchanged or optional behaviour can enter. Read this first.
+
+*Choose exactly one*: a strategy (adapter, optimizer, lr schedule, timestep sampler, loss,
+weighting, engine, solver) has one or two methods and knows nothing of the others.
+*Choose any number*: a `Technique` overrides only the hooks it needs.
+
+Every plug-in has the same shape: a nested `Config` (an `Options` class), a constructor
+`(config, build)`, and its methods. `BuildContext` is all it is given at birth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from trainer.contract.options import Options
+from trainer.contract.variants import Variant
+from trainer.core.types import Batch, LossTerm, NoisyInput, StepResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildContext:
+    """What a plug-in may need at birth, and nothing else."""
+
+    variant: Variant
+    seed: int
+    device: torch.device
+    total_steps: int
+
+
+class TimestepSampler(Protocol):
+    """Draws sigma in [0, 1]."""
+
+    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+        """Return `num` sigmas, float32 on the CPU."""
+        ...
+
+
+class Loss(Protocol):
+    """Compares prediction and target."""
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of every element, float32, same shape as the arguments."""
+        ...
+
+
+class Weighting(Protocol):
+    """Weight of the base loss as a function of sigma."""
+
+    def __call__(self, sigma_B: Tensor) -> Tensor:
+        """Return one weight per sample."""
+        ...
+
+
+class LRSchedule(Protocol):
+    """Course of the learning rate after the warm-up."""
+
+    def factor(self, progress: float) -> float:
+        """Return the multiplier of the learning rate at `progress` in [0, 1]."""
+        ...
+
+
+class OptimizerFactory(Protocol):
+    """Makes a torch optimizer."""
+
+    elementwise: ClassVar[bool]
+    """The update of an element depends on that element alone, so that ZeRO may cut tensors."""
+    state_names: ClassVar[tuple[str, ...]]
+    """Per-element state tensors, saved by parameter; empty: saved as the engine holds them."""
+
+    def build(self, parameters: Iterable[Mapping[str, Any]], lr: float) -> torch.optim.Optimizer:
+        """Return the optimizer for parameter groups `{"params": [...], ...}`."""
+        ...
+
+
+class Adapter(Protocol):
+    """Makes part of a transformer trainable and writes it as a file people take away."""
+
+    def inject(self, transformer: nn.Module, seed: int) -> None:
+        """Freeze the transformer and add or free what is trained.
+
+        Raises:
+            ConfigError: the patterns select nothing.
+        """
+        ...
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by canonical name, in a fixed order."""
+        ...
+
+    def write_output(
+        self,
+        state: Mapping[str, Tensor],
+        path: Path,
+        *,
+        layout: str,
+        dtype: torch.dtype,
+        metadata: Mapping[str, str],
+    ) -> None:
+        """Write the output file from full tensors keyed as in `trainable`, and verify it."""
+        ...
+
+
+class Predict(Protocol):
+    """One more forward of the transformer, with every block hook switched off."""
+
+    def __call__(self, noisy: NoisyInput, batch: Batch) -> Tensor:
+        """Return the velocity, (B, C, F, H, W)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockState:
+    """What one transformer block receives and returns; hooks may replace `tokens_BLD`.
+
+    `kept_L` holds the positions of the tokens still present, or None when all are.
+    """
+
+    tokens_BLD: Tensor
+    kept_L: Tensor | None = None
+
+
+class BlockHook(Protocol):
+    """Runs around every transformer block, outside gradient checkpointing and compile."""
+
+    def before_block(self, index: int, state: BlockState) -> BlockState:
+        """Return what block `index` shall receive."""
+        ...
+
+    def after_block(self, index: int, state: BlockState) -> BlockState:
+        """Return what the next block shall receive."""
+        ...
+
+
+class Maturity(StrEnum):
+    """How far a technique's benefit is shown."""
+
+    CORE = "core"
+    VALUED = "valued"
+    EXPERIMENTAL = "experimental"
+
+
+class Need(StrEnum):
+    """What a technique requires of the run; checked before it starts."""
+
+    BATCH_OVER_ONE = "batch_over_one"
+    EXTRA_FORWARD = "extra_forward"
+    FULL_GRADS = "full_grads"
+
+
+class Technique:
+    """Optional behaviour. Override only what you need; every default does nothing."""
+
+    reference: ClassVar[str] = ""
+    maturity: ClassVar[Maturity] = Maturity.EXPERIMENTAL
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    Config: ClassVar[type[Options]]
+
+    def block_hooks(self) -> Iterable[BlockHook]:
+        """Return hooks around each block; before-hooks run in config order, after-hooks reversed."""
+        return ()
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Return extra trainable modules, saved with checkpoints but never with the output."""
+        return {}
+
+    def edit_batch(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Change the clean batch before noise is added."""
+        return batch
+
+    def edit_noisy(self, noisy: NoisyInput, batch: Batch, generator: torch.Generator) -> NoisyInput:
+        """Change what the transformer sees."""
+        return noisy
+
+    def edit_target(self, target: Tensor, batch: Batch, noisy: NoisyInput) -> Tensor:
+        """Change what the prediction is compared with."""
+        return target
+
+    def loss_map(self, batch: Batch, noisy: NoisyInput) -> Tensor | None:
+        """Return a weight per element of the base loss, broadcastable to (B, C, F, H, W)."""
+        return None
+
+    def loss_terms(
+        self, batch: Batch, noisy: NoisyInput, prediction: Tensor, predict: Predict
+    ) -> list[LossTerm]:
+        """Return further terms of the loss."""
+        return []
+
+    def after_step(self, step: int) -> None:
+        """Act after the weights were updated."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return tensors that a checkpoint must hold beyond those of `modules`."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Runs steps on one or several processes. The wrapped module maps a `Batch` to loss terms."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def forward_backward(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Run the microbatches of one step; return each loss term's mean over all ranks.
+
+        Raises:
+            NonFiniteError: on every rank, before any gradient of that microbatch exists; names
+                the term and the clips.
+        """
+        ...
+
+    def update(self, lr: float) -> StepResult:
+        """Clip, step the optimizer with this learning rate, zero the gradients."""
+        ...
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Return the trained parameters, whole, float32 on the CPU, by canonical name.
+
+        A collective call; ranks other than 0 may get an empty dict.
+        """
+        ...
+
+    def save_state(self, folder: Path) -> None:
+        """Write weights and optimizer state into `folder`. A collective call."""
+        ...
+
+    def load_state(self, folder: Path) -> None:
+        """Restore what `save_state` wrote. A collective call.
+
+        Raises:
+            ModelFileError: damaged, or of another set of trained parameters.
+        """
+        ...
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        ...
+
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether `flag` is set on some rank. A collective call."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; the module stays usable."""
+        ...
