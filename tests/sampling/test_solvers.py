@@ -1,0 +1,202 @@
+"""Solvers against diffusers' schedulers on a shared trajectory, and against an exact solution."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from torch import Tensor
+
+from trainer.contract.catalog import SOLVERS
+from trainer.contract.errors import ConfigError
+from trainer.sampling.schedule import full_range_schedule, training_grid_schedule
+from trainer.sampling.solvers.euler import Euler
+from trainer.sampling.solvers.unipc import UniPC
+
+FIRST = float(np.float32(0.999))  # what the Wan repositories start from
+GRID = [(steps, shift) for steps in (1, 2, 3, 4, 10, 20, 40) for shift in (1.0, 5.0, 12.0)]
+
+
+def bent_velocity(noisy: Tensor, sigma: float) -> Tensor:
+    """A field that no polynomial of low degree follows."""
+    return torch.sin(3 * noisy) + math.cos(4 * sigma) * noisy + 0.3 * noisy.roll(1, dims=-1)
+
+
+def start(dtype: torch.dtype) -> Tensor:
+    return torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+def walk(solver_class: type, schedule, noisy: Tensor) -> Tensor:
+    solver = solver_class(schedule.sigmas)
+    for index in range(schedule.num_steps):
+        noisy = solver.step(index, noisy, bent_velocity(noisy, float(schedule.sigmas[index])))
+    return noisy
+
+
+def diffusers_unipc(num_steps: int, flow_shift: float) -> UniPCMultistepScheduler:
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
+    )
+    scheduler.set_timesteps(sigmas=np.linspace(FIRST, 0, num_steps + 1)[:-1])
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def diffusers_euler(num_steps: int, flow_shift: float) -> FlowMatchEulerDiscreteScheduler:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=flow_shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 0, num_steps + 1)[:-1])
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def walk_diffusers(scheduler, sigmas: Tensor, noisy: Tensor) -> Tensor:
+    for index, timestep in enumerate(scheduler.timesteps):
+        velocity = bent_velocity(noisy, float(sigmas[index]))
+        noisy = scheduler.step(velocity, timestep, noisy, return_dict=False)[0]
+    return noisy
+
+
+@pytest.mark.parametrize(("num_steps", "flow_shift"), GRID)
+def test_unipc_equals_diffusers(num_steps: int, flow_shift: float) -> None:
+    schedule = training_grid_schedule(num_steps, flow_shift)
+    scheduler = diffusers_unipc(num_steps, flow_shift)
+    torch.testing.assert_close(scheduler.sigmas.double(), schedule.sigmas, atol=1e-7, rtol=0)
+    assert (scheduler.timesteps.double() == schedule.timesteps).all()
+    # diffusers' coefficients are float32; given float64 sigmas the two must agree to rounding.
+    scheduler.sigmas = schedule.sigmas
+    ours = walk(UniPC, schedule, start(torch.float64))
+    theirs = walk_diffusers(scheduler, schedule.sigmas, start(torch.float64))
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(("num_steps", "flow_shift"), GRID)
+def test_euler_equals_diffusers(num_steps: int, flow_shift: float) -> None:
+    schedule = full_range_schedule(num_steps, flow_shift)
+    scheduler = diffusers_euler(num_steps, flow_shift)
+    torch.testing.assert_close(scheduler.sigmas.double(), schedule.sigmas, atol=1e-6, rtol=0)
+    torch.testing.assert_close(scheduler.timesteps.double(), schedule.timesteps, atol=1e-3, rtol=0)
+    solver, noisy = Euler(schedule.sigmas), start(torch.float32)
+    for index, timestep in enumerate(scheduler.timesteps):
+        velocity = bent_velocity(noisy, float(schedule.sigmas[index]))
+        theirs = scheduler.step(velocity, timestep, noisy, return_dict=False)[0]
+        noisy = solver.step(index, noisy, velocity)
+        torch.testing.assert_close(noisy, theirs, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_steps", [4, 10, 20])
+def test_unipc_in_float32_equals_diffusers_in_float32(num_steps: int) -> None:
+    schedule = training_grid_schedule(num_steps, 5.0)
+    ours = walk(UniPC, schedule, start(torch.float32))
+    theirs = walk_diffusers(diffusers_unipc(num_steps, 5.0), schedule.sigmas, start(torch.float32))
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+class _Analytic:
+    """Gaussian data with deviation s: the flow is linear in x and its solution known."""
+
+    deviation = 0.4
+
+    def velocity(self, noisy: Tensor, sigma: float) -> Tensor:
+        variance = self.variance(sigma)
+        slope = (sigma - (1 - sigma) * self.deviation**2) / variance
+        return slope * noisy
+
+    def variance(self, sigma: float) -> float:
+        return (1 - sigma) ** 2 * self.deviation**2 + sigma**2
+
+    def end(self, noisy: Tensor, sigma: float) -> Tensor:
+        return noisy * self.deviation / math.sqrt(self.variance(sigma))
+
+
+def end_error(solver_class: type, num_steps: int) -> float:
+    """Error at sigma 0 of a walk whose first and last sigma do not depend on num_steps."""
+    problem = _Analytic()
+    inner = torch.linspace(0.95, 0.05, num_steps + 1, dtype=torch.float64)
+    solver = solver_class(torch.cat([inner, torch.zeros(1, dtype=torch.float64)]))
+    noisy = first = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
+    for index in range(num_steps):
+        noisy = solver.step(index, noisy, problem.velocity(noisy, float(inner[index])))
+    ratio = math.sqrt(problem.variance(0.05) / problem.variance(0.95))
+    return abs(float(noisy - first * ratio))
+
+
+@pytest.mark.parametrize(("solver_class", "order"), [(Euler, 1), (UniPC, 3)])
+def test_convergence_order(solver_class: type, order: int) -> None:
+    """UniP-2 with its corrector is third order (UniPC paper, theorem 3.1: one above p)."""
+    errors = [end_error(solver_class, num_steps) for num_steps in (20, 40, 80, 160)]
+    measured = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
+    assert measured[-1] == pytest.approx(order, abs=0.25), (errors, measured)
+
+
+def test_a_constant_clean_estimate_is_reached_exactly() -> None:
+    clean = torch.full((1, 1, 1, 2, 2), 0.7, dtype=torch.float64)
+    for solver_class, schedule in (
+        (Euler, full_range_schedule(5, 3.0)),
+        (UniPC, training_grid_schedule(5, 3.0)),
+    ):
+        solver = solver_class(schedule.sigmas)
+        noisy = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).double()
+        for index in range(5):
+            velocity = (noisy - clean) / schedule.sigmas[index]
+            noisy = solver.step(index, noisy, velocity)
+        torch.testing.assert_close(noisy, clean, atol=1e-12, rtol=0)
+
+
+def test_bfloat16_velocities_do_not_lower_the_precision_of_the_latents() -> None:
+    for solver_class, schedule in (
+        (Euler, full_range_schedule(3, 3.0)),
+        (UniPC, training_grid_schedule(3, 3.0)),
+    ):
+        solver = solver_class(schedule.sigmas)
+        noisy = start(torch.float32)
+        for index in range(3):
+            noisy = solver.step(index, noisy, noisy.bfloat16())
+            assert noisy.dtype == torch.float32
+
+
+@pytest.mark.parametrize("flow_shift", [1.0, 3.0, 5.0, 8.0, 12.0, 16.0])
+def test_timesteps_are_cut_as_in_the_repositories(flow_shift: float) -> None:
+    for num_steps in range(1, 101):
+        fractions = np.linspace(FIRST, 0, num_steps + 1)[:-1]
+        sigmas = flow_shift * fractions / (1 + (flow_shift - 1) * fractions)
+        expected = (sigmas * 1000).astype(np.int64).tolist()
+        assert training_grid_schedule(num_steps, flow_shift).timesteps.tolist() == expected
+
+
+def test_published_schedule_of_the_two_experts() -> None:
+    # features.md / models.md: 40 steps, shift 12, boundary 875: 26 high and 14 low (877 | 865).
+    timesteps = training_grid_schedule(40, 12.0).timesteps
+    assert int((timesteps >= 875).sum()) == 26
+    assert timesteps[25:27].tolist() == [877, 865]
+    timesteps = training_grid_schedule(40, 5.0).timesteps
+    assert int((timesteps >= 900).sum()) == 15
+    assert timesteps[14:16].tolist() == [902, 892]
+
+
+def test_the_shift_is_applied_once() -> None:
+    sigmas = full_range_schedule(4, 5.0).sigmas
+    assert float(sigmas[-2]) == pytest.approx(0.625)
+    assert float(sigmas[0]) == 1
+    assert float(sigmas[-1]) == 0
+
+
+def test_unipc_refuses_a_schedule_that_starts_at_pure_noise() -> None:
+    with pytest.raises(ValueError, match="below 1"):
+        UniPC(full_range_schedule(4, 5.0).sigmas)
+
+
+@pytest.mark.parametrize("make", [full_range_schedule, training_grid_schedule])
+def test_schedules_refuse_nonsense(make) -> None:
+    with pytest.raises(ConfigError, match="num_steps"):
+        make(0, 5.0)
+    with pytest.raises(ConfigError, match="flow_shift"):
+        make(4, 0.0)
+
+
+def test_the_catalog_names_the_solvers() -> None:
+    assert SOLVERS.load("unipc") is UniPC
+    assert SOLVERS.load("euler") is Euler
