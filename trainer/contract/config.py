@@ -203,6 +203,8 @@ class Prompt(Options):
     """Solver steps."""
     guidance_scale: float | None = Field(None, ge=0)
     """Classifier-free guidance; 1 switches it off."""
+    guidance_scale_high_noise: float | None = Field(None, ge=0)
+    """Guidance of Wan 2.2's high-noise expert; empty: `guidance_scale`, then the variant's."""
     flow_shift: float | None = Field(None, gt=0)
     """Shift of the solver's sigmas towards noise."""
     solver: str | None = None
@@ -213,6 +215,10 @@ class Prompt(Options):
     """First frame, for image-to-video models."""
     last_image: Path | None = None
     """Last frame, for first-last-frame models."""
+    control: Path | None = None
+    """Control video or folder of frames, for Fun-Control models."""
+    fps: int | None = Field(None, ge=1)
+    """Frames a second of the written video."""
 
 
 class SamplingSection(Options):
@@ -238,6 +244,8 @@ class SamplingSection(Options):
     """Default of the prompts; empty: the variant's."""
     guidance_scale: float | None = Field(None, ge=0)
     """Default of the prompts; empty: the variant's."""
+    guidance_scale_high_noise: float | None = Field(None, ge=0)
+    """Default of the prompts; empty: `guidance_scale`, then the variant's."""
     flow_shift: float | None = Field(None, gt=0)
     """Default of the prompts; empty: the variant's."""
     solver: str = "unipc"
