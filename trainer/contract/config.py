@@ -7,13 +7,15 @@ plug-ins chosen in it. Reading, merging and checking is `config_io`'s work.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from trainer.contract.dataset_config import DatasetConfig
 from trainer.contract.options import Options
 from trainer.contract.plugin_options import option_names
+
+if TYPE_CHECKING:
+    from trainer.contract.dataset_config import DatasetConfig
 
 
 class PluginSection(Options):
@@ -36,7 +38,7 @@ class ModelSection(Options):
     variant: str = "auto"
     """Model variant such as `wan2.1-t2v-1.3b`; `auto` recognises it from the weights."""
     transformer: Path | None = None
-    """Transformer weights: a file or a folder, in any known layout. Wan 2.2: the low-noise expert."""
+    """Transformer weights, file or folder, any known layout. Wan 2.2: the low-noise expert."""
     transformer_high_noise: Path | None = None
     """Wan 2.2 only: weights of the high-noise expert."""
     expert: Literal["low_noise", "high_noise"] | None = None
@@ -49,7 +51,7 @@ class ModelSection(Options):
     """Tokenizer file or folder; empty: taken from the text encoder's file or folder."""
     image_encoder: Path | None = None
     """CLIP ViT-H weights; only Wan 2.1 image-to-video models need them."""
-    shape: dict[str, int | float | bool] = {}
+    shape: dict[str, int | float | bool] = Field(default_factory=dict)
     """Sizes of a model that is not a released one, e.g. `{num_heads = 4}`."""
 
 
@@ -58,7 +60,7 @@ class DatasetSection(Options):
 
     file: Path | None = None
     """Dataset TOML in musubi-tuner's schema (`[general]`, `[[datasets]]`)."""
-    general: dict[str, Any] = {}
+    general: dict[str, Any] = Field(default_factory=dict)
     """Keys that hold for all sources."""
     sources: tuple[dict[str, Any], ...] = ()
     """One table a source: `[[dataset.sources]]`, musubi-tuner's `[[datasets]]`."""
@@ -97,7 +99,7 @@ class ObjectiveSection(PluginSection):
     timestep_sampler: str = "shift"
     """How sigma is drawn for each sample."""
     min_timestep: float | None = Field(None, ge=0, le=1000)
-    """Smallest timestep that is trained (0 clean, 1000 noise); empty: 0, or the expert's range."""
+    """Smallest trained timestep (0 clean, 1000 noise); empty: 0, or the expert's bound."""
     max_timestep: float | None = Field(None, ge=0, le=1000)
     """Largest timestep that is trained; empty: 1000, or the expert's range."""
     preserve_distribution_shape: bool = False
@@ -264,7 +266,7 @@ class OutputSection(Options):
     every_steps: int = Field(0, ge=0)
     """Steps between output files `<name>-step00000500.safetensors`; 0: only the final one."""
     layout: Literal["comfy", "kohya", "peft"] = "comfy"
-    """Key layout: `comfy` loads in ComfyUI and diffusers; `kohya` as musubi-tuner; `peft` diffusers."""
+    """`comfy` loads in ComfyUI and diffusers; `kohya` is musubi-tuner's; `peft` is diffusers'."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Precision of the output file."""
     title: str = ""

@@ -57,7 +57,7 @@ def encode(kind: str, /, **fields: Any) -> str:
 
 
 class EventWriter:
-    """Appends events; each is one `write`, so a reader sees whole lines or an unfinished last one."""
+    """Appends events, one `write` each: a reader sees whole lines or an unfinished last one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

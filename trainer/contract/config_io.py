@@ -1,0 +1,354 @@
+"""Read, merge, check and write configs: defaults < preset < file < environment < `--set`.
+
+No torch: options of plug-ins come from the generated schema. Everything that is wrong is found in
+one pass and reported with file, line and key.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import tomlkit
+from pydantic import BaseModel, ValidationError
+
+from trainer.contract.catalog import PLUGIN_KINDS
+from trainer.contract.config import PluginSection, RunConfig
+from trainer.contract.config_rules import check_rules
+from trainer.contract.errors import ConfigError, Problem
+from trainer.contract.plugin_options import option_model, option_names
+from trainer.contract.registry import nearest
+from trainer.contract.toml_lines import key_lines, locate
+
+ENVIRONMENT_PREFIX = "MENMA__"
+"""`MENMA__TRAINING__SEED=7` sets `training.seed`."""
+PRESETS_DIR = Path(__file__).parents[2] / "presets"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a value came from."""
+
+    name: str
+    file: Path | None = None
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.line}" if self.line else self.name
+
+
+@dataclass(slots=True)
+class LoadedConfig:
+    """A checked config and where each value that is not a default came from."""
+
+    config: RunConfig
+    sources: dict[str, Source] = field(default_factory=dict)
+
+
+def load_config(
+    path: Path | str,
+    overrides: Iterable[str] = (),
+    *,
+    environ: Mapping[str, str] | None = None,
+) -> RunConfig:
+    """Read a config file and check it completely.
+
+    Args:
+        path: TOML file.
+        overrides: `section.key=value` strings; they win over everything else.
+        environ: environment variables; `os.environ` when None.
+
+    Raises:
+        ConfigError: with all problems at once in `.problems`.
+    """
+    return load_config_with_sources(path, overrides, environ=environ).config
+
+
+def load_config_with_sources(
+    path: Path | str,
+    overrides: Iterable[str] = (),
+    *,
+    environ: Mapping[str, str] | None = None,
+) -> LoadedConfig:
+    """Like `load_config`, and also say where every value came from."""
+    merged: dict[str, Any] = {}
+    sources: dict[str, Source] = {}
+    own, own_sources = read_toml(Path(path))
+    preset = own.get("preset")
+    if isinstance(preset, str):
+        values, preset_sources = read_toml(find_preset(preset, sources=own_sources))
+        values.pop("preset", None)
+        _merge(merged, values, sources, preset_sources)
+    _merge(merged, own, sources, own_sources)
+    for values, source in _environment(os.environ if environ is None else environ):
+        _merge(merged, values, sources, dict.fromkeys(_leaves(values), source))
+    for text in overrides:
+        values = parse_override(text)
+        source = Source(f"--set {text}")
+        _merge(merged, values, sources, dict.fromkeys(_leaves(values), source))
+    return LoadedConfig(_validate(merged, sources), sources)
+
+
+def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, Source]]:
+    """Parse a TOML file; return its content and the place of each key.
+
+    Raises:
+        ConfigError: missing, unreadable, or not TOML (with the line).
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"config file not found: {path}", hint="`menma new -o FILE` writes one"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    lines = key_lines(text)
+    places = {key: Source(str(path), path, line) for key, line in lines.items()}
+    return content, places
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """Turn `section.key=value` into a nested dict; the value is TOML, or else a plain string.
+
+    Raises:
+        ConfigError: no `=` or no key.
+    """
+    key, separator, value = text.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not separator or not all(parts):
+        raise ConfigError(f"cannot read override {text!r}", hint="write section.key=value")
+    parsed: Any = _parse_value(value.strip())
+    for part in reversed(parts):
+        parsed = {part: parsed}
+    return cast("dict[str, Any]", parsed)
+
+
+def presets_dirs() -> list[Path]:
+    """Folders of presets: the user's first, then the shipped ones."""
+    config_home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return [Path(config_home) / "menma" / "presets", PRESETS_DIR]
+
+
+def find_preset(name: str, *, sources: Mapping[str, Source] | None = None) -> Path:
+    """Return the file of a preset, given by name or by path.
+
+    Raises:
+        ConfigError: no such preset; the hint names the nearest one.
+    """
+    if name.endswith(".toml"):
+        return Path(name)
+    known: dict[str, Path] = {}
+    for folder in reversed(presets_dirs()):
+        known |= {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    if name in known:
+        return known[name]
+    place = (sources or {}).get("preset", Source(""))
+    problem = Problem(
+        f"unknown preset {name!r}", "preset", place.file, place.line, nearest(name, known)
+    )
+    raise ConfigError(problems=[problem])
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return the config as TOML with every value written out, readable by `load_config`."""
+    content = config.model_dump(mode="json", exclude_none=True)
+    return tomlkit.dumps({key: value for key, value in content.items() if value != {}})
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _environment(environ: Mapping[str, str]) -> Iterator[tuple[dict[str, Any], Source]]:
+    for name in sorted(environ):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+            yield parse_override(f"{key}={environ[name]}"), Source(f"environment {name}")
+
+
+def _merge(
+    target: dict[str, Any],
+    values: Mapping[str, Any],
+    sources: dict[str, Source],
+    new_sources: Mapping[str, Source],
+) -> None:
+    _deep_update(target, values)
+    sources |= new_sources
+
+
+def _deep_update(target: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            _deep_update(target[key], value)
+        else:
+            target[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name
+
+
+def _validate(content: dict[str, Any], sources: Mapping[str, Source]) -> RunConfig:
+    problems: list[Problem] = []
+    completed = _complete_plugin_sections(content, problems)
+    config: RunConfig | None = None
+    try:
+        config = RunConfig.model_validate(completed)
+    except ValidationError as error:
+        problems += problems_of(error, RunConfig)
+    if config is not None:
+        problems += check_rules(config)
+        if config.dataset.file is None and config.dataset.sources:
+            problems += _dataset_problems(config)
+    if problems or config is None:
+        raise ConfigError(problems=[_place(problem, sources) for problem in problems])
+    return config
+
+
+def _dataset_problems(config: RunConfig) -> list[Problem]:
+    try:
+        config.dataset.load()
+    except ConfigError as error:
+        return [
+            Problem(
+                problem.message,
+                "dataset." + problem.key.replace("datasets[", "sources["),
+                hint=problem.hint,
+            )
+            for problem in error.problems
+        ]
+    return []
+
+
+def _place(problem: Problem, sources: Mapping[str, Source]) -> Problem:
+    if problem.file is not None or not problem.key:
+        return problem
+    for_key = {key: index for index, key in enumerate(sources)}
+    found = locate(problem.key, for_key)
+    if found is None:
+        return problem
+    source = list(sources.values())[found]
+    message = problem.message
+    if source.file is None:
+        message = f"{message} (from {source.name})"
+    return Problem(message, problem.key, source.file, source.line, problem.hint)
+
+
+def _complete_plugin_sections(
+    content: Mapping[str, Any], problems: list[Problem]
+) -> dict[str, Any]:
+    """Check the plug-in options of every section and fill in their defaults."""
+    completed = dict(content)
+    for name, info in RunConfig.model_fields.items():
+        annotation = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, PluginSection):
+            raw = content.get(name, {})
+            if isinstance(raw, Mapping):
+                completed[name] = _complete(annotation, raw, name, problems)
+    raw_techniques = content.get("techniques", [])
+    if isinstance(raw_techniques, list):
+        section = _technique_section()
+        completed["techniques"] = [
+            _complete(section, raw, f"techniques[{index}]", problems)
+            if isinstance(raw, Mapping)
+            else raw
+            for index, raw in enumerate(raw_techniques)
+        ]
+    return completed
+
+
+def _technique_section() -> type[PluginSection]:
+    from trainer.contract.config import TechniqueSection
+
+    return TechniqueSection
+
+
+def _complete(
+    section: type[PluginSection], raw: Mapping[str, Any], path: str, problems: list[Problem]
+) -> dict[str, Any]:
+    completed = dict(raw)
+    known = set(section.model_fields)
+    for slot, kind in section.slots.items():
+        name = raw.get(slot, section.model_fields[slot].default)
+        registry = PLUGIN_KINDS[kind]
+        if not isinstance(name, str):
+            continue  # reported by the section's own model
+        if name not in registry:
+            hint = nearest(name, registry.names)
+            problems.append(
+                Problem(f"unknown {registry.kind} {name!r}", f"{path}.{slot}", hint=hint)
+            )
+            known |= set(raw)  # its options cannot be judged
+            continue
+        names = option_names(kind, name)
+        known |= names
+        model = option_model(kind, name)
+        try:
+            options = model.model_validate({k: v for k, v in raw.items() if k in names})
+        except ValidationError as error:
+            problems += problems_of(error, model, prefix=path)
+        else:
+            completed |= options.model_dump()
+    for key in raw:
+        if key not in known:
+            problems.append(Problem("unknown key", f"{path}.{key}", hint=nearest(key, known)))
+            completed.pop(key, None)
+    return completed
+
+
+def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[Problem]:
+    """Translate pydantic's errors into problems with dotted keys and near names."""
+    return [_problem(detail, model, prefix) for detail in error.errors(include_url=False)]
+
+
+def _problem(detail: Any, model: type[BaseModel], prefix: str) -> Problem:
+    key = prefix
+    for part in detail["loc"]:
+        if isinstance(part, int):
+            key += f"[{part}]"
+        elif part.isidentifier() or "-" in part:
+            key += f".{part}" if key else part
+    kind, value = detail["type"], detail.get("input")
+    if kind == "extra_forbidden":
+        owner = _model_at(model, detail["loc"][:-1])
+        known = list(owner.model_fields) if owner else []
+        return Problem("unknown key", key, hint=nearest(str(detail["loc"][-1]), known))
+    if kind == "missing":
+        return Problem("required, but not given", key)
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    shown = repr(value)
+    return Problem(f"{message}, not {shown if len(shown) < 80 else shown[:77] + '...'}", key)
+
+
+def _model_at(model: type[BaseModel], loc: tuple[Any, ...]) -> type[BaseModel] | None:
+    current: Any = model
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        if not (isinstance(current, type) and issubclass(current, BaseModel)):
+            return None
+        info = current.model_fields.get(part)
+        if info is None:
+            return None
+        current = info.annotation
+        arguments = getattr(current, "__args__", ())
+        models = [a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)]
+        current = models[0] if models else current
+    return current if isinstance(current, type) and issubclass(current, BaseModel) else None

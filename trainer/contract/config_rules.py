@@ -1,0 +1,211 @@
+"""What goes with what: rules between sections, each with the reason and the alternative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from trainer.contract.catalog import SOLVERS
+from trainer.contract.config import RunConfig
+from trainer.contract.errors import Problem
+from trainer.contract.registry import nearest
+from trainer.contract.variants import VARIANTS
+
+JobName = Literal["cache", "train", "sample"]
+Rule = Callable[[RunConfig], Iterator[Problem]]
+
+
+def check_rules(config: RunConfig) -> list[Problem]:
+    """Return every rule that the config breaks; files are not looked at."""
+    return [problem for rule in _RULES for problem in rule(config)]
+
+
+def check_files(config: RunConfig, job: JobName) -> list[Problem]:
+    """Return what `job` needs and the config does not name, and named files that do not exist."""
+    model = config.model
+    problems = [
+        Problem("needed, but not given", f"model.{field}")
+        for field in _required_files(config, job)
+        if getattr(model, field) is None
+    ]
+    named: list[tuple[str, Path | None]] = [
+        (f"model.{field}", getattr(model, field))
+        for field in ("transformer", "transformer_high_noise", "vae", "text_encoder", "tokenizer",
+                      "image_encoder")
+    ]  # fmt: skip
+    named.append(("dataset.file", config.dataset.file))
+    named.append(("sampling.prompts_file", config.sampling.prompts_file))
+    for index, prompt in enumerate(config.sampling.prompts):
+        named.append((f"sampling.prompts[{index}].image", prompt.image))
+        named.append((f"sampling.prompts[{index}].last_image", prompt.last_image))
+    problems += [
+        Problem(f"no such file or folder: {path}", key, hint=f"looked in {path.absolute().parent}")
+        for key, path in named
+        if path is not None and not path.exists()
+    ]
+    if job != "sample" and config.dataset.file is None and not config.dataset.sources:
+        problems.append(
+            Problem("no dataset", "dataset", hint="give dataset.file or [[dataset.sources]]")
+        )
+    return problems
+
+
+def trained_timesteps(config: RunConfig, expert_boundary: float) -> tuple[float, float]:
+    """Return the trained range of timesteps in [0, 1000], the expert's own where none is given."""
+    low, high = 0.0, 1000.0
+    if config.model.expert == "high_noise":
+        low = 1000 * expert_boundary
+    elif config.model.expert == "low_noise":
+        high = 1000 * expert_boundary
+    objective = config.objective
+    return (
+        low if objective.min_timestep is None else objective.min_timestep,
+        high if objective.max_timestep is None else objective.max_timestep,
+    )
+
+
+def _required_files(config: RunConfig, job: JobName) -> list[str]:
+    trained = "transformer_high_noise" if config.model.expert == "high_noise" else "transformer"
+    if job == "cache":
+        return ["vae", "text_encoder"]
+    if job == "sample":
+        return ["transformer", "vae", "text_encoder"]
+    samples = config.sampling.every_steps or config.sampling.at_start
+    return [trained, "vae", "text_encoder"] if samples else [trained]
+
+
+def _variant(config: RunConfig) -> Iterator[Problem]:
+    name = config.model.variant
+    if name != "auto" and name not in VARIANTS:
+        hint = nearest(name, VARIANTS)
+        yield Problem(f"unknown model variant {name!r}", "model.variant", hint=hint)
+        return
+    experts = name != "auto" and VARIANTS[name].experts
+    if experts and config.model.expert is None:
+        yield Problem(
+            f"{name} has two experts and one is trained at a time",
+            "model.expert",
+            hint='set expert = "high_noise" or "low_noise"',
+        )
+    if config.model.expert is not None and not experts:
+        yield Problem(
+            f"only Wan 2.2 A14B has experts, variant is {name!r}",
+            "model.expert",
+            hint='leave it out, or set model.variant = "wan2.2-t2v-a14b" or "wan2.2-i2v-a14b"',
+        )
+
+
+def _timesteps(config: RunConfig) -> Iterator[Problem]:
+    low = config.objective.min_timestep or 0.0
+    high = 1000.0 if config.objective.max_timestep is None else config.objective.max_timestep
+    if low >= high:
+        yield Problem(
+            f"the range of trained timesteps is empty: {low:g} to {high:g}",
+            "objective.min_timestep",
+            hint="min_timestep must be smaller than max_timestep",
+        )
+
+
+def _dataset(config: RunConfig) -> Iterator[Problem]:
+    if config.dataset.file is not None and (config.dataset.sources or config.dataset.general):
+        yield Problem(
+            "a dataset file and inline keys at once",
+            "dataset.file",
+            hint="keep the file, or the inline [dataset.general] and [[dataset.sources]]",
+        )
+
+
+def _sampling(config: RunConfig) -> Iterator[Problem]:
+    sampling = config.sampling
+    if sampling.prompts and sampling.prompts_file:
+        yield Problem(
+            "prompts inline and in a file at once",
+            "sampling.prompts_file",
+            hint="keep one of the two",
+        )
+    wanted = sampling.every_steps or sampling.at_start
+    if wanted and not sampling.prompts and not sampling.prompts_file:
+        yield Problem(
+            "samples are wanted, but there is no prompt",
+            "sampling.every_steps" if sampling.every_steps else "sampling.at_start",
+            hint="add [[sampling.prompts]] or sampling.prompts_file",
+        )
+    solvers = [("sampling.solver", sampling.solver)]
+    solvers += [
+        (f"sampling.prompts[{index}].solver", prompt.solver)
+        for index, prompt in enumerate(sampling.prompts)
+        if prompt.solver
+    ]
+    for key, solver in solvers:
+        if solver not in SOLVERS:
+            yield Problem(f"unknown solver {solver!r}", key, hint=nearest(solver, SOLVERS.names))
+    yield from _num_frames(config)
+
+
+def _num_frames(config: RunConfig) -> Iterator[Problem]:
+    counts = [("sampling.num_frames", config.sampling.num_frames)]
+    counts += [
+        (f"sampling.prompts[{index}].num_frames", prompt.num_frames)
+        for index, prompt in enumerate(config.sampling.prompts)
+    ]
+    for key, count in counts:
+        if count is not None and count % 4 != 1:
+            low = max(1, (count - 1) // 4 * 4 + 1)
+            yield Problem(
+                f"{count} frames: Wan makes 4n + 1 frames", key, hint=f"use {low} or {low + 4}"
+            )
+
+
+def _distributed(config: RunConfig) -> Iterator[Problem]:
+    distributed = config.distributed
+    if distributed.engine == "local":
+        if distributed.zero_stage:
+            yield Problem(
+                f"the local engine has no ZeRO stage {distributed.zero_stage}",
+                "distributed.zero_stage",
+                hint='set zero_stage = 0, or engine = "deepspeed"',
+            )
+        if (distributed.num_processes or 1) > 1:
+            yield Problem(
+                "the local engine is one process",
+                "distributed.num_processes",
+                hint='set num_processes = 1, or engine = "deepspeed"',
+            )
+    if config.optimizer.kind == "adamw8bit" and distributed.zero_stage == 3:
+        yield Problem(
+            "8-bit states cannot follow weights that ZeRO-3 shards",
+            "optimizer.kind",
+            hint="use adamw, or zero_stage 0, 1 or 2",
+        )
+
+
+def _full_finetune(config: RunConfig) -> Iterator[Problem]:
+    if config.adapter.kind != "none" or config.memory.weight_format != "bf16":
+        return
+    if config.distributed.engine == "local" or config.distributed.zero_stage == 0:
+        yield Problem(
+            "training bf16 weights needs fp32 master copies, which ZeRO stages 1 to 3 keep",
+            "adapter.kind",
+            hint='set distributed.zero_stage = 2, or memory.weight_format = "fp32"',
+        )
+
+
+def _output(config: RunConfig) -> Iterator[Problem]:
+    if config.adapter.kind == "none" and config.output.layout != "comfy":
+        yield Problem(
+            f"layout {config.output.layout!r} is for adapters; a full fine-tune is a whole model",
+            "output.layout",
+            hint="leave layout out (the file gets Wan's own names, which ComfyUI reads)",
+        )
+
+
+_RULES: tuple[Rule, ...] = (
+    _variant,
+    _timesteps,
+    _dataset,
+    _sampling,
+    _distributed,
+    _full_finetune,
+    _output,
+)

@@ -1,0 +1,122 @@
+"""The training loop, top to bottom. It names no technique, loss, adapter or optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from trainer.core.seams import Engine, Technique
+from trainer.core.types import Batch, StepResult
+from trainer.training.requests import Requests
+
+
+class End(StrEnum):
+    """Why a run ended."""
+
+    DONE = "done"
+    STOPPED = "stopped"
+
+
+class Steps(Protocol):
+    """The data of a run, as an endless stream cut into steps."""
+
+    def starting_at(self, step: int) -> Iterator[Iterable[Batch]]:
+        """Yield this rank's microbatches of step `step` + 1, then of the next ones."""
+        ...
+
+
+class Reporter(Protocol):
+    """Writes what happens to events, logs and screens; only rank 0 speaks."""
+
+    def start(self, step: int, total_steps: int) -> None:
+        """Say where the run begins."""
+        ...
+
+    def step(self, step: int, result: StepResult) -> None:
+        """Report one update of the weights."""
+        ...
+
+
+class Keeper(Protocol):
+    """Saves and restores; every call is collective."""
+
+    def restore(self) -> int:
+        """Load the checkpoint to resume from, if any; return its step, else 0."""
+        ...
+
+    def checkpoint(self, step: int) -> None:
+        """Save the full training state."""
+        ...
+
+    def output(self, step: int, *, final: bool) -> None:
+        """Write the file that people take away."""
+        ...
+
+    def sample(self, step: int) -> None:
+        """Make the samples of this step."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """At which steps something is due; 0 means never."""
+
+    total_steps: int
+    checkpoint_every: int = 0
+    output_every: int = 0
+    sample_every: int = 0
+    sample_at_start: bool = False
+
+    @staticmethod
+    def due(step: int, every: int) -> bool:
+        """Return whether `step` is a multiple of `every`."""
+        return every > 0 and step % every == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Everything the loop works with."""
+
+    engine: Engine
+    steps: Steps
+    lr_at: Callable[[int], float]
+    techniques: Sequence[Technique]
+    plan: Plan
+    keeper: Keeper
+    reporter: Reporter
+    requests: Requests
+
+
+def train(run: Run) -> End:
+    """Update the weights until the last step or a request to stop; save either way."""
+    plan, keeper = run.plan, run.keeper
+    step = keeper.restore()
+    run.reporter.start(step, plan.total_steps)
+    if step == 0 and plan.sample_at_start:
+        keeper.sample(step)
+
+    steps = run.steps.starting_at(step)
+    while step < plan.total_steps:
+        step += 1
+        terms = run.engine.forward_backward(next(steps))
+        update = run.engine.update(run.lr_at(step))
+        for technique in run.techniques:
+            technique.after_step(step)
+        run.reporter.step(step, StepResult(terms=terms, grad_norm=update.grad_norm, lr=update.lr))
+
+        requested = run.requests.poll()
+        last = step == plan.total_steps
+        if last or requested.stop or requested.save or plan.due(step, plan.checkpoint_every):
+            keeper.checkpoint(step)
+        if plan.due(step, plan.output_every) and not last:
+            keeper.output(step, final=False)
+        if requested.sample or plan.due(step, plan.sample_every):
+            keeper.sample(step)
+        run.requests.answer(step)
+        if requested.stop and not last:
+            return End.STOPPED
+
+    keeper.output(step, final=True)
+    return End.DONE

@@ -1,0 +1,158 @@
+"""One microbatch: draw sigma and noise, mix, predict, compare. The module an engine wraps.
+
+Everything random is a function of the run's seed and of the item, so that a sample meets the same
+noise on any rank, in any batch and after any restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.contract.errors import ConfigError
+from trainer.core.flow import add_noise, to_timestep, velocity_target
+from trainer.core.rng import derive_seed, generator
+from trainer.core.seams import Loss, Technique, TimestepSampler, Weighting
+from trainer.core.types import Batch, LossTerm, NoisyInput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SigmaRange:
+    """Part of [0, 1] that is trained, and how draws are brought into it."""
+
+    low: float = 0.0
+    high: float = 1.0
+    preserve_shape: bool = False
+
+    def draw(self, sampler: TimestepSampler, random: torch.Generator) -> Tensor:
+        """Return one sigma, float32, shape ().
+
+        Raises:
+            ConfigError: `preserve_shape` and the sampler practically never falls into the range.
+        """
+        if not self.preserve_shape:
+            return self.low + (self.high - self.low) * sampler.sample(1, random)[0]
+        for _ in range(64):
+            draws = sampler.sample(1024, random)
+            inside = draws[(draws >= self.low) & (draws <= self.high)]
+            if inside.numel():
+                return inside[0]
+        raise ConfigError(
+            f"no timestep in {1000 * self.low:g} … {1000 * self.high:g} after 65,536 draws",
+            hint="widen the range, change the timestep sampler, or set "
+            "objective.preserve_distribution_shape = false",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """Everything that turns a prediction into the base loss."""
+
+    sampler: TimestepSampler
+    loss: Loss
+    weighting: Weighting
+    sigmas: SigmaRange
+
+
+class TrainStep(nn.Module):
+    """Maps a `Batch` to named loss terms; their sum is the loss.
+
+    Args:
+        transformer: the model with its adapter.
+        objective: sampler, loss and weighting.
+        techniques: optional behaviour, in config order.
+        seed: the run's seed.
+        suspended_hooks: switches the transformer's block hooks off for an extra forward.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        objective: Objective,
+        techniques: Sequence[Technique],
+        seed: int,
+        suspended_hooks: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.extra = nn.ModuleDict(
+            {
+                f"{index}_{name}": module
+                for index, technique in enumerate(techniques)
+                for name, module in technique.modules().items()
+            }
+        )
+        self.objective = objective
+        self.techniques = tuple(techniques)
+        self.seed = seed
+        self.suspended_hooks = suspended_hooks
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return each loss term, float32, shape ()."""
+        torch.manual_seed(derive_seed(self.seed, "dropout", *batch.item_seeds))
+        for index, technique in enumerate(self.techniques):
+            batch = technique.edit_batch(batch, self._technique_random(index, "batch", batch))
+        noisy = self.make_noisy(batch)
+        for index, technique in enumerate(self.techniques):
+            random = self._technique_random(index, "noisy", batch)
+            noisy = technique.edit_noisy(noisy, batch, random)
+        prediction = self.predict(noisy, batch)
+        terms = [self.base_term(prediction, noisy, batch)]
+        for technique in self.techniques:
+            terms += technique.loss_terms(batch, noisy, prediction, self.predict_again)
+        return {term.name: term.value for term in terms}
+
+    def make_noisy(self, batch: Batch) -> NoisyInput:
+        """Draw sigma and noise of every item and mix them with its latents."""
+        latents = batch.latents_BCFHW
+        sigmas, noises = [], []
+        for item_seed in batch.item_seeds:
+            random = generator(self.seed, "sigma", item_seed)
+            sigmas.append(self.objective.sigmas.draw(self.objective.sampler, random))
+            random = generator(self.seed, "noise", item_seed)
+            noises.append(torch.randn(latents.shape[1:], generator=random))
+        sigma = torch.stack(sigmas).to(latents.device)
+        noise = torch.stack(noises).to(latents.device)
+        return NoisyInput(
+            noisy_latents_BCFHW=add_noise(latents.float(), noise, sigma),
+            sigma_B=sigma,
+            noise_BCFHW=noise,
+        )
+
+    def predict(self, noisy: NoisyInput, batch: Batch) -> Tensor:
+        """Return the velocity the transformer predicts, (B, C, F, H, W)."""
+        velocity: Tensor = self.transformer(
+            noisy.noisy_latents_BCFHW,
+            to_timestep(noisy.sigma_B),
+            batch.context,
+            **batch.conditioning,
+        )
+        return velocity
+
+    def predict_again(self, noisy: NoisyInput, batch: Batch) -> Tensor:
+        """Run one more forward that no block hook sees or changes."""
+        with self.suspended_hooks():
+            return self.predict(noisy, batch)
+
+    def base_term(self, prediction: Tensor, noisy: NoisyInput, batch: Batch) -> LossTerm:
+        """Return the weighted mean of the pointwise loss."""
+        target = velocity_target(batch.latents_BCFHW.float(), noisy.noise_BCFHW)
+        for technique in self.techniques:
+            target = technique.edit_target(target, batch, noisy)
+        pointwise = self.objective.loss(prediction, target)
+        for technique in self.techniques:
+            weights = technique.loss_map(batch, noisy)
+            if weights is not None:
+                pointwise = pointwise * weights
+        per_sample_B = pointwise.flatten(1).mean(dim=1)
+        return LossTerm(
+            name="loss", value=(self.objective.weighting(noisy.sigma_B) * per_sample_B).mean()
+        )
+
+    def _technique_random(self, index: int, what: str, batch: Batch) -> torch.Generator:
+        # A stream of its own: switching one technique on must not shift another's draws.
+        return generator(self.seed, "technique", index, what, *batch.item_seeds)
