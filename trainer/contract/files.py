@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.contract.errors import DiskError
 
-_DISK_ERRNOS = {
+DISK_ERRNOS = {
     errno.ENOSPC: "no space left",
     errno.EDQUOT: "disk quota exceeded",
     errno.EROFS: "the file system is read-only",
@@ -30,10 +30,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_ERRNOS:
+        if error.errno not in DISK_ERRNOS:
             raise
         raise DiskError(
-            f"cannot write {path}: {_DISK_ERRNOS[error.errno]}{_free_space(path)}",
+            f"cannot write {path}: {DISK_ERRNOS[error.errno]}{_free_space(path)}",
             hint="free some space or choose another folder; files written before are intact",
         ) from error
 

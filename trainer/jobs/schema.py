@@ -7,8 +7,11 @@ from typing import Any
 
 from trainer.contract.catalog import PLUGIN_KINDS
 from trainer.contract.config import RunConfig
+from trainer.contract.errors import ConfigError
 from trainer.contract.files import write_text
+from trainer.contract.jobs import SchemaRequest
 from trainer.contract.plugin_options import SCHEMA_FILE
+from trainer.jobs.base import Emit
 
 FORMAT_VERSION = 1
 
@@ -48,3 +51,16 @@ def is_fresh() -> bool:
 def write_schema() -> None:
     """Regenerate `schema.json`."""
     write_text(SCHEMA_FILE, schema_text())
+
+
+def run(request: SchemaRequest, emit: Emit) -> None:
+    """Job `schema`.
+
+    Raises:
+        ConfigError: `check` was asked for and the file is stale.
+    """
+    if not request.check:
+        write_schema()
+        emit("log", message=f"wrote {SCHEMA_FILE.name}")
+    elif not is_fresh():
+        raise ConfigError("schema.json is stale", hint="run: python -m trainer schema")

@@ -1,0 +1,155 @@
+"""What each job is asked for: the request file of `python -m trainer JOB REQUEST.json`.
+
+The app writes one of these as JSON; the job answers with events (`contract.events`) as JSON lines on
+stdout, words on stderr, and an exit code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from trainer.contract.config import Prompt
+from trainer.contract.options import Options
+from trainer.contract.registry import Entry, Registry
+
+OutputDtype = Literal["bf16", "fp16", "fp32"]
+
+
+class LoRAUse(Options):
+    """One LoRA file and how strongly it acts."""
+
+    path: Path
+    """LoRA in any known layout."""
+    strength: float = 1.0
+    """Multiplier; negative subtracts."""
+    expert: Literal["low_noise", "high_noise"] | None = None
+    """Wan 2.2: the expert it is for; empty: from the file's metadata or name, else both."""
+
+
+class ConfigRequest(Options):
+    """A job that works on a config."""
+
+    config: Path
+    """Config file."""
+    set: tuple[str, ...] = ()
+    """`section.key=value` overrides."""
+
+
+class CheckRequest(ConfigRequest):
+    """Validate config, files and dataset; everything that is wrong at once."""
+
+
+class CacheRequest(ConfigRequest):
+    """Encode clips and captions."""
+
+
+class TrainRequest(ConfigRequest):
+    """Train, in the run directory of the config."""
+
+    resume: str = "auto"
+    """`auto` goes on from the newest whole checkpoint, `never` starts anew, or a path."""
+
+
+class SampleJobRequest(ConfigRequest):
+    """Generate videos or images."""
+
+    loras: tuple[LoRAUse, ...] = ()
+    """LoRAs to attach."""
+    prompts: tuple[Prompt, ...] = ()
+    """What to make; empty: the config's prompts."""
+    prompts_file: Path | None = None
+    """Prompts in a .txt, .toml or .json file."""
+    output: Path = Path("samples")
+    """Folder of the results; nothing in it is overwritten."""
+    run_dir: Path | None = None
+    """Take this run's newest output file as a LoRA, too."""
+
+
+class MergeRequest(Options):
+    """Bake LoRAs into a base model."""
+
+    base: Path
+    """Transformer weights in any known layout."""
+    loras: tuple[LoRAUse, ...] = Field(min_length=1)
+    """LoRAs to bake in."""
+    output: Path
+    """File to write."""
+    dtype: OutputDtype | None = None
+    """Precision of the written weights; empty: the base's own."""
+    force: bool = False
+    """Overwrite the output file."""
+
+
+class ConvertRequest(Options):
+    """Rewrite a LoRA in another layout."""
+
+    input: Path
+    """LoRA in any known layout."""
+    output: Path
+    """File to write."""
+    layout: Literal["comfy", "kohya", "peft"] = "comfy"
+    """Key layout of the written file."""
+    dtype: OutputDtype | None = None
+    """Precision of the written factors; empty: the file's own."""
+    force: bool = False
+    """Overwrite the output file."""
+
+
+class InspectRequest(Options):
+    """Describe a LoRA file."""
+
+    path: Path
+    """LoRA in any known layout."""
+
+
+class DemoRequest(Options):
+    """Run the whole pipeline on a tiny model."""
+
+    directory: Path = Path("demo")
+    """Folder for everything the demo makes."""
+
+
+class BenchRequest(Options):
+    """Measure speed and memory as ratios."""
+
+    names: tuple[str, ...] = ()
+    """Benchmarks to run; empty: all."""
+
+
+class SchemaRequest(Options):
+    """Regenerate `schema.json`."""
+
+    check: bool = False
+    """Only say whether it is fresh; exit code 1 if not."""
+
+
+JOBS: Registry[object] = Registry(
+    "job",
+    Entry("check", "trainer.jobs.check:run", "validate config, files and dataset"),
+    Entry("cache", "trainer.jobs.cache_run:run", "encode clips and captions"),
+    Entry("train", "trainer.jobs.train:run", "train"),
+    Entry("sample", "trainer.jobs.sample_run:run", "generate videos or images"),
+    Entry("merge", "trainer.jobs.lora_tools:run_merge", "bake LoRAs into a base model"),
+    Entry("convert", "trainer.jobs.lora_tools:run_convert", "rewrite a LoRA in another layout"),
+    Entry("inspect", "trainer.jobs.lora_tools:run_inspect", "describe a LoRA file"),
+    Entry("demo", "trainer.demo.job:run", "the whole pipeline on a tiny model"),
+    Entry("bench", "trainer.bench.job:run", "speed and memory as ratios"),
+    Entry("schema", "trainer.jobs.schema:run", "regenerate schema.json"),
+)
+"""Each target is `run(request, emit) -> None`; `request` is the class named in `REQUESTS`."""
+
+REQUESTS: dict[str, type[Options]] = {
+    "check": CheckRequest,
+    "cache": CacheRequest,
+    "train": TrainRequest,
+    "sample": SampleJobRequest,
+    "merge": MergeRequest,
+    "convert": ConvertRequest,
+    "inspect": InspectRequest,
+    "demo": DemoRequest,
+    "bench": BenchRequest,
+    "schema": SchemaRequest,
+}
