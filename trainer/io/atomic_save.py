@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,12 +20,14 @@ def save_safetensors(
     metadata: Mapping[str, str] | None = None,
     *,
     verify: bool = True,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `tensors` to `path` in one step: temporary file, read back, fsync, rename.
 
     A file that stood at `path` before stays as it was until the new one is complete and, with
     `verify`, has been read back equal to the last byte. Views and tensors that share memory are
-    written as tensors of their own.
+    written as tensors of their own. `check` gets the complete temporary file; what it raises
+    keeps the file from being renamed.
 
     Raises:
         DiskError: the disk is full, read-only or gone, or what was read back differs.
@@ -36,6 +38,8 @@ def save_safetensors(
         _write(owned, temporary, dict(metadata or {}), path)
         if verify:
             _verify(owned, temporary, dict(metadata or {}), path)
+        if check is not None:
+            check(temporary)
 
 
 def _write(

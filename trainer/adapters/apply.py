@@ -1,0 +1,173 @@
+"""Using a LoRA file: beside a model's layers for a while, or merged into its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from trainer.adapters.base import AdapterFile, LoRAFactors
+from trainer.adapters.delta import add_delta
+from trainer.adapters.formats.names import block_index
+from trainer.adapters.lora_linear import LoRALinear
+from trainer.adapters.targets import linear_layers
+from trainer.adapters.wrapping import unwrap, wrap
+from trainer.contract.errors import ModelFileError
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Attachment:
+    """A LoRA that is on a model until `detach`."""
+
+    def __init__(self, transformer: nn.Module, layers: dict[str, LoRALinear]) -> None:
+        self._transformer = transformer
+        self._layers = layers
+
+    def set_strength(self, strength: float) -> None:
+        """Multiply the update by `strength`; 0 gives the base model, exactly."""
+        for layer in self._layers.values():
+            layer.strength = strength
+
+    def detach(self) -> None:
+        """Take the LoRA off again; the model is as it was. A second call does nothing."""
+        for name, layer in self._layers.items():
+            unwrap(self._transformer, name, layer)
+        self._layers = {}
+
+
+def attach(
+    transformer: nn.Module,
+    adapter: AdapterFile,
+    strength: float = 1.0,
+    *,
+    skip_missing: bool = False,
+) -> Attachment:
+    """Put a LoRA beside the layers of `transformer`; several may be attached at once.
+
+    The factors are not trained and do not appear in the state dict. They are copied to the device
+    and dtype of the layer's weight (bf16 where that is quantised).
+
+    Args:
+        transformer: model with canonical module names.
+        adapter: what `load_adapter` returned.
+        strength: multiplies the update.
+        skip_missing: leave out modules that the model does not have (an image-to-video LoRA on a
+            text-to-video model) instead of refusing them.
+
+    Raises:
+        ModelFileError: the LoRA is for another model; nothing was changed.
+    """
+    linears = linear_layers(transformer)
+    fitting = fitting_modules(_shapes(linears), adapter, skip_missing=skip_missing)
+    layers: dict[str, LoRALinear] = {}
+    for name, factors in fitting.items():
+        base = linears[name]
+        weight = _weight(base)
+        dtype = weight.dtype if weight.dtype in _FLOATS else torch.bfloat16
+        down, up = (f.to(weight.device, dtype) for f in (factors.down_RI, factors.up_OR))
+        layer = LoRALinear(base, down, up, factors.scale)
+        layer.strength = strength
+        layer.train(transformer.training)
+        wrap(transformer, name, layer)
+        layers[name] = layer
+    return Attachment(transformer, layers)
+
+
+def merge_into(
+    transformer: nn.Module,
+    adapter: AdapterFile,
+    strength: float = 1.0,
+    *,
+    skip_missing: bool = False,
+) -> None:
+    """Add a LoRA to the weights of `transformer`: summed in float32, kept in the weights' dtype.
+
+    Raises:
+        ModelFileError: the LoRA is for another model, or the weights are quantised; nothing was
+            changed.
+    """
+    linears = linear_layers(transformer)
+    fitting = fitting_modules(_shapes(linears), adapter, skip_missing=skip_missing)
+    weights = {name: _weight(linears[name]) for name in fitting}
+    quantised = [name for name, weight in weights.items() if weight.dtype not in _FLOATS]
+    if quantised:
+        raise ModelFileError(
+            f"{adapter.path} cannot be merged: {quantised[0]} and {len(quantised) - 1} more layers "
+            "are quantised, and rounding would swallow the LoRA",
+            hint="attach it instead, or load the model in bf16",
+        )
+    with torch.no_grad():
+        for name, factors in fitting.items():
+            weights[name].copy_(add_delta(weights[name], factors, strength))
+
+
+def fitting_modules(
+    shapes: Mapping[str, tuple[int, int]], adapter: AdapterFile, *, skip_missing: bool = False
+) -> dict[str, LoRAFactors]:
+    """Return the modules of `adapter` for a model with layers of these (O, I) shapes.
+
+    Raises:
+        ModelFileError: modules are missing or have another shape; names what the LoRA is for.
+    """
+    missing = [name for name in adapter if name not in shapes]
+    fitting = {name: factors for name, factors in adapter.items() if name in shapes}
+    wrong = [name for name, factors in fitting.items() if factors.shape != shapes[name]]
+    if wrong:
+        name = wrong[0]
+        raise ModelFileError(
+            f"{adapter.path} is for another model: {name} is {fitting[name].shape} in the LoRA "
+            f"and {shapes[name]} in the model; {len(wrong)} layers differ. "
+            f"{_compare(shapes, adapter)}",
+            hint="use the LoRA with the model it was trained for",
+        )
+    if not fitting or (missing and not skip_missing):
+        listed = ", ".join(missing[:4]) + (", …" if len(missing) > 4 else "")
+        raise ModelFileError(
+            f"{adapter.path} is for another model: {len(missing)} of its {len(adapter)} layers are "
+            f"not in this one ({listed}). {_compare(shapes, adapter)}",
+            hint="use the LoRA with the model it was trained for",
+        )
+    return fitting
+
+
+def describe(shapes: Mapping[str, tuple[int, int]]) -> str:
+    """Say in words what model has linear layers of these (O, I) shapes."""
+    widths = sorted({shape[1] for name, shape in shapes.items() if name.endswith("attn.q")})
+    feed_forward = sorted({shape[0] for name, shape in shapes.items() if name.endswith("ffn.0")})
+    parts = [f"width {_either(widths)}" if widths else "", _block_text(shapes)]
+    parts.append(f"feed-forward {_either(feed_forward)}" if feed_forward else "")
+    if any(name.endswith(("k_img", "v_img")) for name in shapes):
+        parts.append("with image branch")
+    return ", ".join(part for part in parts if part)
+
+
+def _compare(shapes: Mapping[str, tuple[int, int]], adapter: AdapterFile) -> str:
+    own = {name: factors.shape for name, factors in adapter.items()}
+    return f"The LoRA: {describe(own)}; the model: {describe(shapes)}"
+
+
+def _block_text(names: Iterable[str]) -> str:
+    indexes = sorted({index for name in names if (index := block_index(name)) is not None})
+    if not indexes:
+        return "no blocks"
+    return f"blocks {indexes[0]}-{indexes[-1]}" if len(indexes) > 1 else f"block {indexes[0]}"
+
+
+def _either(sizes: list[int]) -> str:
+    return " or ".join(str(size) for size in sizes)
+
+
+def _shapes(linears: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    return {
+        name: (int(m.out_features), int(m.in_features))  # type: ignore[arg-type]
+        for name, m in linears.items()
+    }
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    weight = layer.weight
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"{type(layer).__name__} has no weight tensor")
+    return weight

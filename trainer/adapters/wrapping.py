@@ -1,0 +1,29 @@
+"""Putting LoRA layers around linear layers of a model and taking them off again."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from trainer.adapters.lora_linear import LoRALinear
+
+
+def wrap(root: nn.Module, name: str, layer: LoRALinear) -> None:
+    """Put `layer` where the module `name` was; `layer.base` is that module."""
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, layer)
+
+
+def unwrap(root: nn.Module, name: str, layer: LoRALinear) -> None:
+    """Take `layer` off again, whatever was wrapped around it since.
+
+    Raises:
+        LookupError: `layer` is not on the module `name`.
+    """
+    parent, _, child = name.rpartition(".")
+    holder, attribute = root.get_submodule(parent), child
+    while isinstance(module := getattr(holder, attribute), LoRALinear):
+        if module is layer:
+            setattr(holder, attribute, layer.base)
+            return
+        holder, attribute = module, "base"
+    raise LookupError(f"the layer is not on {name}")
