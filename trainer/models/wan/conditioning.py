@@ -17,9 +17,12 @@ from torch import Tensor
 class LatentEncoder(Protocol):
     """The part of a Wan VAE that conditioning needs."""
 
-    stride: tuple[int, int, int]
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """Pixels per latent along frames, height, width."""
+        ...
 
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Tensor, /) -> Tensor:
         """Encode video_B3FHW in [-1, 1] to normalised latents_BCFHW."""
         ...
 

@@ -1,0 +1,160 @@
+"""Prompt files: what they say is understood, and what is wrong is named with file and line."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.contract.config import Prompt
+from trainer.contract.errors import ConfigError
+from trainer.sampling.prompts import FLAGS, parse_prompt_line, read_prompts
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_text_file_with_all_flags(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "p.txt",
+        "\ufeff# comment\n\n"
+        "a well-known cat -- running --w 832 --h 480 --f 81 --d 7 --s 20 --l 4.5 --fs 3 "
+        "--n bad, blurry --i in put.png --ei end.png\n"
+        "  plain prompt  \n",
+    )
+    first, second = read_prompts(path)
+    assert first == Prompt(
+        prompt="a well-known cat -- running",
+        width=832,
+        height=480,
+        num_frames=81,
+        seed=7,
+        num_steps=20,
+        guidance_scale=4.5,
+        flow_shift=3.0,
+        negative_prompt="bad, blurry",
+        image=Path("in put.png"),
+        last_image=Path("end.png"),
+    )
+    assert second == Prompt(prompt="plain prompt")
+
+
+def test_an_empty_negative_prompt_is_kept() -> None:
+    assert parse_prompt_line("a cat --n").negative_prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a cat --x 3", ["unknown flag", "--x"]),
+        ("a cat --heigth 3", ["unknown flag", "--heigth"]),
+        ("a cat --g 3", ["--g", "--l"]),
+        ("a cat --w wide", ["--w", "wide"]),
+        ("a cat --w 832 --w 480", ["--w", "twice"]),
+        ("a cat --w --h 480", ["--w", "no value"]),
+        ("a cat --s 0", ["--s"]),
+        ("--w 832", ["no text"]),
+    ],
+)
+def test_mistakes_name_file_and_line(tmp_path: Path, line: str, words: list[str]) -> None:
+    path = write(tmp_path / "p.txt", f"# one\ngood\n{line}\n")
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(path)
+    for word in [f"{path}:3", *words]:
+        assert word in str(caught.value)
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.txt", "a --x 1 --w wide\nb --y 2\n")
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(path)
+    assert [(p.line, p.key) for p in caught.value.problems] == [(1, "--x"), (2, "--y")]
+
+
+def test_toml(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "p.toml",
+        '[[prompts]]\nprompt = "a"\nwidth = 64\n[[prompts]]\nprompt = "b"\nguidance_scale = 3\n',
+    )
+    assert read_prompts(path) == (
+        Prompt(prompt="a", width=64),
+        Prompt(prompt="b", guidance_scale=3.0),
+    )
+
+
+def test_toml_mistakes_name_the_line_and_the_nearest_key(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.toml", '[[prompts]]\nprompt = "a"\n\nwidht = 64\n')
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(path)
+    message = str(caught.value)
+    assert f"{path}:4" in message
+    assert "'width'" in message
+    path = write(tmp_path / "q.toml", '[[prompt]]\nprompt = "a"\n')
+    with pytest.raises(ConfigError, match="'prompts'"):
+        read_prompts(path)
+    path = write(tmp_path / "r.toml", "[[prompts]\n")
+    with pytest.raises(ConfigError, match="TOML"):
+        read_prompts(path)
+
+
+def test_json(tmp_path: Path) -> None:
+    items = ["a", {"prompt": "b", "seed": 3}]
+    path = write(tmp_path / "p.json", json.dumps(items))
+    assert read_prompts(path) == (Prompt(prompt="a"), Prompt(prompt="b", seed=3))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"prompts": []}', "[3]", '[{"prompt": "a", "wid": 1}]', "[", "[]"]
+)
+def test_json_mistakes(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"p\.json"):
+        read_prompts(write(tmp_path / "p.json", text))
+
+
+def test_missing_empty_binary_and_foreign_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not found"):
+        read_prompts(tmp_path / "none.txt")
+    with pytest.raises(ConfigError, match="no prompt"):
+        read_prompts(write(tmp_path / "empty.txt", "# nothing\n"))
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        read_prompts(tmp_path / "binary.txt")
+    with pytest.raises(ConfigError, match="known endings"):
+        read_prompts(write(tmp_path / "p.csv", "a"))
+
+
+_words = st.text(st.characters(categories=["L", "N"], include_characters=",.!-"), min_size=1)
+_texts = (
+    st.lists(_words.filter(lambda word: not word.startswith("--")), min_size=1, max_size=5)
+    .map(" ".join)
+    .filter(lambda text: not text.startswith("#"))
+)
+_values = {
+    "width": st.integers(16, 4096),
+    "height": st.integers(16, 4096),
+    "num_frames": st.integers(1, 500),
+    "seed": st.integers(0, 2**63 - 1),
+    "num_steps": st.integers(1, 1000),
+    "guidance_scale": st.floats(0, 100),
+    "flow_shift": st.floats(0.001, 100),
+    "negative_prompt": _texts,
+}
+
+
+@given(_texts, st.fixed_dictionaries({}, optional=_values))
+def test_a_written_line_is_read_back(text: str, fields: dict[str, object]) -> None:
+    names = {key: flag for flag, key in FLAGS.items()}
+    line = " ".join([text, *(f"--{names[key]} {value}" for key, value in fields.items())])
+    assert parse_prompt_line(line) == Prompt(prompt=text, **fields)
+
+
+@given(st.text())
+def test_any_line_is_a_prompt_or_a_clear_error(line: str) -> None:
+    with suppress(ConfigError):  # anything else fails
+        parse_prompt_line(line)

@@ -1,0 +1,232 @@
+"""What to sample, complete and checked: a prompt with every empty field filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from trainer.contract.catalog import SOLVERS
+from trainer.contract.config import Prompt, SamplingSection
+from trainer.contract.errors import ConfigError, Problem
+from trainer.contract.variants import Variant
+from trainer.sampling.guidance import needs_negative
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """One video or image to make. Nothing is left open; `of` fills in the variant's defaults."""
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+    num_frames: int
+    """Pixel frames, 4N + 1; 1 makes an image."""
+    num_steps: int
+    guidance_scale: tuple[float, float]
+    """(low noise, high noise); models with one transformer use the first."""
+    flow_shift: float
+    seed: int
+    """Seeds a CPU generator: the same seed gives the same noise on every device."""
+    solver: str
+    fps: int
+    image: Path | None = None
+    """First frame."""
+    last_image: Path | None = None
+    """Last frame."""
+    control: Path | None = None
+    """Control video, image, or folder of frames."""
+
+    @classmethod
+    def of(
+        cls,
+        prompt: Prompt | str,
+        variant: Variant,
+        defaults: SamplingSection | None = None,
+        *,
+        index: int = 0,
+    ) -> SampleRequest:
+        """Fill the empty fields of `prompt`: from `defaults`, then from the variant.
+
+        Args:
+            prompt: a text, or a prompt with settings.
+            variant: gives the defaults its authors recommend.
+            defaults: the config's `[sampling]`.
+            index: place in the list of prompts; a prompt without a seed gets the default's + index.
+        """
+        if isinstance(prompt, str):
+            prompt = Prompt.model_validate({"prompt": prompt})
+        section = defaults or SamplingSection.model_validate({})
+
+        def pick(field: str, last: T) -> T:
+            for source in (prompt, section):
+                value: T | None = getattr(source, field)
+                if value is not None:
+                    return value
+            return last
+
+        return cls(
+            prompt=prompt.prompt,
+            negative_prompt=pick("negative_prompt", variant.negative_prompt),
+            width=pick("width", variant.width),
+            height=pick("height", variant.height),
+            num_frames=pick("num_frames", variant.num_frames),
+            num_steps=pick("num_steps", variant.num_steps),
+            guidance_scale=_guidance(prompt, section, variant),
+            flow_shift=pick("flow_shift", variant.flow_shift),
+            seed=section.seed + index if prompt.seed is None else prompt.seed,
+            solver=pick("solver", section.solver),
+            fps=pick("fps", variant.fps),
+            image=prompt.image,
+            last_image=prompt.last_image,
+            control=prompt.control,
+        )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Texts that have to be encoded: the prompt, and the negative prompt if it is used."""
+        used = any(needs_negative(scale) for scale in self.guidance_scale)
+        return (self.prompt, self.negative_prompt) if used else (self.prompt,)
+
+    def check(self, variant: Variant, *, pixel_multiple: int | None = None) -> None:
+        """Refuse what the model cannot make.
+
+        Args:
+            variant: the model.
+            pixel_multiple: what width and height must be multiples of, when the model at hand is
+                not of the variant's own size.
+
+        Raises:
+            ConfigError: everything that is wrong with this request, at once.
+        """
+        problems = [
+            *_size_problems(self, variant, pixel_multiple or variant.pixel_multiple),
+            *_number_problems(self),
+            *_file_problems(self, variant),
+        ]
+        if problems:
+            raise ConfigError(problems=problems)
+
+
+def requests_of(
+    prompts: Sequence[Prompt], variant: Variant, defaults: SamplingSection | None = None
+) -> tuple[SampleRequest, ...]:
+    """Return complete, checked requests.
+
+    Raises:
+        ConfigError: everything that is wrong with any of them, at once.
+    """
+    requests = tuple(
+        SampleRequest.of(prompt, variant, defaults, index=index)
+        for index, prompt in enumerate(prompts)
+    )
+    problems: list[Problem] = []
+    for index, request in enumerate(requests):
+        try:
+            request.check(variant)
+        except ConfigError as error:
+            problems += [
+                Problem(p.message, key=f"prompts[{index}].{p.key}", hint=p.hint)
+                for p in error.problems
+            ]
+    if problems:
+        raise ConfigError(problems=problems)
+    return requests
+
+
+def _guidance(prompt: Prompt, section: SamplingSection, variant: Variant) -> tuple[float, float]:
+    low, high = variant.guidance_scale
+    for source in (section, prompt):
+        if source.guidance_scale is not None:
+            low = high = source.guidance_scale
+        if source.guidance_scale_high_noise is not None:
+            high = source.guidance_scale_high_noise
+    return low, high
+
+
+def _size_problems(request: SampleRequest, variant: Variant, multiple: int) -> Iterator[Problem]:
+    stride = variant.vae_stride[0]
+    if request.num_frames < 1 or request.num_frames % stride != 1:
+        near = max(1, (request.num_frames - 1 + stride // 2) // stride * stride + 1)
+        yield Problem(
+            f"num_frames is {request.num_frames}, but the VAE needs {stride}n + 1",
+            key="num_frames",
+            hint=f"nearest: {near}",
+        )
+    for key, value in (("width", request.width), ("height", request.height)):
+        if value < multiple or value % multiple:
+            near = max(multiple, round(value / multiple) * multiple)
+            yield Problem(
+                f"{key} is {value}, but {variant.name} needs a multiple of {multiple}",
+                key=key,
+                hint=f"nearest: {near}",
+            )
+
+
+def _number_problems(request: SampleRequest) -> Iterator[Problem]:
+    if request.num_steps < 1:
+        yield Problem(f"num_steps is {request.num_steps}", key="num_steps", hint="1 or more")
+    if not request.flow_shift > 0:
+        yield Problem(f"flow_shift is {request.flow_shift}", key="flow_shift", hint="above 0")
+    if request.fps < 1:
+        yield Problem(f"fps is {request.fps}", key="fps", hint="1 or more")
+    if request.solver not in SOLVERS:
+        yield Problem(
+            f"unknown solver {request.solver!r}",
+            key="solver",
+            hint=f"known: {', '.join(SOLVERS.names)}",
+        )
+
+
+def _file_problems(request: SampleRequest, variant: Variant) -> Iterator[Problem]:
+    required, allowed = _inputs(variant)
+    given = {
+        key: path
+        for key in ("image", "last_image", "control")
+        if (path := getattr(request, key)) is not None
+    }
+    for key in sorted(required - given.keys()):
+        yield Problem(f"{variant.name} needs {_INPUT_NAMES[key]}", key=key, hint=f"set {key}")
+    for key, path in given.items():
+        if key not in allowed:
+            yield Problem(
+                f"{variant.name} cannot use {_INPUT_NAMES[key]}",
+                key=key,
+                hint="remove it or choose another model",
+            )
+        elif not path.exists():
+            yield Problem(f"{path} does not exist", key=key)
+    if "last_image" in given and request.num_frames == 1:
+        yield Problem(
+            "an image cannot have a last frame of its own",
+            key="last_image",
+            hint="num_frames 5 or more",
+        )
+    if "last_image" in given and "image" not in given and "image" not in required:
+        yield Problem("a last frame needs a first frame, too", key="image", hint="set image")
+
+
+_INPUT_NAMES = {
+    "image": "a first frame",
+    "last_image": "a last frame",
+    "control": "a control video",
+}
+
+
+def _inputs(variant: Variant) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the files that the variant must have and may have."""
+    match variant.conditioning:
+        case "first_frame":
+            return frozenset({"image"}), frozenset({"image", "last_image"})
+        case "first_last_frame":
+            return frozenset({"image", "last_image"}), frozenset({"image", "last_image"})
+        case "control":
+            return frozenset({"control"}), frozenset({"control", "image"})
+        case "none":
+            return frozenset(), frozenset({"image"} if variant.per_token_timestep else ())
