@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,9 +22,8 @@ class LoRALinear(nn.Module):
     become buffers: not trained, not in the state dict. In the state dict the base's tensors keep
     the names they had before it was wrapped.
 
-    Memory: autograd keeps the input, the rank-wide activations and both factors in the compute
-    dtype. The product is added to the base's output in place, so no second tensor of its size
-    exists, but where that output is a view (ZeRO-3 makes it one) it is added out of place.
+    Autograd keeps the input, the rank-wide activations and both factors in the compute dtype, and
+    no second tensor of the output's size exists.
     """
 
     down: Tensor
@@ -46,19 +46,18 @@ class LoRALinear(nn.Module):
         self.register_load_state_dict_pre_hook(_show_base)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., I) to (..., O); the branch computes in the dtype of the base's output."""
+        """Map (..., I) to (..., O); the branch computes in the dtype of x."""
         x_NI = x.reshape(-1, x.shape[-1])
-        out_NO: Tensor = self.base(x_NI)
         factor = self.scale * self.strength
-        if factor != 0.0:
-            dtype = out_NO.dtype
-            low_NR = F.linear(x_NI.to(dtype), self.down.to(dtype))
-            low_NR = F.dropout(low_NR, self.dropout, self.training)
-            up_RO = self.up.to(dtype).t()
-            # Adding in place to a view would make autograd clone the gradient, or refuse.
-            add = out_NO.addmm if out_NO._is_view() else out_NO.addmm_
-            out_NO = add(low_NR, up_RO, alpha=factor)
-        return out_NO.view(*x.shape[:-1], -1) if x.dim() != 2 else out_NO
+        if factor == 0.0:
+            return _unflatten(self.base(x_NI), x)
+        low_NR = F.linear(x_NI, self.down.to(x.dtype))
+        low_NR = F.dropout(low_NR, self.dropout, self.training)
+        up_OR = self.up.to(x.dtype)
+        branch_NO = _Branch.apply(low_NR, up_OR, factor)  # type: ignore[no-untyped-call]
+        low_NR, up_OR = low_NR.detach(), up_OR.detach()
+        out_NO: Tensor = _Add.apply(self.base(x_NI), branch_NO, low_NR, up_OR, factor)  # type: ignore[no-untyped-call]
+        return _unflatten(out_NO, x)
 
     @property
     def weight(self) -> Tensor:
@@ -83,6 +82,55 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         """Name the rank and scale where the module is printed."""
         return f"rank={self.down.shape[0]}, scale={self.scale:g}, strength={self.strength:g}"
+
+
+class _Branch(torch.autograd.Function):
+    """The low-rank product f · low @ upᵀ for autograd alone: its value is never formed.
+
+    All that backward needs is saved here, before the base layer runs. A checkpointed block is
+    recomputed up to the last tensor saved; were that saved after the base layer, the matrix
+    product of the block's last layer would be recomputed for nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, low_NR: Tensor, up_OR: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(low_NR, up_OR)
+        ctx.factor = factor
+        return low_NR.new_empty(1).expand(low_NR.shape[0], up_OR.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        low_NR, up_OR = ctx.saved_tensors
+        need_low, need_up, _ = ctx.needs_input_grad
+        grad_low_NR = (grad_NO @ up_OR).mul_(ctx.factor) if need_low else None
+        grad_up_OR = (grad_NO.t() @ low_NR).mul_(ctx.factor) if need_up else None
+        return grad_low_NR, grad_up_OR, None
+
+
+class _Add(torch.autograd.Function):
+    """Adds the product to the base's output, in place where autograd allows it.
+
+    Saves nothing: the gradient of both summands is the gradient of the sum. An output that is a
+    view made by another autograd function (ZeRO-3's hooks) must not be changed in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, out_NO: Tensor, branch_NO: Tensor, low_NR: Tensor, up_OR: Tensor, factor: float
+    ) -> Tensor:
+        low_NR, up_RO = low_NR.to(out_NO.dtype), up_OR.to(out_NO.dtype).t()
+        if out_NO._is_view():
+            return torch.addmm(out_NO, low_NR, up_RO, alpha=factor)
+        ctx.mark_dirty(out_NO)
+        return out_NO.addmm_(low_NR, up_RO, alpha=factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        return grad_NO, grad_NO, None, None, None
+
+
+def _unflatten(out_NO: Tensor, like: Tensor) -> Tensor:
+    return out_NO if like.dim() == 2 else out_NO.view(*like.shape[:-1], -1)
 
 
 def _hide_base(
