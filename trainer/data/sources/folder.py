@@ -1,0 +1,69 @@
+"""A folder of images or videos with caption files beside them. Sub-folders are not searched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer.contract.dataset_config import SourceOptions
+from trainer.contract.errors import DataError, Problem
+from trainer.data.captions import read_caption
+from trainer.data.sources.item import (
+    IMAGE_EXTENSIONS,
+    OTHER_MEDIA_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    MediaItem,
+    SourceScan,
+    list_images,
+)
+
+_MEDIA_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS | OTHER_MEDIA_EXTENSIONS
+
+
+def scan_folder(source: SourceOptions) -> SourceScan:
+    """List the media of a folder, sorted by name. Media of another kind are problems."""
+    folder = source.media_path
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return SourceScan((), (Problem(f"the folder cannot be read: {reason}", file=folder),))
+    items, problems = [], []
+    for path in paths:
+        if path.name.startswith(".") or path == source.cache_path:
+            continue
+        try:
+            if _is_item(path, source):
+                caption = read_caption(path, source.caption_extension)
+                items.append(MediaItem(path.name, path, source.kind, caption))
+        except DataError as error:
+            problems.append(Problem(error.message, file=path, hint=error.hint))
+    if not items and not problems:
+        problems.append(Problem(f"the folder holds no {source.kind}s", file=folder))
+    return SourceScan(tuple(items), tuple(problems))
+
+
+def _is_item(path: Path, source: SourceOptions) -> bool:
+    """Tell items from files that are none of our business; media we cannot use raise."""
+    if not path.name.isprintable():
+        raise DataError("its name holds characters that are no text", hint="rename it")
+    if path.is_dir():
+        return _is_clip_folder(path, source)
+    extension = path.suffix.lower()
+    if extension in (IMAGE_EXTENSIONS if source.kind == "image" else VIDEO_EXTENSIONS):
+        return True
+    if extension in OTHER_MEDIA_EXTENSIONS:
+        raise DataError(f"{extension} files are not read", hint="convert it, e.g. with ffmpeg")
+    if extension in _MEDIA_EXTENSIONS:
+        other = "a video in a source of images"
+        if source.kind == "video":
+            other = "an image in a source of videos"
+        raise DataError(f"is {other}", hint="give it a source of its own")
+    return False
+
+
+def _is_clip_folder(path: Path, source: SourceOptions) -> bool:
+    if source.kind == "video" and list_images(path):
+        return True
+    if any(inner.suffix.lower() in _MEDIA_EXTENSIONS for inner in path.iterdir()):
+        raise DataError("sub-folders are not searched", hint="give it a source of its own")
+    return False

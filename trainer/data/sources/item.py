@@ -1,0 +1,58 @@
+"""What a source finds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.contract.dataset_config import MediaKind
+from trainer.contract.errors import Problem
+
+IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
+VIDEO_EXTENSIONS = frozenset(
+    {".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"}
+)
+OTHER_MEDIA_EXTENSIONS = frozenset(
+    {".gif", ".tif", ".tiff", ".heic", ".jxl", ".ts", ".mts", ".m2ts", ".ogv", ".3gp", ".y4m"}
+)
+"""Media that Menma does not read; they are reported instead of being passed over."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaItem:
+    """One clip or image with its caption."""
+
+    name: str
+    """Path below the source's folder: unique in it, and the same wherever the dataset lies."""
+    path: Path
+    """A file, or a folder of images."""
+    kind: MediaKind
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceScan:
+    """The items of one source, in a fixed order, and what was left out."""
+
+    items: tuple[MediaItem, ...]
+    problems: tuple[Problem, ...] = ()
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return a folder's images in the order people count: frame 2 before frame 10."""
+    images = (
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
+    )
+    return sorted(images, key=natural_key)
+
+
+def natural_key(path: Path) -> tuple[list[tuple[int, int | str]], str]:
+    """Sort key of a name with its digits read as numbers."""
+    parts = re.split(r"(\d+)", path.name)
+    key: list[tuple[int, int | str]] = [
+        (0, int(part)) if part.isdecimal() else (1, part) for part in parts if part
+    ]
+    return key, path.name
