@@ -1,4 +1,4 @@
-"""No adapter: the transformer's own weights are trained."""
+"""Full fine-tuning: no adapter, the model's own weights are trained."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trainer.contract.errors import ModelFileError
 from trainer.contract.options import Options
 from trainer.core.seams import BuildContext
 from trainer.io.atomic_save import save_safetensors
 
 
 class FullFineTune:
-    """Trains every parameter of the transformer."""
+    """Trains every parameter of the transformer and writes a whole model."""
 
     class Config(Options):
-        """`[adapter] kind = "none"` has no options."""
+        """Options of `[adapter] kind = "none"`: none."""
 
     def __init__(self, config: FullFineTune.Config, build: BuildContext) -> None:
+        self.config = config
         self._transformer: nn.Module | None = None
 
     def inject(self, transformer: nn.Module, seed: int) -> None:
-        """Make every parameter trainable. Nothing is drawn, so `seed` does not matter."""
+        """Let every parameter be trained; `seed` is not needed, nothing is added."""
         transformer.requires_grad_(True)
         self._transformer = transformer
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Return the transformer's parameters by their own, canonical names."""
-        return dict(self._transformer.named_parameters()) if self._transformer is not None else {}
+        """Return all parameters by their canonical names."""
+        if self._transformer is None:
+            raise RuntimeError("inject the adapter first")
+        return dict(self._transformer.named_parameters())
 
     def write_output(
         self,
@@ -41,19 +43,12 @@ class FullFineTune:
         dtype: torch.dtype,
         metadata: Mapping[str, str],
     ) -> None:
-        """Write the whole model under its original names, which every program reads.
+        """Write the whole transformer under Wan's own names, readable by `load_transformer`.
 
-        `layout` is about LoRA files and makes no difference here.
+        `layout` is not used: there is one layout for models (`config_rules` refuses others).
 
         Raises:
-            ModelFileError: a value is not finite or does not fit `dtype`.
             DiskError: the disk is full, read-only or faulty.
         """
-        tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
-        bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-        if bad:
-            raise ModelFileError(
-                f"{bad[0]} has values that {dtype} cannot hold, or NaN",
-                hint="write bf16 or fp32; if that fails too, the training had diverged",
-            )
-        save_safetensors(tensors, path, metadata)
+        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
+        save_safetensors(tensors, path, dict(metadata))

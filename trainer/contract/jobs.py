@@ -1,7 +1,7 @@
 """What each job is asked for: the request file of `python -m trainer JOB REQUEST.json`.
 
-The app writes one of these as JSON; the job answers with events (`contract.events`) as JSON lines on
-stdout, words on stderr, and an exit code.
+The app writes one of these as JSON; the job answers with events (`contract.events`) as JSON lines
+on stdout, words on stderr, and an exit code.
 """
 
 from __future__ import annotations

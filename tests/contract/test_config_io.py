@@ -1,0 +1,173 @@
+"""Reading configs: layers, messages, all problems at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.contract.config_io import (
+    dump_config,
+    load_config,
+    load_config_with_sources,
+    parse_override,
+)
+from trainer.contract.errors import ConfigError
+
+MINIMAL = 'name = "x"\n'
+
+
+def write(folder: Path, text: str, name: str = "run.toml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems_of(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides, environ={})
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_layers_win_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    presets = tmp_path / "menma" / "presets"
+    presets.mkdir(parents=True)
+    write(
+        presets,
+        '[preset]\ntitle = "t"\n[training]\nseed = 1\nmax_steps = 10\nepochs = 2\n'
+        "[adapter]\nrank = 4\n",
+        "mine.toml",
+    )
+    path = write(tmp_path, 'preset = "mine"\n[training]\nseed = 2\nmax_steps = 20\n')
+    loaded = load_config_with_sources(
+        path,
+        ["training.seed=4"],
+        environ={"MENMA__TRAINING__SEED": "3", "MENMA__OPTIMIZER__LEARNING_RATE": "0.5"},
+    )
+    config = loaded.config
+    assert config.training.seed == 4
+    assert config.training.max_steps == 20
+    assert config.training.epochs == 2
+    assert config.optimizer.learning_rate == 0.5
+    assert config.adapter.options("kind")["rank"] == 4
+    assert str(loaded.sources["training.seed"]) == "--set training.seed=4"
+    assert str(loaded.sources["training.max_steps"]) == f"{path}:4"
+    assert str(loaded.sources["optimizer.learning_rate"]).startswith("environment MENMA__")
+    assert loaded.sources["training.epochs"].file == presets / "mine.toml"
+
+
+def test_all_problems_at_once_with_line_and_near_name(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        'name = "x"\n'
+        "[training]\nsede = 1\nmax_steps = 0\n"
+        "[adapter]\nrnak = 4\nalpha = -1.0\n"
+        '[objective]\ntimestep_sampler = "shfit"\n'
+        "[trainin]\n"
+        '[[techniques]]\nname = "contrastive_flow"\nwieght = 0.1\n',
+    )
+    problems = "\n".join(problems_of(path))
+    assert f"{path}:3: training.sede: unknown key (did you mean 'seed'?)" in problems
+    assert f"{path}:4: training.max_steps: input should be greater than or equal to 1" in problems
+    assert f"{path}:6: adapter.rnak: unknown key (did you mean 'rank'?)" in problems
+    assert f"{path}:7: adapter.alpha: input should be greater than 0" in problems
+    assert f"{path}:9: objective.timestep_sampler: unknown timestep sampler 'shfit'" in problems
+    assert "did you mean 'shift'?" in problems
+    assert f"{path}:10: trainin: unknown key (did you mean 'training'?)" in problems
+    assert f"{path}:13: techniques[0].wieght: unknown key (did you mean 'weight'?)" in problems
+
+
+def test_options_belong_to_the_chosen_plugin(tmp_path: Path) -> None:
+    text = '[objective]\ntimestep_sampler = "uniform"\nflow_shift = 3.0\n'
+    (problem,) = problems_of(write(tmp_path, text))
+    assert "objective.flow_shift: unknown key" in problem
+    config = load_config(write(tmp_path, text.replace("uniform", "shift")), environ={})
+    assert config.objective.options("timestep_sampler") == {
+        "flow_shift": 3.0,
+        "sigmoid_scale": 1.0,
+    }
+    assert config.objective.options("loss") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[objective]\nmin_timestep = 900\nmax_timestep = 800\n", "range of trained timesteps"),
+        ('[distributed]\nengine = "local"\nzero_stage = 2\n', "no ZeRO stage 2"),
+        ('[distributed]\nengine = "local"\nnum_processes = 2\n', "one process"),
+        ('[adapter]\nkind = "none"\n', "needs fp32 master copies"),
+        ("[sampling]\nevery_steps = 5\n", "there is no prompt"),
+        ("[sampling]\nnum_frames = 16\n", "use 13 or 17"),
+        ('[model]\nvariant = "wan2.2-t2v-a14b"\n', "has two experts"),
+        ('[model]\nexpert = "high_noise"\n', "only Wan 2.2 A14B has experts"),
+        ('[model]\nvariant = "wan2.1-t2v-13b"\n', "did you mean 'wan2.1-t2v-1.3b'?"),
+        ('[optimizer]\nkind = "adamw8bit"\n[distributed]\nzero_stage = 3\n', "8-bit states"),
+        ('[sampling]\nsolver = "unipcc"\n', "did you mean 'unipc'?"),
+        ('name = "../up"\n', "name"),
+        ("[training]\nseed = true\nepochs = 1.5\n", "training.epochs"),
+        ('preset = "nope"\n', "unknown preset 'nope'"),
+    ],
+)
+def test_rules_name_the_reason(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in "\n".join(problems_of(write(tmp_path, text)))
+
+
+def test_inline_dataset_problems_stand_at_their_lines(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        '[dataset.general]\nbatch_sise = 2\n[[dataset.sources]]\nvideo_directory = "v"\n'
+        'frame_extraction = "haed"\n',
+    )
+    problems = "\n".join(problems_of(path))
+    assert f"{path}:2: dataset.general.batch_sise" in problems
+    assert f"{path}:5: dataset.sources[0].frame_extraction" in problems
+
+
+def test_files_that_are_not_configs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="config file not found"):
+        load_config(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match=r"not valid TOML.*line 2"):
+        load_config(write(tmp_path, 'name = "x"\nrank = = 4\n'))
+    binary = tmp_path / "b.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(binary)
+    with pytest.raises(ConfigError, match=r"section\.key=value"):
+        load_config(write(tmp_path, MINIMAL), ["training.seed"])
+
+
+def test_overrides_are_checked_like_the_file(tmp_path: Path) -> None:
+    (problem,) = problems_of(write(tmp_path, MINIMAL), "training.sed=1")
+    assert "training.sed: unknown key (from --set training.sed=1) (did you mean 'seed'?)" in problem
+
+
+@given(st.text(max_size=20), st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans()))
+def test_override_values_are_toml_or_text(text: str, value: float) -> None:
+    shown = str(value).lower() if isinstance(value, bool) else repr(value)
+    assert parse_override(f"a.b={shown}") == {"a": {"b": value}}
+    parsed = parse_override(f"a={text}")["a"]
+    assert (
+        parsed == text.strip()
+        or not isinstance(parsed, str)
+        or f'"{parsed}"' in text
+        or (f"'{parsed}'" in text)
+    )
+
+
+def test_a_dumped_config_loads_to_the_same_config(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        'name = "full"\n[model]\ntransformer = "t.safetensors"\nshape = {num_heads = 4}\n'
+        '[[dataset.sources]]\nvideo_directory = "clips"\ntarget_frames = [17]\n'
+        '[adapter]\nrank = 8\ninclude = ["blocks.*"]\n[optimizer]\nbetas = [0.9, 0.95]\n'
+        '[lr_schedule]\nkind = "cosine"\nmin_lr_ratio = 0.1\n'
+        '[[sampling.prompts]]\nprompt = "a \\"cat\\""\n'
+        '[[techniques]]\nname = "contrastive_flow"\nweight = 0.1\n',
+    )
+    config = load_config(path, environ={})
+    again = load_config(write(tmp_path, dump_config(config), "again.toml"), environ={})
+    assert again == config
+    assert "weight_decay = 0.01" in dump_config(config)  # defaults are written out

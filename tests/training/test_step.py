@@ -1,0 +1,189 @@
+"""The step against a hand-written loop, and the rules every technique relies on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.contract.catalog import TECHNIQUES
+from trainer.contract.errors import ConfigError
+from trainer.contract.variants import VARIANTS
+from trainer.core.rng import generator
+from trainer.core.seams import BuildContext, Technique
+from trainer.core.types import Batch
+from trainer.losses.mse import MSE
+from trainer.timesteps.shift import Shift
+from trainer.timesteps.uniform import Uniform
+from trainer.training.step import Objective, SigmaRange, TrainStep
+from trainer.weightings.none import Unweighted
+
+BUILD = BuildContext(
+    variant=VARIANTS["wan2.1-t2v-1.3b"], seed=11, device=torch.device("cpu"), total_steps=10
+)
+
+
+class ToyTransformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = nn.Linear(4, 4)
+        self.dropout = nn.Dropout(0.5)
+        self.suspended = False
+        self.calls: list[bool] = []
+
+    def forward(self, latents: Tensor, timestep: Tensor, context: Any, **extra: Tensor) -> Tensor:
+        self.calls.append(self.suspended)
+        text = torch.stack([item.mean() for item in context]).view(-1, 1, 1, 1, 1)
+        mixed = self.mix(self.dropout(latents).movedim(1, -1)).movedim(-1, 1)
+        return mixed + text + timestep.view(-1, 1, 1, 1, 1) / 1000
+
+    @contextmanager
+    def suspend(self) -> Iterator[None]:
+        self.suspended = True
+        try:
+            yield
+        finally:
+            self.suspended = False
+
+
+def make_batch(seeds: tuple[int, ...] = (5, 6)) -> Batch:
+    random = torch.Generator().manual_seed(1)
+    return Batch(
+        latents_BCFHW=torch.randn(len(seeds), 4, 2, 3, 3, generator=random),
+        context=tuple(torch.randn(3, 8, generator=random) for _ in seeds),
+        names=tuple(f"clip{seed}" for seed in seeds),
+        item_seeds=seeds,
+    )
+
+
+def objective(sigmas: SigmaRange | None = None, sampler: Any = None) -> Objective:
+    return Objective(
+        sampler=sampler or Shift(Shift.Config(), BUILD),
+        loss=MSE(MSE.Config(), BUILD),
+        weighting=Unweighted(Unweighted.Config(), BUILD),
+        sigmas=sigmas or SigmaRange(),
+    )
+
+
+def make_step(techniques: list[Technique], seed: int = 11) -> TrainStep:
+    transformer = ToyTransformer()
+    return TrainStep(transformer, objective(), techniques, seed, transformer.suspend)
+
+
+def by_hand(model: ToyTransformer, batch: Batch, seed: int) -> Tensor:
+    from trainer.core.rng import derive_seed
+
+    torch.manual_seed(derive_seed(seed, "dropout", *batch.item_seeds))
+    noises, sigmas = [], []
+    for item in batch.item_seeds:
+        normal = torch.randn(1, generator=generator(seed, "sigma", item))
+        a = torch.sigmoid(normal)
+        sigmas.append((3 * a / (1 + 2 * a))[0])
+        noises.append(torch.randn(4, 2, 3, 3, generator=generator(seed, "noise", item)))
+    noise, sigma = torch.stack(noises), torch.stack(sigmas).view(-1, 1, 1, 1, 1)
+    noisy = (1 - sigma) * batch.latents_BCFHW + sigma * noise
+    prediction = model(noisy, 1000 * sigma.flatten(), batch.context)
+    return (prediction - (noise - batch.latents_BCFHW)).square().flatten(1).mean(1).mean()
+
+
+def test_without_techniques_it_is_the_hand_written_step_bit_for_bit() -> None:
+    step = make_step([])
+    batch = make_batch()
+    terms = step(batch)
+    assert list(terms) == ["loss"]
+    assert torch.equal(terms["loss"], by_hand(ToyTransformer(), batch, 11))
+    terms["loss"].backward()
+    reference = ToyTransformer()
+    by_hand(reference, batch, 11).backward()
+    assert torch.equal(step.transformer.mix.weight.grad, reference.mix.weight.grad)
+
+
+def test_noise_belongs_to_the_item_not_to_its_place() -> None:
+    step = make_step([])
+    both, alone = step.make_noisy(make_batch((5, 6))), step.make_noisy(make_batch((6,)))
+    assert torch.equal(both.noise_BCFHW[1], alone.noise_BCFHW[0])
+    assert torch.equal(both.sigma_B[1], alone.sigma_B[0])
+    other_seed = make_step([], seed=12).make_noisy(make_batch((6,)))
+    assert not torch.equal(other_seed.noise_BCFHW, alone.noise_BCFHW)
+
+
+@pytest.mark.parametrize("entry", TECHNIQUES, ids=lambda entry: entry.name)
+def test_a_technique_leaves_the_base_term_alone_unless_it_edits_it(entry: Any) -> None:
+    implementation: Any = TECHNIQUES.load(entry.name)
+    technique = implementation(implementation.Config(), BUILD)
+    terms = make_step([technique])(make_batch())
+    assert all(torch.isfinite(value).all() and value.shape == () for value in terms.values())
+    assert torch.equal(terms["loss"], make_step([])(make_batch())["loss"])
+    single = make_step([technique])(make_batch((5,)))
+    assert single.keys() == terms.keys()  # every rank must report the same terms
+
+
+def test_extra_forwards_run_with_hooks_suspended() -> None:
+    class Twice(Technique):
+        def loss_terms(self, batch: Any, noisy: Any, prediction: Any, predict: Any) -> list[Any]:
+            predict(noisy, batch)
+            return []
+
+    step = make_step([Twice()])
+    step(make_batch())
+    assert step.transformer.calls == [False, True]
+    assert not step.transformer.suspended
+
+
+def test_every_hook_enters_the_loss() -> None:
+    class Edits(Technique):
+        def edit_batch(self, batch: Batch, random: torch.Generator) -> Batch:
+            from dataclasses import replace
+
+            return replace(batch, latents_BCFHW=batch.latents_BCFHW + 1)
+
+        def edit_target(self, target: Tensor, batch: Any, noisy: Any) -> Tensor:
+            return target * 2
+
+        def loss_map(self, batch: Any, noisy: Any) -> Tensor:
+            return torch.full((1, 1, 2, 1, 1), 3.0)
+
+    step = make_step([Edits()])
+    batch = make_batch()
+    shifted = Batch(
+        latents_BCFHW=batch.latents_BCFHW + 1,
+        context=batch.context,
+        names=batch.names,
+        item_seeds=batch.item_seeds,
+    )
+    plain = make_step([])
+    noisy = plain.make_noisy(shifted)
+    from trainer.core.rng import derive_seed
+
+    torch.manual_seed(derive_seed(11, "dropout", 5, 6))
+    prediction = plain.predict(noisy, shifted)
+    target = 2 * (noisy.noise_BCFHW - shifted.latents_BCFHW)
+    expected = 3 * (prediction - target).square().mean()
+    assert step(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_sigma_range_squeezes_or_redraws() -> None:
+    sampler = Uniform(Uniform.Config(), BUILD)
+    random = torch.Generator().manual_seed(0)
+    squeezed = torch.stack(
+        [SigmaRange(low=0.8, high=0.9).draw(sampler, random) for _ in range(200)]
+    )
+    assert squeezed.min() >= 0.8
+    assert squeezed.max() <= 0.9
+    shape = SigmaRange(low=0.875, high=1.0, preserve_shape=True)
+    shift = Shift(Shift.Config(flow_shift=7.0), BUILD)
+    drawn = torch.stack([shape.draw(shift, random) for _ in range(300)])
+    assert drawn.min() >= 0.875
+    # The median of the upper half of the shifted distribution: P(σ ≥ .875) is one half at s = 7.
+    assert drawn.median().item() == pytest.approx(0.932, abs=0.01)
+
+
+def test_a_range_that_is_never_hit_is_an_error_not_an_endless_loop() -> None:
+    shape = SigmaRange(low=0.0, high=1e-9, preserve_shape=True)
+    with pytest.raises(ConfigError, match="65,536 draws"):
+        shape.draw(Shift(Shift.Config(), BUILD), torch.Generator().manual_seed(0))
