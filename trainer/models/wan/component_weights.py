@@ -65,7 +65,8 @@ def fill(
         source = sources[name]
         # A part of a tensor is copied, or it would keep the whole alive.
         mapped = place.mapped and source.change is None
-        value = source.value(_read(files, source.name, place.dtype))
+        stored = files.read(source.name)
+        value = source.value(_dequantised(files, source.name, stored, place.dtype))
         if value.shape != parameter.shape:
             raise ModelFileError(
                 f"{source.name} in {files.path} gives a tensor of shape {tuple(value.shape)}, a "
@@ -74,7 +75,7 @@ def fill(
             )
         kept = value.to(device=place.device, dtype=place.dtype, copy=not mapped)
         _set(model, name, kept.contiguous())
-        if not mapped or kept.device.type != "cpu":
+        if kept.data_ptr() != stored.data_ptr():
             files.release(source.name)
 
 
@@ -92,14 +93,13 @@ def refuse_unknown(files: WeightFiles, known: Iterable[str], what: str) -> None:
         )
 
 
-def _read(files: WeightFiles, name: str, dtype: torch.dtype) -> Tensor:
-    """Return a tensor of the file; fp8 is multiplied by its scale, in float32.
+def _dequantised(files: WeightFiles, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of the file as numbers; fp8 is multiplied by its scale, in float32.
 
     Raises:
         ModelFileError: fp8 whose scale is missing though the file announces one, or a storage
             format without a reader.
     """
-    tensor = files.read(name)
     if tensor.dtype not in _FP8:
         if not tensor.is_floating_point():
             raise ModelFileError(

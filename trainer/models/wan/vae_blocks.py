@@ -103,12 +103,14 @@ class RMSNorm(nn.Module):
         """Normalise (B, C, F, H, W); lengths are computed in float32 or better."""
         wide = torch.promote_types(x.dtype, torch.float32)
         length: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
-        factor = self._scale / length.clamp_min(1e-12)
-        gamma = self.gamma.view(-1, 1, 1, 1)
+        factor: Tensor = self._scale / length.clamp_min(1e-12)
+        gamma: Tensor = self.gamma.view(-1, 1, 1, 1)
         if torch.is_grad_enabled():
             return (x * factor).to(x.dtype) * gamma
         # Writing through `out` rounds once and needs no float32 copy of the activation.
-        return torch.mul(x, factor, out=torch.empty_like(x)).mul_(gamma)
+        scaled = torch.empty_like(x)
+        torch.mul(x, factor, out=scaled)
+        return scaled.mul_(gamma)
 
 
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
