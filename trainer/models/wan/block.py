@@ -1,0 +1,150 @@
+"""One Wan transformer block and the modulation by time that it shares with the head.
+
+Shape letters: B batch, L tokens, T text tokens, S image tokens, U distinct timesteps, D width,
+P parts of a modulation (6 in a block, 2 in the head).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.contract.variants import TransformerConfig
+from trainer.models.wan.attention import AttentionBackend, CrossAttention, SelfAttention
+
+
+@dataclass(frozen=True, slots=True)
+class TimeModulation:
+    """What the timestep adds to a modulation, float32.
+
+    One row per sample while all tokens of a sample share a timestep; otherwise one row per
+    distinct timestep and the row of every token. Never one row per token: at 720p those would be
+    24 bytes per token and channel for a handful of distinct rows.
+    """
+
+    rows_UPD: Tensor
+    row_BL: Tensor | None = None
+
+    def at(self, kept_L: Tensor | None) -> TimeModulation:
+        """Return the same for the tokens at the positions `kept_L`."""
+        if kept_L is None or self.row_BL is None:
+            return self
+        return TimeModulation(self.rows_UPD, self.row_BL[:, kept_L])
+
+
+class Modulation:
+    """Shifts, scales and gates of one block or of the head, for one forward."""
+
+    def __init__(self, learned_1PD: Tensor, time: TimeModulation, dtype: torch.dtype) -> None:
+        self._rows_UPD = learned_1PD.float() + time.rows_UPD
+        self._row_BL = time.row_BL
+        self._dtype = dtype
+
+    def part(self, index: int, *, plus_one: bool = False) -> Tensor:
+        """Return part `index` (+ 1) as (B, 1, D), or (B, L, D) where tokens differ."""
+        rows_UD = self._rows_UPD[:, index]
+        rows_UD = ((1 + rows_UD) if plus_one else rows_UD).to(self._dtype)
+        return rows_UD.unsqueeze(1) if self._row_BL is None else rows_UD[self._row_BL]
+
+
+def modulated_norm(tokens_BLD: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Layer norm without weights, times `scale`, plus `shift`; both (B, 1, D) or (B, L, D)."""
+    width = tokens_BLD.shape[-1:]
+    if shift.shape[:2] == (1, 1):
+        # The vector of a single sample is exactly what the fused kernel takes as its affine part.
+        return F.layer_norm(tokens_BLD, width, scale[0, 0], shift[0, 0], eps)
+    return torch.addcmul(shift, F.layer_norm(tokens_BLD, width, eps=eps), scale)
+
+
+def gated_residual(tokens_BLD: Tensor, update_BLD: Tensor, gate: Tensor) -> Tensor:
+    """Return tokens + gate · update; `gate` is (B, 1, D) or (B, L, D)."""
+    if gate.requires_grad or gate.shape[1] != 1:
+        return torch.addcmul(tokens_BLD, update_BLD, gate)
+    return _frozen_gate(tokens_BLD, update_BLD, gate)
+
+
+class _FrozenGate(torch.autograd.Function):
+    """`addcmul` that hides its gate from checkpointing.
+
+    A checkpointed block is recomputed until the last tensor that was saved for backward exists.
+    Were the gate saved, the matrix product in front of it, the last of the feed-forward, would be
+    recomputed only to be thrown away. So the gate, one vector a sample, is simply kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens_BLD: Tensor, update_BLD: Tensor, gate_B1D: Tensor) -> Tensor:
+        ctx.gate_B1D = gate_B1D
+        return torch.addcmul(tokens_BLD, update_BLD, gate_B1D)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        needed = ctx.needs_input_grad[1]
+        return grad_BLD, grad_BLD * ctx.gate_B1D if needed else None, None
+
+
+_frozen_gate = cast("Callable[..., Tensor]", _FrozenGate.apply)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInputs:
+    """What every block is given beside the tokens."""
+
+    time: TimeModulation
+    rope_LK: Tensor
+    context_BTD: Tensor
+    context_bias_BT: Tensor | None
+    image_BSD: Tensor | None
+    attend: AttentionBackend
+
+    def at(self, kept_L: Tensor | None) -> tuple[BlockInputs]:
+        """Return the inputs for the tokens at the positions `kept_L` (None: all)."""
+        if kept_L is None:
+            return (self,)
+        return (
+            BlockInputs(
+                self.time.at(kept_L),
+                self.rope_LK[kept_L],
+                self.context_BTD,
+                self.context_bias_BT,
+                self.image_BSD,
+                self.attend,
+            ),
+        )
+
+
+class WanBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, the first and last modulated by time."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim, heads, self.eps = config.dim, config.num_heads, config.eps
+        self.self_attn = SelfAttention(dim, heads, self.eps)
+        self.norm3 = nn.LayerNorm(dim, self.eps)
+        self.cross_attn = CrossAttention(dim, heads, self.eps, image=config.image_dim is not None)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, dim),
+        )
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim))
+
+    def forward(self, tokens_BLD: Tensor, inputs: BlockInputs) -> Tensor:
+        """Return the tokens after this block, (B, L, D)."""
+        part = Modulation(self.modulation, inputs.time, tokens_BLD.dtype).part
+        normed = modulated_norm(tokens_BLD, part(0), part(1, plus_one=True), self.eps)
+        update = self.self_attn(normed, inputs.rope_LK, inputs.attend)
+        tokens_BLD = gated_residual(tokens_BLD, update, part(2))
+        tokens_BLD = tokens_BLD + self.cross_attn(
+            self.norm3(tokens_BLD),
+            inputs.context_BTD,
+            inputs.context_bias_BT,
+            inputs.image_BSD,
+            inputs.attend,
+        )
+        normed = modulated_norm(tokens_BLD, part(3), part(4, plus_one=True), self.eps)
+        return gated_residual(tokens_BLD, self.ffn(normed), part(5))

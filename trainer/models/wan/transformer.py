@@ -1,0 +1,304 @@
+"""The Wan 2.1 / 2.2 video transformer.
+
+Module names are those of the official releases, so that every file, adapter and tool agrees on
+them. Sources: Wan technical report (arXiv:2503.20314) and the Wan-Video repositories; Fun models:
+the VideoX-Fun repository. Parity with diffusers' independent implementation is tested to 2e-5.
+
+Shape letters: B batch, C channels, F latent frames, H/W latent height and width, L tokens,
+T text tokens, S image tokens, U distinct timesteps, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from trainer.contract.errors import ConfigError, DataError
+from trainer.contract.variants import TransformerConfig
+from trainer.models.block_stack import BlockStack
+from trainer.models.wan.attention import AttentionBackend, TorchAttention
+from trainer.models.wan.block import (
+    BlockInputs,
+    Modulation,
+    TimeModulation,
+    WanBlock,
+    modulated_norm,
+)
+from trainer.models.wan.context import prepare_context
+from trainer.models.wan.embeddings import (
+    ImageEmbedding,
+    PatchEmbedding,
+    distinct_timesteps,
+    sinusoid,
+)
+from trainer.models.wan.rope import MAX_POSITIONS, rope_table
+
+FLOAT32_MODULES = ("time_embedding",)
+"""Kept in float32 whatever the dtype of the rest: its input spans 1000 steps, which bfloat16 cannot
+tell apart, and it is 0.2 % of the 14B model. Norms and modulations are stored in the model's dtype
+and computed in float32."""
+
+
+class Head(nn.Module):
+    """Modulated norm and projection from tokens to patches of velocity."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+
+    def forward(self, tokens_BLD: Tensor, time: TimeModulation) -> Tensor:
+        """Return (B, L, patch size · out_channels)."""
+        part = Modulation(self.modulation, time, tokens_BLD.dtype).part
+        normed = modulated_norm(tokens_BLD, part(0), part(1, plus_one=True), self.eps)
+        patches: Tensor = self.head(normed)
+        return patches
+
+
+class WanTransformer(nn.Module):
+    """Predicts velocity from noisy latents, timestep, text and optional conditioning.
+
+    Attributes:
+        config: the model's shape.
+        variant_name: entry of `trainer.contract.variants.VARIANTS`, "" if of no released size.
+        attend: computes all attention; exchange it for another backend.
+    """
+
+    def __init__(self, config: TransformerConfig, *, seed: int | None = 0) -> None:
+        """Build a model with fresh weights.
+
+        Args:
+            config: the shape.
+            seed: of the initial weights; None leaves them unset for a loader to assign.
+
+        Raises:
+            ConfigError: the sizes do not fit one another.
+        """
+        _check_config(config)
+        super().__init__()
+        self.config = config
+        self.variant_name = ""
+        self.attend: AttentionBackend = TorchAttention()
+        dim = config.dim
+        self.patch_embedding = PatchEmbedding(
+            config.in_channels, dim, config.patch_size, config.patch_size
+        )
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if config.image_dim is not None:
+            positions = 2 * config.image_tokens if config.image_position_embedding else None
+            self.img_emb = ImageEmbedding(config.image_dim, dim, positions)
+        if config.reference_conv:
+            patch = config.patch_size[1:]
+            self.ref_conv = nn.Conv2d(config.out_channels, dim, patch, patch)
+        self.blocks = BlockStack(WanBlock(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        if seed is not None:
+            initialise(self, torch.Generator().manual_seed(seed))
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Keep only block inputs for the backward and recompute the rest."""
+        return self.blocks.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.blocks.gradient_checkpointing = value
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that tokens have between the blocks."""
+        return self.patch_embedding.weight.dtype
+
+    def forward(
+        self,
+        latents_BCFHW: Tensor,
+        timestep: Tensor,
+        context: Tensor | Sequence[Tensor],
+        *,
+        extra_channels: Tensor | None = None,
+        image_context: Tensor | None = None,
+        reference: Tensor | None = None,
+    ) -> Tensor:
+        """Return the velocity, shaped as the latents and in their dtype.
+
+        Args:
+            latents_BCFHW: noisy latents.
+            timestep: 1000·sigma, (B,), or (B, L) with one per token (frame by frame, row by row).
+            context: text embeddings, (B, T, text_dim) or one (T_i, text_dim) per sample; zero rows
+                up to `config.text_len` are added here.
+            extra_channels: (B, C', F, H, W), put behind the latents on the channel axis.
+            image_context: CLIP features (B, S, image_dim), S = 257; FLF2V 514, first then last.
+            reference: latents (B, C, H, W) of a reference picture, for models with `ref_conv`.
+
+        Raises:
+            DataError: something is missing, superfluous or of a shape that does not fit.
+        """
+        self._check_latents(latents_BCFHW, extra_channels)
+        batch, _, *size = latents_BCFHW.shape
+        f, h, w = (n // p for n, p in zip(size, self.config.patch_size, strict=True))
+        self._check_conditioning(latents_BCFHW, timestep, context, image_context, reference)
+        inputs = latents_BCFHW
+        if extra_channels is not None:
+            inputs = torch.cat((latents_BCFHW, extra_channels.to(latents_BCFHW)), dim=1)
+        tokens_BLD = self.patch_embedding(inputs.to(self.dtype)).flatten(2).transpose(1, 2)
+        if reference is not None:
+            seen = self.ref_conv(reference.to(self.dtype)).flatten(2).transpose(1, 2)
+            tokens_BLD = torch.cat((seen, tokens_BLD), dim=1)
+            f += 1
+        time_head, time_blocks = self._embed_time(timestep)
+        context_BTD, bias_BT = self._embed_text(context)
+        given = BlockInputs(
+            time=time_blocks,
+            rope_LK=rope_table(
+                (f, h, w), self.config.head_dim, self.config.rope_theta, latents_BCFHW.device
+            ),
+            context_BTD=context_BTD,
+            context_bias_BT=bias_BT,
+            image_BSD=None if image_context is None else self.img_emb(image_context.to(self.dtype)),
+            attend=self.attend,
+        )
+        tokens_BLD = self.blocks(tokens_BLD, given.at)
+        if reference is not None:
+            tokens_BLD = tokens_BLD[:, h * w :]
+        patches = self.head(tokens_BLD, time_head).to(latents_BCFHW.dtype)
+        return self._unpatch(patches, batch, size)
+
+    def _embed_time(self, timestep: Tensor) -> tuple[TimeModulation, TimeModulation]:
+        rows_U, row_BL = distinct_timesteps(timestep)
+        first = cast(nn.Linear, self.time_embedding[0])
+        time_UD = self.time_embedding(sinusoid(rows_U, self.config.freq_dim).to(first.weight.dtype))
+        parts_UE = self.time_projection(time_UD.to(self.dtype)).float()
+        parts_UPD = parts_UE.unflatten(-1, (6, self.config.dim))
+        return TimeModulation(time_UD.float().unsqueeze(1), row_BL), TimeModulation(
+            parts_UPD, row_BL
+        )
+
+    def _embed_text(self, context: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        rows_BTD, bias_BT = prepare_context(
+            context,
+            self.config.text_len,
+            self.config.text_dim,
+            self.dtype,
+            compact=self.attend.takes_bias,
+        )
+        return self.text_embedding(rows_BTD), bias_BT
+
+    def _unpatch(self, patches_BLE: Tensor, batch: int, size: list[int]) -> Tensor:
+        pf, ph, pw = self.config.patch_size
+        f, h, w = size[0] // pf, size[1] // ph, size[2] // pw
+        cells = patches_BLE.view(batch, f, h, w, pf, ph, pw, self.config.out_channels)
+        return cells.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, *size)
+
+    def _check_latents(self, latents: Tensor, extra: Tensor | None) -> None:
+        if latents.dim() != 5:
+            raise DataError(f"latents are {tuple(latents.shape)}; (B, C, F, H, W) is needed")
+        channels = latents.shape[1] + (0 if extra is None else extra.shape[1])
+        if channels != self.config.in_channels:
+            raise DataError(
+                f"the model takes {self.config.in_channels} channels, {channels} were given",
+                hint=_channel_hint(self.config),
+            )
+        if extra is not None and _without_channels(extra) != _without_channels(latents):
+            raise DataError(
+                f"extra channels {tuple(extra.shape)} and latents {tuple(latents.shape)} differ "
+                "in more than channels"
+            )
+        for name, size, patch in zip(
+            ("frames", "height", "width"), latents.shape[2:], self.config.patch_size, strict=True
+        ):
+            if size == 0 or size % patch or size // patch > MAX_POSITIONS:
+                raise DataError(
+                    f"latent {name} of {size} cannot be cut into patches of {patch}",
+                    hint=f"give a multiple of {patch}, at most {MAX_POSITIONS * patch}",
+                )
+
+    def _check_conditioning(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Tensor | Sequence[Tensor],
+        image: Tensor | None,
+        reference: Tensor | None,
+    ) -> None:
+        batch, _, *size = latents.shape
+        tokens = math.prod(size) // math.prod(self.config.patch_size)
+        if tuple(timestep.shape) not in {(batch,), (batch, tokens)}:
+            raise DataError(
+                f"timestep has the shape {tuple(timestep.shape)}; ({batch},) or "
+                f"({batch}, {tokens}) is needed"
+            )
+        if len(context) != batch:
+            raise DataError(f"{len(context)} text embeddings for {batch} samples")
+        wanted = _image_shape(self.config, batch)
+        given = None if image is None else tuple(image.shape)
+        if given != wanted:
+            raise DataError(f"image context: {given} was given, {wanted} is needed")
+        if reference is None:
+            return
+        if not self.config.reference_conv:
+            raise DataError("this model takes no reference picture")
+        if tuple(reference.shape) != (batch, self.config.out_channels, *size[1:]):
+            raise DataError(f"the reference {tuple(reference.shape)} does not fit the latents")
+        if timestep.dim() == 2:
+            raise DataError("one timestep per token and a reference picture exclude one another")
+
+
+def initialise(model: WanTransformer, generator: torch.Generator) -> None:
+    """Give `model` fresh weights: uniform Xavier linears, small embeddings, zero output.
+
+    The scheme of the official code: velocity starts at zero, biases too.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv3d | nn.Conv2d):
+            flat = module.weight.detach().flatten(1)
+            nn.init.xavier_uniform_(flat, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, WanBlock | Head):
+            nn.init.normal_(module.modulation, std=model.config.dim**-0.5, generator=generator)
+    for embedding in (model.text_embedding, model.time_embedding):
+        for module in embedding:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
+    if model.config.image_dim is not None and model.img_emb.emb_pos is not None:
+        nn.init.zeros_(model.img_emb.emb_pos)
+    nn.init.zeros_(model.head.head.weight)
+
+
+def _check_config(config: TransformerConfig) -> None:
+    if config.num_heads < 1 or config.dim % config.num_heads or config.head_dim % 2:
+        raise ConfigError(
+            f"width {config.dim} cannot be cut into {config.num_heads} heads of even size",
+            hint="num_heads must divide dim into even parts",
+        )
+    if config.freq_dim % 2:
+        raise ConfigError(f"freq_dim must be even, not {config.freq_dim}")
+
+
+def _image_shape(config: TransformerConfig, batch: int) -> tuple[int, int, int] | None:
+    if config.image_dim is None:
+        return None
+    images = 2 if config.image_position_embedding else 1
+    return batch, images * config.image_tokens, config.image_dim
+
+
+def _channel_hint(config: TransformerConfig) -> str:
+    extra = config.in_channels - config.out_channels
+    if extra == 0:
+        return "this is a text-to-video model: no extra channels"
+    return f"{config.out_channels} latent channels and {extra} extra channels"
+
+
+def _without_channels(tensor: Tensor) -> tuple[int, ...]:
+    return (tensor.shape[0], *tensor.shape[2:])
