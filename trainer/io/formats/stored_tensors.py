@@ -148,7 +148,7 @@ def _check_tensor(weights: WeightFiles, stored: StoredTensor, *, scaled: bool) -
     if info.dtype not in (*FP8_DTYPES, *FLOAT_DTYPES):
         kind = str(info.dtype).removeprefix("torch.")
         raise ModelFileError(
-            f"{weights.path}: {stored.name} is stored as {kind}, which Menma cannot read as a weight",
+            f"{weights.path}: {stored.name} is stored as {kind}, which is no weight Menma can read",
             hint="use the fp16, bf16, fp8 or fp8_scaled file of the model",
         )
     if stored.scale is None:

@@ -1,0 +1,134 @@
+"""Wan transformers from and to files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.contract.errors import ConfigError, ModelFileError
+from trainer.io.atomic_save import save_safetensors
+from trainer.io.formats.stored_tensors import FLOAT_DTYPES, own_dtype, read_tensor
+from trainer.io.mapped_load import WeightFiles, open_weights
+from trainer.models.wan.detect import TransformerFile, recognise, transformer_metadata
+from trainer.models.wan.transformer import FLOAT32_MODULES, WanTransformer
+
+__all__ = ["load_transformer", "save_transformer", "transformer_metadata"]
+
+
+def load_transformer(
+    path: Path | str,
+    variant: str = "auto",
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    config: Mapping[str, Any] | None = None,
+) -> WanTransformer:
+    """Read a Wan transformer from any known layout, straight to `dtype` and `device`.
+
+    Tensor by tensor: the host never holds a second copy. fp8 weights are turned into `dtype`.
+
+    Args:
+        path: a safetensors or .pth file, a folder of shards, or a diffusers folder.
+        variant: name of a variant to insist on, or "auto" (see `detect.recognise` for the rule).
+        dtype: of the weights; None: as in the file, bfloat16 for fp8. The time embedding is
+            float32 always (`FLOAT32_MODULES`).
+        device: where the model shall be.
+        config: fields of `TransformerConfig` that the file does not tell, for models that are not
+            of a released size and not written by Menma, e.g. {"num_heads": 4}.
+
+    Raises:
+        ModelFileError: missing, damaged, unsafe, not a Wan transformer, or not `variant`.
+        ConfigError: an unknown variant, dtype or field.
+    """
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise ConfigError(f"a transformer cannot be computed in {dtype}")
+    weights = open_weights(_weights_folder(Path(path)))
+    file = recognise(weights, variant, config)
+    with torch.device("meta"):
+        model = WanTransformer(file.config, seed=None)
+    model.variant_name = file.variant_name
+    _check_tensors(weights, file, model)
+    chosen = dtype or own_dtype(weights, file.tensors.values())
+    for name, stored in file.tensors.items():
+        target = torch.float32 if name.startswith(FLOAT32_MODULES) else chosen
+        _assign(model, name, read_tensor(weights, stored, target, device))
+    return model
+
+
+def save_transformer(
+    model: WanTransformer,
+    path: Path | str,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a transformer as one safetensors file of official names.
+
+    ComfyUI and diffusers read it; `load_transformer` knows shape and variant from its metadata.
+
+    Args:
+        model: gives shape, variant and, unless `state` does, the weights.
+        path: the file; replaced in one step.
+        state: full tensors by official name, where the model itself does not hold them whole.
+        dtype: of the file; None: as they are.
+        metadata: further strings for the file's header.
+
+    Raises:
+        DiskError: it could not be written; a file that was there before is intact.
+        ValueError: `state` is not a state of this model.
+    """
+    tensors = dict(model.state_dict() if state is None else state)
+    expected = {name for name, _ in model.named_parameters()}
+    if set(tensors) != expected:
+        raise ValueError(f"not this model's state: {sorted(set(tensors) ^ expected)[:5]}")
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    header = transformer_metadata(model.config, model.variant_name)
+    save_safetensors(tensors, path, {**(metadata or {}), **header})
+
+
+def _weights_folder(path: Path) -> Path:
+    """The folder itself, or the only transformer of a diffusers pipeline."""
+    if not (path / "model_index.json").is_file():
+        return path
+    if (path / "transformer_2").is_dir():
+        raise ModelFileError(
+            f"{path} holds two transformers",
+            hint="give one of its folders: transformer (high noise) or transformer_2 (low noise)",
+        )
+    return path / "transformer"
+
+
+def _check_tensors(weights: WeightFiles, file: TransformerFile, model: WanTransformer) -> None:
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: weights[stored.name].shape for name, stored in file.tensors.items()}
+    problems = []
+    for kind, names in (
+        ("lacks", expected.keys() - found.keys()),
+        ("has unknown", found.keys() - expected.keys()),
+    ):
+        if names:
+            problems.append(f"{kind} {len(names)} tensors: {_some(names)}")
+    wrong = [n for n in expected.keys() & found.keys() if expected[n] != found[n]]
+    if wrong:
+        shapes = ", ".join(f"{n} {found[n]}, not {expected[n]}" for n in sorted(wrong)[:3])
+        problems.append(f"has {len(wrong)} tensors of another shape: {shapes}")
+    if problems:
+        raise ModelFileError(
+            f"{weights.path} does not fit {file.variant_name}: {'; '.join(problems)}",
+            hint="the file is incomplete or of a model that Menma does not know",
+        )
+
+
+def _some(names: set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
+
+
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+    module_name, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module_name), leaf, nn.Parameter(value))
