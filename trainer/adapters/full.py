@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from trainer.contract.options import Options
 from trainer.core.seams import BuildContext
-from trainer.io.atomic_save import save_safetensors
+from trainer.models.wan.loading import save_transformer
+from trainer.models.wan.transformer import WanTransformer
 
 
 class FullFineTune:
@@ -21,18 +22,16 @@ class FullFineTune:
 
     def __init__(self, config: FullFineTune.Config, build: BuildContext) -> None:
         self.config = config
-        self._transformer: nn.Module | None = None
+        self._transformer: WanTransformer | None = None
 
-    def inject(self, transformer: nn.Module, seed: int) -> None:
+    def inject(self, transformer: WanTransformer, seed: int) -> None:
         """Let every parameter be trained; `seed` is not needed, nothing is added."""
         transformer.requires_grad_(True)
         self._transformer = transformer
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return all parameters by their canonical names."""
-        if self._transformer is None:
-            raise RuntimeError("inject the adapter first")
-        return dict(self._transformer.named_parameters())
+        return dict(self._model().named_parameters())
 
     def write_output(
         self,
@@ -50,5 +49,9 @@ class FullFineTune:
         Raises:
             DiskError: the disk is full, read-only or faulty.
         """
-        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
-        save_safetensors(tensors, path, dict(metadata))
+        save_transformer(self._model(), path, state=state, dtype=dtype, metadata=metadata)
+
+    def _model(self) -> WanTransformer:
+        if self._transformer is None:
+            raise RuntimeError("inject the adapter first")
+        return self._transformer

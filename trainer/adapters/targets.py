@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
+from trainer.adapters.formats.names import canonical_name
 from trainer.adapters.lora_linear import LoRALinear
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.registry import nearest
@@ -17,9 +18,10 @@ _BLOCK_LINEAR = re.compile(
 
 
 def linear_layers(transformer: nn.Module) -> dict[str, nn.Module]:
-    """Return every linear layer by canonical name, wrapped ones as their outermost wrapper.
+    """Return every linear layer that LoRA files have a name for, by canonical name.
 
-    Quantised layers count as linear when they have `in_features` and `out_features`.
+    A wrapped layer counts as its outermost wrapper; a quantised one is linear when it has
+    `in_features` and `out_features`.
     """
     found: dict[str, nn.Module] = {}
     wrapped: tuple[str, ...] = ()
@@ -28,7 +30,7 @@ def linear_layers(transformer: nn.Module) -> dict[str, nn.Module]:
             continue
         if isinstance(module, LoRALinear):
             wrapped = (*wrapped, f"{name}.")
-        if isinstance(module, nn.Linear | LoRALinear) or _looks_linear(module):
+        if canonical_name(name) == name and _is_linear(module):
             found[name] = module
     return found
 
@@ -89,6 +91,6 @@ def _matcher(
     return lambda name: any(regex.fullmatch(name) for regex in compiled)
 
 
-def _looks_linear(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module) -> bool:
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     return all(isinstance(size, int) for size in sizes)

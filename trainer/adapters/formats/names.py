@@ -8,27 +8,34 @@ from __future__ import annotations
 
 import re
 
-_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+from trainer.io.formats.diffusers_names import to_diffusers_name
+
+_LINEARS_IN_BLOCK = (
+    *(f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),
+    "cross_attn.k_img",
+    "cross_attn.v_img",
+    "ffn.0",
+    "ffn.2",
+)
+_LINEARS_OUTSIDE = (
+    "text_embedding.0",
+    "text_embedding.2",
+    "time_embedding.0",
+    "time_embedding.2",
+    "time_projection.1",
+    "img_emb.proj.1",
+    "img_emb.proj.3",
+    "head.head",
+)
 _IN_BLOCK = {
-    **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _ATTENTION.items()},
-    **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in _ATTENTION.items()},
-    "cross_attn.k_img": "attn2.add_k_proj",
-    "cross_attn.v_img": "attn2.add_v_proj",
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
+    name: to_diffusers_name(f"blocks.0.{name}").removeprefix("blocks.0.")
+    for name in _LINEARS_IN_BLOCK
 }
-_IN_VACE_BLOCK = {**_IN_BLOCK, "before_proj": "proj_in", "after_proj": "proj_out"}
-_OUTSIDE = {
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
-    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-    "head.head": "proj_out",
+_STACKS = {
+    "blocks": _IN_BLOCK,
+    "vace_blocks": {**_IN_BLOCK, "before_proj": "proj_in", "after_proj": "proj_out"},
 }
-_STACKS = {"blocks": _IN_BLOCK, "vace_blocks": _IN_VACE_BLOCK}
+_OUTSIDE = {name: to_diffusers_name(name) for name in _LINEARS_OUTSIDE}
 
 _BLOCK = re.compile(r"(blocks|vace_blocks)\.(0|[1-9][0-9]{0,3})\.(.+)")
 _FLAT_BLOCK = re.compile(r"(blocks|vace_blocks)_(0|[1-9][0-9]{0,3})_(.+)")
