@@ -1,0 +1,124 @@
+"""What `menma check` says about a dataset: everything that is wrong, and what it will become."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from trainer.contract.dataset_config import DatasetConfig, SourceOptions
+from trainer.contract.errors import DataError, Problem
+from trainer.contract.variants import Variant
+from trainer.data.buckets import Bucket, num_tokens
+from trainer.data.media import index_clip, probe
+from trainer.data.plan import in_threads, length_notes, plan_windows
+from trainer.data.sources import MediaItem, scan_source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketSummary:
+    """One row of the bucket table."""
+
+    bucket: Bucket
+    items: int
+    """Windows, without repeats."""
+    tokens: int
+    """Tokens of one item in the transformer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetCheck:
+    """The outcome of a check."""
+
+    clips: int
+    """Clips that can be used."""
+    buckets: tuple[BucketSummary, ...]
+    """Largest number of tokens first."""
+    batches_per_epoch: int
+    """Microbatches of one epoch over all ranks, repeats counted."""
+    problems: tuple[Problem, ...]
+    """Clips and captions that cannot be used, and folders that are not there."""
+    notes: tuple[str, ...]
+    """What is no fault and yet worth knowing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """One source after all its clips were looked at."""
+
+    clips: int
+    windows: Counter[Bucket]
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+
+
+def check_dataset(
+    dataset: DatasetConfig, variant: Variant, *, num_threads: int = 4
+) -> DatasetCheck:
+    """Look at every clip, several at once, without decoding more than their first frames.
+
+    A clip that is damaged further on is found when it is cached.
+    """
+    looked = [_look(source, variant, num_threads) for source in dataset.sources]
+    windows = sum((source.windows for source in looked), Counter[Bucket]())
+    rows = [
+        BucketSummary(
+            bucket=bucket,
+            items=count,
+            tokens=num_tokens(bucket, variant.vae_stride, variant.transformer.patch_size),
+        )
+        for bucket, count in windows.items()
+    ]
+    return DatasetCheck(
+        clips=sum(source.clips for source in looked),
+        buckets=tuple(sorted(rows, key=lambda row: (-row.tokens, row.bucket))),
+        batches_per_epoch=sum(
+            -(-count * options.num_repeats // options.batch_size)
+            for options, source in zip(dataset.sources, looked, strict=True)
+            for count in source.windows.values()
+        ),
+        problems=tuple(problem for source in looked for problem in source.problems),
+        notes=tuple(note for source in looked for note in source.notes),
+    )
+
+
+def _look(source: SourceOptions, variant: Variant, num_threads: int) -> _Looked:
+    scan = scan_source(source)
+
+    def look(item: MediaItem) -> list[Bucket] | Problem:
+        try:
+            return _buckets(item, source, variant)
+        except DataError as error:
+            return Problem(error.message, file=item.path, hint=error.hint)
+
+    found = [result for _, result in in_threads(look, scan.items, num_threads)]
+    good = [buckets for buckets in found if not isinstance(buckets, Problem)]
+    lengths = [{bucket.num_frames for bucket in buckets} for buckets in good]
+    return _Looked(
+        clips=len(good),
+        windows=Counter(bucket for buckets in good for bucket in buckets),
+        problems=(*scan.problems, *(p for p in found if isinstance(p, Problem))),
+        notes=(*_size_notes(source, variant), *length_notes(source, lengths)),
+    )
+
+
+def _buckets(item: MediaItem, source: SourceOptions, variant: Variant) -> list[Bucket]:
+    if source.source_fps is None:
+        info = probe(item.path, item.kind)
+        num_frames, width, height = info.num_frames, info.width, info.height
+    else:  # the number of frames depends on every time stamp
+        fps = source.source_fps
+        clip = index_clip(item.path, item.kind, target_fps=variant.fps, source_fps=fps)
+        num_frames, width, height = clip.num_frames, clip.width, clip.height
+    size, windows = plan_windows(num_frames, width, height, source, variant.pixel_multiple)
+    return [Bucket(*size, window.num_frames) for window in windows]
+
+
+def _size_notes(source: SourceOptions, variant: Variant) -> list[str]:
+    step = variant.pixel_multiple
+    width, height = (side // step * step for side in source.resolution)
+    if source.enable_bucket or (width, height) == source.resolution:
+        return []
+    return [
+        f"{source.media_path}: resolution {source.resolution[0]}x{source.resolution[1]} becomes "
+        f"{width}x{height}: sides are multiples of {step} for {variant.name}"
+    ]

@@ -1,0 +1,176 @@
+"""From the indices of the caches to what a run trains on, and whether that still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from trainer.contract.dataset_config import DatasetConfig, SourceOptions
+from trainer.contract.errors import DataError, Problem
+from trainer.data.buckets import Bucket
+from trainer.data.cache_index import IndexedItem, Section, read_index, section_names
+from trainer.data.cache_settings import CacheSettings, changed_settings
+from trainer.data.fingerprint import digest, identify, stat_of
+from trainer.data.sources import MediaItem, scan_source
+from trainer.data.text_cache import text_file, text_key
+
+_MAX_LISTED = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingItem:
+    """One encoded window with its encoded caption."""
+
+    key: str
+    """Says which source, clip, window and bucket; the same wherever the dataset lies."""
+    name: str
+    """The clip's path and its window, for messages."""
+    source: int
+    """Number of the source in the dataset, from 0."""
+    bucket: Bucket
+    latents: Path
+    latents_key: str
+    context: Path
+    context_key: str
+    num_repeats: int
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedDataset:
+    """All items of a run."""
+
+    items: tuple[TrainingItem, ...]
+    empty_caption: tuple[Path, str]
+    """File and key of the encoded empty caption (caption dropout)."""
+    problems: tuple[Problem, ...]
+    """Clips that are not used, and why; found when they were cached."""
+    fingerprint: str
+    """Hash of all items: clips, captions, windows, models."""
+
+
+def load_cached_dataset(
+    dataset: DatasetConfig, settings: CacheSettings, *, config: str = "CONFIG"
+) -> CachedDataset:
+    """Return what the caches hold for this dataset, after checking that it still fits.
+
+    Looks at every clip's time stamps (and at its content where those moved) and reads every
+    caption, but opens no clip.
+
+    Args:
+        dataset: the sources.
+        settings: of the variant that shall be trained; identities of None are not compared.
+        config: the config's name, for the hint `menma cache CONFIG`.
+
+    Raises:
+        DataError: a cache is missing, unfinished or stale (says which clips), or holds nothing.
+    """
+    hint = f"run `menma cache {config}`"
+    sections: list[Section] = []
+    faults: list[str] = []
+    for name, source in zip(section_names(dataset), dataset.sources, strict=True):
+        section = read_index(source.cache_path).get(name)
+        if section is None:
+            raise DataError(f"{source.media_path} is not cached yet", hint=hint)
+        sections.append(section)
+        faults += _faults(source, section, settings)
+    if faults:
+        more = len(faults) - _MAX_LISTED
+        listed = [f"  {fault}" for fault in faults[:_MAX_LISTED]]
+        listed += [f"  and {more} more"] if more > 0 else []
+        raise DataError("\n".join(["the cache is out of date:", *listed]), hint=hint)
+    items = tuple(_items(dataset, sections))
+    if not items:
+        raise DataError("the dataset has no items to train on", hint="run `menma check` on it")
+    _require_files(items, hint)
+    first = dataset.sources[0].cache_path
+    empty_key = sections[0].extra_captions.get("", "")
+    return CachedDataset(
+        items=items,
+        empty_caption=(first / text_file(empty_key), empty_key),
+        problems=tuple(problem for section in sections for problem in section.problems),
+        fingerprint=digest(sorted([i.key, i.latents_key, i.context_key] for i in items)),
+    )
+
+
+def _faults(source: SourceOptions, section: Section, settings: CacheSettings) -> Iterator[str]:
+    """Say in which ways a section differs from what caching would make now."""
+    if not section.finished:
+        yield f"{source.media_path}: caching was interrupted"
+        return
+    changes = changed_settings(dict(section.settings), settings.for_source(source))
+    if changes:
+        for key, (before, now) in changes.items():
+            yield f"{source.media_path}: {key} was {before} and is {now}"
+        return
+    found = {item.name: item for item in scan_source(source).items}
+    for name in sorted(section.items.keys() - found.keys()):
+        yield f"{source.media_path / name}: the clip or its caption is gone"
+    for item in found.values():
+        yield from _item_faults(item, section, _cached_text_settings(section, settings))
+
+
+def _item_faults(item: MediaItem, section: Section, settings: CacheSettings) -> Iterator[str]:
+    indexed = section.items.get(item.name)
+    if indexed is None:
+        skipped = section.skipped.get(item.name)
+        if skipped is None:
+            yield f"{item.path}: is new"
+        elif skipped != stat_of(item.path):
+            yield f"{item.path}: could not be used, and has changed since"
+        return
+    if text_key(item.caption, settings) != indexed.caption_key:
+        yield f"{item.path}: its caption has changed"
+    if _content_changed(item, indexed):
+        yield f"{item.path}: has changed"
+
+
+def _content_changed(item: MediaItem, indexed: IndexedItem) -> bool:
+    try:
+        return identify(item.path, indexed.identity).content != indexed.identity.content
+    except DataError:
+        return True
+
+
+def _cached_text_settings(section: Section, settings: CacheSettings) -> CacheSettings:
+    """Take the text encoder's identity from the cache where the run does not know it."""
+    if settings.text_encoder is not None:
+        return settings
+    return replace(settings, text_encoder=section.settings["text_encoder"])
+
+
+def _items(dataset: DatasetConfig, sections: Sequence[Section]) -> Iterator[TrainingItem]:
+    names = section_names(dataset)
+    for number, (source, section) in enumerate(zip(dataset.sources, sections, strict=True)):
+        for name, indexed in section.items.items():
+            for entry in indexed.entries:
+                start, num_frames = entry.window
+                window = f" [{start}:{start + num_frames}]" if source.kind == "video" else ""
+                yield TrainingItem(
+                    key=f"{names[number]}/{name}:{start}+{num_frames}@{entry.bucket}",
+                    name=f"{_media_folder(source) / name}{window}",
+                    source=number,
+                    bucket=entry.bucket,
+                    latents=source.cache_path / entry.file,
+                    latents_key=entry.key,
+                    context=source.cache_path / text_file(indexed.caption_key),
+                    context_key=indexed.caption_key,
+                    num_repeats=source.num_repeats,
+                    batch_size=source.batch_size,
+                )
+
+
+def _media_folder(source: SourceOptions) -> Path:
+    return source.media_path.parent if source.jsonl_file is not None else source.media_path
+
+
+def _require_files(items: Sequence[TrainingItem], hint: str) -> None:
+    present: Mapping[Path, set[str]] = {
+        folder: {path.name for path in folder.iterdir()}
+        for folder in {item.latents.parent for item in items}
+    }
+    for item in items:
+        for path in (item.latents, item.context):
+            if path.name not in present[path.parent]:
+                raise DataError(f"{path}, the cache of {item.name}, is gone", hint=hint)

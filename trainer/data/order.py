@@ -1,0 +1,132 @@
+"""The order of training: an endless stream of microbatches that is a function of seed and position.
+
+There is no state to save: microbatch n of the stream is the same on every rank, after every resume
+and on any number of GPUs. Rank r of W takes microbatches r, r + W, r + 2W, …
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from trainer.contract.errors import DataError
+from trainer.core.rng import derive_seed
+from trainer.data.buckets import Bucket
+from trainer.data.items import TrainingItem
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One appearance of an item."""
+
+    item: TrainingItem
+    epoch: int
+    """From 0."""
+    repeat: int
+    """Which of the item's appearances in this epoch, from 0."""
+    seed: int
+    """Fixes its noise and sigma, whatever rank or batch it lands in."""
+
+
+class BatchOrder:
+    """Microbatches of one source and one bucket each, shuffled anew every epoch.
+
+    In an epoch each item appears exactly `num_repeats` times. What does not fill a batch makes a
+    smaller one. Every epoch has the same number of microbatches.
+    """
+
+    def __init__(self, items: Sequence[TrainingItem], seed: int) -> None:
+        """Sort the items into groups.
+
+        Raises:
+            DataError: there are no items.
+        """
+        if not items:
+            raise DataError("the dataset has no items to train on")
+        self.items = tuple(items)
+        self._seed = seed
+        groups: dict[tuple[int, Bucket], list[TrainingItem]] = {}
+        for item in sorted(items, key=lambda item: item.key):
+            groups.setdefault((item.source, item.bucket), []).append(item)
+        self._groups = [groups[group] for group in sorted(groups)]
+        # Not a method: an instance's own cache ends with the instance, and is safe among threads.
+        self._epoch = lru_cache(maxsize=2)(self._shuffle)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Microbatches of one epoch, all ranks together."""
+        return sum(-(-_appearances(group) // group[0].batch_size) for group in self._groups)
+
+    @property
+    def items_per_epoch(self) -> int:
+        """Items of one epoch, repeats counted."""
+        return sum(_appearances(group) for group in self._groups)
+
+    @property
+    def largest_batch(self) -> int:
+        """Items of the largest microbatch."""
+        return max(min(_appearances(group), group[0].batch_size) for group in self._groups)
+
+    def epoch_of(self, position: int) -> int:
+        """Return which epoch microbatch `position` belongs to, from 0."""
+        return position // self.batches_per_epoch
+
+    def batch(self, position: int) -> tuple[Draw, ...]:
+        """Return microbatch `position` of the stream, from 0."""
+        epoch, place = divmod(position, self.batches_per_epoch)
+        return tuple(self._draw(item, epoch, repeat) for item, repeat in self._epoch(epoch)[place])
+
+    def _draw(self, item: TrainingItem, epoch: int, repeat: int) -> Draw:
+        seed = derive_seed(self._seed, "item", epoch, item.key, repeat)
+        return Draw(item, epoch, repeat, seed)
+
+    def _shuffle(self, epoch: int) -> list[list[tuple[TrainingItem, int]]]:
+        # Random's shuffle of a seeded generator is the same on every platform and Python 3.
+        generator = random.Random(derive_seed(self._seed, "order", epoch))
+        batches = []
+        for group in self._groups:
+            size = group[0].batch_size
+            drawn = [(item, repeat) for item in group for repeat in range(item.num_repeats)]
+            generator.shuffle(drawn)
+            batches += [drawn[start : start + size] for start in range(0, len(drawn), size)]
+        generator.shuffle(batches)
+        return batches
+
+
+def require_full_step(
+    order: BatchOrder, *, world_size: int, gradient_accumulation_steps: int
+) -> None:
+    """Refuse a dataset whose epoch is shorter than one step.
+
+    Raises:
+        DataError: with the `num_repeats` that cures it.
+    """
+    needed = world_size * gradient_accumulation_steps
+    if order.batches_per_epoch >= needed:
+        return
+    repeats = max(item.num_repeats for item in order.items)
+    factor = 1
+    while _batches(order.items, factor) < needed:
+        factor += 1
+    raise DataError(
+        f"the dataset has {order.items_per_epoch} items in {order.batches_per_epoch} batches an "
+        f"epoch, fewer than one step takes: {needed} ({world_size} processes x "
+        f"gradient_accumulation_steps {gradient_accumulation_steps})",
+        hint=f"set num_repeats = {repeats * factor} in the dataset, add clips, or lower "
+        "training.gradient_accumulation_steps",
+    )
+
+
+def _appearances(group: Sequence[TrainingItem]) -> int:
+    return sum(item.num_repeats for item in group)
+
+
+def _batches(items: Sequence[TrainingItem], factor: int) -> int:
+    """Count the batches of an epoch with every `num_repeats` multiplied."""
+    appearances: dict[tuple[int, Bucket, int], int] = {}
+    for item in items:
+        group = (item.source, item.bucket, item.batch_size)
+        appearances[group] = appearances.get(group, 0) + item.num_repeats * factor
+    return sum(-(-count // group[2]) for group, count in appearances.items())

@@ -1,0 +1,372 @@
+"""The cache job: clips to latents, captions to context, only what is not there yet.
+
+Order of things: find out what the dataset gives (and stop there if it is `strict` and something is
+wrong), encode captions, let go of the text encoder, encode windows while the next ones are being
+decoded, write the index, remove what nothing names any more. Killed at any moment it leaves whole
+entries only, and the next run goes on from them.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.contract.dataset_config import DatasetConfig
+from trainer.contract.errors import ConfigError, DataError, Problem
+from trainer.contract.variants import Variant
+from trainer.data.buckets import Bucket
+from trainer.data.cache_index import (
+    IndexedItem,
+    Section,
+    locked,
+    read_index,
+    remove_stale,
+    section_names,
+    write_index,
+)
+from trainer.data.cache_settings import CacheDtype, CacheSettings, uses_image_encoder
+from trainer.data.entries import entry_key
+from trainer.data.latent_cache import LatentEntry, write_latents
+from trainer.data.media import index_clip, read_window
+from trainer.data.plan import PlannedItem, SourcePlan, plan_source
+from trainer.data.text_cache import text_file, text_key, write_text_entry
+from trainer.jobs.window_encoder import (
+    ImageEncoding,
+    LazyModel,
+    TextEncoding,
+    VideoEncoder,
+    WindowEncoder,
+)
+
+
+class Report(Protocol):
+    """Told of progress; phases are `clips`, `captions` and `latents`."""
+
+    def __call__(self, phase: str, done: int, total: int, name: str = "") -> None:
+        """`done` of `total` are finished, `name` just now."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheOptions:
+    """How to encode; of these only `dtype` changes what is stored."""
+
+    dtype: CacheDtype = "bf16"
+    """Precision of the stored tensors."""
+    num_threads: int = 4
+    """Clips that are looked at or decoded at once."""
+    max_decoded: int = 4
+    """Decoded windows in memory at once, the one being encoded included."""
+    text_batch: int = 8
+    """Captions given to the text encoder at once."""
+    tile: tuple[int, int] | None = None
+    """(height, width) in pixels: encode in overlapping tiles."""
+    extra_captions: tuple[str, ...] = ("",)
+    """Encoded, too, though no item has them: the empty one serves caption dropout."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheReport:
+    """What a cache job did."""
+
+    encoded: int
+    """Windows encoded now, ..."""
+    reused: int
+    """... already there, ..."""
+    removed: int
+    """... and entries (of captions, too) that nothing names any more."""
+    captions_encoded: int
+    captions_reused: int
+    buckets: dict[Bucket, int]
+    """Windows in each bucket, all sources together, without repeats."""
+    problems: tuple[Problem, ...]
+    """Every clip and caption that is not used, and why."""
+    notes: tuple[str, ...]
+    """What is no fault and yet worth knowing."""
+
+
+@dataclass(slots=True)
+class _Work:
+    """One source while it is being cached."""
+
+    name: str
+    folder: Path
+    plan: SourcePlan
+    settings: CacheSettings
+    problems: list[Problem]
+    failed: set[str] = field(default_factory=set)
+    """Entry files that could not be made."""
+    failed_captions: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One window that is not there yet."""
+
+    work: _Work
+    planned: PlannedItem
+    entry: LatentEntry
+
+
+def run_cache(
+    dataset: DatasetConfig,
+    *,
+    variant: Variant,
+    vae: LazyModel[VideoEncoder],
+    text_encoder: LazyModel[TextEncoding],
+    image_encoder: LazyModel[ImageEncoding] | None = None,
+    options: CacheOptions | None = None,
+    report: Report = lambda phase, done, total, name="": None,
+) -> CacheReport:
+    """Bring the caches of all sources up to date.
+
+    The text encoder is loaded first and gone before VAE and image encoder are loaded; none is
+    loaded when there is nothing for it to do.
+
+    Raises:
+        DataError: nothing can be used; or the dataset is `strict` and something cannot be used
+            (found before anything is encoded, as far as it can be seen without decoding all).
+        ConfigError: the variant needs an image encoder and there is none.
+        BusyError: another process caches into the same folder.
+        DiskError: the disk is full, read-only or gone.
+        OutOfMemoryError: the device cannot encode a window of this size.
+    """
+    options = options or CacheOptions()
+    if uses_image_encoder(variant) and image_encoder is None:
+        raise ConfigError(
+            f"{variant.name} sees the first frame through CLIP: an image encoder is needed",
+            hint="set model.image_encoder",
+        )
+    settings = CacheSettings.of(
+        variant,
+        vae=vae.identity,
+        text_encoder=text_encoder.identity,
+        image_encoder=image_encoder.identity if image_encoder else None,
+        dtype=options.dtype,
+    )
+    with ExitStack() as locks:
+        for folder in dict.fromkeys(source.cache_path for source in dataset.sources):
+            locks.enter_context(locked(folder))
+        works = _plan(dataset, settings, options, report)
+        _write_sections(works, options, finished=False)
+        captions = _cache_captions(works, text_encoder, options, report, dataset.general.strict)
+        _release_memory()
+        encode = WindowEncoder(variant, vae, image_encoder, options.tile)
+        windows = _cache_windows(works, encode, options, report, dataset.general.strict)
+        removed = _write_sections(works, options, finished=True)
+    return CacheReport(
+        encoded=windows[0],
+        reused=windows[1],
+        removed=removed,
+        captions_encoded=captions[0],
+        captions_reused=captions[1],
+        buckets=dict(sorted(Counter(entry.bucket for entry in _usable_entries(works)).items())),
+        problems=tuple(problem for work in works for problem in work.problems),
+        notes=tuple(note for work in works for note in work.plan.notes),
+    )
+
+
+def _plan(
+    dataset: DatasetConfig, settings: CacheSettings, options: CacheOptions, report: Report
+) -> list[_Work]:
+    works = []
+    for name, source in zip(section_names(dataset), dataset.sources, strict=True):
+        plan = plan_source(
+            source,
+            settings,
+            read_index(source.cache_path).get(name),
+            num_threads=options.num_threads,
+            report=lambda done, total, clip: report("clips", done, total, clip),
+        )
+        works.append(_Work(name, source.cache_path, plan, settings, list(plan.problems)))
+    problems = [problem for work in works for problem in work.problems]
+    if problems and dataset.general.strict:
+        raise DataError(_listed("the dataset is strict, and not all of it can be used", problems))
+    if not any(work.plan.items for work in works):
+        raise DataError(_listed("no clip of the dataset can be used", problems))
+    return works
+
+
+def _cache_captions(
+    works: Sequence[_Work],
+    text_encoder: LazyModel[TextEncoding],
+    options: CacheOptions,
+    report: Report,
+    strict: bool,
+) -> tuple[int, int]:
+    """Encode missing captions; return how many were encoded and how many were there."""
+    missing: dict[str, list[_Work]] = {}
+    reused: set[str] = set()
+    for work in works:
+        captions = {planned.item.caption for planned in work.plan.items}
+        for caption in sorted(captions | set(options.extra_captions)):
+            key = text_key(caption, work.settings)
+            if entry_key(work.folder / text_file(key)) == key:
+                reused.add(caption)
+            else:
+                missing.setdefault(caption, []).append(work)
+    if not missing:
+        return 0, len(reused)
+    encode = text_encoder.load()
+    todo = sorted(missing, key=len)  # of like length in a batch: little padding
+    for start in range(0, len(todo), options.text_batch):
+        batch = todo[start : start + options.text_batch]
+        with torch.inference_mode():
+            contexts = encode(batch)
+        for done, (caption, context) in enumerate(zip(batch, contexts, strict=True), start + 1):
+            for work in missing[caption]:
+                _store_caption(work, caption, context, strict)
+            report("captions", done, len(todo), caption)
+    return len(missing), len(reused - missing.keys())
+
+
+def _store_caption(work: _Work, caption: str, context: Tensor, strict: bool) -> None:
+    if torch.isfinite(context).all():
+        write_text_entry(work.folder, caption, context, work.settings)
+        return
+    work.failed_captions.add(caption)
+    for planned in work.plan.items:
+        if planned.item.caption == caption:
+            message = "the text encoder made NaN or infinite values of its caption"
+            _note_problem(work, Problem(message, file=planned.item.path), strict)
+
+
+def _cache_windows(
+    works: Sequence[_Work],
+    encode: WindowEncoder,
+    options: CacheOptions,
+    report: Report,
+    strict: bool,
+) -> tuple[int, int]:
+    """Encode missing windows; return how many were encoded and how many were there."""
+    tasks: dict[Path, _Task] = {}  # two clips of equal content share their entries
+    reused: set[Path] = set()
+    for work in works:
+        for planned in work.plan.items:
+            for entry in planned.entries:
+                path = work.folder / entry.file
+                if path in tasks or path in reused:
+                    continue
+                if entry_key(path) == entry.key:
+                    reused.add(path)
+                else:
+                    tasks[path] = _Task(work, planned, entry)
+    encoded = 0
+    for done, (task, decoded) in enumerate(_decoded(list(tasks.values()), options), start=1):
+        try:
+            window = encode(decoded.result())
+            name = task.planned.item.name
+            write_latents(task.work.folder, task.entry, window, task.work.settings, name)
+            encoded += 1
+        except DataError as error:
+            task.work.failed.add(task.entry.file)
+            problem = Problem(error.message, file=task.planned.item.path, hint=error.hint)
+            _note_problem(task.work, problem, strict)
+        report("latents", done, len(tasks), task.planned.item.name)
+    return encoded, len(reused)
+
+
+def _decoded(
+    tasks: Sequence[_Task], options: CacheOptions
+) -> Iterator[tuple[_Task, Future[Tensor]]]:
+    """Yield tasks in order with their frames, decoding ahead, `max_decoded` at once at most."""
+    waiting: deque[tuple[_Task, Future[Tensor]]] = deque()
+    pool = ThreadPoolExecutor(options.num_threads, thread_name_prefix="menma-decode")
+    try:
+        for task in tasks:
+            if len(waiting) >= options.max_decoded:
+                yield waiting.popleft()
+            waiting.append((task, pool.submit(_decode, task)))
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _decode(task: _Task) -> Tensor:
+    item, source = task.planned.item, task.work.plan.source
+    clip = task.planned.clip or index_clip(
+        item.path,
+        item.kind,
+        target_fps=task.work.settings.target_fps,
+        source_fps=source.source_fps,
+    )
+    bucket = task.entry.bucket
+    return read_window(clip, task.entry.window.frames, (bucket.width, bucket.height))
+
+
+def _write_sections(works: Sequence[_Work], options: CacheOptions, *, finished: bool) -> int:
+    """Write the indices; when finished also remove stale entries and return how many."""
+    removed = 0
+    for folder in dict.fromkeys(work.folder for work in works):
+        mine = {work.name: work for work in works if work.folder == folder}
+        media = {name.rpartition(" #")[0] for name in mine}
+        sections = {
+            name: section
+            for name, section in read_index(folder).items()
+            if name.rpartition(" #")[0] not in media
+        }
+        for name, work in mine.items():
+            sections[name] = _section(work, options, finished)
+        write_index(folder, sections)
+        if finished:
+            removed += remove_stale(folder, sections)
+    return removed
+
+
+def _section(work: _Work, options: CacheOptions, finished: bool) -> Section:
+    items = {}
+    skipped = dict(work.plan.skipped)
+    for planned in work.plan.items:
+        if planned.item.caption in work.failed_captions:
+            skipped[planned.item.name] = planned.identity.stat
+            continue
+        entries = tuple(entry for entry in planned.entries if entry.file not in work.failed)
+        items[planned.item.name] = IndexedItem(
+            planned.identity,
+            text_key(planned.item.caption, work.settings),
+            entries,
+            whole=len(entries) == len(planned.entries),
+        )
+    return Section(
+        work.settings.for_source(work.plan.source),
+        items,
+        tuple(work.problems),
+        skipped=skipped,
+        extra_captions={
+            caption: text_key(caption, work.settings) for caption in options.extra_captions
+        },
+        finished=finished,
+    )
+
+
+def _usable_entries(works: Sequence[_Work]) -> Iterator[LatentEntry]:
+    for work in works:
+        for planned in work.plan.items:
+            if planned.item.caption not in work.failed_captions:
+                yield from (e for e in planned.entries if e.file not in work.failed)
+
+
+def _note_problem(work: _Work, problem: Problem, strict: bool) -> None:
+    if strict:
+        raise DataError(_listed("the dataset is strict, and not all of it can be used", [problem]))
+    work.problems.append(problem)
+
+
+def _listed(head: str, problems: Sequence[Problem]) -> str:
+    return "\n".join([f"{head}:", *(f"  {problem}" for problem in problems)])
+
+
+def _release_memory() -> None:
+    gc.collect()  # the text encoder is gone for good only now, cycles included
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
