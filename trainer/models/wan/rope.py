@@ -82,7 +82,7 @@ class _NormRotate(torch.autograd.Function):
         square_sum = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
         scale_BL1 = torch.rsqrt(square_sum / x.shape[-1] + eps)
         out = (x * weight_D.float()).view(*x.shape[:-1], num_heads, -1)
-        _turn(out, rope_LK, scale_BL1, back=False)
+        _turn(out, rope_LK, scale_BL1, back=False, out=out)
         ctx.save_for_backward(tokens_BLD, weight_D, rope_LK, scale_BL1)
         return out.to(tokens_BLD.dtype)
 
@@ -91,9 +91,8 @@ class _NormRotate(torch.autograd.Function):
     def backward(ctx: Any, grad_BLNK: Tensor) -> tuple[Tensor | None, ...]:
         tokens_BLD, weight_D, rope_LK, scale_BL1 = ctx.saved_tensors
         x = tokens_BLD.float()
-        # A copy, because it is turned in place; contiguous, because pairs are seen as complex.
-        grad = grad_BLNK.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        _turn(grad, rope_LK, scale_BL1, back=True)
+        grad = torch.empty(grad_BLNK.shape, dtype=torch.float32, device=grad_BLNK.device)
+        _turn(grad_BLNK.float().contiguous(), rope_LK, scale_BL1, back=True, out=grad)
         grad_BLD = grad.flatten(-2)
         grad_weight = grad_tokens = None
         if ctx.needs_input_grad[1]:
@@ -109,14 +108,17 @@ class _NormRotate(torch.autograd.Function):
 _norm_rotate = cast("Callable[..., Tensor]", _NormRotate.apply)
 
 
-def _turn(values_BLNK: Tensor, rope_LK: Tensor | None, scale_BL1: Tensor, *, back: bool) -> None:
-    # Scaling the small table is cheaper than one more pass over all heads.
+def _turn(
+    values_BLNK: Tensor, rope_LK: Tensor | None, scale_BL1: Tensor, *, back: bool, out: Tensor
+) -> None:
+    """Write the values, turned (back) by their angles and scaled, into `out`."""
     if rope_LK is None:
-        values_BLNK.mul_(scale_BL1.unsqueeze(-1))
+        torch.mul(values_BLNK, scale_BL1.unsqueeze(-1), out=out)
         return
     turn = _as_complex(rope_LK)
+    # Scaling the small table is cheaper than one more pass over all heads.
     turn = (turn.conj() if back else turn) * scale_BL1
-    _as_complex(values_BLNK).mul_(turn.unsqueeze(-2))
+    torch.mul(_as_complex(values_BLNK), turn.unsqueeze(-2), out=_as_complex(out))
 
 
 def _as_complex(pairs: Tensor) -> Tensor:
