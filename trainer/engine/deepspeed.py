@@ -1,0 +1,295 @@
+"""DeepSpeed behind the engine's seam. The only module that imports deepspeed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.contract.errors import ConfigError, RunError
+from trainer.core.seams import OptimizerFactory
+from trainer.core.types import Batch
+from trainer.engine.deepspeed_config import PERSISTENCE_THRESHOLD, build_deepspeed_config
+from trainer.engine.finite import gradient_error
+from trainer.engine.local import clip_gradients, whole_pieces
+from trainer.engine.process_group import World
+from trainer.engine.state_files import EngineState, Piece
+from trainer.engine.stepping import SteppingEngine, fill_missing_gradients, parameter_groups
+
+
+def is_installed() -> bool:
+    """Tell whether DeepSpeed can be imported, without importing it."""
+    return importlib.util.find_spec("deepspeed") is not None
+
+
+class DeepSpeedEngine(SteppingEngine):
+    """`core.seams.Engine` over DeepSpeed, ZeRO stages 0 to 3.
+
+    The process group must exist (`process_group.joined`), also for a single process.
+
+    Args:
+        module: the whole step; maps a `Batch` to loss terms, each of shape ().
+        trainable: the trained parameters by canonical name. Float32, unless
+            `full_finetune_bf16`.
+        optimizer_factory: makes the optimizer.
+        world: this process's place.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
+        gradient_accumulation_steps: microbatches per update.
+        zero_stage: 1 shards optimizer state over the ranks, 2 gradients too, 3 weights too.
+        full_finetune_bf16: every parameter becomes bf16, those trained have fp32 masters.
+        lr_scales: factor of the learning rate by canonical name, 1 where absent.
+        persistence_threshold: stage 3 keeps parameters with fewer elements whole.
+
+    Raises:
+        ConfigError: DeepSpeed is missing, or the combination trains wrongly.
+    """
+
+    def __init__(  # noqa: PLR0913 - LocalEngine's keywords and ZeRO's, each with a value of its own
+        self,
+        module: nn.Module,
+        trainable: Mapping[str, nn.Parameter],
+        optimizer_factory: OptimizerFactory,
+        *,
+        world: World,
+        max_grad_norm: float,
+        gradient_accumulation_steps: int,
+        zero_stage: int = 0,
+        full_finetune_bf16: bool = False,
+        lr_scales: Mapping[str, float] | None = None,
+        persistence_threshold: int = PERSISTENCE_THRESHOLD,
+    ) -> None:
+        super().__init__(module, trainable, world, gradient_accumulation_steps)
+        config = build_deepspeed_config(
+            zero_stage=zero_stage,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            max_grad_norm=max_grad_norm,
+            full_finetune_bf16=full_finetune_bf16,
+            elementwise_optimizer=optimizer_factory.elementwise,
+            persistence_threshold=persistence_threshold,
+        )
+        if not full_finetune_bf16:
+            _require_float32(trainable)
+        self._stage = zero_stage
+        self._bf16 = full_finetune_bf16
+        self._max_grad_norm = max_grad_norm
+        self._state_names = optimizer_factory.state_names
+        self._shapes = {name: tuple(value.shape) for name, value in trainable.items()}
+        self._used: list[set[int]] = [set()]
+        self._deepspeed = _import_deepspeed(world.device)
+        self._engine = self._initialize(module, optimizer_factory, lr_scales or {}, config)
+        self._watches = self._watch_use() if zero_stage else []
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Return the trained parameters, whole, float32 on the CPU; empty but on rank 0.
+
+        A collective call.
+        """
+        sharded = self._stage == 3 or self._bf16
+        gather = self._deepspeed.utils.safe_get_full_fp32_param
+        whole: dict[str, Tensor] = {}
+        for name, parameter in self._trainable.items():
+            value = gather(parameter) if sharded else parameter
+            if self.rank == 0:
+                whole[name] = value.detach().to("cpu", torch.float32, copy=True)
+        return whole
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds. The module stays usable, but stays sharded under stage 3."""
+        for watch in self._watches:
+            watch.remove()
+        engine = self._engine
+        engine.module_forward_pre_hook.remove()
+        engine.module_forward_post_hook.remove()
+        engine.destroy()
+        for parameter in self._trainable.values():
+            parameter.grad = None
+
+    def _initialize(
+        self,
+        module: nn.Module,
+        optimizer_factory: OptimizerFactory,
+        lr_scales: Mapping[str, float],
+        config: dict[str, Any],
+    ) -> Any:
+        if self._stage == 3:
+            # Shards one parameter after the other, where `initialize` would move the whole module
+            # to the device first. The form `with zero.Init():` would make all of it fp32.
+            self._deepspeed.zero.Init(module=module, config_dict_or_path=config)
+        groups = parameter_groups(self._trainable, lr_scales)
+        engine, *_ = self._deepspeed.initialize(
+            model=module,
+            model_parameters=list(self._trainable.values()),
+            optimizer=optimizer_factory.build(groups, lr=0.0),
+            config=config,
+            dist_init_required=False,
+        )
+        if self._stage == 0 and self.world_size == 1:
+            engine.enable_backward_allreduce = False  # would copy all gradients to and fro
+        return engine
+
+    def _forward(self, batch: Batch) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = self._engine(batch)
+        return terms
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss)  # divides by the number of microbatches itself
+        if self._stage and not last:
+            self._used.append(set())
+
+    def _after_backward(self) -> None:
+        if self._stage == 0:
+            fill_missing_gradients(self._trainable.values())
+            return
+        used, self._used = self._used, [set()]
+        if self._stage == 3:
+            self._refuse_idle(set().union(*used))
+        if self.world_size > 1:
+            self._refuse_divergence(used)
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
+        return groups
+
+    def _step(self) -> float:
+        if self._stage == 0:
+            norm = clip_gradients(list(self._trainable.values()), self._max_grad_norm)
+            self._engine.step()
+            return norm
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        if not self._engine.was_step_applied():
+            raise gradient_error(norm)
+        return norm
+
+    def _state(self) -> EngineState:
+        optimizer = self._engine.optimizer
+        return EngineState(
+            engine="deepspeed",
+            world_size=self.world_size,
+            zero_stage=self._stage,
+            rank=self.rank,
+            shapes=self._shapes,
+            flats=self._flats(),
+            pieces=self._pieces(),
+            own=self._stage > 0 or self.rank == 0,
+            optimizer=optimizer.optimizer if self._stage else optimizer,
+            state_names=self._state_names,
+            inner_step=self._inner_step,
+        )
+
+    def _flats(self) -> list[Tensor]:
+        if self._stage == 0:
+            return list(self._trainable.values())
+        optimizer = self._engine.optimizer
+        if self._stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return list(optimizer.single_partition_of_fp32_groups)
+
+    def _pieces(self) -> list[Piece]:
+        if self._stage == 0:
+            return whole_pieces(self._trainable)
+        cut = self._piece_of_stage_3 if self._stage == 3 else _piece_of_stage_1_2
+        pieces = (cut(name, parameter) for name, parameter in self._trainable.items())
+        return [piece for piece in pieces if piece is not None]
+
+    def _piece_of_stage_3(self, name: str, parameter: Any) -> Piece | None:
+        optimizer = self._engine.optimizer
+        flat, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = self.rank * size
+        numel = min(size, parameter.ds_numel - start)  # the last shard is padded
+        return Piece(name, start, numel, flat, offset) if numel > 0 else None
+
+    def _inner_step(self) -> None:
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            optimizer.step()
+            return
+        if self._stage == 3:  # its groups are empty outside `step`
+            optimizer._set_fp32_optimizer_param_groups()
+        optimizer.optimizer.step()
+        if self._stage == 3:
+            optimizer._clear_fp32_optimizer_param_groups()
+
+    def _refresh_weights(self) -> None:
+        optimizer = self._engine.optimizer
+        if self._stage in {1, 2}:
+            optimizer.update_lp_params()
+        elif self._stage == 3:
+            optimizer._partition_all_parameters()
+            for index in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            if optimizer.persistent_parameters:
+                first = optimizer.persistent_parameters[0]
+                first.all_gather(optimizer.persistent_parameters)
+
+    def _watch_use(self) -> list[Any]:
+        def watch(index: int) -> Any:
+            return lambda parameter: self._used[-1].add(index)
+
+        return [
+            parameter.register_post_accumulate_grad_hook(watch(index))  # type: ignore[no-untyped-call]
+            for index, parameter in enumerate(self._trainable.values())
+        ]
+
+    def _refuse_idle(self, used: set[int]) -> None:
+        idle = [name for i, name in enumerate(self._trainable) if i not in used]
+        if idle:
+            raise RunError(
+                f"{len(idle)} trained parameters took no part in this step, e.g. {idle[0]}; "
+                "ZeRO stage 3 would update them with an old gradient",
+                hint="set distributed.zero_stage = 2, or do not train them",
+            )
+
+    def _refuse_divergence(self, used: list[set[int]]) -> None:
+        # 24 bits, so that the number survives the float32 of the gather.
+        print_of_use = zlib.crc32(repr([sorted(part) for part in used]).encode()) & 0xFFFFFF
+        prints = self._world.gather(torch.tensor([float(print_of_use)])).flatten().tolist()
+        if len(set(prints)) > 1:
+            raise RunError(
+                "the ranks trained different parameters in one step; ZeRO would mix up their "
+                "gradients",
+                hint="set distributed.zero_stage = 0, or switch off what chooses by rank",
+            )
+
+
+def _piece_of_stage_1_2(name: str, parameter: Any) -> Piece | None:
+    mapping = parameter._hp_mapping
+    if mapping is None:  # lies on other ranks
+        return None
+    inside, held = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Piece(name, inside.start, inside.numel, mapping.param_group_index, held.start)
+
+
+def _require_float32(trainable: Mapping[str, nn.Parameter]) -> None:
+    low = [name for name, value in trainable.items() if value.dtype != torch.float32]
+    if low:
+        raise ValueError(
+            f"{len(low)} trained parameters are not float32, e.g. {low[0]}; without "
+            "full_finetune_bf16 they would have no fp32 masters"
+        )
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed's own calls, each of which torch 2.13 comments on in every step of ZeRO-3.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise ConfigError(
+            f"DeepSpeed cannot be imported: {error}",
+            hint="install it (Linux only), or set distributed.engine = 'local'",
+        ) from error
+    if device.type == "cpu":
+        # Else the first use compiles a C++ extension for minutes, or fails without a compiler.
+        deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed

@@ -1,0 +1,386 @@
+"""Weights and optimizer state of an engine as files: safetensors only, no pickle.
+
+An engine holds its trained parameters as flat fp32 tensors ("flats"), each with the optimizer's
+state, and knows which stretch of which parameter lies where ("pieces"). Every rank writes the
+pieces that are its own into `rank-00000.safetensors`, keyed `kind|start|name`, so that
+
+* nothing is gathered: saving needs no extra memory and is parallel over ranks;
+* any engine, number of processes or ZeRO stage can read any other's file by cutting anew.
+
+Optimizers whose state is not one value an element (8-bit ones) are stored as they lie in memory,
+keyed `raw|flat|key`; those fit the same engine, number of processes and stage only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.contract.errors import ModelFileError
+from trainer.contract.files import write_json
+from trainer.io.atomic_save import save_safetensors
+from trainer.io.mapped_load import WeightFiles, open_weights, read_json
+
+FORMAT = 1
+_INFO = "engine.json"
+_WEIGHT = "weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`numel` elements of parameter `name` from `start`, at `offset` in flat number `flat`."""
+
+    name: str
+    start: int
+    numel: int
+    flat: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineState:
+    """An engine's trained weights and optimizer state, as it holds them on this rank."""
+
+    engine: str
+    world_size: int
+    zero_stage: int
+    rank: int
+    shapes: dict[str, tuple[int, ...]]
+    """Every trained parameter, whole, in a fixed order."""
+    flats: Sequence[Tensor]
+    """What the inner optimizer updates, float32; its state is keyed by these."""
+    pieces: Sequence[Piece]
+    own: bool
+    """Whether this rank writes its pieces (replicas are written once)."""
+    optimizer: torch.optim.Optimizer
+    state_names: tuple[str, ...]
+    inner_step: Callable[[], None]
+    """Let the inner optimizer step over `flats` as their `grad` says."""
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What raw optimizer state depends on."""
+        return {
+            "engine": self.engine,
+            "world_size": self.world_size,
+            "zero_stage": self.zero_stage,
+            "optimizer": type(self.optimizer).__name__,
+        }
+
+
+def save(state: EngineState, folder: Path) -> None:
+    """Write this rank's part of `state` into `folder`. No communication.
+
+    Raises:
+        DiskError: the disk is full, read-only or gone.
+    """
+    if state.rank == 0:
+        parameters = {name: list(shape) for name, shape in state.shapes.items()}
+        info = {
+            "format": FORMAT,
+            **state.layout,
+            "state_names": list(state.state_names),
+            "parameters": parameters,
+        }
+        write_json(folder / _INFO, info)
+    if not state.own:
+        return
+    tensors = {_key(_WEIGHT, piece): _cut(state.flats[piece.flat], piece) for piece in state.pieces}
+    if state.state_names:
+        tensors |= _state_pieces(state)
+        numbers = _step_numbers(state)
+    else:
+        raw, numbers = _raw_state(state)
+        tensors |= raw
+    # The checkpoint's manifest holds a digest of the file, so reading it back here is not needed.
+    save_safetensors(
+        tensors, _rank_file(folder, state.rank), {"numbers": json.dumps(numbers)}, verify=False
+    )
+
+
+def load(state: EngineState, folder: Path) -> None:
+    """Fill `state` from what `save` wrote, whoever wrote it. No communication.
+
+    Raises:
+        ModelFileError: damaged, of another set of trained parameters, or of an optimizer whose
+            state cannot be cut anew. Nothing is changed then.
+    """
+    info = _read_info(state, folder)
+    if state.state_names:
+        files = [_RankFile(path) for path in _rank_files(folder)]
+        pieces = _index(files)
+        stepped = any(kind != _WEIGHT for kind, _ in pieces)
+        _check_cover(state, pieces, (_WEIGHT, *(state.state_names if stepped else ())), folder)
+        _fill_weights(state, pieces)
+        if stepped or state.optimizer.state:
+            _fill_state(state, pieces, _merged_numbers(files))
+    else:
+        own = _rank_file(folder, state.rank if _writers(info) > 1 else 0)
+        _check_layout(state, info, folder)
+        file = _RankFile(own)
+        pieces = _index([file])
+        _check_cover(state, pieces, (_WEIGHT,), folder)
+        _fill_raw(state, file)
+        _fill_weights(state, pieces)
+
+
+class _RankFile:
+    """One rank's file, opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.weights: WeightFiles = open_weights(path)
+        try:
+            self.numbers: dict[str, Any] = json.loads(self.weights.metadata["numbers"])
+        except (KeyError, ValueError) as error:
+            raise ModelFileError(f"{path} is not a part of a checkpoint: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a stretch of a parameter is found."""
+
+    file: _RankFile
+    key: str
+    start: int
+    numel: int
+
+
+_Index = dict[tuple[str, str], list[_Source]]
+
+
+def _index(files: list[_RankFile]) -> _Index:
+    found: _Index = {}
+    for file in files:
+        for key, info in file.weights.items():
+            kind, start, name = _split(file.path, key)
+            source = _Source(file, key, start, info.shape[0] if info.shape else 0)
+            found.setdefault((kind, name), []).append(source)
+    return found
+
+
+def _key(kind: str, piece: Piece) -> str:
+    return f"{kind}|{piece.start}|{piece.name}"
+
+
+def _split(path: Path, key: str) -> tuple[str, int, str]:
+    parts = key.split("|", 2)
+    if len(parts) != 3 or not parts[1].isdecimal():
+        raise ModelFileError(f"{path} holds {key!r}, which is no part of a checkpoint")
+    return parts[0], int(parts[1]), parts[2]
+
+
+def _cut(flat: Tensor, piece: Piece) -> Tensor:
+    return flat.detach().view(-1).narrow(0, piece.offset, piece.numel)
+
+
+def _state_of(state: EngineState, flat: Tensor) -> dict[str, Any]:
+    held: dict[str, Any] = state.optimizer.state.get(flat, {})
+    return held
+
+
+def _state_pieces(state: EngineState) -> dict[str, Tensor]:
+    return {
+        _key(name, piece): _cut(held[name], piece)
+        for piece in state.pieces
+        if (held := _state_of(state, state.flats[piece.flat]))
+        for name in state.state_names
+    }
+
+
+def _step_numbers(state: EngineState) -> dict[str, dict[str, float]]:
+    """Return what the optimizer counts, such as its steps, by parameter."""
+    return {
+        piece.name: {
+            key: float(value)
+            for key, value in _state_of(state, state.flats[piece.flat]).items()
+            if key not in state.state_names
+        }
+        for piece in state.pieces
+    }
+
+
+def _raw_state(state: EngineState) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, flat in enumerate(state.flats):
+        held = _state_of(state, flat)
+        numbers[str(index)] = {k: v for k, v in held.items() if not isinstance(v, Tensor)}
+        tensors |= {f"raw|{index}|{k}": v for k, v in held.items() if isinstance(v, Tensor)}
+    return tensors, numbers
+
+
+def _fill_weights(state: EngineState, pieces: _Index) -> None:
+    for piece in state.pieces:
+        _copy(_cut(state.flats[piece.flat], piece), piece, pieces[_WEIGHT, piece.name])
+
+
+def _fill_state(state: EngineState, pieces: _Index, numbers: dict[str, dict[str, float]]) -> None:
+    _create_state(state)
+    for piece in state.pieces:
+        held = _state_of(state, state.flats[piece.flat])
+        for name in state.state_names:
+            target = _cut(held[name], piece).zero_()
+            _copy(target, piece, pieces.get((name, piece.name), []))
+        for key in held.keys() - set(state.state_names):
+            _set_number(held, key, numbers[piece.name].get(key, 0.0))
+
+
+def _fill_raw(state: EngineState, file: _RankFile) -> None:
+    if not any(file.numbers.values()) and not state.optimizer.state:
+        return
+    _create_state(state)
+    copies: list[tuple[Tensor, Tensor]] = []
+    for index, flat in enumerate(state.flats):
+        held = _state_of(state, flat)
+        for key, value in held.items():
+            if isinstance(value, Tensor):
+                copies.append((value, _raw_tensor(file, f"raw|{index}|{key}", value)))
+            else:
+                held[key] = file.numbers[str(index)][key]
+    for target, saved in copies:
+        target.copy_(saved)
+
+
+def _raw_tensor(file: _RankFile, key: str, wanted: Tensor) -> Tensor:
+    info = file.weights.get(key)
+    if info is None or info.shape != tuple(wanted.shape) or info.dtype != wanted.dtype:
+        saved = "missing" if info is None else f"{info.shape} {info.dtype}"
+        raise ModelFileError(
+            f"{file.path}: {key} is {saved}, the optimizer now needs "
+            f"{tuple(wanted.shape)} {wanted.dtype}",
+            hint="resume with the optimizer's settings the checkpoint was written with",
+        )
+    return file.weights.read(key)
+
+
+def _create_state(state: EngineState) -> None:
+    """Let the optimizer lay out its own state: a step of size 0 over gradients of 0."""
+    groups = state.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0
+    for flat in state.flats:
+        flat.grad = torch.zeros_like(flat)
+    state.inner_step()
+    for flat in state.flats:
+        flat.grad = None
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _set_number(held: dict[str, Any], key: str, value: float) -> None:
+    if isinstance(held[key], Tensor):
+        held[key].fill_(value)
+    else:
+        held[key] = type(held[key])(value)
+
+
+def _copy(target: Tensor, piece: Piece, sources: list[_Source]) -> None:
+    end = piece.start + piece.numel
+    for source in sources:
+        low, high = max(piece.start, source.start), min(end, source.start + source.numel)
+        if low < high:
+            stretch = source.file.weights.read(source.key).narrow(0, low - source.start, high - low)
+            target.narrow(0, low - piece.start, high - low).copy_(stretch)
+
+
+def _read_info(state: EngineState, folder: Path) -> dict[str, Any]:
+    path = folder / _INFO
+    if not path.is_file():
+        raise ModelFileError(f"{path} is missing", hint="choose another checkpoint to resume from")
+    info = read_json(path)
+    if info.get("format") != FORMAT:
+        raise ModelFileError(
+            f"{path} has format {info.get('format')}, this version reads {FORMAT}",
+            hint="resume with the version of Menma that wrote the checkpoint",
+        )
+    saved = {name: tuple(shape) for name, shape in info["parameters"].items()}
+    if saved != state.shapes:
+        wanted = state.shapes
+        differing = [name for name in saved | wanted if saved.get(name) != wanted.get(name)]
+        raise ModelFileError(
+            f"{folder} holds other trained parameters than this run: {len(differing)} differ, "
+            f"e.g. {_describe(differing[0], saved, wanted)}",
+            hint="resume with the adapter settings the checkpoint was written with, or start "
+            "anew with --resume never",
+        )
+    if bool(info.get("state_names")) != bool(state.state_names) or (
+        state.state_names and tuple(info["state_names"]) != state.state_names
+    ):
+        raise ModelFileError(
+            f"{folder} holds the state of {info.get('optimizer')}, "
+            f"this run uses {type(state.optimizer).__name__}",
+            hint="resume with the optimizer the checkpoint was written with",
+        )
+    return info
+
+
+def _describe(
+    name: str, saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
+) -> str:
+    if name not in saved:
+        return f"{name} is not in it"
+    if name not in wanted:
+        return f"{name} is not trained now"
+    return f"{name} is {saved[name]} in it and {wanted[name]} now"
+
+
+def _check_layout(state: EngineState, info: dict[str, Any], folder: Path) -> None:
+    differing = {
+        key: (info.get(key), value) for key, value in state.layout.items() if info.get(key) != value
+    }
+    if differing:
+        words = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in differing.items())
+        raise ModelFileError(
+            f"the state of {type(state.optimizer).__name__} in {folder} fits only the layout it "
+            f"was written with ({words})",
+            hint="resume with the same engine, zero_stage and number of processes, or use an "
+            "optimizer whose state can be cut anew (adamw)",
+        )
+
+
+def _check_cover(state: EngineState, pieces: _Index, kinds: Sequence[str], folder: Path) -> None:
+    for kind in kinds:
+        for piece in state.pieces:
+            sources = pieces.get((kind, piece.name), [])
+            if not _covered(piece, sources):
+                raise ModelFileError(
+                    f"{folder} lacks a part of {kind} of {piece.name}",
+                    hint="the checkpoint is incomplete; resume from another one",
+                )
+
+
+def _covered(piece: Piece, sources: list[_Source]) -> bool:
+    reached = piece.start
+    for source in sorted(sources, key=lambda found: found.start):
+        if source.start > reached:
+            break
+        reached = max(reached, source.start + source.numel)
+    return reached >= piece.start + piece.numel
+
+
+def _merged_numbers(files: list[_RankFile]) -> dict[str, dict[str, float]]:
+    merged: dict[str, dict[str, float]] = {}
+    for file in files:
+        for name, numbers in file.numbers.items():
+            merged.setdefault(name, {}).update(numbers)
+    return merged
+
+
+def _writers(info: dict[str, Any]) -> int:
+    return int(info["world_size"]) if info["zero_stage"] else 1
+
+
+def _rank_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.safetensors"
+
+
+def _rank_files(folder: Path) -> Iterator[Path]:
+    yield from sorted(folder.glob("rank-*.safetensors"))

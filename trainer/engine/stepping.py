@@ -1,0 +1,177 @@
+"""What every engine does the same way: microbatches, loss terms, learning rates, results."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.core.types import Batch, StepResult
+from trainer.engine import state_files
+from trainer.engine.finite import TermSums
+from trainer.engine.process_group import World
+from trainer.engine.state_files import EngineState
+
+
+class SteppingEngine(ABC):
+    """Base of the engines: `core.seams.Engine` but for what touches gradients and storage.
+
+    Args:
+        module: the whole step; maps a `Batch` to loss terms, each of shape ().
+        trainable: the trained parameters by canonical name; exactly those of `module` that
+            require a gradient.
+        world: this process's place.
+        gradient_accumulation_steps: microbatches per update.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        trainable: Mapping[str, nn.Parameter],
+        world: World,
+        gradient_accumulation_steps: int,
+    ) -> None:
+        _check_trainable(module, trainable)
+        self.rank = world.rank
+        self.world_size = world.world_size
+        self.device = world.device
+        self._world = world
+        self._trainable = dict(trainable)
+        self._accumulation = gradient_accumulation_steps
+        self._means: dict[str, float] = {}
+
+    def forward_backward(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Run the microbatches of one step; return each loss term's mean over all ranks.
+
+        `batches` is consumed lazily, so that the next batch is read while this one computes.
+
+        Raises:
+            NonFiniteError: on every rank, before any gradient of that microbatch exists; names
+                the term, the rank and the clips.
+            ValueError: not as many microbatches as `gradient_accumulation_steps`.
+        """
+        sums = TermSums(self._world)
+        for batch in batches:
+            if sums.count == self._accumulation:
+                raise ValueError(f"more than {self._accumulation} microbatches in a step")
+            terms = self._forward(batch.to(self.device))
+            sums.add(terms, batch.names)
+            loss = functools.reduce(operator.add, terms.values())
+            self._backward(loss, last=sums.count == self._accumulation)
+        if sums.count != self._accumulation:
+            raise ValueError(f"{sums.count} microbatches in a step of {self._accumulation}")
+        self._after_backward()
+        self._means = sums.means()
+        return dict(self._means)
+
+    def update(self, lr: float) -> StepResult:
+        """Clip, step the optimizer with this learning rate, zero the gradients.
+
+        `grad_norm` is the L2 norm over all trained weights before clipping.
+
+        Raises:
+            NonFiniteError: on every rank, the gradient is NaN or infinite; the weights are
+                untouched.
+        """
+        for group in self._param_groups():
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        return StepResult(terms=self._means, grad_norm=self._step(), lr=lr)
+
+    def save_state(self, folder: Path) -> None:
+        """Write weights and optimizer state into `folder`; every rank its own part.
+
+        Raises:
+            DiskError: the disk is full, read-only or gone.
+        """
+        state_files.save(self._state(), folder)
+
+    def load_state(self, folder: Path) -> None:
+        """Restore what `save_state` wrote, on any engine and number of ranks. Collective.
+
+        Raises:
+            ModelFileError: damaged, of other trained parameters or of another optimizer.
+        """
+        state_files.load(self._state(), folder)
+        self._refresh_weights()
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self._world.barrier()
+
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether `flag` is set on some rank. A collective call."""
+        return self._world.any_rank(flag)
+
+    @abstractmethod
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Return the trained parameters, whole, float32 on the CPU; empty but on rank 0."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what the engine holds."""
+
+    @abstractmethod
+    def _forward(self, batch: Batch) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, *, last: bool) -> None: ...
+
+    @abstractmethod
+    def _after_backward(self) -> None: ...
+
+    @abstractmethod
+    def _param_groups(self) -> list[dict[str, Any]]: ...
+
+    @abstractmethod
+    def _step(self) -> float: ...
+
+    @abstractmethod
+    def _state(self) -> EngineState: ...
+
+    @abstractmethod
+    def _refresh_weights(self) -> None: ...
+
+
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], lr_scales: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Return optimizer groups, one a learning-rate factor (1 where `lr_scales` is silent)."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(lr_scales.get(name, 1.0), []).append(parameter)
+    return [{"params": members, "lr_scale": scale} for scale, members in groups.items()]
+
+
+def fill_missing_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give parameters that no loss term reached a gradient of 0, as ZeRO does on its own.
+
+    Otherwise AdamW would decay and move them under one engine and skip them under another.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def _check_trainable(module: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
+    if not trainable:
+        raise ValueError("nothing to train: no parameters were given to the engine")
+    given = {id(parameter) for parameter in trainable.values()}
+    inside = {id(parameter): name for name, parameter in module.named_parameters()}
+    foreign = [name for name, parameter in trainable.items() if id(parameter) not in inside]
+    frozen = [name for name, parameter in trainable.items() if not parameter.requires_grad]
+    unnamed = [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and id(parameter) not in given
+    ]
+    if foreign or frozen or unnamed or len(given) != len(trainable):
+        raise ValueError(
+            f"the trained parameters are not those of the module that require a gradient: "
+            f"outside the module {foreign[:3]}, frozen {frozen[:3]}, not given {unnamed[:3]}"
+        )
