@@ -218,7 +218,7 @@ def _validate(content: dict[str, Any], sources: Mapping[str, Source]) -> RunConf
         if config.dataset.file is None and config.dataset.sources:
             problems += _dataset_problems(config)
     if problems or config is None:
-        raise ConfigError(problems=[_place(problem, sources) for problem in problems])
+        raise ConfigError(problems=place_problems(problems, sources))
     return config
 
 
@@ -235,6 +235,11 @@ def _dataset_problems(config: RunConfig) -> list[Problem]:
             for problem in error.problems
         ]
     return []
+
+
+def place_problems(problems: Iterable[Problem], sources: Mapping[str, Source]) -> list[Problem]:
+    """Add file and line to problems that only know their key."""
+    return [_place(problem, sources) for problem in problems]
 
 
 def _place(problem: Problem, sources: Mapping[str, Source]) -> Problem:

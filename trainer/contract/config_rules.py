@@ -183,9 +183,9 @@ def _distributed(config: RunConfig) -> Iterator[Problem]:
 def _full_finetune(config: RunConfig) -> Iterator[Problem]:
     if config.adapter.kind != "none" or config.memory.weight_format != "bf16":
         return
-    if config.distributed.engine == "local" or config.distributed.zero_stage == 0:
+    if config.distributed.engine != "local" and config.distributed.zero_stage == 0:
         yield Problem(
-            "training bf16 weights needs fp32 master copies, which ZeRO stages 1 to 3 keep",
+            "training bf16 weights needs fp32 master copies; DeepSpeed keeps them from ZeRO-1 on",
             "adapter.kind",
             hint='set distributed.zero_stage = 2, or memory.weight_format = "fp32"',
         )

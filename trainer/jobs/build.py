@@ -1,0 +1,150 @@
+"""From a config to objects: plug-ins, weights, devices. The composition root's parts list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from trainer.contract.catalog import PLUGIN_KINDS
+from trainer.contract.config import PluginSection, RunConfig
+from trainer.contract.config_io import problems_of
+from trainer.contract.config_rules import trained_timesteps
+from trainer.contract.errors import ConfigError, ModelFileError
+from trainer.contract.variants import Variant, get_variant
+from trainer.core.flow import NUM_TRAIN_TIMESTEPS
+from trainer.core.seams import BuildContext, Need, Technique
+from trainer.models.wan.transformer import WanTransformer
+from trainer.training.step import Objective, SigmaRange
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ExpertName = Literal["low_noise", "high_noise"]
+
+
+def build_plugin(section: PluginSection, slot: str, build: BuildContext, *, where: str) -> Any:
+    """Import the plug-in chosen in `section.<slot>`, check its options and make it.
+
+    Raises:
+        ConfigError: an option breaks a rule that only the plug-in itself knows.
+    """
+    implementation: Any = PLUGIN_KINDS[section.slots[slot]].load(getattr(section, slot))
+    try:
+        options = implementation.Config(**section.options(slot))
+    except ValidationError as error:
+        problems = problems_of(error, implementation.Config, prefix=where)
+        raise ConfigError(problems=problems) from error
+    return implementation(options, build)
+
+
+def build_objective(config: RunConfig, build: BuildContext) -> Objective:
+    """Make sampler, loss and weighting, and the range of sigmas that is trained."""
+    section = config.objective
+    low, high = trained_timesteps(config, build.variant.expert_boundary)
+    return Objective(
+        sampler=build_plugin(section, "timestep_sampler", build, where="objective"),
+        loss=build_plugin(section, "loss", build, where="objective"),
+        weighting=build_plugin(section, "weighting", build, where="objective"),
+        sigmas=SigmaRange(
+            low=low / NUM_TRAIN_TIMESTEPS,
+            high=high / NUM_TRAIN_TIMESTEPS,
+            preserve_shape=section.preserve_distribution_shape,
+        ),
+    )
+
+
+def build_techniques(
+    config: RunConfig, build: BuildContext, largest_batch: int
+) -> tuple[Technique, ...]:
+    """Make the techniques in config order.
+
+    Raises:
+        ConfigError: a technique needs what this run does not have.
+    """
+    techniques = []
+    for index, section in enumerate(config.techniques):
+        technique: Technique = build_plugin(section, "name", build, where=f"techniques[{index}]")
+        if Need.BATCH_OVER_ONE in technique.needs and largest_batch < 2:
+            raise ConfigError(
+                f"{section.name} compares the samples of a batch, and every batch has one",
+                hint="set batch_size = 2 or more in the dataset, or remove the technique",
+            )
+        if Need.FULL_GRADS in technique.needs and config.distributed.zero_stage > 1:
+            raise ConfigError(
+                f"{section.name} reads whole gradients, which ZeRO-2 and 3 cut into shards",
+                hint="set distributed.zero_stage to 0 or 1",
+            )
+        techniques.append(technique)
+    return tuple(techniques)
+
+
+def trained_transformer_file(config: RunConfig) -> tuple[Path, str]:
+    """Return the weight file that is trained, and the config key that names it.
+
+    Raises:
+        ConfigError: none is given.
+    """
+    model = config.model
+    field = "transformer_high_noise" if model.expert == "high_noise" else "transformer"
+    path: Path | None = getattr(model, field)
+    if path is None:
+        raise ConfigError(f"model.{field} is needed, but not given")
+    return path, f"model.{field}"
+
+
+def load_base(
+    config: RunConfig, path: Path, *, device: torch.device, dtype: torch.dtype
+) -> tuple[WanTransformer, Variant]:
+    """Load transformer weights and settle which variant they are.
+
+    Raises:
+        ModelFileError: the file cannot be used, or is not what `model.variant` says.
+    """
+    from trainer.models import load_transformer
+
+    transformer = load_transformer(
+        path,
+        variant=config.model.variant,
+        dtype=dtype,
+        device=device,
+        config=dict(config.model.shape) or None,
+    )
+    if not transformer.variant_name:
+        raise ModelFileError(
+            f"{path}: the sizes are of no released model, so its defaults are unknown",
+            hint="set model.variant to the variant it is closest to",
+        )
+    transformer.gradient_checkpointing = config.memory.gradient_checkpointing
+    return transformer, get_variant(transformer.variant_name)
+
+
+def pick_device(config: RunConfig, local_rank: int = 0) -> torch.device:
+    """Return the device of this process.
+
+    Raises:
+        ConfigError: cuda is asked for and there is none.
+    """
+    wanted = config.distributed.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "distributed.device is cuda, but torch sees no CUDA device",
+            hint="`menma doctor` says why; device = 'cpu' works for tiny models",
+        )
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+def num_processes(config: RunConfig) -> int:
+    """Return how many training processes this machine shall run."""
+    if config.distributed.num_processes is not None:
+        return config.distributed.num_processes
+    on_gpu = config.distributed.device != "cpu" and torch.cuda.is_available()
+    return torch.cuda.device_count() if on_gpu and config.distributed.engine != "local" else 1
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Switch a module to evaluation without gradients; return it."""
+    return module.eval().requires_grad_(requires_grad=False)

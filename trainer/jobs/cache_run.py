@@ -1,0 +1,79 @@
+"""The job `cache`: from a config to cached latents and captions."""
+
+from __future__ import annotations
+
+import time
+
+from trainer.contract.errors import Problem
+from trainer.contract.jobs import CacheRequest
+from trainer.jobs.base import Emit
+from trainer.jobs.build import pick_device
+from trainer.jobs.cache import CacheOptions, CacheReport, Report, run_cache
+from trainer.jobs.components import (
+    lazy_image_encoder,
+    lazy_text_encoder,
+    lazy_vae,
+    settle_variant,
+)
+from trainer.jobs.config_job import read_config
+
+_MIN_INTERVAL_S = 0.2
+
+
+def run(request: CacheRequest, emit: Emit) -> None:
+    """Bring the caches of a config up to date; its `end` event holds the counts.
+
+    Raises:
+        MenmaError: see `cache.run_cache`.
+    """
+    config = read_config(request, "cache")
+    variant = settle_variant(config)
+    device = pick_device(config)
+    tile = config.memory.vae_tile
+    report = run_cache(
+        config.dataset.load(),
+        variant=variant,
+        vae=lazy_vae(config, variant, device),
+        text_encoder=lazy_text_encoder(config, device),
+        image_encoder=lazy_image_encoder(config, device),
+        options=CacheOptions(dtype=config.memory.cache_dtype, tile=(tile, tile) if tile else None),
+        report=progress_events(emit),
+    )
+    emit_report(report, emit)
+
+
+def emit_report(report: CacheReport, emit: Emit) -> None:
+    """Send what a cache job did: warnings, notes, and the counts."""
+    emit_problems(report.problems, emit)
+    for note in report.notes:
+        emit("log", message=note)
+    emit(
+        "end",
+        reason="done",
+        encoded=report.encoded,
+        reused=report.reused,
+        removed=report.removed,
+        captions_encoded=report.captions_encoded,
+        captions_reused=report.captions_reused,
+        buckets={str(bucket): count for bucket, count in report.buckets.items()},
+        num_problems=len(report.problems),
+    )
+
+
+def emit_problems(problems: tuple[Problem, ...], emit: Emit) -> None:
+    """Send one warning a clip or caption that is not used."""
+    for problem in problems:
+        emit("warning", message=str(problem), file=str(problem.file or ""), hint=problem.hint)
+
+
+def progress_events(emit: Emit) -> Report:
+    """Return a progress callback that sends `phase` events, a few a second at most."""
+    last: dict[str, float] = {}
+
+    def report(phase: str, done: int, total: int, name: str = "") -> None:
+        now = time.monotonic()
+        if done == total or now - last.get(phase, 0.0) >= _MIN_INTERVAL_S:
+            last[phase] = now
+            emit("phase", name=phase, done=done, total=total, detail=name)
+
+    return report

@@ -1,0 +1,92 @@
+"""The job `check`: config, weight files and dataset; everything that is wrong at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer.contract.config import RunConfig
+from trainer.contract.config_io import load_config_with_sources, place_problems
+from trainer.contract.config_rules import check_files
+from trainer.contract.errors import ConfigError, MenmaError, Problem, UserError
+from trainer.contract.jobs import CheckRequest
+from trainer.contract.variants import Variant
+from trainer.data.checks import check_dataset
+from trainer.io.mapped_load import open_weights
+from trainer.jobs.base import Emit
+from trainer.jobs.components import settle_variant
+
+_WEIGHTS = ("transformer", "transformer_high_noise", "vae", "text_encoder", "image_encoder")
+
+
+def run(request: CheckRequest, emit: Emit) -> None:
+    """Check all that can be checked before a run.
+
+    Clips that cannot be used are warnings (errors when the dataset is `strict`), as they are for
+    caching. The `end` event holds the bucket table.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
+    loaded = load_config_with_sources(request.config, request.set)
+    config = loaded.config
+    problems = list(dict.fromkeys(check_files(config, "cache") + check_files(config, "train")))
+    problems += _weight_problems(config)
+    variant = _variant(config, problems)
+    summary = _dataset(config, variant, problems, emit)
+    if problems:
+        raise ConfigError(problems=place_problems(problems, loaded.sources))
+    emit("end", reason="done", variant=variant.name if variant else "", **summary)
+
+
+def _weight_problems(config: RunConfig) -> list[Problem]:
+    problems = []
+    for field in _WEIGHTS:
+        path: Path | None = getattr(config.model, field)
+        if path is None or not path.exists():
+            continue
+        try:
+            open_weights(path)
+        except MenmaError as error:
+            problems.append(Problem(error.message, f"model.{field}", hint=error.hint))
+    return problems
+
+
+def _variant(config: RunConfig, problems: list[Problem]) -> Variant | None:
+    if any(problem.key.startswith("model.transformer") for problem in problems):
+        return None
+    try:
+        return settle_variant(config)
+    except UserError as error:
+        problems.append(Problem(error.message, "model.transformer", hint=error.hint))
+        return None
+
+
+def _dataset(
+    config: RunConfig, variant: Variant | None, problems: list[Problem], emit: Emit
+) -> dict[str, object]:
+    if variant is None or any(problem.key.startswith("dataset") for problem in problems):
+        return {}
+    try:
+        dataset = config.dataset.load()
+    except ConfigError as error:
+        problems += error.problems
+        return {}
+    checked = check_dataset(dataset, variant)
+    for note in checked.notes:
+        emit("log", message=note)
+    if dataset.general.strict:
+        problems += checked.problems
+    else:
+        for problem in checked.problems:
+            emit("warning", message=str(problem), file=str(problem.file or ""), hint=problem.hint)
+    if not checked.clips:
+        problems.append(Problem("no clip of the dataset can be used", "dataset"))
+    return {
+        "clips": checked.clips,
+        "batches_per_epoch": checked.batches_per_epoch,
+        "num_problems": len(checked.problems),
+        "buckets": [
+            {"bucket": str(row.bucket), "items": row.items, "tokens": row.tokens}
+            for row in checked.buckets
+        ],
+    }

@@ -1,0 +1,96 @@
+"""VAE, text encoder and image encoder of a config: who they are, and how to load them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from trainer.contract.config import RunConfig
+from trainer.contract.errors import ConfigError
+from trainer.contract.variants import Variant, get_variant
+from trainer.data.fingerprint import digest, model_identity
+from trainer.io.mapped_load import open_weights
+from trainer.jobs.build import DTYPES
+from trainer.jobs.window_encoder import LazyModel
+from trainer.models import load_image_encoder, load_text_encoder, load_vae
+from trainer.models.wan.detect import recognise
+from trainer.models.wan.image_encoder import ImageEncoder
+from trainer.models.wan.text_encoder import TextEncoder
+from trainer.models.wan.vae import WanVAE
+
+
+def settle_variant(config: RunConfig) -> Variant:
+    """Return the variant, from the config or from the header of the transformer's weights.
+
+    Raises:
+        ConfigError: `auto`, and no transformer is given.
+        ModelFileError: the weights cannot be read, or are not of the variant that is given.
+    """
+    model = config.model
+    file = model.transformer if model.expert != "high_noise" else model.transformer_high_noise
+    file = file or model.transformer or model.transformer_high_noise
+    if file is not None and file.exists():
+        name = recognise(open_weights(file), model.variant, dict(model.shape)).variant_name
+        return get_variant(name)
+    if model.variant == "auto":
+        raise ConfigError(
+            "model.variant is auto, and there are no transformer weights to recognise it from",
+            hint="set model.transformer, or name the variant",
+        )
+    return get_variant(model.variant)
+
+
+def component(config: RunConfig, field: str) -> Path:
+    """Return the file of `model.<field>`.
+
+    Raises:
+        ConfigError: it is not given.
+    """
+    path: Path | None = getattr(config.model, field)
+    if path is None:
+        raise ConfigError(f"model.{field} is needed, but not given")
+    return path
+
+
+def lazy_vae(config: RunConfig, variant: Variant, device: torch.device) -> LazyModel[WanVAE]:
+    """Return the VAE, to be loaded when needed."""
+    path = component(config, "vae")
+
+    def load() -> WanVAE:
+        vae = load_vae(path, dtype=DTYPES[config.memory.vae_dtype], device=device)
+        if vae.latent_channels != variant.latent_channels:
+            raise ConfigError(
+                f"{path} is a VAE {vae.version}, but {variant.name} works on the latents of "
+                f"VAE {variant.vae}",
+                hint="set model.vae to the other VAE",
+            )
+        return vae
+
+    return LazyModel(model_identity(path), load)
+
+
+def lazy_text_encoder(config: RunConfig, device: torch.device) -> LazyModel[TextEncoder]:
+    """Return the text encoder with its tokenizer, to be loaded when needed."""
+    path, tokenizer = component(config, "text_encoder"), config.model.tokenizer
+    identity = model_identity(path)
+    if tokenizer is not None:
+        identity = digest([identity, model_identity(tokenizer)])
+
+    def load() -> TextEncoder:
+        dtype = DTYPES[config.memory.text_encoder_dtype]
+        return load_text_encoder(path, tokenizer=tokenizer, dtype=dtype, device=device)
+
+    return LazyModel(identity, load)
+
+
+def lazy_image_encoder(config: RunConfig, device: torch.device) -> LazyModel[ImageEncoder] | None:
+    """Return the image encoder, to be loaded when needed; None where the config names none."""
+    path = config.model.image_encoder
+    if path is None:
+        return None
+
+    def load() -> ImageEncoder:
+        return load_image_encoder(path, dtype=DTYPES[config.memory.vae_dtype], device=device)
+
+    return LazyModel(model_identity(path), load)

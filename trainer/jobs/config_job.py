@@ -1,0 +1,22 @@
+"""What jobs on a config do first: read it, and check the files that they need."""
+
+from __future__ import annotations
+
+from trainer.contract.config import RunConfig
+from trainer.contract.config_io import load_config_with_sources, place_problems
+from trainer.contract.config_rules import JobName, check_files
+from trainer.contract.errors import ConfigError
+from trainer.contract.jobs import ConfigRequest
+
+
+def read_config(request: ConfigRequest, job: JobName) -> RunConfig:
+    """Return the config of a request, complete for `job`.
+
+    Raises:
+        ConfigError: everything that is wrong with it, or missing for this job, at once.
+    """
+    loaded = load_config_with_sources(request.config, request.set)
+    problems = check_files(loaded.config, job)
+    if problems:
+        raise ConfigError(problems=place_problems(problems, loaded.sources))
+    return loaded.config
