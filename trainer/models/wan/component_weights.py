@@ -13,6 +13,7 @@ from trainer.io.mapped_load import WeightFiles
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
+_SCALED_MARK = "scaled_fp8"
 _MARKERS = (*_SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
 
 
@@ -39,7 +40,7 @@ class Placement:
 
 def is_quantisation_marker(name: str) -> bool:
     """Tell whether a tensor describes how another one is stored."""
-    return name.endswith(_MARKERS) or name.rpartition(".")[2] == "scaled_fp8"
+    return name.endswith(_MARKERS) or name.rpartition(".")[2] == _SCALED_MARK
 
 
 def fill(
@@ -124,7 +125,7 @@ def _dequantised(files: WeightFiles, name: str, tensor: Tensor, dtype: torch.dty
 
 
 def _announces_scales(files: WeightFiles) -> bool:
-    return any(name.endswith(_SCALE_SUFFIXES) for name in files)
+    return any(name.endswith((*_SCALE_SUFFIXES, _SCALED_MARK)) for name in files)
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:
