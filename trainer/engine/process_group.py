@@ -43,7 +43,7 @@ class World:
         if self.world_size == 1:
             return values
         gathered = values.new_empty(self.world_size, values.shape[1])
-        dist.all_gather(list(gathered.split(1)), values)
+        dist.all_gather(list(torch.split(gathered, 1)), values)
         return gathered
 
     def gather_texts(self, text: str) -> list[str]:
@@ -56,7 +56,7 @@ class World:
             : len(content)
         ]
         rows = torch.empty(self.world_size, _TEXT_BYTES, dtype=torch.uint8, device=self.device)
-        dist.all_gather(list(rows.split(1)), row.to(self.device))
+        dist.all_gather(list(torch.split(rows, 1)), row.to(self.device))
         return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows.cpu().numpy()]
 
     def text_of_rank_0(self, text: str) -> str:

@@ -130,6 +130,16 @@ def load(state: EngineState, folder: Path) -> None:
         _fill_weights(state, pieces)
 
 
+def read_layout(folder: Path) -> dict[str, Any]:
+    """Return {"engine", "world_size", "zero_stage"} of what `save` wrote into `folder`.
+
+    Raises:
+        ModelFileError: nothing was written there, or not by an engine.
+    """
+    info = read_json(folder / _INFO)
+    return {key: info[key] for key in ("engine", "world_size", "zero_stage")}
+
+
 class _RankFile:
     """One rank's file, opened."""
 
