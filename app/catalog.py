@@ -1,0 +1,21 @@
+"""The app's registry lines: which commands there are. Imports no implementation."""
+
+from __future__ import annotations
+
+COMMANDS: dict[str, str] = {
+    "demo": "app.cli.commands.demo",
+    "new": "app.cli.commands.new",
+    "presets": "app.cli.commands.presets",
+    "config": "app.cli.commands.config",
+    "check": "app.cli.commands.check",
+    "cache": "app.cli.commands.cache",
+    "train": "app.cli.commands.train",
+    "sample": "app.cli.commands.sample",
+    "lora": "app.cli.commands.lora",
+    "merge": "app.cli.commands.merge",
+    "runs": "app.cli.commands.runs",
+    "bench": "app.cli.commands.bench",
+    "doctor": "app.cli.commands.doctor",
+    "version": "app.cli.commands.version",
+}
+"""Command -> module with a Typer app named `app`, in the order of `menma --help`."""

@@ -1,0 +1,1 @@
+"""One file a command. A module loads nothing heavy until its command runs."""

@@ -1,0 +1,67 @@
+"""`menma check`: everything that is wrong, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from app.cli import jobs, output
+from app.cli.exit_codes import ExitCode
+from app.cli.options import Config, Json, Overrides, command_app
+from trainer.contract.errors import ConfigError, Problem
+
+app = command_app()
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a config, model files and clips.
+
+    Lists everything that is wrong at once; nothing is written.
+    """
+    from trainer.contract.config_io import load_config
+
+    try:
+        load_config(config, overrides or ())
+    except ConfigError as error:
+        if as_json:
+            _report([_problem(problem) for problem in error.problems], [])
+            raise typer.Exit(ExitCode.MISTAKE) from None
+        raise
+    request = {"config": str(config), "set": list(overrides or ())}
+    result = jobs.run("check", request, quiet=as_json)
+    if as_json:
+        _report(
+            [_from_event(event) for event in result.all("error")],
+            [_from_event(event) for event in result.all("warning")],
+        )
+    jobs.leave_if_failed(result)
+    if not as_json:
+        output.say(f"{config} is fine. Next: menma cache {config}, then menma train {config}")
+
+
+def _report(problems: list[dict[str, Any]], warnings: list[dict[str, Any]]) -> None:
+    output.json_data({"ok": not problems, "problems": problems, "warnings": warnings})
+
+
+def _problem(problem: Problem) -> dict[str, Any]:
+    return {
+        "message": problem.message,
+        "key": problem.key,
+        "file": str(problem.file) if problem.file is not None else None,
+        "line": problem.line,
+        "hint": problem.hint,
+    }
+
+
+def _from_event(event: dict[str, Any]) -> dict[str, Any]:
+    file: Path | str | None = event.get("file")
+    return {
+        "message": event.get("message", ""),
+        "key": event.get("key", ""),
+        "file": str(file) if file is not None else None,
+        "line": event.get("line"),
+        "hint": event.get("hint", ""),
+    }

@@ -1,0 +1,82 @@
+"""`menma merge`: bake LoRAs into a base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app.cli import jobs, output
+from app.cli.options import Loras, command_app, lora_use
+from trainer.contract.errors import UserError
+
+app = command_app()
+
+
+@app.command()
+def merge(
+    target: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write.", show_default=False)
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="Config whose transformer is the base and whose output is the LoRA."),
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option("--base", help="Transformer weights: a file or a folder.")
+    ] = None,
+    loras: Loras = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="bf16, fp16 or fp32; left out: the base's own."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Bake LoRAs into a base model and write the result as one file.
+
+    Example: menma merge --base wan.safetensors --lora fish.safetensors:0.8 -o wan-fish.safetensors
+    """
+    uses = [lora_use(text) for text in loras or ()]
+    if config is not None:
+        base, uses = _from_config(config, base, uses)
+    if base is None or not uses:
+        missing = "--base FILE" if base is None else "--lora FILE"
+        raise UserError(f"{missing} is missing", hint="menma merge --help shows an example")
+    if target.exists() and not force:
+        raise UserError(
+            f"{target} exists already", hint="choose another file with -o, or add --force"
+        )
+    result = jobs.run_or_leave(
+        "merge",
+        {
+            "base": str(base),
+            "loras": uses,
+            "output": str(target),
+            "dtype": dtype,
+            "force": force,
+        },
+    )
+    for path in result.paths:
+        output.data(path)
+
+
+def _from_config(
+    path: Path, base: Path | None, uses: list[dict[str, Any]]
+) -> tuple[Path | None, list[dict[str, Any]]]:
+    """Take from the config what the command line leaves out."""
+    from trainer.contract.config_io import load_config
+    from trainer.contract.run_dir import RunDir
+
+    config = load_config(path)
+    high_noise = config.model.expert == "high_noise"
+    transformer = config.model.transformer_high_noise if high_noise else config.model.transformer
+    if not uses:
+        trained = RunDir(config.run_dir).output / f"{config.name}.safetensors"
+        if not trained.is_file():
+            raise UserError(
+                f"{trained} does not exist yet",
+                hint=f"train it with `menma train {path}`, or name a file with --lora",
+            )
+        uses = [{"path": str(trained)}]
+    return base or transformer, uses

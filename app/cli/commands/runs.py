@@ -1,0 +1,213 @@
+"""`menma runs`: see and steer the runs of this machine, from any terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app.cli import output
+from app.cli.exit_codes import ExitCode
+from app.cli.options import Json, RunsDir, command_app
+from app.runs import control
+from app.runs.durations import duration
+from app.runs.state import RunState, State, find_runs, is_run_dir, read_state
+from trainer.contract.errors import UserError
+from trainer.contract.registry import nearest
+from trainer.contract.run_dir import Request, RunDir
+
+app = command_app(help="See and steer the runs of this machine.")
+Name = Annotated[
+    str, typer.Argument(metavar="RUN", help="Name or folder of a run.", show_default=False)
+]
+NoWait = Annotated[bool, typer.Option("--no-wait", help="Come back without waiting for it.")]
+
+RUNS = Path("runs")
+POLL_S = 0.2
+WATCH_FROM_BYTES = 32 * 1024
+
+
+@app.command("list")
+def list_runs(runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
+    """List the runs, the one that changed last first."""
+    states = [read_state(run) for run in find_runs(runs_dir)]
+    if as_json:
+        output.json_data([state.to_json() for state in states])
+        return
+    if not states:
+        output.say(f"No runs in {runs_dir}. `menma train CONFIG` starts one.")
+        return
+    headers = ("NAME", "STATE", "STEP", "LOSS", "ETA", "WHY")
+    output.data(output.table(headers, map(_row, states), right="STEP LOSS ETA"))
+
+
+@app.command()
+def show(name: Name, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
+    """Show one run: state, figures, files."""
+    from app.cli.watching import output_files
+
+    run = find_run(name, runs_dir)
+    state = read_state(run)
+    files = {
+        "config": str(run.config),
+        "events": str(run.events),
+        "console": str(run.console),
+        "checkpoints": sorted(str(path) for path in run.checkpoints.glob("step-*")),
+        "output": output_files(run),
+        "samples": sorted(str(path) for path in run.samples.glob("*") if path.is_file()),
+    }
+    if as_json:
+        output.json_data({**state.to_json(), "files": files})
+        return
+    for line in _details(state, files):
+        output.data(line)
+
+
+@app.command()
+def watch(
+    name: Name,
+    runs_dir: RunsDir = RUNS,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write the run's events as JSON lines to stdout.")
+    ] = False,
+) -> None:
+    """Show a run live. Ctrl-C leaves; the run goes on."""
+    from app.cli import watching
+
+    run = find_run(name, runs_dir)
+
+    def leave(times: int, say: Callable[[str], None]) -> None:
+        say(f"The run goes on. End it with: menma runs stop {name}")
+        raise KeyboardInterrupt
+
+    size = run.events.stat().st_size if run.events.exists() else 0
+    offset = 0 if as_json else max(0, size - WATCH_FROM_BYTES)
+    code = watching.finish(run, watching.watch(run, leave, offset=offset, as_json=as_json))
+    if code != ExitCode.DONE:
+        raise typer.Exit(code)
+
+
+@app.command()
+def stop(
+    name: Name,
+    runs_dir: RunsDir = RUNS,
+    now: Annotated[bool, typer.Option("--now", help="End without saving.")] = False,
+    kill: Annotated[bool, typer.Option("--kill", help="Kill it, all its processes.")] = False,
+    no_wait: NoWait = False,
+) -> None:
+    """Save a checkpoint, then end the run.
+
+    `menma train` with the same config goes on from there.
+    """
+    run = find_run(name, runs_dir)
+    state = read_state(run)
+    if not state.state.is_live:
+        output.say(f"{state.name} has ended already: {state.state.value}")
+        return
+    urgency = control.Urgency.SAVE
+    if kill or now:
+        urgency = control.Urgency.KILL if kill else control.Urgency.NOW
+    elif state.state is State.STOPPING:
+        output.say(f"{state.name} was asked already; --now ends it without saving, --kill kills it")
+    control.stop(run, urgency)
+    if no_wait:
+        output.say(f"Asked {state.name} to stop.")
+        return
+    if urgency is control.Urgency.SAVE:
+        output.say(f"{state.name}: finishing the step and saving. Ctrl-C leaves; it still stops.")
+    _wait(lambda: not read_state(run).state.is_live)
+    state = read_state(run)
+    output.say(f"{state.name}: {state.state.value}{_reason(state)}")
+
+
+@app.command()
+def save(name: Name, runs_dir: RunsDir = RUNS, no_wait: NoWait = False) -> None:
+    """Make a running run save a checkpoint after its current step."""
+    _ask(find_run(name, runs_dir), "save", no_wait=no_wait)
+
+
+@app.command()
+def sample(name: Name, runs_dir: RunsDir = RUNS, no_wait: NoWait = False) -> None:
+    """Make a running run draw its sample prompts after its current step."""
+    _ask(find_run(name, runs_dir), "sample", no_wait=no_wait)
+
+
+def find_run(name: str, runs_dir: Path) -> RunDir:
+    """Return the run of a name or a folder.
+
+    Raises:
+        UserError: there is none; the hint names the nearest.
+    """
+    for path in (runs_dir / name, Path(name)):
+        if is_run_dir(path):
+            return RunDir(path)
+    known = [run.root.name for run in find_runs(runs_dir)]
+    hint = nearest(name, known) if known else f"there are no runs in {runs_dir}"
+    raise UserError(f"no such run: {name}", hint=hint)
+
+
+def _ask(run: RunDir, what: Request, *, no_wait: bool) -> None:
+    state = read_state(run)
+    if not state.state.is_live:
+        raise UserError(
+            f"{state.name} is not training: {state.state.value}",
+            hint="`menma runs list` shows what is",
+        )
+    request = run.request(what)
+    if no_wait:
+        output.say(f"Asked {state.name} to {what} after its current step.")
+        return
+    output.say(f"{state.name}: {what} after the current step. Ctrl-C leaves; it is still done.")
+    done, refused = request.with_suffix(".done"), request.with_suffix(".err")
+    _wait(lambda: done.exists() or refused.exists() or not read_state(run).state.is_live)
+    if not done.exists():
+        output.say(f"error: {state.name} ended first: {read_state(run).state.value}")
+        raise typer.Exit(ExitCode.FAILED)
+    output.say(f"{state.name}: {what} done.")
+
+
+def _wait(is_over: Callable[[], bool]) -> None:
+    while not is_over():
+        time.sleep(POLL_S)
+
+
+def _row(state: RunState) -> tuple[str, ...]:
+    steps = "" if state.step is None else f"{state.step}/{state.total_steps or '?'}"
+    left = state.eta_s if state.state.is_live else None
+    return (
+        state.name,
+        f"{state.state.sign} {state.state.value}",
+        steps,
+        "" if state.loss is None else f"{state.loss:.4f}",
+        "" if left is None else duration(left),
+        state.why,
+    )
+
+
+def _reason(state: RunState) -> str:
+    return f" ({state.why})" if state.why else ""
+
+
+def _details(state: RunState, files: dict[str, Any]) -> list[str]:
+    shown = {
+        "name": state.name,
+        "folder": str(state.root),
+        "state": f"{state.state.value}{_reason(state)}",
+        "step": "" if state.step is None else f"{state.step} of {state.total_steps or '?'}",
+        "loss": "" if state.loss is None else f"{state.loss:.4f}",
+        "ETA": "" if state.eta_s is None or not state.state.is_live else duration(state.eta_s),
+        "started": _clock(state.started),
+        "ended": _clock(state.ended),
+    }
+    lines = [f"{key:<12}{value}" for key, value in shown.items() if value]
+    for key, value in files.items():
+        paths = value if isinstance(value, list) else [value]
+        lines += [f"{key:<12}{path}" for path in paths]
+    return lines
+
+
+def _clock(moment: float | None) -> str:
+    return "" if moment is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))

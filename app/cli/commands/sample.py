@@ -1,0 +1,171 @@
+"""`menma sample`: generate videos and images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app.cli import jobs, output
+from app.cli.options import Json, Loras, Overrides, command_app, lora_use
+from trainer.contract.errors import ConfigError, UserError
+
+app = command_app()
+
+
+@app.command()
+def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG|RUN",
+            help="A config, or a run (its folder, or its name in runs/): then its newest LoRA is "
+            "used.",
+            show_default=False,
+        ),
+    ],
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="What to show. Repeatable.")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts-file", help="Prompts in a .txt (musubi-tuner's flags), .toml or .json file."
+        ),
+    ] = None,
+    loras: Loras = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", help="What not to show.")
+    ] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option("--height", help="Pixels.")] = None,
+    frames: Annotated[
+        int | None, typer.Option("--frames", help="Frames, 4n + 1; 1 makes an image.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Solver steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", help="Classifier-free guidance; 1: off.")
+    ] = None,
+    guidance_high_noise: Annotated[
+        float | None,
+        typer.Option("--guidance-high-noise", help="Guidance of Wan 2.2's high-noise expert."),
+    ] = None,
+    shift: Annotated[
+        float | None, typer.Option("--shift", help="Shift of the sigmas towards noise.")
+    ] = None,
+    solver: Annotated[str | None, typer.Option("--solver", help="unipc or euler.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of the first prompt; the next ones count on.")
+    ] = None,
+    fps: Annotated[int | None, typer.Option("--fps", help="Frames a second of the file.")] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", help="First frame, for image-to-video models.")
+    ] = None,
+    last_image: Annotated[
+        Path | None, typer.Option("--last-image", help="Last frame, for first-last-frame models.")
+    ] = None,
+    control: Annotated[
+        Path | None, typer.Option("--control", help="Control video, for Fun-Control models.")
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder of the results. Default: samples/, or the run's samples folder.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Generate videos or images.
+
+    The paths of the files come on stdout.
+    Without --prompt and --prompts-file the prompts of the config are drawn.
+
+    Example: menma sample runs/my-lora --prompt "a fish in the rain" --frames 33
+    """
+    config, run_dir = _source(source)
+    settings = {
+        "negative_prompt": negative_prompt,
+        "width": width,
+        "height": height,
+        "num_frames": frames,
+        "num_steps": steps,
+        "guidance_scale": guidance,
+        "guidance_scale_high_noise": guidance_high_noise,
+        "flow_shift": shift,
+        "solver": solver,
+        "seed": seed,
+        "fps": fps,
+    }
+    files = {"image": image, "last_image": last_image, "control": control}
+    request: dict[str, Any] = {
+        "config": str(config),
+        "set": [*(overrides or ()), *_overrides(settings)],
+        "loras": [lora_use(text) for text in loras or ()],
+        "prompts": _prompts(prompts or [], files, prompts_file),
+        "prompts_file": _text(prompts_file),
+        "output": str(target or (run_dir / "samples" if run_dir else "samples")),
+        "run_dir": _text(run_dir),
+    }
+    _check(config, request)
+    result = jobs.run_or_leave("sample", request)
+    if as_json:
+        output.json_data(result.all("sample"))
+        return
+    for path in result.paths:
+        output.data(path)
+
+
+def _source(source: Path) -> tuple[Path, Path | None]:
+    """Return the config, and the run directory when a run is meant."""
+    from app.cli.commands.runs import RUNS, find_run
+
+    if source.suffix == ".toml" or source.is_file():
+        return source, None
+    run = find_run(str(source), RUNS)
+    return run.config, run.root
+
+
+def _overrides(settings: dict[str, Any]) -> list[str]:
+    from app.domain.toml_text import toml_value
+
+    return [
+        f"sampling.{key}={toml_value(value)}"
+        for key, value in settings.items()
+        if value is not None
+    ]
+
+
+def _prompts(
+    texts: list[str], files: dict[str, Path | None], prompts_file: Path | None
+) -> list[dict[str, Any]]:
+    given = {key: str(path) for key, path in files.items() if path is not None}
+    if texts and prompts_file is not None:
+        raise UserError("--prompt and --prompts-file at once", hint="give one of the two")
+    if given and not texts:
+        option = next(iter(given)).replace("_", "-")
+        raise UserError(
+            f"--{option} needs a --prompt", hint="in a prompts file, each prompt names its own"
+        )
+    return [{"prompt": text, **given} for text in texts]
+
+
+def _check(config: Path, request: dict[str, Any]) -> None:
+    """Find what is wrong before torch is loaded."""
+    from trainer.contract.config_io import load_config
+    from trainer.contract.config_rules import check_files
+
+    loaded = load_config(config, request["set"])
+    problems = check_files(loaded, "sample")
+    if problems:
+        raise ConfigError(problems=problems)
+    has_prompts = loaded.sampling.prompts or loaded.sampling.prompts_file
+    if not (request["prompts"] or request["prompts_file"] or has_prompts):
+        raise UserError("there is no prompt", hint='add --prompt "..." or --prompts-file FILE')
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

@@ -1,0 +1,144 @@
+"""`menma train`: start a run that outlives this terminal, and show it."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.cli import output
+from app.cli.exit_codes import ExitCode
+from app.cli.options import Config, Overrides, command_app
+from trainer.contract.errors import ConfigError, UserError
+from trainer.contract.run_dir import RunDir
+
+app = command_app()
+
+INTERRUPT_WORDS = (
+    "Finishing the step, saving, then ending. Ctrl-C again ends now, without saving.",
+    "Ending now. Ctrl-C again kills it.",
+    "Killed.",
+)
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            "--resume",
+            metavar="auto|never|PATH",
+            help="auto: go on from the run's newest whole checkpoint. never: start over; an "
+            "earlier run of this name is kept as NAME.1, NAME.2, ... PATH: from this checkpoint.",
+        ),
+    ] = "auto",
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Start the run and come back at once.")
+    ] = False,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", min=1, help="Train with this many GPUs of this machine."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write the run's events as JSON lines to stdout.")
+    ] = False,
+) -> None:
+    """Train a LoRA, or the whole model.
+
+    The run goes on when this terminal is closed; `menma runs watch` shows it again.
+
+    Ctrl-C once saves a checkpoint and ends the run, twice ends it now, three times kills it.
+    """
+    from app.runs import launch
+    from app.runs.child import trainer_command
+    from trainer.contract.config_io import dump_config, load_config
+    from trainer.contract.config_rules import check_files
+
+    settings = [*(overrides or ()), *([f"distributed.num_processes={gpus}"] if gpus else ())]
+    loaded = load_config(config, settings)
+    if problems := check_files(loaded, "train"):
+        raise ConfigError(problems=problems)
+    run, text = RunDir(loaded.run_dir.absolute()), dump_config(loaded)
+    if _nothing_to_do(run, text, resume):
+        return
+    lock = launch.claim(run)
+    offset = run.events.stat().st_size if run.events.exists() else 0
+    preparation = launch.Preparation(
+        config_text=text,
+        overrides=tuple(settings),
+        resume=resume,
+        argv=("menma", *sys.argv[1:]),
+    )
+    request = launch.prepare(run, preparation)
+    launch.start(run, lock, trainer_command("train", request))
+    shown = loaded.run_dir
+    if detach:
+        output.data(str(shown))
+        output.say(f"Training in the background. See it: menma runs watch {shown}")
+        output.say(f"End it: menma runs stop {shown}")
+        return
+    output.say(f"Run {shown}: it goes on when this terminal is closed.")
+    _follow(run, offset, as_json=as_json)
+
+
+def _nothing_to_do(run: RunDir, text: str, resume: str) -> bool:
+    """Look at an earlier run of this name; return whether it is finished as it stands."""
+    from app.runs import launch
+    from app.runs.state import State, is_run_dir, read_state
+
+    if resume not in {"auto", "never"} and not Path(resume).exists():
+        raise UserError(
+            f"no such checkpoint: {resume}",
+            hint=f"--resume takes auto, never, or a folder such as {run.checkpoints}/step-00000500",
+        )
+    if not is_run_dir(run.root):
+        return False
+    if resume == "never":
+        moved = launch.move_aside(run)
+        output.say(f"The earlier run is kept as {moved}")
+        return False
+    earlier = read_state(run)
+    if earlier.state.is_live:
+        return False  # claiming it says who holds it
+    changes = _changes(run, text)
+    if earlier.state is State.DONE and not changes and resume == "auto":
+        output.say(f"{run.root.name} is finished (step {earlier.step}): {run.output}")
+        output.say("To train longer raise training.max_steps; to start over add --resume never.")
+        return True
+    if changes:
+        output.say("Changed since the last start of this run:")
+        for change in changes:
+            output.say(f"  {change}")
+    return False
+
+
+def _changes(run: RunDir, text: str) -> list[str]:
+    """Return how the config differs from the one the run was started with."""
+    from app.domain.presets import differences
+
+    try:
+        before = tomllib.loads(run.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    changed = differences(before, tomllib.loads(text))
+    return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
+
+
+def _follow(run: RunDir, offset: int, *, as_json: bool) -> None:
+    from app.cli.watching import finish, watch
+    from app.runs import control
+
+    def on_interrupt(times: int, say: Callable[[str], None]) -> None:
+        level = min(times, len(INTERRUPT_WORDS))
+        control.stop(run, control.Urgency(level))
+        say(INTERRUPT_WORDS[level - 1])
+
+    code = finish(run, watch(run, on_interrupt, offset=offset, as_json=as_json))
+    if code != ExitCode.DONE:
+        raise typer.Exit(code)

@@ -1,0 +1,128 @@
+"""Show a run live, and say how it ended."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import FrameType
+
+from app.cli import output
+from app.cli.exit_codes import ExitCode
+from app.cli.progress import Progress, open_progress
+from app.runs.durations import duration
+from app.runs.follow import Event, follow
+from app.runs.launch import console_tail
+from app.runs.state import RunState, State, read_state
+from app.runs.status import read_status
+from trainer.contract.run_dir import RunDir
+
+OnInterrupt = Callable[[int, Callable[[str], None]], None]
+"""Called with how often Ctrl-C was pressed, and a way to say something."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """How a watched run ended."""
+
+    state: RunState
+    error_shown: bool
+
+
+def watch(
+    run: RunDir, on_interrupt: OnInterrupt, *, offset: int = 0, as_json: bool = False
+) -> Watched:
+    """Show the events of a run until it ends.
+
+    Args:
+        run: the run.
+        on_interrupt: what Ctrl-C does; it may raise to leave.
+        offset: where in the event log to begin, in bytes.
+        as_json: write the events as JSON lines to stdout instead of drawing them.
+    """
+    error_shown = False
+    handled = 0
+    screen = nullcontext(None) if as_json else open_progress(show_errors=True)
+    with _counted_interrupts() as count, screen as progress:
+        say = output.say if progress is None else progress.say
+        for event in follow(run.events, lambda: not _is_live(run), offset=offset):
+            while handled < count():
+                handled += 1
+                on_interrupt(handled, say)
+            if event is not None:
+                error_shown |= event["type"] == "error"
+                _show(event, progress)
+    return Watched(read_state(run), error_shown)
+
+
+def finish(run: RunDir, watched: Watched) -> ExitCode | int:
+    """Say how the run ended and what to do next; return the exit code for it."""
+    state = watched.state
+    if state.state is State.DONE:
+        _say_done(run, state)
+        return ExitCode.DONE
+    if state.state is State.STOPPED:
+        output.say(f"Stopped{_at_step(state)}{f': {state.why}' if state.why else ''}.")
+        output.say("The same `menma train` command goes on from the last checkpoint.")
+        return ExitCode.INTERRUPTED
+    if not watched.error_shown:
+        for line in console_tail(run):
+            output.say(f"  {line}")
+    if not watched.error_shown or state.why.startswith("ended by signal"):
+        output.say(f"error: {state.state.value}: {state.why}")
+    output.say(f"Everything it printed: {run.console}")
+    status = read_status(run)
+    known = {ExitCode.FAILED, ExitCode.MISTAKE, ExitCode.BUSY}
+    code = status.exit_code if status is not None else None
+    return code if code in known else ExitCode.FAILED
+
+
+def output_files(run: RunDir) -> list[str]:
+    """Return what people take away, the final file first, then the newest."""
+    files = run.output.glob("*.safetensors") if run.output.is_dir() else ()
+    found = sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
+    final = [file for file in found if "-step" not in file.stem]
+    return [str(file) for file in [*final, *(file for file in found if file not in final)]]
+
+
+def _say_done(run: RunDir, state: RunState) -> None:
+    files = output_files(run)
+    if files:
+        output.data(files[0])
+    took = ""
+    if state.started is not None and state.ended is not None:
+        took = f" after {duration(state.ended - state.started)}"
+    output.say(f"Done{_at_step(state)}{took}.")
+    output.say(f'Next: menma sample {run.root} --prompt "..."')
+
+
+def _at_step(state: RunState) -> str:
+    return f" at step {state.step}" if state.step is not None else ""
+
+
+def _is_live(run: RunDir) -> bool:
+    return read_state(run).state.is_live
+
+
+def _show(event: Event, progress: Progress | None) -> None:
+    if progress is None:
+        output.json_line(event)
+    else:
+        progress.event(event)
+
+
+@contextmanager
+def _counted_interrupts() -> Iterator[Callable[[], int]]:
+    """Count Ctrl-C instead of raising, so that it never tears the drawing or a write."""
+    count = 0
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal count
+        count += 1
+
+    previous = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield lambda: count
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,1 @@
+"""What the app knows about configs and machines; no terminal in it."""

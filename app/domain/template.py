@@ -1,0 +1,187 @@
+"""A commented config: every option with its description and default, a preset's values set."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from app.domain.presets import Preset
+from app.domain.toml_text import toml_value
+from trainer.contract.catalog import PLUGIN_KINDS, SOLVERS
+from trainer.contract.config import Prompt, RunConfig
+from trainer.contract.dataset_config import SourceOptions
+from trainer.contract.options import Options
+from trainer.contract.plugin_options import plugin_schemas
+from trainer.contract.variants import VARIANTS
+
+WIDTH = 96
+HEAD = """\
+# Menma config{origin}.
+# Lines that begin with "# key =" show the default: take the "# " away to change one.
+# Lines with nothing behind the "=" have no default value.
+# Check it with `menma check FILE`; any value can be given on the command line, too:
+# `menma train FILE --set training.max_steps=2000`.
+"""
+FILES = {
+    "transformer": "models/transformer.safetensors",
+    "transformer_high_noise": "models/transformer_high_noise.safetensors",
+    "vae": "models/vae.safetensors",
+    "text_encoder": "models/text_encoder.safetensors",
+    "image_encoder": "models/image_encoder.safetensors",
+}
+"""Names written where the user has to put his own and the preset knows no usual one."""
+
+
+def render_config(name: str, preset: Preset | None = None) -> str:
+    """Return the text of a config called `name`, ready to be filled in."""
+    values = _with_files(preset)
+    origin = f" from preset {preset.name!r}: {preset.title}" if preset else ""
+    lines = [HEAD.format(origin=origin)]
+    lines += _option("name", RunConfig.model_fields["name"], {"name": name})
+    for key, field in RunConfig.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Options):
+            lines += _section(key, section, field.description or "", values.get(key, {}))
+    lines += _techniques(values.get("techniques", ()))
+    return "\n".join(lines) + "\n"
+
+
+def _with_files(preset: Preset | None) -> dict[str, Any]:
+    """Return the preset's values, with a name for every weight file that its model needs."""
+    values: dict[str, Any] = dict(preset.values) if preset else {}
+    model = dict(values.get("model", {}))
+    usual = {**FILES, **(preset.files if preset else {})}
+    trained = "transformer_high_noise" if model.get("expert") == "high_noise" else "transformer"
+    needed = [trained, "vae", "text_encoder"]
+    variant = VARIANTS.get(str(model.get("variant")))
+    if variant is not None and variant.transformer.image_dim is not None:
+        needed.append("image_encoder")
+    values["model"] = {**{key: usual[key] for key in needed}, **model}
+    return values
+
+
+def _section(
+    name: str, section: type[Options], description: str, values: Mapping[str, Any]
+) -> Iterator[str]:
+    yield ""
+    yield from _comment(section.__doc__ or description)
+    yield f"[{name}]"
+    if name == "dataset":
+        yield from _dataset(values)
+        return
+    slots: dict[str, str] = getattr(section, "slots", {})
+    for key, field in section.model_fields.items():
+        if key == "prompts":
+            continue
+        yield from _option(key, field, values, kind=slots.get(key))
+    for slot, kind in slots.items():
+        chosen = values.get(slot, section.model_fields[slot].default)
+        for key, spec in plugin_schemas()[kind][chosen].get("properties", {}).items():
+            yield from _plugin_option(key, spec, values, f"{chosen}: ")
+    if name == "sampling":
+        yield from _prompts(values.get("prompts", ()))
+
+
+def _option(
+    key: str, field: FieldInfo, values: Mapping[str, Any], *, kind: str | None = None
+) -> Iterator[str]:
+    yield from _comment(field.description or "")
+    if kind is not None:
+        for entry in PLUGIN_KINDS[kind]:
+            yield from _comment(f"  {entry.name}: {entry.summary}")
+    elif choices := _choices(key, field.annotation):
+        yield from _comment(f"One of {', '.join(choices)}.")
+    yield _assignment(key, values, _plain(field.get_default(call_default_factory=True)))
+
+
+def _plugin_option(
+    key: str, spec: Mapping[str, Any], values: Mapping[str, Any], prefix: str
+) -> Iterator[str]:
+    yield from _comment(prefix + str(spec.get("description", "")))
+    if "enum" in spec:
+        yield from _comment(f"One of {', '.join(map(str, spec['enum']))}.")
+    yield _assignment(key, values, spec.get("default"))
+
+
+def _assignment(key: str, values: Mapping[str, Any], default: Any) -> str:
+    if key in values:
+        return f"{key} = {toml_value(values[key])}"
+    return f"# {key} =" if default is None else f"# {key} = {toml_value(default)}"
+
+
+def _dataset(values: Mapping[str, Any]) -> Iterator[str]:
+    yield from _comment(
+        "The clips can stand in a file of their own, in musubi-tuner's schema, instead of the "
+        "[[dataset.sources]] below."
+    )
+    yield "# file ="
+    yield ""
+    yield from _comment("One table a folder or list. Each clip's caption lies beside it.")
+    yield "[[dataset.sources]]"
+    given = {
+        "video_directory": "clips",
+        "resolution": [832, 480],
+        "enable_bucket": True,
+        "target_frames": [33],
+        **dict(values),
+    }
+    for key, field in SourceOptions.model_fields.items():
+        yield from _option(key, field, given)
+
+
+def _prompts(prompts: Any) -> Iterator[str]:
+    yield ""
+    yield from _comment(
+        "What to sample, one table a prompt. Further keys: "
+        + ", ".join(key for key in Prompt.model_fields if key != "prompt")
+        + "."
+    )
+    if not prompts:
+        yield "# [[sampling.prompts]]"
+        yield '# prompt = "a cat walks through wet grass"'
+    for prompt in prompts:
+        yield "[[sampling.prompts]]"
+        yield from (f"{key} = {toml_value(value)}" for key, value in prompt.items())
+
+
+def _techniques(techniques: Any) -> Iterator[str]:
+    yield ""
+    yield from _comment("Optional behaviour of the training step, any number, in this order.")
+    used = {technique.get("name") for technique in techniques}
+    for technique in techniques:
+        yield "[[techniques]]"
+        yield from (f"{key} = {toml_value(value)}" for key, value in technique.items())
+    for entry in PLUGIN_KINDS["technique"]:
+        if entry.name in used:
+            continue
+        yield from _comment(f"{entry.name}: {entry.summary}")
+        yield "# [[techniques]]"
+        yield f"# name = {toml_value(entry.name)}"
+        for key, spec in plugin_schemas()["technique"][entry.name].get("properties", {}).items():
+            yield _assignment(key, {}, spec.get("default"))
+
+
+def _comment(text: str) -> Iterator[str]:
+    for line in textwrap.wrap(text.strip("\n"), WIDTH - 2, break_long_words=False):
+        yield f"# {line}"
+
+
+def _choices(key: str, annotation: Any) -> tuple[str, ...]:
+    if key == "solver":
+        return SOLVERS.names
+    if key == "variant":
+        return ("auto", *VARIANTS)
+    for part in (annotation, *get_args(annotation)):
+        if get_origin(part) is Literal:
+            return tuple(str(choice) for choice in get_args(part))
+    return ()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.as_posix()
+    return list(value) if isinstance(value, tuple) else value
