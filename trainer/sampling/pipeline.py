@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.contract.catalog import SOLVERS
+from trainer.contract.errors import NonFiniteError
 from trainer.contract.variants import Variant
 from trainer.core.flow import to_timestep
 from trainer.models.wan.conditioning import LatentEncoder, first_frame_timestep, keep_first_frame
@@ -33,6 +34,10 @@ class VideoDecoder(Protocol):
 
     def decode_chunks(self, latents: Tensor, /) -> Iterator[Tensor]:
         """Yield video_B3FHW in [-1, 1], a few frames at a time, in order."""
+        ...
+
+    def decode(self, latents: Tensor, /, *, tile: tuple[int, int] | None = None) -> Tensor:
+        """Return video_B3FHW in [-1, 1], decoded in overlapping tiles of (height, width) pixels."""
         ...
 
 
@@ -77,6 +82,7 @@ def generate(
 
     Raises:
         ConfigError: the request does not fit the model.
+        NonFiniteError: the latents became NaN or infinite.
         KeyError: a text of the request was not encoded.
     """
     request.check(models.variant)
@@ -96,6 +102,11 @@ def generate(
             latents = _hold(solver.step(index, latents, velocity), conditions)
             if on_step is not None:
                 on_step(index + 1, schedule.num_steps)
+    if not torch.isfinite(latents).all():
+        raise NonFiniteError(
+            f"the sample of {request.prompt[:60]!r} became NaN or infinite",
+            hint="lower guidance_scale or the LoRA's strength, or sample in fp32",
+        )
     return latents
 
 
@@ -122,12 +133,19 @@ def expert_at(timestep: float, variant: Variant) -> Expert:
     return "low_noise"
 
 
-def decode_frames(vae: VideoDecoder, latents_BCFHW: Tensor) -> Iterator[Frame]:
+def decode_frames(
+    vae: VideoDecoder, latents_BCFHW: Tensor, *, tile: tuple[int, int] | None = None
+) -> Iterator[Frame]:
     """Yield the frames of the first video in the batch, uint8 (H, W, 3) on the CPU.
 
-    No more than the VAE's chunk is held at a time.
+    Args:
+        vae: decodes.
+        latents_BCFHW: what `generate` returned.
+        tile: (height, width) in pixels: decode overlapping tiles and hold the whole video. None:
+            decode whole frames and hold no more than the VAE's chunk.
     """
-    chunks = iter(vae.decode_chunks(latents_BCFHW[:1]))
+    latents = latents_BCFHW[:1]
+    chunks = iter(vae.decode_chunks(latents)) if tile is None else _tiled(vae, latents, tile)
     while True:
         with torch.no_grad():  # not around the yield: it would hold in the caller's code, too
             chunk_B3FHW = next(chunks, None)
@@ -136,6 +154,10 @@ def decode_frames(vae: VideoDecoder, latents_BCFHW: Tensor) -> Iterator[Frame]:
             pixels = ((chunk_B3FHW[0].float() + 1) * 127.5).round().clamp(0, 255)
             frames_FHW3 = pixels.to(torch.uint8).permute(1, 2, 3, 0).cpu().contiguous().numpy()
         yield from frames_FHW3
+
+
+def _tiled(vae: VideoDecoder, latents_BCFHW: Tensor, tile: tuple[int, int]) -> Iterator[Tensor]:
+    yield vae.decode(latents_BCFHW, tile=tile)
 
 
 @contextmanager

@@ -1,0 +1,232 @@
+"""The sample job: prompts to files, with one large model on the device at a time.
+
+Texts are encoded and the text encoder is let go; images and control videos are encoded, and their
+encoders are let go; all samples are drawn, and the transformers are let go; then they are decoded
+and written one after the other.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trainer.adapters import load_adapter
+from trainer.adapters.apply import attach
+from trainer.contract.jobs import LoRAUse
+from trainer.contract.variants import Variant
+from trainer.models.wan.conditioning import LatentEncoder
+from trainer.sampling.conditions import (
+    Conditions,
+    ImageEncoder,
+    TextEncoder,
+    encode_files,
+    encode_texts,
+)
+from trainer.sampling.experts import ExpertSwitch
+from trainer.sampling.pipeline import (
+    Expert,
+    SamplingModels,
+    VideoDecoder,
+    decode_frames,
+    generate,
+)
+from trainer.sampling.requests import SampleRequest
+from trainer.sampling.results import OutputKind, write_sample
+
+Progress = Callable[[str, int, int], None]
+"""Told of (phase, done, total); phases are `texts`, `inputs`, `steps` and `decode`."""
+
+_EXPERT_KEYS = ("menma.expert", "ss_loraid_expert")
+_EXPERT_WORDS: Mapping[str, Expert] = {"high": "high_noise", "low": "low_noise"}
+
+
+class Vae(LatentEncoder, VideoDecoder, Protocol):
+    """A Wan VAE, both ways."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleLoaders:
+    """How to get each model. Called when it is needed; the result is let go afterwards."""
+
+    text_encoder: Callable[[], TextEncoder]
+    transformer: Callable[[Expert], nn.Module]
+    """Models with one transformer are asked for `low_noise`."""
+    vae: Callable[[], Vae]
+    image_encoder: Callable[[], ImageEncoder] | None = None
+    """For variants with an image branch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOptions:
+    """How to sample."""
+
+    name: str = "sample"
+    """Files are `<name>_<index>_<seed>.mp4`."""
+    kind: OutputKind = "video"
+    loras: tuple[LoRAUse, ...] = ()
+    """Attached to the transformer while it samples."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tile: tuple[int, int] | None = None
+    """(height, width) in pixels: decode in overlapping tiles."""
+    progress: Progress = lambda _phase, _done, _total: None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A written sample."""
+
+    path: Path
+    request: SampleRequest
+
+
+def run_sample(
+    requests: Sequence[SampleRequest],
+    variant: Variant,
+    loaders: SampleLoaders,
+    output: Path,
+    options: SampleOptions | None = None,
+) -> list[Sample]:
+    """Sample all requests and write them into `output`, where nothing is overwritten.
+
+    Args:
+        requests: what to make.
+        variant: the model.
+        loaders: where the models come from.
+        output: folder, made if it is not there.
+        options: LoRAs, device, names.
+
+    Raises:
+        ConfigError: a request does not fit the model; before anything is loaded.
+        DataError: an image or control video cannot be read.
+        ModelFileError: a LoRA is for another model.
+        NonFiniteError: a sample became NaN or infinite.
+        DiskError: a file could not be written.
+    """
+    run = _Run(tuple(requests), variant, loaders, options or SampleOptions())
+    for request in requests:
+        request.check(variant)
+    contexts = run.encode_texts()
+    conditions = run.encode_inputs()
+    latents = run.sample(contexts, conditions)
+    return run.write(latents, output)
+
+
+def attach_loras(transformer: nn.Module, loras: Sequence[LoRAUse], expert: Expert | None) -> None:
+    """Attach the LoRAs that are for `expert`; None: of a model with one transformer.
+
+    Which expert a LoRA is for is said by its `expert`, else by the file's metadata, else by the
+    words `high` or `low` in its name; one that says nothing is for both.
+
+    Raises:
+        ModelFileError: a LoRA is for another model.
+    """
+    for lora in loras:
+        adapter = load_adapter(lora.path, expert=expert)
+        if expert is None or expert in _experts_of(lora, adapter.metadata):
+            attach(transformer, adapter, lora.strength)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    requests: tuple[SampleRequest, ...]
+    variant: Variant
+    loaders: SampleLoaders
+    options: SampleOptions
+
+    def encode_texts(self) -> dict[str, Tensor]:
+        self._report("texts", 0)
+        encoder = self.loaders.text_encoder()
+        contexts = encode_texts(encoder, self.requests)
+        del encoder
+        self._release()
+        return contexts
+
+    def encode_inputs(self) -> list[Conditions]:
+        if all(request.image is None and request.control is None for request in self.requests):
+            return [Conditions()] * len(self.requests)
+        self._report("inputs", 0)
+        vae, image_encoder = self.loaders.vae(), self._image_encoder()
+        device = self.options.device
+        conditions = []
+        for request in self.requests:
+            encoded = encode_files(request, self.variant, vae, image_encoder, device)
+            conditions.append(encoded.to("cpu"))
+            self._report("inputs", len(conditions))
+        del vae, image_encoder
+        self._release()
+        return conditions
+
+    def sample(self, contexts: dict[str, Tensor], conditions: list[Conditions]) -> list[Tensor]:
+        switch = ExpertSwitch(self._load_expert, self.options.device)
+        models = SamplingModels(
+            variant=self.variant, transformer=switch, contexts=contexts, device=self.options.device
+        )
+        total = sum(request.num_steps for request in self.requests)
+        latents: list[Tensor] = []
+        before = 0
+        for request, condition in zip(self.requests, conditions, strict=True):
+
+            def on_step(done: int, _steps: int, before: int = before) -> None:
+                self.options.progress("steps", before + done, total)
+
+            result = generate(models, request, conditions=condition, on_step=on_step)
+            latents.append(result.cpu())
+            before += request.num_steps
+        del models, switch
+        self._release()
+        return latents
+
+    def write(self, latents: list[Tensor], output: Path) -> list[Sample]:
+        vae = self.loaders.vae()
+        samples: list[Sample] = []
+        for index, (request, result) in enumerate(zip(self.requests, latents, strict=True)):
+            frames = decode_frames(vae, result.to(self.options.device), tile=self.options.tile)
+            name = f"{self.options.name}_{index:02d}"
+            path = write_sample(
+                output, name, request, frames, metadata=self._metadata(), kind=self.options.kind
+            )
+            samples.append(Sample(path, request))
+            self._report("decode", len(samples))
+        return samples
+
+    def _load_expert(self, expert: Expert) -> nn.Module:
+        transformer = self.loaders.transformer(expert)
+        attach_loras(transformer, self.options.loras, expert if self.variant.experts else None)
+        return transformer
+
+    def _image_encoder(self) -> ImageEncoder | None:
+        if self.variant.transformer.image_dim is None or self.loaders.image_encoder is None:
+            return None
+        return self.loaders.image_encoder()
+
+    def _metadata(self) -> dict[str, Any]:
+        loras = [{"file": use.path.name, "strength": use.strength} for use in self.options.loras]
+        return {"variant": self.variant.name} | ({"loras": loras} if loras else {})
+
+    def _report(self, phase: str, done: int) -> None:
+        self.options.progress(phase, done, len(self.requests))
+
+    def _release(self) -> None:
+        gc.collect()
+        if self.options.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _experts_of(lora: LoRAUse, metadata: Mapping[str, str]) -> frozenset[Expert]:
+    both: frozenset[Expert] = frozenset({"low_noise", "high_noise"})
+    if lora.expert is not None:
+        return frozenset({lora.expert})
+    told = " ".join(metadata.get(key, "") for key in _EXPERT_KEYS)
+    for text in (told, lora.path.stem):
+        words = re.split(r"[^a-z]+", text.lower())
+        found = {expert for word, expert in _EXPERT_WORDS.items() if word in words}
+        if len(found) == 1:
+            return frozenset(found)
+    return both
