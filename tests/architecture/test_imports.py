@@ -1,0 +1,49 @@
+"""What is loaded when, seen from outside: import-linter reads source, this runs it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "numpy", "transformers", "deepspeed", "safetensors", "av", "PIL", "textual")
+
+
+def modules_after(statement: str) -> set[str]:
+    """Return the top-level packages that a fresh interpreter holds after `statement`."""
+    script = (
+        f"{statement}\nimport sys\nprint(*sorted({{n.partition('.')[0] for n in sys.modules}}))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    return set(answer.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "trainer.contract.config_io",
+        "trainer.contract.dataset_config",
+        "trainer.contract.jobs",
+        "trainer.contract.run_dir",
+        "trainer.contract.events",
+        "app.cli.main",
+    ],
+)
+def test_nothing_heavy_is_loaded(module):
+    assert not modules_after(f"import {module}") & set(HEAVY)
+
+
+@pytest.mark.parametrize("module", ["trainer.contract.run_dir", "trainer.contract.events"])
+def test_what_reads_a_run_needs_the_standard_library_only(module):
+    assert "pydantic" not in modules_after(f"import {module}")
+
+
+def test_a_heavy_import_would_be_seen():
+    assert "numpy" in modules_after("import numpy")
+
+
+def test_training_jobs_do_not_load_deepspeed_before_an_engine_is_chosen():
+    assert "deepspeed" not in modules_after("import trainer.jobs.train")

@@ -1,0 +1,1 @@
+"""`menma bench`: speed and memory as ratios to something else."""

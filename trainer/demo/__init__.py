@@ -1,0 +1,1 @@
+"""`menma demo`: the whole pipeline on a tiny model, offline."""
