@@ -102,5 +102,5 @@ def _strip(name: str) -> tuple[str, bool]:
     comfy = False
     while prefix := next((p for p in _PREFIXES if name.startswith(p)), None):
         name = name.removeprefix(prefix)
-        comfy = comfy or prefix == "diffusion_model."
+        comfy = comfy or prefix.endswith("diffusion_model.")
     return name, comfy
