@@ -80,8 +80,9 @@ def _section(
         yield from _option(key, field, values, kind=slots.get(key))
     for slot, kind in slots.items():
         chosen = values.get(slot, section.model_fields[slot].default)
-        for key, spec in plugin_schemas()[kind][chosen].get("properties", {}).items():
-            yield from _plugin_option(key, spec, values, f"{chosen}: ")
+        options = plugin_schemas()[kind][chosen].get("properties", {})
+        for key in sorted(options, key=lambda key: key not in values):
+            yield from _plugin_option(key, options[key], values, f"{chosen}: ")
     if name == "sampling":
         yield from _prompts(values.get("prompts", ()))
 
@@ -166,7 +167,7 @@ def _techniques(techniques: Any) -> Iterator[str]:
 
 
 def _comment(text: str) -> Iterator[str]:
-    for line in textwrap.wrap(text.strip("\n"), WIDTH - 2, break_long_words=False):
+    for line in textwrap.wrap(text.strip("\n"), WIDTH - 2, break_on_hyphens=False):
         yield f"# {line}"
 
 

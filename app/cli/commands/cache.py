@@ -14,8 +14,8 @@ def cache(config: Config, overrides: Overrides = None) -> None:
 
     What is cached already and has not changed is kept, so it can be interrupted and run again.
     """
-    from trainer.contract.config_io import load_config
+    from app.domain.complete import complete_config
 
-    load_config(config, overrides or ())
+    complete_config(config, overrides or (), "cache")
     jobs.run_or_leave("cache", {"config": str(config), "set": list(overrides or ())})
     output.say(f"Next: menma train {config}")

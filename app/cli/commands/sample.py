@@ -9,7 +9,7 @@ import typer
 
 from app.cli import jobs, output
 from app.cli.options import Json, Loras, Overrides, command_app, lora_use
-from trainer.contract.errors import ConfigError, UserError
+from trainer.contract.errors import UserError
 
 app = command_app()
 
@@ -155,13 +155,9 @@ def _prompts(
 
 def _check(config: Path, request: dict[str, Any]) -> None:
     """Find what is wrong before torch is loaded."""
-    from trainer.contract.config_io import load_config
-    from trainer.contract.config_rules import check_files
+    from app.domain.complete import complete_config
 
-    loaded = load_config(config, request["set"])
-    problems = check_files(loaded, "sample")
-    if problems:
-        raise ConfigError(problems=problems)
+    loaded = complete_config(config, request["set"], "sample")
     has_prompts = loaded.sampling.prompts or loaded.sampling.prompts_file
     if not (request["prompts"] or request["prompts_file"] or has_prompts):
         raise UserError("there is no prompt", hint='add --prompt "..." or --prompts-file FILE')

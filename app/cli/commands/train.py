@@ -13,7 +13,7 @@ import typer
 from app.cli import output
 from app.cli.exit_codes import ExitCode
 from app.cli.options import Config, Overrides, command_app
-from trainer.contract.errors import ConfigError, UserError
+from trainer.contract.errors import UserError
 from trainer.contract.run_dir import RunDir
 
 app = command_app()
@@ -55,15 +55,13 @@ def train(
 
     Ctrl-C once saves a checkpoint and ends the run, twice ends it now, three times kills it.
     """
+    from app.domain.complete import complete_config
     from app.runs import launch
     from app.runs.child import trainer_command
-    from trainer.contract.config_io import dump_config, load_config
-    from trainer.contract.config_rules import check_files
+    from trainer.contract.config_io import dump_config
 
     settings = [*(overrides or ()), *([f"distributed.num_processes={gpus}"] if gpus else ())]
-    loaded = load_config(config, settings)
-    if problems := check_files(loaded, "train"):
-        raise ConfigError(problems=problems)
+    loaded = complete_config(config, settings, "train")
     run, text = RunDir(loaded.run_dir.absolute()), dump_config(loaded)
     if _nothing_to_do(run, text, resume):
         return
