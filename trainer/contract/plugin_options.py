@@ -87,5 +87,6 @@ def _python_type(spec: dict[str, Any]) -> Any:
         return union
     if spec.get("type") == "array":
         items = spec.get("items") or (spec.get("prefixItems") or [{}])[0]
-        return tuple[_python_type(items), ...] if items else tuple[Any, ...]
+        item: Any = _python_type(items) if items else Any
+        return tuple[item, ...]
     return _PRIMITIVES[spec["type"]] if "type" in spec else Any

@@ -10,7 +10,7 @@ Every plug-in has the same shape: a nested `Config` (an `Options` class), a cons
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -163,7 +163,7 @@ class Technique:
     Config: ClassVar[type[Options]]
 
     def block_hooks(self) -> Iterable[BlockHook]:
-        """Return hooks around each block; before-hooks run in config order, after-hooks reversed."""
+        """Return hooks around each block; before-hooks run in config order, after-hooks back."""
         return ()
 
     def modules(self) -> Mapping[str, nn.Module]:
@@ -211,7 +211,7 @@ class Engine(Protocol):
     world_size: int
     device: torch.device
 
-    def forward_backward(self, batches: Sequence[Batch]) -> dict[str, float]:
+    def forward_backward(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Run the microbatches of one step; return each loss term's mean over all ranks.
 
         Raises:

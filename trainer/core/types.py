@@ -29,7 +29,7 @@ class Batch:
     names: tuple[str, ...] = ()
     """The clips the items come from, for messages."""
     item_seeds: tuple[int, ...] = ()
-    """One number per item that fixes its noise and sigma, whatever the rank or batch it lands in."""
+    """One number per item; it fixes its noise and sigma, whatever rank or batch it is in."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch with every tensor on `device`."""

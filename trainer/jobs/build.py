@@ -13,8 +13,7 @@ from trainer.contract.catalog import PLUGIN_KINDS
 from trainer.contract.config import PluginSection, RunConfig
 from trainer.contract.config_io import problems_of
 from trainer.contract.config_rules import trained_timesteps
-from trainer.contract.errors import ConfigError, ModelFileError
-from trainer.contract.variants import Variant, get_variant
+from trainer.contract.errors import ConfigError
 from trainer.core.flow import NUM_TRAIN_TIMESTEPS
 from trainer.core.seams import BuildContext, Need, Technique
 from trainer.models.wan.transformer import WanTransformer
@@ -96,8 +95,8 @@ def trained_transformer_file(config: RunConfig) -> tuple[Path, str]:
 
 def load_base(
     config: RunConfig, path: Path, *, device: torch.device, dtype: torch.dtype
-) -> tuple[WanTransformer, Variant]:
-    """Load transformer weights and settle which variant they are.
+) -> WanTransformer:
+    """Load transformer weights.
 
     Raises:
         ModelFileError: the file cannot be used, or is not what `model.variant` says.
@@ -111,13 +110,8 @@ def load_base(
         device=device,
         config=dict(config.model.shape) or None,
     )
-    if not transformer.variant_name:
-        raise ModelFileError(
-            f"{path}: the sizes are of no released model, so its defaults are unknown",
-            hint="set model.variant to the variant it is closest to",
-        )
     transformer.gradient_checkpointing = config.memory.gradient_checkpointing
-    return transformer, get_variant(transformer.variant_name)
+    return transformer
 
 
 def pick_device(config: RunConfig, local_rank: int = 0) -> torch.device:

@@ -115,7 +115,7 @@ class TensorBoardSink:
                 "logging.tensorboard needs the tensorboard package",
                 hint="pip install 'menma[logging]', or set logging.tensorboard = false",
             ) from error
-        self._writer = SummaryWriter(log_dir=str(folder))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(log_dir=str(folder))
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Write what of the event is a figure."""
@@ -127,5 +127,5 @@ class TensorBoardSink:
         figures |= {key: event.get(key) for key in ("rss_gib", "peak_vram_gib")}
         for name, value in figures.items():
             if isinstance(value, int | float):
-                self._writer.add_scalar(f"{prefix}/{name}", value, event["step"])  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(f"{prefix}/{name}", value, event["step"])
+        self._writer.flush()

@@ -1,0 +1,264 @@
+"""The job `train`: from a config to a running loop. The composition root."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from trainer.contract.config import RunConfig
+from trainer.contract.config_io import dump_config
+from trainer.contract.errors import MenmaError
+from trainer.contract.events import EventWriter
+from trainer.contract.files import write_json, write_text
+from trainer.contract.jobs import TrainRequest
+from trainer.contract.run_dir import RunDir
+from trainer.core.seams import BuildContext, Engine
+from trainer.engine import process_group
+from trainer.engine.launch import run_workers
+from trainer.engine.process_group import World
+from trainer.jobs.base import INTERRUPTED, Emit, Stopped
+from trainer.jobs.build import DTYPES, num_processes, pick_device
+from trainer.jobs.components import settle_variant
+from trainer.jobs.config_job import read_config
+from trainer.jobs.environment import describe_environment
+from trainer.jobs.train_parts import (
+    Session,
+    TrainedModel,
+    TrainingData,
+    build_engine,
+    build_model,
+    learning_rate,
+    open_data,
+    output_metadata,
+    plan,
+)
+from trainer.jobs.train_samples import TrainingSamples
+from trainer.loop import End, Run
+from trainer.loop import train as run_loop
+from trainer.training.checkpoints import Checkpoint, CheckpointStore
+from trainer.training.keeper import Identity, OutputFile, RunKeeper
+from trainer.training.reporter import EventLog, RunReporter, TensorBoardSink, write_peaks
+from trainer.training.requests import Requests
+
+_CONSOLE_INTERVAL_S = 10.0
+
+
+def run(request: TrainRequest, emit: Emit) -> None:
+    """Train in this process, or start one process a GPU and wait for them.
+
+    Raises:
+        Stopped: a signal or a request ended the run early; its state is saved.
+        MenmaError: the config, the data, the weights or the machine do not do.
+    """
+    config = read_config(request, "train")
+    processes = num_processes(config)
+    if processes > 1 and not process_group.in_group():
+        code = run_workers([sys.executable, "-m", "trainer", *sys.argv[1:]], processes)
+        if code == INTERRUPTED:
+            raise Stopped
+        if code:
+            raise SystemExit(code)  # the process that failed has said why
+        return
+    device = pick_device(config)
+    with process_group.joined(device.type, config.distributed.timeout_s) as world:
+        TrainingRun(config, request, world).run()
+
+
+class TrainingRun:
+    """Builds everything one run needs, runs the loop, and says how it ended."""
+
+    def __init__(self, config: RunConfig, request: TrainRequest, world: World) -> None:
+        self.config = config
+        self.request = request
+        self.world = world
+        self.run_dir = RunDir(config.run_dir)
+        self.session = Session()
+        self.emit = EventLog()
+
+    def run(self) -> None:
+        """Train to the end or to a stop.
+
+        Raises:
+            Stopped: the run was asked to stop; its state is saved.
+        """
+        if self.world.rank == 0:
+            self._open_logs()
+        try:
+            end = self._train()
+        except BaseException as error:
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            if isinstance(error, MenmaError):
+                self.emit("error", message=error.message[:8000], hint=error.hint)
+            self.emit("end", reason=reason, message=str(error)[:4000])
+            raise
+        self.emit("end", reason=str(end))
+        if end is End.STOPPED:
+            raise Stopped
+
+    def _train(self) -> End:
+        config, world = self.config, self.world
+        # Whatever can be wrong is found in the order of its cost: headers, caches, then weights.
+        variant = settle_variant(config)
+        data = open_data(config, variant, world, str(self.request.config))
+        store = CheckpointStore(
+            self.run_dir.checkpoints,
+            config.checkpoint.keep_last,
+            warn=lambda message: self.emit("warning", message=message),
+        )
+        resume = self._resume(store)
+        build = BuildContext(
+            variant=variant,
+            seed=config.training.seed,
+            device=world.device,
+            total_steps=data.total_steps,
+        )
+        samples = None
+        if config.sampling.prompts or config.sampling.prompts_file:
+            self.emit("phase", name="load", detail="encoders, for samples")
+            samples = TrainingSamples(config, variant, world, self.run_dir.samples)
+        self.emit("phase", name="load", detail="transformer")
+        model = build_model(config, build, world, data.order.largest_batch)
+        self._describe(model, data)
+        engine = build_engine(config, model, build, world)
+        if samples is not None:
+            samples.use(model.transformer)
+        reporter = RunReporter(self.emit, world.device, 1 / data.steps.epoch_after(1))
+        with ExitStack() as stack:
+            stack.callback(engine.close)
+            requests = stack.enter_context(Requests(self.run_dir, engine, self.emit))
+            keeper = self._keeper(model, data, engine, store, resume, reporter, samples, build)
+            end = run_loop(
+                Run(
+                    engine=engine,
+                    steps=data.steps,
+                    lr_at=learning_rate(config, build),
+                    techniques=model.techniques,
+                    plan=plan(config, data.total_steps),
+                    keeper=keeper,
+                    reporter=reporter,
+                    requests=requests,
+                )
+            )
+            if world.rank == 0:
+                write_peaks(self.run_dir.peaks, world.device)
+        return end
+
+    def _keeper(
+        self,
+        model: TrainedModel,
+        data: TrainingData,
+        engine: Engine,
+        store: CheckpointStore,
+        resume: Checkpoint | None,
+        reporter: RunReporter,
+        samples: TrainingSamples | None,
+        build: BuildContext,
+    ) -> RunKeeper:
+        config, variant = self.config, build.variant
+        return RunKeeper(
+            engine=engine,
+            store=store,
+            adapter=model.adapter,
+            techniques=model.techniques,
+            run_dir=self.run_dir,
+            emit=self.emit,
+            reporter=reporter,
+            identity=Identity(
+                variant=variant.name,
+                adapter=config.adapter.kind,
+                dataset=data.cached.fingerprint,
+                seed=config.training.seed,
+                stream={
+                    "processes": self.world.world_size,
+                    "accumulation": config.training.gradient_accumulation_steps,
+                },
+            ),
+            output=OutputFile(
+                name=config.name,
+                layout=config.output.layout,
+                dtype=DTYPES[config.output.dtype],
+                metadata=lambda step: output_metadata(config, variant, data, self.session, step),
+            ),
+            resume=resume,
+            make_samples=samples,
+        )
+
+    def _resume(self, store: CheckpointStore) -> Checkpoint | None:
+        """Let rank 0 choose, so that all ranks resume from the same checkpoint."""
+        path = ""
+        if self.world.rank == 0:
+            store.tidy()
+            found = store.resolve(self.request.resume)
+            path = str(found.path) if found else ""
+        path = self.world.text_of_rank_0(path)
+        return store.resolve(path) if path else None
+
+    def _open_logs(self) -> None:
+        self.run_dir.root.mkdir(parents=True, exist_ok=True)
+        writer = EventWriter(self.run_dir.events)
+        self.emit.add(lambda event: writer(event["type"], **_without_type(event)))
+        self.emit.add(Console())
+        if self.config.logging.tensorboard:
+            self.emit.add(TensorBoardSink(self.run_dir.tensorboard))
+        write_text(self.run_dir.config, dump_config(self.config))
+
+    def _describe(self, model: TrainedModel, data: TrainingData) -> None:
+        if self.world.rank != 0:
+            return
+        trained = sum(parameter.numel() for parameter in model.trainable.values())
+        everything = sum(parameter.numel() for parameter in model.transformer.parameters())
+        self.emit(
+            "log",
+            message=f"{trained:,} of {everything:,} parameters are trained; "
+            f"{len(data.cached.items)} items, {data.order.batches_per_epoch} batches an epoch, "
+            f"{data.total_steps} steps",
+            num_trained=trained,
+            num_parameters=everything,
+        )
+        for problem in data.cached.problems:
+            self.emit("warning", message=f"not used: {problem}")
+        environment = describe_environment(
+            world_size=self.world.world_size, dataset_fingerprint=data.cached.fingerprint
+        )
+        write_json(self.run_dir.environment, environment)
+
+
+class Console:
+    """Says in plain lines what happens, for `console.log`; steps at most every ten seconds."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Print one event to stderr, if it is worth a line."""
+        text = self._text(event)
+        if text:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+    def _text(self, event: Mapping[str, Any]) -> str:
+        kind = event["type"]
+        if kind == "step":
+            now, last = time.monotonic(), event["step"] == event["total_steps"]
+            if now - self._last < _CONSOLE_INTERVAL_S and not last:
+                return ""
+            self._last = now
+            return (
+                f"step {event['step']}/{event['total_steps']}  loss {event['loss']:.4f}  "
+                f"lr {event['lr']:.3g}  {event['step_time_s']:.2f} s/step"
+            )
+        if kind in {"log", "warning"}:
+            prefix = "warning: " if kind == "warning" else ""
+            return f"{prefix}{event['message']}"
+        if kind in {"checkpoint", "output", "sample"}:
+            return f"{kind}: {event['path']}"
+        if kind == "phase":
+            return f"{event['name']}: {event.get('detail', '')}"
+        return ""
+
+
+def _without_type(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if key != "type"}

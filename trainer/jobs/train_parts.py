@@ -1,0 +1,214 @@
+"""The parts of a training run, each built from the config: data, model, engine, plan."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from trainer.contract.config import RunConfig
+from trainer.contract.errors import ConfigError
+from trainer.contract.metadata import TrainingFacts, training_metadata
+from trainer.contract.variants import Variant
+from trainer.core.seams import Adapter, BuildContext, Engine, OptimizerFactory, Technique
+from trainer.data.cache_settings import CacheSettings
+from trainer.data.fingerprint import model_identity
+from trainer.data.items import CachedDataset, load_cached_dataset
+from trainer.data.loader import TrainingSteps
+from trainer.data.order import BatchOrder, require_full_step
+from trainer.engine.deepspeed import DeepSpeedEngine, is_installed
+from trainer.engine.local import LocalEngine
+from trainer.engine.process_group import World
+from trainer.jobs.build import (
+    DTYPES,
+    build_objective,
+    build_plugin,
+    build_techniques,
+    load_base,
+    trained_transformer_file,
+)
+from trainer.jobs.components import lazy_text_encoder
+from trainer.jobs.environment import menma_version
+from trainer.loop import Plan
+from trainer.models.wan.transformer import WanTransformer
+from trainer.training.lr import LearningRate
+from trainer.training.step import TrainStep
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """The cached items of a run and the order they come in."""
+
+    cached: CachedDataset
+    order: BatchOrder
+    steps: TrainingSteps
+    total_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedModel:
+    """The step, and what of it is trained."""
+
+    transformer: WanTransformer
+    adapter: Adapter
+    techniques: tuple[Technique, ...]
+    step: TrainStep
+
+    @property
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The adapter's parameters, then those of techniques, by name."""
+        extra = {
+            f"extra.{name}": parameter
+            for name, parameter in self.step.extra.named_parameters()
+            if parameter.requires_grad
+        }
+        return {**self.adapter.trainable(), **extra}
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One start of a run, for the metadata of its outputs."""
+
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    started_at: float = field(default_factory=time.time)
+
+
+def open_data(config: RunConfig, variant: Variant, world: World, config_name: str) -> TrainingData:
+    """Open the caches of a config's dataset.
+
+    Raises:
+        DataError: missing or stale caches, nothing to train on, or less than one step.
+    """
+    vae, text_encoder = config.model.vae, config.model.text_encoder
+    image_encoder = config.model.image_encoder
+    settings = CacheSettings.of(
+        variant,
+        vae=model_identity(vae) if vae else None,
+        text_encoder=lazy_text_encoder(config, world.device).identity if text_encoder else None,
+        image_encoder=model_identity(image_encoder) if image_encoder else None,
+        dtype=config.memory.cache_dtype,
+    )
+    cached = load_cached_dataset(config.dataset.load(), settings, config=config_name)
+    order = BatchOrder(cached.items, config.training.seed)
+    accumulation = config.training.gradient_accumulation_steps
+    require_full_step(order, world_size=world.world_size, gradient_accumulation_steps=accumulation)
+    steps = TrainingSteps(
+        order,
+        rank=world.rank,
+        world_size=world.world_size,
+        gradient_accumulation_steps=accumulation,
+        pin_memory=world.device.type == "cuda",
+    )
+    epochs = config.training.epochs
+    total = config.training.max_steps if epochs is None else steps.steps_for_epochs(epochs)
+    return TrainingData(cached, order, steps, total)
+
+
+def build_model(
+    config: RunConfig, build: BuildContext, world: World, largest_batch: int
+) -> TrainedModel:
+    """Load the transformer, add what is trained, and make the step.
+
+    Raises:
+        ConfigError: adapter or techniques do not fit the model or the data.
+        ModelFileError: the weights cannot be used.
+    """
+    path, _ = trained_transformer_file(config)
+    techniques = build_techniques(config, build, largest_batch)
+    objective = build_objective(config, build)
+    adapter: Adapter = build_plugin(config.adapter, "kind", build, where="adapter")
+    # ZeRO-3 shards weights one by one on their way to the device; whole they might not fit it.
+    device = torch.device("cpu") if config.distributed.zero_stage == 3 else world.device
+    dtype = DTYPES[config.memory.weight_format]
+    transformer = load_base(config, path, device=device, dtype=dtype)
+    adapter.inject(transformer, config.training.seed)
+    for technique in techniques:
+        transformer.blocks.add_hooks(technique.block_hooks())
+    step = TrainStep(
+        transformer, objective, techniques, config.training.seed, transformer.blocks.suspended
+    )
+    return TrainedModel(transformer, adapter, techniques, step.train())
+
+
+def build_engine(
+    config: RunConfig, model: TrainedModel, build: BuildContext, world: World
+) -> Engine:
+    """Make the engine that the config asks for.
+
+    Raises:
+        ConfigError: DeepSpeed is asked for and missing, or several processes without it.
+    """
+    factory: OptimizerFactory = build_plugin(config.optimizer, "kind", build, where="optimizer")
+    kind = config.distributed.engine
+    if kind == "auto":
+        kind = "deepspeed" if is_installed() else "local"
+    norm = config.optimizer.max_grad_norm
+    accumulation = config.training.gradient_accumulation_steps
+    if kind == "local":
+        if world.world_size > 1 or config.distributed.zero_stage:
+            raise ConfigError(
+                "several processes and ZeRO stages need DeepSpeed, which is not installed",
+                hint="install it (Linux), or set num_processes = 1 and zero_stage = 0",
+            )
+        return LocalEngine(
+            model.step,
+            model.trainable,
+            factory,
+            device=world.device,
+            max_grad_norm=norm,
+            gradient_accumulation_steps=accumulation,
+        )
+    return DeepSpeedEngine(
+        model.step,
+        model.trainable,
+        factory,
+        world=world,
+        max_grad_norm=norm,
+        gradient_accumulation_steps=accumulation,
+        zero_stage=config.distributed.zero_stage,
+        full_finetune_bf16=config.adapter.kind == "none" and config.memory.weight_format == "bf16",
+    )
+
+
+def learning_rate(config: RunConfig, build: BuildContext) -> LearningRate:
+    """Return the learning rate as a function of the step."""
+    return LearningRate(
+        base=config.optimizer.learning_rate,
+        warmup_steps=config.lr_schedule.warmup_steps,
+        total_steps=build.total_steps,
+        schedule=build_plugin(config.lr_schedule, "kind", build, where="lr_schedule"),
+    )
+
+
+def plan(config: RunConfig, total_steps: int) -> Plan:
+    """Return at which steps something is due."""
+    return Plan(
+        total_steps=total_steps,
+        checkpoint_every=config.checkpoint.every_steps,
+        output_every=config.output.every_steps,
+        sample_every=config.sampling.every_steps,
+        sample_at_start=config.sampling.at_start,
+    )
+
+
+def output_metadata(
+    config: RunConfig, variant: Variant, data: TrainingData, session: Session, step: int
+) -> Mapping[str, str]:
+    """Return the header of the output file of `step`."""
+    facts = TrainingFacts(
+        session_id=session.id,
+        started_at=session.started_at,
+        finished_at=time.time(),
+        step=step,
+        epoch=math.ceil(data.steps.epoch_after(step)),
+        num_items=data.order.items_per_epoch,
+        num_batches_per_epoch=data.order.batches_per_epoch,
+        world_size=round(data.steps.epoch_after(1) * data.order.batches_per_epoch)
+        // config.training.gradient_accumulation_steps,
+        version=menma_version(),
+    )
+    return training_metadata(config, facts, variant=variant.name, expert=config.model.expert)

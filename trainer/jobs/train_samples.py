@@ -1,0 +1,139 @@
+"""Samples during training, by the model that is being trained."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trainer.contract.config import RunConfig
+from trainer.contract.errors import ConfigError
+from trainer.contract.variants import Variant
+from trainer.engine.process_group import World
+from trainer.jobs.build import DTYPES, freeze, load_base
+from trainer.jobs.components import lazy_image_encoder, lazy_text_encoder, lazy_vae
+from trainer.models.wan.vae import WanVAE
+from trainer.sampling.conditions import Conditions, encode_files, encode_texts
+from trainer.sampling.pipeline import Expert, SamplingModels, decode_frames, generate
+from trainer.sampling.prompts import read_prompts
+from trainer.sampling.requests import SampleRequest, requests_of
+from trainer.sampling.results import write_sample
+
+
+class TrainingSamples:
+    """Makes the samples of a run.
+
+    Prompts and images are encoded once, before the transformer is loaded, and their encoders are
+    let go; the VAE waits in RAM between samples. With weights sharded by ZeRO-3 every rank takes
+    part in every forward; else the prompts are dealt out to the ranks.
+    """
+
+    def __init__(self, config: RunConfig, variant: Variant, world: World, folder: Path) -> None:
+        """Read and encode the prompts.
+
+        Raises:
+            ConfigError: a prompt does not fit the model, or an encoder is missing.
+        """
+        sampling = config.sampling
+        prompts = sampling.prompts
+        if sampling.prompts_file is not None:
+            prompts = read_prompts(sampling.prompts_file)
+        if variant.experts and None in (
+            config.model.transformer,
+            config.model.transformer_high_noise,
+        ):
+            raise ConfigError(
+                f"sampling {variant.name} takes both experts",
+                hint="set model.transformer and model.transformer_high_noise, or "
+                "sampling.every_steps = 0 and sampling.at_start = false",
+            )
+        self._config = config
+        self._variant = variant
+        self._world = world
+        self._folder = folder
+        self._requests = requests_of(prompts, variant, sampling)
+        self._together = config.distributed.zero_stage == 3
+        self._trained: nn.Module | None = None
+        self._other: nn.Module | None = None
+        self._encode()
+
+    def use(self, transformer: nn.Module) -> None:
+        """Sample with this transformer from now on."""
+        self._trained = transformer
+
+    def __call__(self, step: int) -> Sequence[Path]:
+        """Make the samples of `step`; return those that this rank wrote."""
+        world = self._world
+        mine = [
+            (index, request)
+            for index, request in enumerate(self._requests)
+            if self._together or index % world.world_size == world.rank
+        ]
+        latents = [(index, request, self._generate(index, request)) for index, request in mine]
+        if self._other is not None:
+            self._other.to("cpu")
+        if self._together and world.rank != 0:
+            return []
+        vae = self._vae.to(world.device)
+        tile = self._config.memory.vae_tile
+        paths = [
+            write_sample(
+                self._folder,
+                f"step{step:08d}_{index:02d}",
+                request,
+                decode_frames(vae, result, tile=(tile, tile) if tile else None),
+                metadata={"variant": self._variant.name, "step": step},
+            )
+            for index, request, result in latents
+        ]
+        self._vae.to("cpu")
+        return paths
+
+    def _generate(self, index: int, request: SampleRequest) -> torch.Tensor:
+        models = SamplingModels(
+            variant=self._variant,
+            transformer=self._expert,
+            contexts=self._contexts,
+            device=self._world.device,
+        )
+        conditions = self._conditions[index].to(self._world.device)
+        return generate(models, request, conditions=conditions)
+
+    def _expert(self, expert: Expert) -> nn.Module:
+        if self._trained is None:
+            raise RuntimeError("call use() first")
+        if not self._variant.experts or expert == self._config.model.expert:
+            return self._trained
+        if self._other is None:
+            self._other = freeze(self._load_other(expert))
+        return self._other.to(self._world.device)
+
+    def _load_other(self, expert: Expert) -> nn.Module:
+        model = self._config.model
+        path = model.transformer_high_noise if expert == "high_noise" else model.transformer
+        if path is None:
+            raise RuntimeError("checked in the constructor")
+        dtype = DTYPES[self._config.memory.weight_format]
+        return load_base(self._config, path, device=self._world.device, dtype=dtype)
+
+    def _encode(self) -> None:
+        device = self._world.device
+        text_encoder = lazy_text_encoder(self._config, device).load()
+        self._contexts = encode_texts(text_encoder, self._requests)
+        del text_encoder
+        self._vae: WanVAE = lazy_vae(self._config, self._variant, device).load()
+        lazy = lazy_image_encoder(self._config, device)
+        needs_images = any(request.image is not None for request in self._requests)
+        image_encoder = lazy.load() if lazy is not None and needs_images else None
+        self._conditions: list[Conditions] = [
+            encode_files(request, self._variant, self._vae, image_encoder, device).to("cpu")
+            for request in self._requests
+        ]
+        self._vae.to("cpu")
+        del image_encoder
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,194 @@
+"""Saving and restoring a run: checkpoints to resume from, outputs to take away, samples to see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.contract.errors import ModelFileError
+from trainer.contract.run_dir import RunDir
+from trainer.core.seams import Adapter, Engine, Technique
+from trainer.io.atomic_save import save_safetensors
+from trainer.io.mapped_load import open_weights
+from trainer.training.checkpoints import Checkpoint, CheckpointStore
+from trainer.training.reporter import EventLog, RunReporter, write_peaks
+
+_TECHNIQUES = "techniques.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What a checkpoint must agree with to be resumed."""
+
+    variant: str
+    adapter: str
+    """Kind of adapter."""
+    dataset: str
+    """Fingerprint of the cached items."""
+    seed: int
+    stream: Mapping[str, int] = field(default_factory=dict)
+    """What decides which microbatches a step takes: processes and accumulation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFile:
+    """How output files are written."""
+
+    name: str
+    layout: str
+    dtype: torch.dtype
+    metadata: Callable[[int], Mapping[str, str]]
+    """Header strings for the file of a step."""
+
+
+class RunKeeper:
+    """Implements `loop.Keeper` for one run. Every method is collective."""
+
+    def __init__(  # noqa: PLR0913 - the composition root hands over every part by name
+        self,
+        *,
+        engine: Engine,
+        store: CheckpointStore,
+        adapter: Adapter,
+        techniques: Sequence[Technique],
+        run_dir: RunDir,
+        emit: EventLog,
+        reporter: RunReporter,
+        identity: Identity,
+        output: OutputFile,
+        resume: Checkpoint | None,
+        make_samples: Callable[[int], Sequence[Path]] | None,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._adapter = adapter
+        self._techniques = techniques
+        self._run_dir = run_dir
+        self._emit = emit
+        self._reporter = reporter
+        self._identity = identity
+        self._output = output
+        self._resume = resume
+        self._make_samples = make_samples
+        self._saved_at = -1
+
+    def restore(self) -> int:
+        """Load the checkpoint to resume from, if any; return its step, else 0.
+
+        Raises:
+            ModelFileError: it is of another model or adapter, or its weights do not fit.
+        """
+        checkpoint = self._resume
+        if checkpoint is None:
+            return 0
+        saved = checkpoint.progress
+        for key, name in (("variant", "model"), ("adapter", "adapter kind")):
+            ours = getattr(self._identity, key)
+            if saved.get(key) != ours:
+                raise ModelFileError(
+                    f"{checkpoint.path} is of another {name}: {saved.get(key)}, not {ours}",
+                    hint="change the run's name, or start anew with --resume never",
+                )
+        self._warn_of_changes(saved, checkpoint)
+        self._engine.load_state(checkpoint.path)
+        self._load_techniques(checkpoint.path)
+        self._emit("log", message=f"resumed from {checkpoint.path} at step {checkpoint.step}")
+        self._saved_at = checkpoint.step
+        return checkpoint.step
+
+    def checkpoint(self, step: int) -> None:
+        """Save the full training state."""
+        if step == self._saved_at:
+            return
+        with self._reporter.paused():
+            progress = {
+                "step": step,
+                "variant": self._identity.variant,
+                "adapter": self._identity.adapter,
+                "dataset": self._identity.dataset,
+                "seed": self._identity.seed,
+                "stream": dict(self._identity.stream),
+            }
+            saved = self._store.save(step, self._save_techniques, progress, self._engine)
+        self._saved_at = step
+        self._emit("checkpoint", step=step, path=str(saved.path))
+        if self._engine.rank == 0:
+            write_peaks(self._run_dir.peaks, self._engine.device)
+
+    def output(self, step: int, *, final: bool) -> None:
+        """Write `output/<name>.safetensors`, or `<name>-step00000500.safetensors` on the way."""
+        with self._reporter.paused():
+            state = self._engine.full_parameters()
+            name = self._output.name if final else f"{self._output.name}-step{step:08d}"
+            path = self._run_dir.output / f"{name}.safetensors"
+            if self._engine.rank == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                names = self._adapter.trainable()
+                self._adapter.write_output(
+                    {name: state[name] for name in names},
+                    path,
+                    layout=self._output.layout,
+                    dtype=self._output.dtype,
+                    metadata=self._output.metadata(step),
+                )
+                self._emit("output", step=step, path=str(path), final=final)
+            self._engine.barrier()
+
+    def sample(self, step: int) -> None:
+        """Make the samples of this step; does nothing in a run without prompts."""
+        if self._make_samples is None:
+            self._emit("warning", message="a sample was asked for, but the run has no prompts")
+            return
+        with self._reporter.paused():
+            for path in self._make_samples(step):
+                self._emit("sample", step=step, path=str(path))
+            self._engine.barrier()
+
+    def _warn_of_changes(self, saved: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+        changes = {
+            "dataset": "the clips or captions",
+            "seed": "the seed",
+            "stream": "the number of processes or gradient_accumulation_steps",
+        }
+        for key, what in changes.items():
+            ours = getattr(self._identity, key)
+            ours = dict(ours) if isinstance(ours, Mapping) else ours
+            if saved.get(key) != ours:
+                self._emit(
+                    "warning",
+                    message=f"{what} changed since {checkpoint.path.name}: training goes on, but "
+                    "items come in another order than without the interruption",
+                )
+
+    def _technique_state(self) -> dict[str, Tensor]:
+        return {
+            f"{index}.{name}": tensor
+            for index, technique in enumerate(self._techniques)
+            for name, tensor in technique.state_dict().items()
+        }
+
+    def _save_techniques(self, folder: Path) -> None:
+        state = self._technique_state()
+        if state and self._engine.rank == 0:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            save_safetensors(tensors, folder / _TECHNIQUES, {})
+
+    def _load_techniques(self, folder: Path) -> None:
+        path = folder / _TECHNIQUES
+        if not path.is_file():
+            return
+        weights = open_weights(path)
+        for index, technique in enumerate(self._techniques):
+            prefix = f"{index}."
+            technique.load_state_dict(
+                {
+                    name.removeprefix(prefix): weights.read(name).clone()
+                    for name in weights
+                    if name.startswith(prefix)
+                }
+            )
