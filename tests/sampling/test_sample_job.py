@@ -18,6 +18,7 @@ from trainer.contract.config import Prompt
 from trainer.contract.errors import ConfigError, ModelFileError, NonFiniteError
 from trainer.contract.jobs import LoRAUse
 from trainer.contract.variants import TransformerConfig, get_variant
+from trainer.core.seams import BlockState
 from trainer.jobs.sample import SampleLoaders, SampleOptions, run_sample
 from trainer.models import load_image_encoder, load_text_encoder, load_vae
 from trainer.models.wan.tiny import (
@@ -195,6 +196,31 @@ def test_loras_go_to_their_expert(files: Path, tmp_path: Path) -> None:
 
     assert ups("high_noise") == {first(named_high), first(both), first(forced)}
     assert ups("low_noise") == {first(told_low), first(both)}
+
+
+def test_hooks_of_techniques_do_not_act_on_samples(files: Path, tmp_path: Path) -> None:
+    transformer = tiny_transformer()
+    calls: list[int] = []
+
+    class Counting:
+        def before_block(self, index: int, state: BlockState) -> BlockState:
+            calls.append(index)
+            return replace(state, tokens_BLD=state.tokens_BLD + 1)
+
+        def after_block(self, index: int, state: BlockState) -> BlockState:
+            return state
+
+    def sampled(folder: Path) -> np.ndarray:
+        loaders = Recorder(files, lambda _: transformer).loaders
+        (sample,) = run_sample([request()], T2V, loaders, folder)
+        return read_video(sample.path).frames
+
+    plain = sampled(tmp_path / "plain")
+    transformer.blocks.add_hooks([Counting()])
+    assert (sampled(tmp_path / "hooked") == plain).all()
+    assert calls == []
+    transformer(torch.zeros(1, 16, 1, 2, 2), torch.zeros(1), torch.zeros(1, 1, 32))
+    assert calls == [0, 1]
 
 
 def test_mistakes_are_found_before_anything_is_loaded(files: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ random state. A sample during training therefore leaves the training bit for bit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -18,6 +18,7 @@ from trainer.contract.catalog import SOLVERS
 from trainer.contract.errors import NonFiniteError
 from trainer.contract.variants import Variant
 from trainer.core.flow import to_timestep
+from trainer.models.block_stack import BlockStack
 from trainer.models.wan.conditioning import LatentEncoder, first_frame_timestep, keep_first_frame
 from trainer.sampling.conditions import Conditions, ImageEncoder, encode_files
 from trainer.sampling.guidance import guided_velocity, needs_negative
@@ -162,14 +163,21 @@ def _tiled(vae: VideoDecoder, latents_BCFHW: Tensor, tile: tuple[int, int]) -> I
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put `module` into evaluation mode and every submodule back into its own mode afterwards."""
+    """Use `module` as people who take the result away will: no dropout, no technique's hooks.
+
+    Every submodule is put back into its own mode afterwards, and the hooks work again.
+    """
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
+    with ExitStack() as stack:
+        for part, _ in modes:
+            if isinstance(part, BlockStack):
+                stack.enter_context(part.suspended())
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
 
 
 def _velocity(
