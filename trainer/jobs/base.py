@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -28,7 +29,7 @@ class Emit(Protocol):
         ...
 
 
-class Stopped(Exception):  # noqa: N818 - an end, not an error
+class Stopped(Exception):
     """The job was asked to stop and did so in good order."""
 
 
@@ -100,10 +101,8 @@ def read_request(name: str, source: str | None) -> Options:
 
 
 def _report(error: MenmaError, emit: Emit) -> int:
-    try:
+    with suppress(MenmaError, OSError):  # the log itself may be on the full disk
         emit("error", message=error.message[:8000], hint=error.hint, code=error.exit_code)
-    except (MenmaError, OSError):
-        pass  # the log itself may be on the full disk; the words below still reach the user
     sys.stderr.write(f"error: {error}\n")
     return error.exit_code
 

@@ -63,6 +63,14 @@ class SampleLoaders:
     """For variants with an image branch."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A written sample."""
+
+    path: Path
+    request: SampleRequest
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOptions:
     """How to sample."""
@@ -76,14 +84,8 @@ class SampleOptions:
     tile: tuple[int, int] | None = None
     """(height, width) in pixels: decode in overlapping tiles."""
     progress: Progress = lambda _phase, _done, _total: None
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A written sample."""
-
-    path: Path
-    request: SampleRequest
+    on_sample: Callable[[Sample], None] = lambda _sample: None
+    """Told of each file when it is written."""
 
 
 def run_sample(
@@ -193,6 +195,7 @@ class _Run:
                 output, name, request, frames, metadata=self._metadata(), kind=self.options.kind
             )
             samples.append(Sample(path, request))
+            self.options.on_sample(samples[-1])
             self._report("decode", len(samples))
         return samples
 

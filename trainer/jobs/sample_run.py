@@ -1,0 +1,136 @@
+"""The job `sample`: from a config, prompts and LoRAs to files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from trainer.contract.config import Prompt, RunConfig
+from trainer.contract.errors import ConfigError
+from trainer.contract.jobs import LoRAUse, SampleJobRequest
+from trainer.contract.run_dir import RunDir
+from trainer.contract.variants import Variant
+from trainer.jobs.base import Emit
+from trainer.jobs.build import DTYPES, freeze, load_base, pick_device
+from trainer.jobs.cache_run import progress_events
+from trainer.jobs.components import (
+    lazy_image_encoder,
+    lazy_text_encoder,
+    lazy_vae,
+    settle_variant,
+)
+from trainer.jobs.config_job import read_config
+from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
+from trainer.sampling.pipeline import Expert
+from trainer.sampling.prompts import read_prompts
+from trainer.sampling.requests import requests_of
+
+TransformerFiles = dict[Expert, Path]
+
+
+def run(request: SampleJobRequest, emit: Emit) -> None:
+    """Sample; each finished file is a `sample` event.
+
+    Raises:
+        MenmaError: see `sample.run_sample`.
+    """
+    config = read_config(request, "sample")
+    variant = settle_variant(config)
+    prompts = _prompts(request, config)
+    device = pick_device(config)
+    files = transformer_files(config, variant)
+    loras = list(request.loras)
+    if request.run_dir is not None:
+        _use_run(request.run_dir, config, files, loras)
+    tile = config.memory.vae_tile
+
+    def on_sample(sample: Sample) -> None:
+        emit(
+            "sample",
+            path=str(sample.path),
+            prompt=sample.request.prompt[:2000],
+            seed=sample.request.seed,
+        )
+
+    samples = run_sample(
+        requests_of(prompts, variant, config.sampling),
+        variant,
+        _loaders(config, variant, files, device),
+        request.output,
+        SampleOptions(
+            name=config.name,
+            loras=tuple(loras),
+            device=device,
+            tile=(tile, tile) if tile else None,
+            progress=progress_events(emit),
+            on_sample=on_sample,
+        ),
+    )
+    emit("end", reason="done", num_samples=len(samples))
+
+
+def transformer_files(config: RunConfig, variant: Variant) -> TransformerFiles:
+    """Return the weight files that sampling needs; one-transformer models have `low_noise`.
+
+    Raises:
+        ConfigError: one is not given.
+    """
+    model = config.model
+    given = {"low_noise": model.transformer, "high_noise": model.transformer_high_noise}
+    wanted: tuple[Expert, ...] = ("low_noise", "high_noise") if variant.experts else ("low_noise",)
+    files: TransformerFiles = {}
+    for expert in wanted:
+        path = given[expert]
+        if path is None:
+            field = "transformer" if expert == "low_noise" else "transformer_high_noise"
+            raise ConfigError(
+                f"sampling {variant.name} needs model.{field}", hint="set it in the config"
+            )
+        files[expert] = path
+    return files
+
+
+def _prompts(request: SampleJobRequest, config: RunConfig) -> tuple[Prompt, ...]:
+    if request.prompts and request.prompts_file is not None:
+        raise ConfigError("prompts and a prompt file at once", hint="give one of the two")
+    if request.prompts:
+        return request.prompts
+    if file := request.prompts_file or config.sampling.prompts_file:
+        return read_prompts(file)
+    if not config.sampling.prompts:
+        raise ConfigError("there is no prompt", hint="add [[sampling.prompts]] to the config")
+    return config.sampling.prompts
+
+
+def _use_run(
+    folder: Path, config: RunConfig, files: TransformerFiles, loras: list[LoRAUse]
+) -> None:
+    """Put the newest output of a run to use: as a LoRA, or in the place of what it fine-tuned."""
+    outputs = RunDir(folder).output.glob("*.safetensors")
+    newest = max(outputs, key=lambda path: path.stat().st_mtime_ns, default=None)
+    if newest is None:
+        raise ConfigError(
+            f"{folder} has no output file yet", hint="wait for its first one, or sample the config"
+        )
+    if config.adapter.kind == "none":
+        files[config.model.expert or "low_noise"] = newest
+    else:
+        loras.append(LoRAUse(path=newest, expert=config.model.expert))
+
+
+def _loaders(
+    config: RunConfig, variant: Variant, files: TransformerFiles, device: torch.device
+) -> SampleLoaders:
+    image_encoder = lazy_image_encoder(config, device)
+
+    def transformer(expert: Expert) -> torch.nn.Module:
+        dtype = DTYPES[config.memory.weight_format]
+        return freeze(load_base(config, files[expert], device=device, dtype=dtype))
+
+    return SampleLoaders(
+        text_encoder=lazy_text_encoder(config, device).load,
+        transformer=transformer,
+        vae=lazy_vae(config, variant, device).load,
+        image_encoder=None if image_encoder is None else image_encoder.load,
+    )
