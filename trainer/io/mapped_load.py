@@ -102,11 +102,17 @@ def open_weights(path: Path | str) -> WeightFiles:
         ModelFileError: nothing is there, or it is damaged, unsafe or of an unknown kind.
     """
     path = Path(path)
-    if path.is_file():
-        return WeightFiles(path, [_open_file(path)], _read_config(path.parent))
-    if path.is_dir():
-        return WeightFiles(path, [_open_file(file) for file in _files(path)], _read_config(path))
-    raise ModelFileError(f"{path} does not exist", hint="check the path to the model's weights")
+    if not path.exists():
+        raise ModelFileError(f"{path} does not exist", hint="check the path to the model's weights")
+    try:
+        files = _files(path) if path.is_dir() else [path]
+        folder = path if path.is_dir() else path.parent
+        return WeightFiles(path, [_open_file(file) for file in files], _read_config(folder))
+    except OSError as error:
+        raise ModelFileError(
+            f"{error.filename or path} cannot be read: {error.strerror}",
+            hint="check its permissions and the disk it is on",
+        ) from error
 
 
 class _SafetensorsFile:

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import pickle
 import re
+import struct
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -17,6 +18,18 @@ from torch import Tensor
 
 from trainer.contract.errors import ModelFileError
 
+_DAMAGE = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    ArithmeticError,
+    struct.error,
+)
+"""What torch's unpickler raises when it stumbles over damaged bytes; found by fuzzing."""
 _WRAPPERS = ("state_dict", "model", "module")
 
 
@@ -39,9 +52,10 @@ class TorchFile:
             )
         except pickle.UnpicklingError as error:
             raise _unsafe(self.path, error) from error
-        except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except _DAMAGE as error:
+            reason = str(error) or type(error).__name__
             raise ModelFileError(
-                f"{self.path} cannot be read: {str(error).splitlines()[0]}",
+                f"{self.path} cannot be read: {reason.splitlines()[0]}",
                 hint="the file is damaged or incomplete; download or copy it again",
             ) from error
 
