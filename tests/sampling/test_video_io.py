@@ -52,6 +52,17 @@ def test_video_round_trip(tmp_path: Path, size: tuple[int, int]) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["v.mp4"]
 
 
+def test_colours_are_kept_and_their_matrix_is_named(tmp_path: Path) -> None:
+    colours = np.array([(200, 30, 30), (30, 200, 30), (30, 30, 200), (220, 220, 40)], np.uint8)
+    frames = np.broadcast_to(colours[:, None, None], (4, 32, 32, 3))
+    write_video(tmp_path / "v.mp4", frames, 16, crf=1)
+    read = read_video(tmp_path / "v.mp4").frames[:, 16, 16].astype(int)
+    assert np.abs(read - colours).max() <= 4  # the matrix of the other standard is off by 20
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        codec = container.streams.video[0].codec_context
+        assert (codec.colorspace, codec.color_primaries, codec.color_trc) == (1, 1, 1)
+
+
 def test_one_frame_and_fractional_rates(tmp_path: Path) -> None:
     write_video(tmp_path / "v.mp4", smooth_frames(1, 16, 16), 23.976)
     assert len(read_video(tmp_path / "v.mp4").frames) == 1

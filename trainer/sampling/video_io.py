@@ -20,6 +20,7 @@ from typing import Any
 import av
 import numpy as np
 from av.container import InputContainer
+from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
@@ -33,6 +34,7 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".gif"}
 )
 _PNG_KEY = "menma"
+_H273_BT709 = 1
 
 
 def write_video(
@@ -75,9 +77,10 @@ def write_video(
         )
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
+        _tag_bt709(stream.codec_context)
         for frame in chain([first], frames):
             picture = av.VideoFrame.from_ndarray(_even(frame), format="rgb24")
-            container.mux(stream.encode(picture))
+            container.mux(stream.encode(_to_bt709(picture)))
         container.mux(stream.encode(None))
 
 
@@ -189,6 +192,19 @@ def _pixels(picture: av.VideoFrame) -> Frame:
 
 def _comment(container: InputContainer) -> str:
     return container.metadata.get("comment", "")
+
+
+def _tag_bt709(codec: av.VideoCodecContext) -> None:
+    # Untagged, players guess the matrix from the size, and colours differ from player to player.
+    codec.colorspace = Colorspace.ITU709
+    codec.color_primaries = codec.color_trc = _H273_BT709
+    codec.color_range = ColorRange.MPEG
+
+
+def _to_bt709(picture: av.VideoFrame) -> av.VideoFrame:
+    return picture.reformat(
+        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+    )
 
 
 def _even(frame: Frame) -> Frame:
