@@ -194,3 +194,15 @@ def test_tensors_keep_the_names_they_had():
     net.load_state_dict(changed)
     assert torch.equal(net.get_parameter("0.weight"), original["0.weight"] + 1)
     assert torch.equal(net[0].base.down, torch.full((RANK, NUM_IN), 2.0))
+
+
+def test_compiles_into_one_graph():
+    results = []
+    for compiled in (False, True):
+        layer, x = make(), inputs(2, 5)
+        run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        y = run(x)
+        y.square().sum().backward()
+        results.append((y, x.grad, layer.down.grad, layer.up.grad))
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(plain, fused)

@@ -119,7 +119,8 @@ class _Add(torch.autograd.Function):
         ctx: Any, out_NO: Tensor, branch_NO: Tensor, low_NR: Tensor, up_OR: Tensor, factor: float
     ) -> Tensor:
         low_NR, up_RO = low_NR.to(out_NO.dtype), up_OR.to(out_NO.dtype).t()
-        if out_NO._is_view():
+        # A compiler plans memory itself, and cannot ask whether a tensor is a view.
+        if torch.compiler.is_compiling() or out_NO._is_view():
             return torch.addmm(out_NO, low_NR, up_RO, alpha=factor)
         ctx.mark_dirty(out_NO)
         return out_NO.addmm_(low_NR, up_RO, alpha=factor)
