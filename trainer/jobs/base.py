@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -101,6 +102,10 @@ def read_request(name: str, source: str | None) -> Options:
 
 
 def _report(error: MenmaError, emit: Emit) -> int:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:  # what all ranks meet is told by rank 0; the words may still differ
+        sys.stderr.write(f"rank {rank}: error: {error.message}\n")
+        return error.exit_code
     with suppress(MenmaError, OSError):  # the log itself may be on the full disk
         emit("error", message=error.message[:8000], hint=error.hint, code=error.exit_code)
     sys.stderr.write(f"error: {error}\n")

@@ -65,7 +65,7 @@ class TrainingSamples:
         self._trained = transformer
 
     def __call__(self, step: int) -> Sequence[Path]:
-        """Make the samples of `step`; return those that this rank wrote."""
+        """Make the samples of `step`; return the files of all ranks. A collective call."""
         world = self._world
         mine = [
             (index, request)
@@ -75,8 +75,14 @@ class TrainingSamples:
         latents = [(index, request, self._generate(index, request)) for index, request in mine]
         if self._other is not None:
             self._other.to("cpu")
-        if self._together and world.rank != 0:
-            return []
+        written = [] if self._together and world.rank != 0 else self._write(step, latents)
+        names = world.gather_texts("\n".join(path.name for path in written))
+        return [self._folder / name for text in names for name in text.splitlines()]
+
+    def _write(
+        self, step: int, latents: Sequence[tuple[int, SampleRequest, torch.Tensor]]
+    ) -> list[Path]:
+        world = self._world
         vae = self._vae.to(world.device)
         tile = self._config.memory.vae_tile
         paths = [

@@ -1,0 +1,134 @@
+"""The loop's order of events, with every collaborator replaced by a recorder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from trainer.core.seams import Technique
+from trainer.core.types import StepResult
+from trainer.loop import End, Plan, Run, train
+from trainer.training.requests import Requested
+
+
+class Recorder:
+    def __init__(self, resume_at: int = 0, requests: dict[int, Requested] | None = None) -> None:
+        self.log: list[str] = []
+        self.resume_at = resume_at
+        self.wanted = requests or {}
+        self.current = 0
+
+    # engine
+    def forward_backward(self, batches: Iterable[Any]) -> dict[str, float]:
+        self.current = next(iter(batches))
+        self.log.append(f"train {self.current}")
+        return {"loss": 1.0, "extra": 0.5}
+
+    def update(self, lr: float) -> StepResult:
+        return StepResult(terms={}, grad_norm=2.0, lr=lr)
+
+    # steps
+    def starting_at(self, step: int) -> Iterator[list[int]]:
+        while True:
+            step += 1
+            yield [step]
+
+    # keeper
+    def restore(self) -> int:
+        return self.resume_at
+
+    def checkpoint(self, step: int) -> None:
+        self.log.append(f"checkpoint {step}")
+
+    def output(self, step: int, *, final: bool) -> None:
+        self.log.append(f"output {step}{' final' if final else ''}")
+
+    def sample(self, step: int) -> None:
+        self.log.append(f"sample {step}")
+
+    # reporter
+    def start(self, step: int, total_steps: int) -> None:
+        self.log.append(f"start {step}/{total_steps}")
+
+    def step(self, step: int, result: StepResult) -> None:
+        assert result.loss == 1.5
+        assert result.lr == step * 0.1
+
+    # requests
+    def poll(self) -> Requested:
+        return self.wanted.get(self.current, Requested())
+
+    def answer(self, step: int) -> None:
+        if step in self.wanted:
+            self.log.append(f"answer {step}")
+
+
+def run(recorder: Recorder, **plan: Any) -> tuple[End, list[str]]:
+    parts: Any = recorder
+    end = train(
+        Run(
+            engine=parts,
+            steps=parts,
+            lr_at=lambda step: step * 0.1,
+            techniques=(Technique(),),
+            plan=Plan(**plan),
+            keeper=parts,
+            reporter=parts,
+            requests=parts,
+        )
+    )
+    return end, recorder.log
+
+
+def test_everything_is_due_when_the_plan_says() -> None:
+    end, log = run(
+        Recorder(),
+        total_steps=4,
+        checkpoint_every=2,
+        output_every=3,
+        sample_every=2,
+        sample_at_start=True,
+    )
+    assert end is End.DONE
+    assert log == [
+        "start 0/4", "sample 0",
+        "train 1",
+        "train 2", "checkpoint 2", "sample 2",
+        "train 3", "output 3",
+        "train 4", "checkpoint 4", "sample 4",
+        "output 4 final",
+    ]  # fmt: skip
+
+
+def test_resuming_goes_on_with_the_next_step_and_does_not_sample_the_start_again() -> None:
+    _, log = run(Recorder(resume_at=2), total_steps=3, sample_at_start=True)
+    assert log == ["start 2/3", "train 3", "checkpoint 3", "output 3 final"]
+
+
+def test_a_finished_run_only_writes_its_output() -> None:
+    end, log = run(Recorder(resume_at=3), total_steps=3)
+    assert end is End.DONE
+    assert log == ["start 3/3", "output 3 final"]
+
+
+def test_stop_saves_answers_and_leaves_without_a_final_output() -> None:
+    end, log = run(Recorder(requests={2: Requested(stop=True)}), total_steps=5)
+    assert end is End.STOPPED
+    assert log == ["start 0/5", "train 1", "train 2", "checkpoint 2", "answer 2"]
+
+
+def test_stop_at_the_last_step_is_a_finished_run() -> None:
+    end, log = run(Recorder(requests={2: Requested(stop=True)}), total_steps=2)
+    assert end is End.DONE
+    assert log[-1] == "output 2 final"
+
+
+@pytest.mark.parametrize("what", ["save", "sample"])
+def test_requests_are_served_once_and_training_goes_on(what: str) -> None:
+    asked = Requested(**{what: True})
+    _, log = run(Recorder(requests={1: asked}), total_steps=2)
+    served = {"save": "checkpoint 1", "sample": "sample 1"}[what]
+    assert log[:4] == ["start 0/2", "train 1", served, "answer 1"]
+    assert log.count(served) == 1

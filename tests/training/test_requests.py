@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.contract.run_dir import RunDir
+from trainer.training.requests import Requested, Requests
+
+
+class OneRank:
+    rank = 0
+
+    def any_rank(self, flag: bool) -> bool:
+        return flag
+
+
+def make(tmp_path: Path) -> tuple[RunDir, Requests, list[str]]:
+    run_dir, said = RunDir(tmp_path), []
+
+    def emit(kind: str, **fields: Any) -> None:
+        said.append(fields["message"])
+
+    engine: Any = OneRank()
+    return run_dir, Requests(run_dir, engine, emit), said
+
+
+def test_request_files_are_seen_once_and_answered_beside_themselves(tmp_path: Path) -> None:
+    run_dir, requests, said = make(tmp_path)
+    assert requests.poll() == Requested()
+    path = run_dir.request("save")
+    run_dir.request("sample")
+    assert requests.poll() == Requested(save=True, sample=True)
+    assert requests.poll() == Requested(save=True, sample=True)  # not answered yet
+    requests.answer(7)
+    assert requests.poll() == Requested()
+    assert json.loads(path.with_suffix(".done").read_text())["step"] == 7
+    assert not path.exists()
+    assert said == ["request 'save' done at step 7", "request 'sample' done at step 7"]
+
+
+def test_unreadable_requests_become_errors_and_do_not_stop_the_run(tmp_path: Path) -> None:
+    run_dir, requests, _ = make(tmp_path)
+    run_dir.control.mkdir()
+    (run_dir.control / "00.json").write_text("{")
+    (run_dir.control / "01.json").write_text('{"request": "explode"}')
+    assert requests.poll() == Requested()
+    assert "unreadable" in (run_dir.control / "00.err").read_text()
+    assert "explode" in (run_dir.control / "01.err").read_text()
+    assert not list(run_dir.control.glob("*.json"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_asks_for_a_stop_and_the_second_ends_at_once(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    _, requests, _ = make(tmp_path)
+    before = signal.getsignal(number)
+    with requests:
+        os.kill(os.getpid(), number)
+        assert requests.poll() == Requested(stop=True)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
