@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.contract.config import Prompt
@@ -147,6 +147,7 @@ _values = {
 }
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(_texts, st.fixed_dictionaries({}, optional=_values))
 def test_a_written_line_is_read_back(text: str, fields: dict[str, object]) -> None:
     names = {key: flag for flag, key in FLAGS.items()}
@@ -154,6 +155,7 @@ def test_a_written_line_is_read_back(text: str, fields: dict[str, object]) -> No
     assert parse_prompt_line(line) == Prompt(prompt=text, **fields)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_line_is_a_prompt_or_a_clear_error(line: str) -> None:
     with suppress(ConfigError):  # anything else fails
