@@ -175,8 +175,8 @@ class DistributedSection(Options):
     """Training processes on this machine; empty: one a visible GPU, or one on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to train; `auto` is cuda where there is one."""
-    timeout_s: float = Field(600.0, gt=0)
-    """How long a process waits for the others before the job ends."""
+    timeout_s: float = Field(1800.0, gt=0)
+    """How long a process waits for the others (say, while one samples) before it gives up."""
 
 
 class CheckpointSection(Options):

@@ -70,7 +70,10 @@ def _required_files(config: RunConfig, job: JobName) -> list[str]:
     if job == "cache":
         return ["vae", "text_encoder"]
     if job == "sample":
-        return ["transformer", "vae", "text_encoder"]
+        name = config.model.variant
+        experts = name in VARIANTS and VARIANTS[name].experts
+        high = ["transformer_high_noise"] if experts else []
+        return ["transformer", *high, "vae", "text_encoder"]
     samples = config.sampling.every_steps or config.sampling.at_start
     return [trained, "vae", "text_encoder"] if samples else [trained]
 
