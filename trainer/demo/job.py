@@ -71,6 +71,8 @@ class DemoReport:
     """What came out. Losses are at fixed sigmas and noise; a likeness is a cosine of latents."""
 
     directory: str
+    engine: str
+    """Engine that trained the LoRA: deepspeed, or local where DeepSpeed is not installed."""
     base_loss_before: float
     base_loss_after: float
     base_likeness_before: float
@@ -142,7 +144,14 @@ class _Trained:
     """A finished run: its clip, and what it wrote."""
 
     example: Example
+    run_dir: Path
     output: Path
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine, as the checkpoint says."""
+        (file,) = self.run_dir.glob("checkpoints/step-*/engine.json")
+        return str(json.loads(file.read_text(encoding="utf-8"))["engine"])
 
 
 class _Demo:
@@ -164,7 +173,8 @@ class _Demo:
         videos = [_as_video(draw(scene)) for scene in SCENES]
 
         def on_step(done: int, total: int) -> None:
-            self.emit("phase", name="fit the tiny VAE", done=done, total=total)
+            if done % 10 == 0 or done == total:
+                self.emit("phase", name="fit the tiny VAE", done=done, total=total)
 
         return write_models(
             self.root / "models",
@@ -217,30 +227,22 @@ class _Demo:
         base_sample = self._sample(fitted, base.example)
         without = self._sample(fitted, lora.example)
         lora_sample = self._sample(with_lora, lora.example)
+        merged_sample = self._sample(merged, lora.example)
         vae = load_vae(models.vae)
         rows = [
             Row(f"clip: {DISC.caption}", draw(DISC)),
-            *self._rows(
-                vae,
-                {
-                    "untrained base, this caption": untrained_sample,
-                    "fitted base, this caption": base_sample,
-                },
-            ),
+            self._row(vae, "untrained", "untrained base, this caption", untrained_sample),
+            self._row(vae, "base", "fitted base, this caption", base_sample),
             Row(f"clip: {SQUARE.caption}", draw(SQUARE)),
-            *self._rows(
-                vae,
-                {
-                    "fitted base, this caption": without,
-                    "fitted base + LoRA, this caption": lora_sample,
-                    "base with the LoRA merged in": self._sample(merged, lora.example),
-                },
-            ),
+            self._row(vae, "without_lora", "fitted base, this caption", without),
+            self._row(vae, "with_lora", "fitted base + LoRA, this caption", lora_sample),
+            self._row(vae, "merged", "base with the LoRA merged in", merged_sample),
         ]
         write_sheet(self.root / "contact_sheet.png", rows)
         examples = (base.example, lora.example)
         return DemoReport(
             directory=str(self.root),
+            engine=lora.engine,
             base_loss_before=fixed_loss(untrained, base.example),
             base_loss_after=fixed_loss(fitted, base.example),
             base_likeness_before=likeness(untrained_sample, base.example.latents_BCFHW),
@@ -261,8 +263,12 @@ class _Demo:
         self.emit("phase", name=wanted.name, detail=f"{what} on: {wanted.scene.caption}")
         self._job("cache", CacheRequest(config=config))
         self._job("train", TrainRequest(config=config, resume="never"))
-        output = load_config(config).run_dir / "output" / f"{wanted.name}.safetensors"
-        return _Trained(example=_read_example(config, wanted.scene), output=output)
+        run_dir = load_config(config).run_dir
+        return _Trained(
+            example=_read_example(config, wanted.scene),
+            run_dir=run_dir,
+            output=run_dir / "output" / f"{wanted.name}.safetensors",
+        )
 
     def _job(self, name: str, request: Options) -> None:
         """Run a job in a process of its own, as the app does, and pass its events on."""
@@ -287,12 +293,11 @@ class _Demo:
     def _sample(self, transformer: WanTransformer, example: Example) -> Tensor:
         return sample_latents(transformer, example, seed=self.plan.seed)
 
-    def _rows(self, vae: WanVAE, samples: Mapping[str, Tensor]) -> Iterator[Row]:
-        for title, latents in samples.items():
-            frames = list(decode_frames(vae, latents))
-            name = title.replace(",", "").replace("+ ", "").replace(" ", "_")
-            write_video(self.root / "samples" / f"{name}.mp4", frames, FPS)
-            yield Row(title, frames)
+    def _row(self, vae: WanVAE, name: str, title: str, latents: Tensor) -> Row:
+        """Decode a sample into a video and a row of the sheet."""
+        frames = list(decode_frames(vae, latents))
+        write_video(self.root / "samples" / f"{name}.mp4", frames, FPS)
+        return Row(title, frames)
 
     def _files(
         self, models: DemoModels, base: _Trained, lora: _Trained, merged: Path
@@ -331,7 +336,7 @@ def _prepare(directory: Path) -> Path:
         if not marker.is_file():
             raise ConfigError(
                 f"{root} is not empty and not from an earlier demo",
-                hint="give a new folder: menma demo --directory DIR",
+                hint="give a new folder: menma demo --dir DIR",
             )
         shutil.rmtree(root)
     write_text(marker, "made by `menma demo`, which may delete this folder to start again\n")
@@ -366,7 +371,7 @@ def _summary(report: DemoReport) -> list[str]:
     lora_likeness = course(report.lora_likeness_before, report.lora_likeness)
     return [
         f"full fine-tune: loss {base_loss}; likeness of samples and clip {base_likeness}",
-        f"LoRA: loss {lora_loss}; likeness of samples and clip {lora_likeness}",
+        f"LoRA ({report.engine} engine): loss {lora_loss}; likeness {lora_likeness}",
         "(likeness: cosine of the latents, 1 is equal; the two clips have "
         f"{report.likeness_of_the_clips:.3f})",
         f"merged model and base + LoRA: relative difference {report.merge_difference:.1e}",
