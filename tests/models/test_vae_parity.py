@@ -8,9 +8,11 @@ import pytest
 import torch
 from diffusers_vae import reference_of
 from torch import Tensor
+from torch.nn import functional as F
 
 from trainer.models.wan.tiny import tiny_vae_config
 from trainer.models.wan.vae import WanVAE
+from trainer.models.wan.vae_blocks import RMSNorm, _conv
 from trainer.models.wan.vae_config import VAE_21, VAE_22, VAEConfig
 from trainer.models.wan.vae_keys import to_diffusers
 
@@ -151,3 +153,47 @@ def test_statistics_of_22():
     assert sum(w * s for w, s in zip(weights, VAE_22.latents_std, strict=True)) == pytest.approx(
         CHECK_STD_22, abs=1e-9
     )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [
+        ((3, 3, 3), (1, 1, 1), (1, 1)),
+        ((3, 1, 1), (2, 1, 1), (0, 0)),
+        ((1, 3, 3), (1, 2, 2), (0, 0)),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_convolution_on_the_cpu_equals_conv3d(batch, kernel, stride, padding):
+    x = random_video(batch, 3, 7, 6, 5).double().requires_grad_()
+    weight, bias = random_video(4, 3, *kernel).double(), random_video(4).double()
+    ours = _conv(x, weight, bias, stride, padding)
+    theirs = F.conv3d(x, weight, bias, stride=stride, padding=(0, *padding))
+    assert distance(ours, theirs) < 1e-12
+    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, theirs)]
+    assert distance(*gradients) < 1e-11
+
+
+def test_norm_of_black_pixels_has_a_gradient():
+    x = torch.zeros(1, 4, 1, 2, 2)
+    x[..., 0] = 1
+    x.requires_grad_()
+    RMSNorm(4)(x).sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+def test_a_gpu_gives_the_same(pair):
+    vae, _ = pair
+    copy = WanVAE(vae.config)
+    copy.load_state_dict(vae.state_dict())
+    copy.to("cuda")
+    video = random_video(1, 3, 5, 32, 48)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        latents = copy.encode(video)
+        decoded = copy.decode(latents)
+    assert latents.device.type == decoded.device.type == "cuda"
+    assert distance(latents.cpu(), vae.encode(video)) < 1e-4
+    assert distance(decoded.cpu(), vae.decode(latents)) < 1e-3

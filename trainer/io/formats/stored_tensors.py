@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +38,22 @@ class StoredTensor:
     scale: str | None = None
 
 
-def find_tensors(weights: WeightFiles, prefix: str = "") -> dict[str, StoredTensor]:
+def find_tensors(
+    weights: WeightFiles, prefix: str = "", ignore: Collection[str] = ()
+) -> dict[str, StoredTensor]:
     """Return the model's tensors by name without `prefix`, in file order, markers sorted out.
+
+    Args:
+        ignore: names in the file that are no weights (a tokenizer, position ids, another model).
 
     Raises:
         ModelFileError: the file is quantised in a way that cannot be undone, or lacks scales.
     """
-    names = {name.removeprefix(prefix): name for name in weights if name.startswith(prefix)}
+    names = {
+        name.removeprefix(prefix): name
+        for name in weights
+        if name.startswith(prefix) and name not in ignore
+    }
     _check_formats(weights, names)
     scales = {
         f"{module}.weight": full
@@ -86,13 +95,13 @@ def read_tensor(
 
 
 def own_dtype(weights: WeightFiles, stored: Iterable[StoredTensor]) -> torch.dtype:
-    """Return the dtype most of the bytes have; bfloat16 for fp8, float32 for float64."""
+    """Return the dtype most of the bytes have; bfloat16 where there is fp8, never float64."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in stored:
         sizes[weights[tensor.name].dtype] += weights[tensor.name].nbytes
-    dtype = sizes.most_common(1)[0][0]
-    if dtype in FP8_DTYPES:
+    if not sizes.keys().isdisjoint(FP8_DTYPES):
         return torch.bfloat16
+    dtype = sizes.most_common(1)[0][0]
     return torch.float32 if dtype is torch.float64 else dtype
 
 

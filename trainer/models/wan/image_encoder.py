@@ -20,12 +20,15 @@ from torch import Tensor
 
 from trainer.contract.errors import DataError, ModelFileError
 from trainer.io.mapped_load import WeightFiles, open_weights
-from trainer.models.wan.component_weights import Placement, Source, fill, refuse_unknown
+from trainer.models.wan.component_weights import Placement, Source, fill
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _HEAD_DIM = 80
 """Of ViT-H; the head count is in no file but diffusers' config.json."""
+
+# The projection into the space shared with text, and the text tower, have no part in Wan.
+_UNUSED = re.compile(r"textual\..*|log_scale|(visual\.)?head|.*position_ids|visual_projection\..*")
 
 _BLOCK = {
     "layer_norm1": "norm1",
@@ -80,15 +83,9 @@ def load_image_encoder(
     with torch.device("meta"):
         model = build_clip_vision(config)
     sources = {name: layout(name) for name, _ in model.named_parameters()}
-    fill(model, files, sources, Placement(dtype, device), "CLIP vision tower")
-    known = {source.name for source in sources.values()}
-    # The projection into the space shared with text, and the text tower, have no part in Wan.
-    unused = re.compile(
-        r"textual\..*|log_scale|(visual\.)?head|.*position_ids|visual_projection\..*"
-    )
-    refuse_unknown(
-        files, known | {name for name in files if unused.fullmatch(name)}, "CLIP vision tower"
-    )
+    unused = {name for name in files if _UNUSED.fullmatch(name)}
+    place = Placement(dtype, device)
+    fill(model, files, sources, place, what="CLIP vision tower", ignore=unused)
     _materialise_buffers(model, device)
     return ImageEncoder(model.eval(), config)
 

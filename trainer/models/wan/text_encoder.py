@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.contract.errors import ModelFileError
 from trainer.io.mapped_load import WeightFiles, open_weights
-from trainer.models.wan.component_weights import Placement, Source, fill, refuse_unknown
+from trainer.models.wan.component_weights import Placement, Source, fill
 from trainer.models.wan.tokenizer import (
     MAX_TOKENS,
     SentencePieceTokenizer,
@@ -96,8 +96,11 @@ def load_text_encoder(
         name: Source(to_original(name) if original else _present(files, name))
         for name, _ in model.named_parameters()
     }
-    fill(model, files, sources, Placement(dtype, device, mapped=True), "umT5 encoder")
-    _refuse_strangers(files, sources)
+    # The tokenizer is no weight, and the table's second name no second table.
+    ignore = {_EMBEDDED_TOKENIZER, *_TIED} - {source.name for source in sources.values()}
+    place = Placement(dtype, device, mapped=True)
+    fill(model, files, sources, place, what="umT5 encoder", ignore=ignore)
+    _refuse_different_tables(files)
     _tie(model)
     if dtype == torch.float16:
         for block in model.encoder.block:
@@ -263,9 +266,7 @@ def _stored_dtype(files: WeightFiles) -> torch.dtype:
     return torch.float32 if sizes.most_common(1)[0][0] == torch.float32 else torch.bfloat16
 
 
-def _refuse_strangers(files: WeightFiles, sources: dict[str, Source]) -> None:
-    known = {source.name for source in sources.values()} | {_EMBEDDED_TOKENIZER, *_TIED}
-    refuse_unknown(files, known, "umT5 encoder")
+def _refuse_different_tables(files: WeightFiles) -> None:
     if all(name in files for name in _TIED):
         first, second = (files.read(name) for name in _TIED)
         if first.shape != second.shape or not torch.equal(first, second):

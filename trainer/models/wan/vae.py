@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trainer.contract.errors import DataError
 from trainer.io.atomic_save import save_safetensors
 from trainer.io.mapped_load import open_weights
-from trainer.models.wan.component_weights import Placement, Source, fill, refuse_unknown
+from trainer.models.wan.component_weights import Placement, Source, fill
 from trainer.models.wan.fan_in import init_fan_in
 from trainer.models.wan.vae_blocks import CausalConv3d, FrameCache
 from trainer.models.wan.vae_coders import Decoder, Encoder
@@ -53,8 +53,7 @@ def load_vae(
         vae = WanVAE(layout.config)
     sources = {name: Source(layout.file_name(name)) for name, _ in vae.named_parameters()}
     what = f"Wan {layout.config.version} VAE"
-    fill(vae, files, sources, Placement(dtype, device), what)
-    refuse_unknown(files, (source.name for source in sources.values()), what)
+    fill(vae, files, sources, Placement(dtype, device), what=what)
     return vae.eval()
 
 
