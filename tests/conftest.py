@@ -12,5 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from hypothesis import settings
 
+# A slow machine is not a failing property.
+settings.register_profile("menma", deadline=None)
+settings.load_profile("menma")
 torch.set_num_threads(1)

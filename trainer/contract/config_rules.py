@@ -39,6 +39,7 @@ def check_files(config: RunConfig, job: JobName) -> list[Problem]:
     for index, prompt in enumerate(config.sampling.prompts):
         named.append((f"sampling.prompts[{index}].image", prompt.image))
         named.append((f"sampling.prompts[{index}].last_image", prompt.last_image))
+        named.append((f"sampling.prompts[{index}].control", prompt.control))
     problems += [
         Problem(f"no such file or folder: {path}", key, hint=f"looked in {path.absolute().parent}")
         for key, path in named

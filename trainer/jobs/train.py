@@ -106,7 +106,7 @@ class TrainingRun:
         store = CheckpointStore(
             self.run_dir.checkpoints,
             config.checkpoint.keep_last,
-            warn=lambda message: self.emit("warning", message=message),
+            warn=self._warn,
         )
         resume = self._resume(store)
         build = BuildContext(
@@ -118,7 +118,7 @@ class TrainingRun:
         samples = None
         if config.sampling.prompts or config.sampling.prompts_file:
             self.emit("phase", name="load", detail="encoders, for samples")
-            samples = TrainingSamples(config, variant, world, self.run_dir.samples)
+            samples = TrainingSamples(config, variant, world, self.run_dir.samples, self._warn)
         self.emit("phase", name="load", detail="transformer")
         model = build_model(config, build, world, data.order.largest_batch)
         self._describe(model, data)
@@ -195,6 +195,9 @@ class TrainingRun:
             path = str(found.path) if found else ""
         path = self.world.text_of_rank_0(path)
         return store.resolve(path) if path else None
+
+    def _warn(self, message: str) -> None:
+        self.emit("warning", message=message)
 
     def _open_logs(self) -> None:
         self.run_dir.root.mkdir(parents=True, exist_ok=True)

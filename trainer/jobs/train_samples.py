@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from trainer.contract.config import RunConfig
-from trainer.contract.errors import ConfigError
+from trainer.contract.errors import ConfigError, NonFiniteError
 from trainer.contract.variants import Variant
 from trainer.engine.process_group import World
 from trainer.jobs.build import DTYPES, freeze, load_base
@@ -31,7 +31,14 @@ class TrainingSamples:
     part in every forward; else the prompts are dealt out to the ranks.
     """
 
-    def __init__(self, config: RunConfig, variant: Variant, world: World, folder: Path) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        variant: Variant,
+        world: World,
+        folder: Path,
+        warn: Callable[[str], None],
+    ) -> None:
         """Read and encode the prompts.
 
         Raises:
@@ -54,6 +61,7 @@ class TrainingSamples:
         self._variant = variant
         self._world = world
         self._folder = folder
+        self._warn = warn
         self._requests = requests_of(prompts, variant, sampling)
         self._together = config.distributed.zero_stage == 3
         self._trained: nn.Module | None = None
@@ -72,7 +80,12 @@ class TrainingSamples:
             for index, request in enumerate(self._requests)
             if self._together or index % world.world_size == world.rank
         ]
-        latents = [(index, request, self._generate(index, request)) for index, request in mine]
+        latents = []
+        for index, request in mine:
+            try:
+                latents.append((index, request, self._generate(index, request)))
+            except NonFiniteError as error:  # a preview that fails must not end the training
+                self._warn(f"sample {index} of step {step}: {error.message}")
         if self._other is not None:
             self._other.to("cpu")
         written = [] if self._together and world.rank != 0 else self._write(step, latents)
@@ -132,8 +145,8 @@ class TrainingSamples:
         del text_encoder
         self._vae: WanVAE = lazy_vae(self._config, self._variant, device).load()
         lazy = lazy_image_encoder(self._config, device)
-        needs_images = any(request.image is not None for request in self._requests)
-        image_encoder = lazy.load() if lazy is not None and needs_images else None
+        sees_pictures = any(request.image or request.control for request in self._requests)
+        image_encoder = lazy.load() if lazy is not None and sees_pictures else None
         self._conditions: list[Conditions] = [
             encode_files(request, self._variant, self._vae, image_encoder, device).to("cpu")
             for request in self._requests
