@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from trainer.contract.errors import DiskError
 from trainer.io.atomic_save import save_safetensors
+from trainer.io.safetensors_header import read_header
 from trainer.io.stream_save import TensorSlot, stream_safetensors
 
 DTYPES = [
@@ -62,6 +63,15 @@ def test_both_writers_write_what_the_library_reads(tmp_path_factory, shapes, met
         assert same(load_file(path), tensors)
         with safe_open(path, "pt") as file:
             assert (file.metadata() or {}) == metadata
+
+
+def test_streamed_tensors_are_aligned_as_the_library_does_it(tmp_path):
+    tensors = {"a": torch.ones(3, dtype=torch.bool), "b": torch.ones(2), "c": torch.ones(1).half()}
+    stream(tensors, tmp_path / "streamed")
+    save_safetensors(tensors, tmp_path / "saved")
+    spans = read_header(tmp_path / "streamed").spans
+    assert list(spans) == list(read_header(tmp_path / "saved").spans) == ["b", "c", "a"]
+    assert all(span.start % span.dtype.itemsize == 0 for span in spans.values())
 
 
 def test_views_and_shared_memory_become_tensors_of_their_own(tmp_path):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from trainer.adapters import load_adapter
 from trainer.adapters.base import LoRAFactors
 from trainer.adapters.delta import delta, fold_scale, frobenius_norm
+from trainer.adapters.formats import writer
 from trainer.adapters.formats.writer import LAYOUTS, save_adapter
 from trainer.contract.errors import ConfigError, DiskError, ModelFileError
 
@@ -215,6 +216,20 @@ def test_failures_leave_the_earlier_file(tmp_path, monkeypatch):
         save_adapter({"head.head": pair}, path)
     assert path.read_bytes() == b"earlier"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_writer_that_loses_the_scale_is_caught_before_the_rename(tmp_path, monkeypatch):
+    factors = make_factors(make_transformer(), alpha=3.0)
+    path = tmp_path / "lora.safetensors"
+    unscaled = writer._WRITERS["comfy"][1]
+    for lossy, words in (
+        (unscaled, "blocks.0.self_attn.q differs"),
+        (lambda stored: unscaled(dict(list(stored.items())[1:])), "same modules"),
+    ):
+        monkeypatch.setitem(writer._WRITERS, "comfy", (writer._unchanged, lossy))
+        with pytest.raises(RuntimeError, match=words):
+            save_adapter(factors, path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_header_tells_the_truth_about_the_tensors(tmp_path):
