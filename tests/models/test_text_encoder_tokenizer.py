@@ -187,9 +187,10 @@ def test_a_t5_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"\x00 not a model", b"\xff\xfe", b"", b"[]"])
 @pytest.mark.parametrize("name", ["spiece.model", "tokenizer.json"])
-def test_damaged_files_are_errors_for_people(name, tmp_path):
-    (tmp_path / name).write_bytes(b"\x00 not a model")
+def test_damaged_files_are_errors_for_people(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelFileError):
         load_tokenizer(tmp_path)
 

@@ -85,8 +85,8 @@ class JsonTokenizer:
     def __init__(self, path: Path) -> None:
         import tokenizers
 
-        text = path.read_text(encoding="utf-8")
         try:
+            text = path.read_text(encoding="utf-8")
             content = json.loads(text)
             # It raises plain Exception for anything it does not like.
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
