@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from dataclasses import replace
@@ -122,7 +123,7 @@ def test_buckets_and_sources_are_mixed_over_the_epoch():
     items = [item(source, (64, 32, 5), n) for source in (0, 1) for n in range(30)]
     order = BatchOrder(items, 3)
     sources = [order.batch(n)[0].item.source for n in range(60)]
-    changes = sum(a != b for a, b in zip(sources, sources[1:], strict=False))
+    changes = sum(a != b for a, b in itertools.pairwise(sources))
     assert changes > 15
 
 
@@ -155,15 +156,13 @@ def test_the_advised_num_repeats_is_the_smallest_cure(items, world_size, accumul
     items = [i for i in items if i.source == 0]
     order = BatchOrder(items, 0)
     more = {"world_size": world_size, "gradient_accumulation_steps": accumulation}
-    try:
+    if order.batches_per_epoch >= world_size * accumulation:
         require_full_step(order, **more)
-    except UserError as error:
-        assert error.exit_code == 2
-        assert order.batches_per_epoch < world_size * accumulation
-        repeats = int(error.hint.split("num_repeats = ")[1].split(" ")[0])
-    else:
-        assert order.batches_per_epoch >= world_size * accumulation
         return
+    with pytest.raises(UserError) as caught:
+        require_full_step(order, **more)
+    assert caught.value.exit_code == 2
+    repeats = int(caught.value.hint.split("num_repeats = ")[1].split(" ")[0])
     require_full_step(BatchOrder([replace(i, num_repeats=repeats) for i in items], 0), **more)
     fewer = repeats - items[0].num_repeats
     if fewer >= 1:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -169,6 +170,6 @@ def test_uniform_windows_reach_from_the_first_to_the_last_frame(clip_frames, sam
     starts = [window.start for window in choose_windows(clip_frames, source)]
     assert starts[0] == 0
     assert starts[-1] == clip_frames - 17
-    gaps = [after - before for before, after in zip(starts, starts[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(starts)]
     assert len(starts) == min(samples, clip_frames - 16)
     assert not gaps or max(gaps) - min(gaps) <= 1

@@ -474,9 +474,9 @@ def test_ti2v_5b_gets_plain_latents_in_steps_of_32(tmp_path, models):
 
 def test_a_second_job_is_told_who_caches(clips, models):
     (clips / "menma_cache").mkdir()
-    with locked(clips / "menma_cache"):
-        with pytest.raises(BusyError, match=f"process {os.getpid()}"):
-            models.cache(dataset_of(clips))
+    busy = pytest.raises(BusyError, match=f"process {os.getpid()}")
+    with locked(clips / "menma_cache"), busy:
+        models.cache(dataset_of(clips))
     models.cache(dataset_of(clips))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 from trainer.contract.errors import DataError
 from trainer.data.images import image_size, read_image
 from trainer.data.resize import resize_cover
+
+FIXTURES = [HealthCheck.function_scoped_fixture]
 
 
 def photo(height=40, width=60):
@@ -99,10 +102,8 @@ def test_damaged_images_are_read_or_refused(tmp_path, kind, data):
     path = tmp_path / "a.png"
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     for read in (read_image, image_size):
-        try:
+        with suppress(DataError):  # anything else fails the test
             read(path)
-        except DataError as error:
-            assert str(error)
 
 
 # Resizing -------------------------------------------------------------------------------------

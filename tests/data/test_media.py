@@ -18,6 +18,7 @@ from trainer.data.resampling import constant_rate, nearest_frames
 
 B_FRAMES = {"preset": "medium", "crf": "20", "bf": "3", "g": "12"}
 OPEN_GOP = B_FRAMES | {"x264-params": "open-gop=1:scenecut=0"}
+FIXTURES = [HealthCheck.function_scoped_fixture]
 X265 = "keyint=12:min-keyint=12:open-gop=1:bframes=3:log-level=none"
 
 CLIPS = {
@@ -101,7 +102,7 @@ def test_images_of_two_sizes_are_no_clip(tmp_path):
             24,
             24.0,
             [0, 1, 3, 4, 6, 7, 9, 10, 12, 13, 15, 16],
-        ),  # 18 frames, 0.75 s, 12 of 16 a second
+        ),  # 0.75 s make 12
         (16, 16.0, list(range(18))),
         (32, 32.0, [0, 2, 4, 6, 8, 10, 12, 14, 16]),
         (8, 8.0, [n // 2 for n in range(36)]),

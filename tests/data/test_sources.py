@@ -160,6 +160,14 @@ def test_check_counts_frames_after_resampling(tmp_path, fps, frames):
     assert row.bucket.num_frames == (frames - 1) // 4 * 4 + 1
 
 
+def test_check_says_when_files_disagree_with_source_fps(tmp_path):
+    for name, fps in (("a.mp4", 24), ("b.mp4", 48)):
+        write_video(tmp_path / name, 24, fps=fps)
+        write_caption(tmp_path / name, "text")
+    (note,) = check_dataset(dataset_of(tmp_path, source_fps=24.0), T2V).notes
+    assert "1 of 2 clips say 48 to 48" in note
+
+
 def test_check_of_images(tmp_path):
     for name, size in (("wide.png", (200, 100)), ("tall.jpg", (100, 200))):
         Image.new("RGB", size).save(tmp_path / name)

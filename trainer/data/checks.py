@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.contract.dataset_config import DatasetConfig, SourceOptions
@@ -51,6 +52,14 @@ class _Looked:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Clip:
+    """One clip that can be used."""
+
+    buckets: list[Bucket]
+    file_fps: float | None
+
+
 def check_dataset(
     dataset: DatasetConfig, variant: Variant, *, num_threads: int = 4
 ) -> DatasetCheck:
@@ -84,24 +93,29 @@ def check_dataset(
 def _look(source: SourceOptions, variant: Variant, num_threads: int) -> _Looked:
     scan = scan_source(source)
 
-    def look(item: MediaItem) -> list[Bucket] | Problem:
+    def look(item: MediaItem) -> _Clip | Problem:
         try:
-            return _buckets(item, source, variant)
+            return _look_at(item, source, variant)
         except DataError as error:
             return Problem(error.message, file=item.path, hint=error.hint)
 
     found = [result for _, result in in_threads(look, scan.items, num_threads)]
-    good = [buckets for buckets in found if not isinstance(buckets, Problem)]
-    lengths = [{bucket.num_frames for bucket in buckets} for buckets in good]
+    good = [clip for clip in found if not isinstance(clip, Problem)]
+    lengths = [{bucket.num_frames for bucket in clip.buckets} for clip in good]
     return _Looked(
         clips=len(good),
-        windows=Counter(bucket for buckets in good for bucket in buckets),
+        windows=Counter(bucket for clip in good for bucket in clip.buckets),
         problems=(*scan.problems, *(p for p in found if isinstance(p, Problem))),
-        notes=(*_size_notes(source, variant), *length_notes(source, lengths)),
+        notes=(
+            *_size_notes(source, variant),
+            *_rate_notes(source, good),
+            *length_notes(source, lengths),
+        ),
     )
 
 
-def _buckets(item: MediaItem, source: SourceOptions, variant: Variant) -> list[Bucket]:
+def _look_at(item: MediaItem, source: SourceOptions, variant: Variant) -> _Clip:
+    file_fps = None
     if source.source_fps is None:
         info = probe(item.path, item.kind)
         num_frames, width, height = info.num_frames, info.width, info.height
@@ -109,8 +123,22 @@ def _buckets(item: MediaItem, source: SourceOptions, variant: Variant) -> list[B
         fps = source.source_fps
         clip = index_clip(item.path, item.kind, target_fps=variant.fps, source_fps=fps)
         num_frames, width, height = clip.num_frames, clip.width, clip.height
+        file_fps = clip.file_fps
     size, windows = plan_windows(num_frames, width, height, source, variant.pixel_multiple)
-    return [Bucket(*size, window.num_frames) for window in windows]
+    return _Clip([Bucket(*size, window.num_frames) for window in windows], file_fps)
+
+
+def _rate_notes(source: SourceOptions, clips: Sequence[_Clip]) -> list[str]:
+    fps = source.source_fps
+    if fps is None:
+        return []
+    other = [c.file_fps for c in clips if c.file_fps and abs(c.file_fps / fps - 1) > 0.05]
+    if not other:
+        return []
+    return [
+        f"{source.media_path}: source_fps is {fps:g}, but {len(other)} of {len(clips)} clips say "
+        f"{min(other):g} to {max(other):g}; they are taken to run at source_fps"
+    ]
 
 
 def _size_notes(source: SourceOptions, variant: Variant) -> list[str]:

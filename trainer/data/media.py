@@ -62,6 +62,8 @@ class Clip:
     """Time stamp of each frame of the file; empty: it has none to rely on, frames are counted."""
     key_pts: tuple[int, ...] = ()
     """Time stamps of frames that decoding can start at."""
+    file_fps: float | None = None
+    """Rate that the file gives, if it is constant."""
 
     @property
     def num_frames(self) -> int:
@@ -111,16 +113,18 @@ def index_clip(
         width, height = _shown_size(_first_frame(container, stream), stream)
     packets = _packets(path)
     frames = tuple(range(len(packets.pts)))
+    constant = constant_rate(packets.pts)
     if source_fps is not None:
         times = packets.times
-        if constant_rate(packets.pts):
+        if constant:
             times = tuple(frame / source_fps for frame in frames)
             end = len(frames) / source_fps
         else:
             end = packets.duration_s
         frames = nearest_frames(times, end, target_fps)
     pts = packets.pts if packets.exact else ()
-    return Clip(path, width, height, frames, pts=pts, key_pts=packets.key_pts)
+    file_fps = packets.fps if constant else None
+    return Clip(path, width, height, frames, (), pts, packets.key_pts, file_fps)
 
 
 def read_window(clip: Clip, frames: range, size: tuple[int, int]) -> Tensor:

@@ -17,7 +17,7 @@ from trainer.data.cache_index import IndexedItem, Section
 from trainer.data.cache_settings import CacheSettings, changed_settings
 from trainer.data.fingerprint import FileIdentity, identify, stat_of
 from trainer.data.latent_cache import LatentEntry, latent_entry
-from trainer.data.media import Clip, index_clip
+from trainer.data.media import index_clip
 from trainer.data.sources import MediaItem, scan_source
 from trainer.data.windows import Window, choose_windows, round_down_frames, shortest_window
 
@@ -32,8 +32,6 @@ class PlannedItem:
     item: MediaItem
     identity: FileIdentity
     entries: tuple[LatentEntry, ...]
-    clip: Clip | None
-    """None when the index knew the clip, and it was not opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +139,7 @@ def _plan_item(
 ) -> PlannedItem:
     identity = identify(item.path, known.identity if known else None)
     if known is not None and known.whole and known.identity.content == identity.content:
-        return PlannedItem(item, identity, known.entries, None)
+        return PlannedItem(item, identity, known.entries)
     fps = source.source_fps
     clip = index_clip(item.path, item.kind, target_fps=settings.target_fps, source_fps=fps)
     size, windows = plan_windows(
@@ -150,4 +148,4 @@ def _plan_item(
     entries = tuple(
         latent_entry(identity.content, window, size, settings, fps) for window in windows
     )
-    return PlannedItem(item, identity, entries, clip)
+    return PlannedItem(item, identity, entries)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import gc
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -36,7 +37,7 @@ from trainer.data.cache_index import (
 from trainer.data.cache_settings import CacheDtype, CacheSettings, uses_image_encoder
 from trainer.data.entries import entry_key
 from trainer.data.latent_cache import LatentEntry, write_latents
-from trainer.data.media import index_clip, read_window
+from trainer.data.media import Clip, index_clip, read_window
 from trainer.data.plan import PlannedItem, SourcePlan, plan_source
 from trainer.data.text_cache import text_file, text_key, write_text_entry
 from trainer.jobs.window_encoder import (
@@ -281,24 +282,26 @@ def _decoded(
     """Yield tasks in order with their frames, decoding ahead, `max_decoded` at once at most."""
     waiting: deque[tuple[_Task, Future[Tensor]]] = deque()
     pool = ThreadPoolExecutor(options.num_threads, thread_name_prefix="menma-decode")
+    # Windows of one clip follow each other: list its frames once, but not all clips' at once.
+    index = lru_cache(maxsize=2 * options.num_threads)(index_clip)
     try:
         for task in tasks:
             if len(waiting) >= options.max_decoded:
                 yield waiting.popleft()
-            waiting.append((task, pool.submit(_decode, task)))
+            waiting.append((task, pool.submit(_decode, task, index)))
         while waiting:
             yield waiting.popleft()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode(task: _Task) -> Tensor:
-    item, source = task.planned.item, task.work.plan.source
-    clip = task.planned.clip or index_clip(
+def _decode(task: _Task, index: Callable[..., Clip]) -> Tensor:
+    item = task.planned.item
+    clip = index(
         item.path,
         item.kind,
         target_fps=task.work.settings.target_fps,
-        source_fps=source.source_fps,
+        source_fps=task.work.plan.source.source_fps,
     )
     bucket = task.entry.bucket
     return read_window(clip, task.entry.window.frames, (bucket.width, bucket.height))
