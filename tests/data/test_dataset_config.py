@@ -122,6 +122,9 @@ def test_all_problems_at_once_with_their_keys(tmp_path):
         "datasets[2]",
     }
     assert all(problem.file == file for problem in problems.values())
+    lines = {key: problem.line for key, problem in problems.items()}
+    assert (lines["colour"], lines["general.strict"], lines["datasets[0].source_fps"]) == (2, 4, 10)
+    assert (lines["datasets[1]"], lines["datasets[2]"]) == (12, 15)
     assert "did you mean 'resolution'" in problems["datasets[0].resoluton"].hint
     assert "belongs to a source" in problems["general.frame_stride"].message
     assert "found image_directory and video_directory" in problems["datasets[1]"].message
@@ -168,7 +171,7 @@ def test_unreadable_files_are_config_errors(tmp_path, content):
     with pytest.raises(ConfigError) as caught:
         load_dataset_file(file)
     assert str(file) in str(caught.value)
-    with pytest.raises(ConfigError, match="no such"):
+    with pytest.raises(ConfigError, match="No such"):
         load_dataset_file(tmp_path / "none.toml")
 
 

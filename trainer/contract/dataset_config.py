@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -28,6 +29,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.options import Options
 from trainer.contract.registry import nearest
+from trainer.contract.toml_lines import key_lines, locate
 
 M = TypeVar("M", bound=Options)
 FrameExtraction = Literal["head", "chunk", "slide", "uniform", "full"]
@@ -286,18 +288,18 @@ def load_dataset_file(path: Path) -> DatasetConfig:
     """
     path = Path(path)
     try:
-        values = tomllib.loads(path.read_text("utf-8-sig"))
-    except FileNotFoundError:
-        raise ConfigError(problems=[Problem("there is no such dataset file", file=path)]) from None
-    except OSError as error:
-        raise ConfigError(
-            problems=[Problem(f"cannot be read: {error.strerror}", file=path)]
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(problems=[Problem("is not UTF-8 text", file=path)]) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(problems=[Problem(f"is no valid TOML: {error}", file=path)]) from None
-    return DatasetConfig.from_mapping(values, folder=path.absolute().parent, file=path)
+        text = path.read_text("utf-8-sig")
+        values = tomllib.loads(text)
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, no TOML
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        message = f"the dataset file cannot be read: {reason}"
+        raise ConfigError(problems=[Problem(message, file=path)]) from None
+    try:
+        return DatasetConfig.from_mapping(values, folder=path.absolute().parent, file=path)
+    except ConfigError as error:
+        lines = key_lines(text)
+        placed = (replace(p, line=locate(p.key, lines)) for p in error.problems)
+        raise ConfigError(problems=placed) from None
 
 
 def _absolute(source: SourceOptions, folder: Path) -> SourceOptions:
