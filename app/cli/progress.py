@@ -140,12 +140,14 @@ class _Picture:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.progress_bar import ProgressBar
+        from rich.segment import Segment
         from rich.text import Text
 
         if self.event is None:
             return
         done, total = counted(self.event)
         yield ProgressBar(total=total, completed=done, width=min(options.max_width, 100))
+        yield Segment.line()
         yield Text(count_line(self.event), no_wrap=True, overflow="ellipsis")
 
 

@@ -15,6 +15,9 @@ from app.runs import launch
 from app.runs.status import read_status
 from trainer.contract.run_dir import RunDir
 
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+"""For processes that a test starts itself: they find the source and the tests' own modules."""
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
 
 
@@ -59,7 +62,7 @@ class Runs:
         """Run a supervisor as a child of the test."""
         run, request = self.prepared(name)
         command = [sys.executable, "-m", "app.runs.supervise", str(run.root), *options, "--"]
-        return subprocess.Popen([*command, *fake_command(mode), *request])
+        return subprocess.Popen([*command, *fake_command(mode), *request], env=ENVIRONMENT)
 
     def end_all(self) -> None:
         """Kill what is left."""

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from app_runs import wait_for
+from app_runs import ENVIRONMENT, wait_for
 
 from app.runs import control, launch, lock
 from app.runs.control import Urgency
@@ -228,21 +228,21 @@ def test_a_second_start_is_busy(runs):
         [sys.executable, "-m", "app.runs.supervise", str(run.root), "--", "true"],
         capture_output=True,
         check=False,
+        env=ENVIRONMENT,
     )
     assert second.returncode == 3
     assert state_of(run).is_live
 
 
-def test_of_many_starts_at_once_one_wins(tmp_path, runs):
+def test_of_many_starts_at_once_one_wins(runs):
     script = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
+        "import sys; from pathlib import Path\n"
         "from app_runs import Runs; from trainer.contract.errors import BusyError\n"
         "try: Runs(Path(sys.argv[1])).start('steps')\n"
         "except BusyError: sys.exit(3)\n"
     )
-    folder = os.path.dirname(__file__)  # noqa: PTH120
-    command = [sys.executable, "-c", script, str(runs.folder), folder]
-    started = [subprocess.Popen(command) for _ in range(4)]
+    command = [sys.executable, "-c", script, str(runs.folder)]
+    started = [subprocess.Popen(command, env=ENVIRONMENT) for _ in range(4)]
     codes = sorted(process.wait(timeout=60) for process in started)
     runs.started.append(RunDir(runs.folder / "run"))
     assert codes == [0, 3, 3, 3]

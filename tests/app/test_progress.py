@@ -1,0 +1,127 @@
+"""What is drawn of events, and that it fits."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from app.cli import output
+from app.cli.progress import PlainProgress, _Picture, count_line, words
+from app.runs.durations import duration
+from trainer.contract.errors import ConfigError, Problem, RunError
+
+STEP = {
+    "type": "step",
+    "step": 412,
+    "total_steps": 6000,
+    "loss": 0.11234,
+    "lr": 1e-4,
+    "step_time_s": 1.923,
+    "eta_s": 7890.0,
+    "peak_vram_gib": 22.14,
+}
+
+
+def test_the_figures_of_a_step_fit_80_columns():
+    line = count_line(STEP)
+    assert line == ("step 412/6000  6%  loss 0.1123  lr 1.0e-04  1.92 s/step  22.1 GiB  ETA 2h11m")
+    assert len(line) <= 80
+
+
+def test_missing_figures_are_left_out():
+    assert count_line(
+        {"type": "step", "step": 6, "total_steps": 6, "loss": None, "eta_s": 0.0}
+    ) == ("step 6/6  100%")
+
+
+def test_without_a_terminal_steps_come_every_few_seconds_and_the_last_always(capsys):
+    moment = 100.0
+    progress = PlainProgress(show_errors=True, clock=lambda: moment)
+    for step in range(1, 101):
+        moment += 1
+        progress.event(STEP | {"step": step, "total_steps": 99 + 1})
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        "step 1/100", *[f"step {step}/100" for step in range(6, 100, 5)], "step 100/100"
+    ]  # fmt: skip
+
+
+def test_counted_phases_are_progress_and_other_events_are_words(capsys):
+    progress = PlainProgress(show_errors=False, clock=lambda: 0.0)
+    progress.event({"type": "phase", "name": "latents", "done": 1, "total": 9, "detail": "a.mp4"})
+    progress.event({"type": "phase", "name": "latents", "done": 2, "total": 9, "detail": "b.mp4"})
+    progress.event({"type": "phase", "name": "captions", "done": 1, "total": 3, "detail": ""})
+    progress.event({"type": "phase", "name": "load", "detail": "transformer"})
+    progress.event({"type": "warning", "message": "c.mp4: too short", "hint": "cut it"})
+    progress.event({"type": "error", "message": "said by the job itself"})
+    progress.event({"type": "unheard of"})
+    assert capsys.readouterr().err.splitlines() == [
+        "latents  1/9  11%  a.mp4",
+        "captions  1/3  33%",
+        "load: transformer",
+        "warning: c.mp4: too short",
+        "  cut it",
+    ]
+
+
+def test_errors_are_shown_where_nobody_else_shows_them():
+    event = {"type": "error", "message": "full", "hint": "free some space"}
+    assert words(event, show_errors=True) == "error: full\n  free some space"
+
+
+def test_the_picture_is_two_lines_of_80_columns():
+    from rich.console import Console
+
+    picture = _Picture()
+    picture.event = STEP | {"step": 1234567, "total_steps": 9999999, "eta_s": 9e9}
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    with console.capture() as capture:
+        console.print(picture)
+    lines = capture.get().splitlines()
+    assert [len(line) <= 80 for line in lines] == [True, True]
+    assert lines[1].startswith("step 1234567/9999999")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (-3, "0s"), (59.6, "1m00s"), (750, "12m30s"), (7890, "2h11m"), (277200, "3d5h")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_table_gives_way_in_its_last_column_on_a_terminal_only(monkeypatch):
+    rows = [("a", "x" * 200), ("bcd", "short")]
+    assert "x" * 200 in output.table(("NAME", "WHY"), rows)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = output.table(("NAME", "WHY"), rows).splitlines()
+    assert max(map(len, lines)) == 40
+    assert lines[1].endswith("…")
+    assert lines[2] == "bcd   short"
+
+
+def test_errors_say_what_where_and_what_to_do(capsys, tmp_path):
+    output.show_error(RunError("it failed", hint="try again"))
+    assert capsys.readouterr().err == "error: it failed\n  try again\n"
+    file = tmp_path / "x.toml"
+    one = Problem("unknown key", "adapter.rnak", file, 3, "did you mean 'rank'?")
+    output.show_error(ConfigError(problems=[one]))
+    expected = f"error: {file}:3: adapter.rnak: unknown key\n  did you mean 'rank'?\n"
+    assert capsys.readouterr().err == expected
+    output.show_error(ConfigError(problems=[one, Problem("no dataset", "dataset")]))
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 2 problems",
+        f"  {file}:3: adapter.rnak: unknown key",
+        "    did you mean 'rank'?",
+        "  dataset: no dataset",
+    ]
+
+
+def test_words_that_the_terminal_cannot_spell_do_not_end_the_command(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stderr", stream)
+    output.say("a fish – 魚")
+    stream.seek(0)
+    assert stream.read() == "a fish ? ?\n"
