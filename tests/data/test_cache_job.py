@@ -233,6 +233,19 @@ def test_sources_may_share_media_and_cache(clips, models):
     assert summary(models.cache(one)) == (0, 3, 0, 4, 3)
 
 
+def test_one_cache_folder_may_be_spelled_in_two_ways(clips, models, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "cache", target_is_directory=True)
+    source = {"video_directory": str(clips), "resolution": [64, 32], "target_frames": [5]}
+    sources = [
+        source | {"cache_directory": str(tmp_path / "cache")},
+        source | {"cache_directory": str(tmp_path / "link"), "resolution": [32, 32]},
+    ]
+    dataset = parse_dataset({"datasets": sources})
+    for expected in (6, 0):
+        assert models.cache(dataset).encoded == expected
+    assert len(load_cached_dataset(dataset, models.settings()).items) == 6
+
+
 def test_equal_clips_share_one_entry(clips, models):
     shutil.copy(clips / "a.mp4", clips / "copy.mp4")
     write_caption(clips / "copy.mp4", "another caption")

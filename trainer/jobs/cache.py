@@ -155,7 +155,7 @@ def run_cache(
         dtype=options.dtype,
     )
     with ExitStack() as locks:
-        for folder in dict.fromkeys(source.cache_path for source in dataset.sources):
+        for folder in dict.fromkeys(source.cache_path.resolve() for source in dataset.sources):
             locks.enter_context(locked(folder))
         works = _plan(dataset, settings, options, report)
         _write_sections(works, options, finished=False)
@@ -188,7 +188,7 @@ def _plan(
             num_threads=options.num_threads,
             report=lambda done, total, clip: report("clips", done, total, clip),
         )
-        works.append(_Work(name, source.cache_path, plan, settings, list(plan.problems)))
+        works.append(_Work(name, source.cache_path.resolve(), plan, settings, list(plan.problems)))
     problems = [problem for work in works for problem in work.problems]
     if problems and dataset.general.strict:
         raise DataError(_listed("the dataset is strict, and not all of it can be used", problems))
