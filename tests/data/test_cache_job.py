@@ -345,6 +345,13 @@ def test_nan_context_names_the_clip(clips, models):
     assert len(load_cached_dataset(dataset_of(clips), models.settings()).items) == 2
 
 
+def test_a_caption_longer_than_the_model_reads_is_noted(clips, models):
+    (clips / "a.txt").write_text("word " * 512)
+    report = models.cache(dataset_of(clips))
+    assert [note for note in report.notes if "a.mp4" in note and "512 tokens" in note]
+    assert not [note for note in report.notes if "b.mp4" in note]
+
+
 def test_out_of_memory_says_what_to_change(clips, models):
     def encode(video, tile=None):
         raise torch.OutOfMemoryError("CUDA out of memory")

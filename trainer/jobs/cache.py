@@ -104,6 +104,7 @@ class _Work:
     plan: SourcePlan
     settings: CacheSettings
     problems: list[Problem]
+    notes: list[str] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
     """Entry files that could not be made."""
     failed_captions: set[str] = field(default_factory=set)
@@ -172,7 +173,7 @@ def run_cache(
         captions_reused=captions[1],
         buckets=dict(sorted(Counter(entry.bucket for entry in _usable_entries(works)).items())),
         problems=tuple(problem for work in works for problem in work.problems),
-        notes=tuple(note for work in works for note in work.plan.notes),
+        notes=tuple(note for work in works for note in (*work.plan.notes, *work.notes)),
     )
 
 
@@ -233,12 +234,21 @@ def _cache_captions(
 def _store_caption(work: _Work, caption: str, context: Tensor, strict: bool) -> None:
     if torch.isfinite(context).all():
         write_text_entry(work.folder, caption, context, work.settings)
+        if context.shape[0] >= work.settings.text_len:
+            work.notes += [
+                f"{path}: its caption fills all {work.settings.text_len} tokens that the model "
+                "reads; what goes beyond is cut off"
+                for path in _paths_with(work, caption)
+            ]
         return
     work.failed_captions.add(caption)
-    for planned in work.plan.items:
-        if planned.item.caption == caption:
-            message = "the text encoder made NaN or infinite values of its caption"
-            _note_problem(work, Problem(message, file=planned.item.path), strict)
+    for path in _paths_with(work, caption):
+        message = "the text encoder made NaN or infinite values of its caption"
+        _note_problem(work, Problem(message, file=path), strict)
+
+
+def _paths_with(work: _Work, caption: str) -> list[Path]:
+    return [planned.item.path for planned in work.plan.items if planned.item.caption == caption]
 
 
 def _cache_windows(
