@@ -94,6 +94,8 @@ class ConvertRequest(Options):
     """Key layout of the written file."""
     dtype: OutputDtype | None = None
     """Precision of the written factors; empty: the file's own."""
+    expert: Literal["low_noise", "high_noise"] | None = None
+    """Which part of a file that holds LoRAs for both experts of Wan 2.2."""
     force: bool = False
     """Overwrite the output file."""
 
@@ -103,6 +105,8 @@ class InspectRequest(Options):
 
     path: Path
     """LoRA in any known layout."""
+    expert: Literal["low_noise", "high_noise"] | None = None
+    """Which part of a file that holds LoRAs for both experts of Wan 2.2."""
 
 
 class DemoRequest(Options):

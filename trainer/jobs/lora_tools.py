@@ -42,6 +42,7 @@ def run_convert(request: ConvertRequest, emit: Emit) -> None:
         request.output,
         layout=request.layout,
         dtype=_DTYPES[request.dtype] if request.dtype else None,
+        expert=request.expert,
         force=request.force,
     )
     for note in report.notes:
@@ -58,7 +59,7 @@ def run_convert(request: ConvertRequest, emit: Emit) -> None:
 
 def run_inspect(request: InspectRequest, emit: Emit) -> None:
     """Job `inspect`; its `output` event has the summary of `inspect_lora` under `lora`."""
-    summary = inspect_lora(request.path)
+    summary = inspect_lora(request.path, expert=request.expert)
     summary["metadata"] = _shortened(summary["metadata"])
     emit("output", path=str(request.path), lora=summary)
 

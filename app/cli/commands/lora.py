@@ -13,14 +13,23 @@ from trainer.contract.errors import UserError
 
 app = command_app(help="Tools on LoRA files.")
 
+Expert = Annotated[
+    str | None,
+    typer.Option(
+        "--expert",
+        help="high_noise or low_noise: the part of a file that holds both experts' LoRAs.",
+    ),
+]
+
 
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="LoRA in any known layout.", show_default=False)],
+    expert: Expert = None,
     as_json: Json = False,
 ) -> None:
     """Show what a LoRA file holds: layout, rank, alpha, size of its updates, metadata."""
-    result = jobs.run_or_leave("inspect", {"path": str(file)}, quiet=True)
+    result = jobs.run_or_leave("inspect", {"path": str(file), "expert": expert}, quiet=True)
     summary: dict[str, Any] = next(
         (event["lora"] for event in result.all("output") if "lora" in event), {}
     )
@@ -50,6 +59,7 @@ def convert(
         str | None,
         typer.Option("--dtype", help="bf16, fp16 or fp32; left out: the file's own."),
     ] = None,
+    expert: Expert = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
     """Rewrite a LoRA in another layout."""
@@ -60,6 +70,7 @@ def convert(
         "output": str(target),
         "layout": layout,
         "dtype": dtype,
+        "expert": expert,
         "force": force,
     }
     for path in jobs.run_or_leave("convert", request).paths:
