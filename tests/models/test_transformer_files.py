@@ -92,9 +92,11 @@ def test_saving_takes_a_state_and_a_dtype(model: WanTransformer, tmp_path: Path)
     assert {value.dtype for value in found.values()} == {torch.bfloat16}
     assert torch.equal(found["head.head.bias"], state["head.head.bias"].bfloat16())
     before = path.read_bytes()
-    del state["head.head.bias"]
-    with pytest.raises(ValueError, match=r"head\.head\.bias"):
-        save_transformer(model, path, state=state)
+    for value in (None, torch.zeros(3)):
+        wrong = {n: v for n, v in state.items() if n != "head.head.bias"}
+        wrong |= {} if value is None else {"head.head.bias": value}
+        with pytest.raises(ValueError, match=r"head\.head\.bias"):
+            save_transformer(model, path, state=wrong)
     assert path.read_bytes() == before
 
 

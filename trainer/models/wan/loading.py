@@ -82,9 +82,14 @@ def save_transformer(
         ValueError: `state` is not a state of this model.
     """
     tensors = dict(model.state_dict() if state is None else state)
-    expected = {name for name, _ in model.named_parameters()}
-    if set(tensors) != expected:
-        raise ValueError(f"not this model's state: {sorted(set(tensors) ^ expected)[:5]}")
+    with torch.device("meta"):
+        expected = WanTransformer(model.config, seed=None).state_dict()
+    wrong = tensors.keys() ^ expected.keys()
+    wrong |= {
+        name for name in tensors.keys() - wrong if tensors[name].shape != expected[name].shape
+    }
+    if wrong:
+        raise ValueError(f"not a state of this model: {sorted(wrong)[:5]}")
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     header = transformer_metadata(model.config, model.variant_name)

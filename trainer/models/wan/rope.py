@@ -7,7 +7,6 @@ Source: RoFormer (arXiv:2104.09864); the split over three axes is Wan's (arXiv:2
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -24,7 +23,6 @@ def axis_sizes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-@lru_cache(maxsize=16)
 def rope_table(
     grid: tuple[int, int, int], head_dim: int, theta: float, device: torch.device
 ) -> Tensor:
@@ -39,6 +37,12 @@ def rope_table(
         theta: base of the frequencies.
         device: where the table shall be.
     """
+    # A sampler may ask first, in inference mode; the table must serve training as well.
+    with torch.inference_mode(False):
+        return _rope_table(grid, head_dim, theta).to(device)
+
+
+def _rope_table(grid: tuple[int, int, int], head_dim: int, theta: float) -> Tensor:
     angles = []
     for axis, (positions, size) in enumerate(zip(grid, axis_sizes(head_dim), strict=True)):
         exponents = torch.arange(0, size, 2, dtype=torch.float64) / max(size, 1)
@@ -47,7 +51,7 @@ def rope_table(
         shape[axis] = positions
         angles.append(angle.view(shape).expand(*grid, -1))
     turn = torch.cat(angles, dim=-1).flatten(0, 2)
-    return torch.stack((turn.cos(), turn.sin()), dim=-1).flatten(1).float().to(device)
+    return torch.stack((turn.cos(), turn.sin()), dim=-1).flatten(1).float()
 
 
 class HeadNorm(nn.Module):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -84,6 +85,8 @@ class WanTransformer(nn.Module):
         self.config = config
         self.variant_name = ""
         self.attend: AttentionBackend = TorchAttention()
+        # Few: at 720p a table takes 40 MB. Own: a model on fake tensors keeps its to itself.
+        self._rope_table = lru_cache(maxsize=4)(rope_table)
         dim = config.dim
         self.patch_embedding = PatchEmbedding(
             config.in_channels, dim, config.patch_size, config.patch_size
@@ -160,7 +163,7 @@ class WanTransformer(nn.Module):
         context_BTD, bias_BT = self._embed_text(context)
         given = BlockInputs(
             time=time_blocks,
-            rope_LK=rope_table(
+            rope_LK=self._rope_table(
                 (f, h, w), self.config.head_dim, self.config.rope_theta, latents_BCFHW.device
             ),
             context_BTD=context_BTD,
