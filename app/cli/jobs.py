@@ -28,6 +28,11 @@ class JobResult:
         return [event for event in self.events if event["type"] == kind]
 
     @property
+    def end(self) -> Event:
+        """The fields of the last `end` event, empty when there was none."""
+        return next(reversed(self.all("end")), {})
+
+    @property
     def paths(self) -> list[str]:
         """Files that were written."""
         return [

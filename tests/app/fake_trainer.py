@@ -9,7 +9,8 @@ Usage: fake_trainer.py MODE JOB REQUEST.json. Modes of the job `train`:
     fail     says what is wrong and ends with exit code 1
     child    as `steps`, with a process of its own in the same group; writes its pid to child.pid
 
-Other jobs record their request as `$FAKE_RECORD` and send the events in `$FAKE_EVENTS`.
+Other jobs record their request as `$FAKE_RECORD` and send the events in `$FAKE_EVENTS`;
+with `$FAKE_PID` they write their pid there and go on until they are interrupted.
 """
 
 from __future__ import annotations
@@ -76,7 +77,13 @@ def other_job(job: str, request: dict[str, object]) -> int:
     Path(os.environ["FAKE_RECORD"]).write_text(json.dumps({"job": job, "request": request}))
     for event in json.loads(os.environ.get("FAKE_EVENTS", "[]")):
         sys.stdout.write(encode(event.pop("type"), **event))
-    print("a word on stderr", file=sys.stderr)
+    print("a word on stderr", file=sys.stderr, flush=True)
+    if "FAKE_PID" in os.environ:  # a job that takes its time
+        Path(os.environ["FAKE_PID"]).write_text(str(os.getpid()))
+        try:
+            time.sleep(600)
+        except KeyboardInterrupt:
+            return 130
     return int(os.environ.get("FAKE_CODE", "0"))
 
 

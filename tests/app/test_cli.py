@@ -250,6 +250,26 @@ def test_doctor_reports_as_json(menma, monkeypatch):
     assert "torch cannot be imported: no such library" in answer.err
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for the program")
+def test_doctor_reads_gpus_from_nvidia_smi(tmp_path, monkeypatch):
+    from app.domain.environment import gpus
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpus() == []
+    program = tmp_path / "nvidia-smi"
+    line = "0, NVIDIA H200, 143771, 143000, 570.1, 9.0"
+    program.write_text(f"#!/bin/sh\necho '{line}'\necho 'No devices, really'\n")
+    program.chmod(0o755)
+    (gpu,) = gpus()
+    assert (gpu["name"], gpu["vram_gib"], gpu["compute_capability"]) == (
+        "NVIDIA H200",
+        140.4,
+        "9.0",
+    )
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert gpus() == []
+
+
 def modules_after(script):
     answer = subprocess.run(
         [sys.executable, "-c", f"{script}\nimport sys\nprint('MODULES', *sys.modules)"],

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from app_runs import ENVIRONMENT, Runs, wait_for
 
+from app.runs.processes import ProcessId
 from app.runs.state import State, read_state
 from app.runs.status import read_status
 from trainer.contract.run_dir import RunDir
@@ -251,3 +252,25 @@ def test_a_config_that_is_wrong_makes_no_run(run, config, tmp_path):
     assert code == 2
     assert "training.seed" in err
     assert not run.root.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_in_the_foreground_ends_with_its_command(config, tmp_path, number):
+    pid_file = tmp_path / "job.pid"
+    process = subprocess.Popen(
+        [sys.executable, str(DRIVER), "-", "cache", str(config)],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"FAKE_PID": str(pid_file), "FAKE_RECORD": str(tmp_path / "r.json")},
+        start_new_session=True,
+    )
+    wait_for(lambda: pid_file.exists() and pid_file.read_text())
+    job = ProcessId.of(int(pid_file.read_text()))
+    if number == signal.SIGINT:  # Ctrl-C reaches both, a SIGTERM the command alone
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode == (130 if number == signal.SIGINT else 1)
+    assert not job.is_alive()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def check(config: Config, overrides: Overrides = None, as_json: Json = False) ->
         load_config(config, overrides or ())
     except ConfigError as error:
         if as_json:
-            _report([_problem(problem) for problem in error.problems], [])
+            _report([_problem(problem) for problem in error.problems])
             raise typer.Exit(ExitCode.MISTAKE) from None
         raise
     request = {"config": str(config), "set": list(overrides or ())}
@@ -36,14 +37,41 @@ def check(config: Config, overrides: Overrides = None, as_json: Json = False) ->
         _report(
             [_from_event(event) for event in result.all("error")],
             [_from_event(event) for event in result.all("warning")],
+            result.end,
         )
     jobs.leave_if_failed(result)
     if not as_json:
+        _show_dataset(result.end)
         output.say(f"{config} is fine. Next: menma cache {config}, then menma train {config}")
 
 
-def _report(problems: list[dict[str, Any]], warnings: list[dict[str, Any]]) -> None:
-    output.json_data({"ok": not problems, "problems": problems, "warnings": warnings})
+def _report(
+    problems: list[dict[str, Any]],
+    warnings: Sequence[dict[str, Any]] = (),
+    end: Mapping[str, Any] | None = None,
+) -> None:
+    found = dict(end or {})
+    output.json_data(
+        {
+            "ok": not problems,
+            "problems": problems,
+            "warnings": list(warnings),
+            "variant": found.get("variant") or None,
+            "clips": found.get("clips"),
+            "batches_per_epoch": found.get("batches_per_epoch"),
+            "buckets": found.get("buckets", []),
+        }
+    )
+
+
+def _show_dataset(end: Mapping[str, Any]) -> None:
+    if buckets := end.get("buckets"):
+        rows = [(row["bucket"], str(row["items"]), str(row["tokens"])) for row in buckets]
+        output.data(output.table(("BUCKET", "ITEMS", "TOKENS"), rows, right="ITEMS TOKENS"))
+    output.say(
+        f"Model: {end.get('variant') or 'not recognised'}. Clips: {end.get('clips', 0)}. "
+        f"Batches an epoch: {end.get('batches_per_epoch', 0)}."
+    )
 
 
 def _problem(problem: Problem) -> dict[str, Any]:

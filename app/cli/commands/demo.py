@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import jobs
+from app.cli import jobs, output
 from app.cli.options import command_app
 
 app = command_app()
@@ -23,4 +23,5 @@ def demo(
 
     Makes clips, caches, trains, samples and merges; needs no GPU and no download.
     """
-    jobs.run_or_leave("demo", {"directory": str(directory)})
+    for path in jobs.run_or_leave("demo", {"directory": str(directory)}).paths[-1:]:
+        output.data(path)

@@ -97,7 +97,7 @@ def _lines(summary: dict[str, Any]) -> list[str]:
         lines.append(f"{'untrained':<12}{zero} modules change nothing")
     lines += [f"{'largest':<12}{name}  {norm:.4g}" for name, norm in _items(summary, "largest")]
     lines += [f"{'note':<12}{note}" for note in summary.get("notes") or []]
-    lines += [f"{key} = {value}" for key, value in _items(summary, "metadata")]
+    lines += [f"{key} = {value}" for key, value in sorted(_items(summary, "metadata"))]
     return lines
 
 
