@@ -101,6 +101,10 @@ def test_options_belong_to_the_chosen_plugin(tmp_path: Path) -> None:
         ('[adapter]\nkind = "none"\n', "needs fp32 master copies"),
         ("[sampling]\nevery_steps = 5\n", "there is no prompt"),
         ("[sampling]\nnum_frames = 16\n", "use 13 or 17"),
+        (
+            "[memory]\nkeep_attention = true\ngradient_checkpointing = false\n",
+            "everything is kept anyway",
+        ),
         ('[model]\nvariant = "wan2.2-t2v-a14b"\n', "has two experts"),
         ('[model]\nexpert = "high_noise"\n', "only Wan 2.2 A14B has experts"),
         ('[model]\nvariant = "wan2.1-t2v-13b"\n', "did you mean 'wan2.1-t2v-1.3b'?"),

@@ -11,7 +11,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from wan_pairs import build, diffusers_options, make_inputs, run_ours, tiny_config
 
-from trainer.attention.sdpa import SDPA
+from trainer.models.wan.attention import TorchAttention
 from trainer.contract.errors import ConfigError, DataError, ModelFileError
 from trainer.contract.variants import VARIANTS
 from trainer.core.seams import BuildContext
@@ -203,5 +203,5 @@ def test_attention_plug_in_is_what_the_model_starts_with() -> None:
     inputs = make_inputs(config)
     expected = run_ours(model, inputs)
     context = BuildContext(variant=VARIANTS[T2V], seed=0, device=torch.device("cpu"), total_steps=1)
-    model.attend = SDPA(SDPA.Config(), context)
+    model.attend = TorchAttention(TorchAttention.Config(), context)
     assert torch.equal(run_ours(model, inputs), expected)

@@ -154,6 +154,8 @@ class MemorySection(Options):
     """Precision of the transformer's weights and activations."""
     gradient_checkpointing: bool = True
     """Recompute each block in the backward pass instead of keeping its activations."""
+    keep_attention: bool = False
+    """With gradient checkpointing: keep attention outputs, too. Faster; twice its memory."""
     vae_dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the VAE. Norms are computed in fp32 either way."""
     vae_tile: int | None = Field(None, ge=128, multiple_of=32)

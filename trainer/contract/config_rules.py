@@ -195,6 +195,15 @@ def _full_finetune(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _memory(config: RunConfig) -> Iterator[Problem]:
+    if config.memory.keep_attention and not config.memory.gradient_checkpointing:
+        yield Problem(
+            "without gradient checkpointing everything is kept anyway",
+            "memory.keep_attention",
+            hint="leave it out, or set memory.gradient_checkpointing = true",
+        )
+
+
 def _output(config: RunConfig) -> Iterator[Problem]:
     if config.adapter.kind == "none" and config.output.layout != "comfy":
         yield Problem(
@@ -211,5 +220,6 @@ _RULES: tuple[Rule, ...] = (
     _sampling,
     _distributed,
     _full_finetune,
+    _memory,
     _output,
 )

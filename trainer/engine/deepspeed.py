@@ -71,6 +71,7 @@ class DeepSpeedEngine(SteppingEngine):
             max_grad_norm=max_grad_norm,
             full_finetune_bf16=full_finetune_bf16,
             elementwise_optimizer=optimizer_factory.elementwise,
+            num_trained=sum(value.numel() for value in trainable.values()),
             persistence_threshold=persistence_threshold,
         )
         if not full_finetune_bf16:

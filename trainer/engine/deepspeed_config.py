@@ -15,6 +15,7 @@ ZERO_STAGES = (0, 1, 2, 3)
 PERSISTENCE_THRESHOLD = 1_000_000
 """Parameters with fewer elements stay whole under ZeRO-3, so that LoRA factors are not sharded."""
 BUCKET_ELEMENTS = 50_000_000
+"""Most gradients that are reduced together."""
 
 _TOP_LEVEL_KEYS = {
     "train_micro_batch_size_per_gpu",
@@ -41,6 +42,7 @@ def build_deepspeed_config(
     max_grad_norm: float,
     full_finetune_bf16: bool = False,
     elementwise_optimizer: bool = True,
+    num_trained: int = BUCKET_ELEMENTS,
     persistence_threshold: int = PERSISTENCE_THRESHOLD,
 ) -> dict[str, Any]:
     """Return the DeepSpeed config of a run.
@@ -54,6 +56,7 @@ def build_deepspeed_config(
         full_finetune_bf16: train the model's own bf16 weights through fp32 masters; otherwise
             no precision section is written and every parameter keeps its dtype.
         elementwise_optimizer: see `OptimizerFactory.elementwise`.
+        num_trained: trained elements; no bucket is made larger, since it is allocated in full.
         persistence_threshold: stage 3 keeps parameters with fewer elements whole.
 
     Raises:
@@ -61,7 +64,8 @@ def build_deepspeed_config(
     """
     zero: dict[str, Any] = {"stage": zero_stage}
     if zero_stage:
-        zero |= {"reduce_bucket_size": BUCKET_ELEMENTS, "overlap_comm": zero_stage > 1}
+        bucket = max(1, min(BUCKET_ELEMENTS, num_trained))
+        zero |= {"reduce_bucket_size": bucket, "overlap_comm": zero_stage > 1}
     if zero_stage == 3:
         zero |= {
             "memory_efficient_linear": False,

@@ -107,8 +107,8 @@ class _Workers:
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            # The kernel's promise is the only one that survives a SIGKILL of this process; it
-            # is single-threaded here, which is what makes a preexec_fn safe.
+            # The kernel's promise is the only one that survives a SIGKILL of this process. The
+            # function makes two system calls and takes no lock, so threads here do no harm.
             preexec_fn=_die_with_parent(),  # noqa: PLW1509
         )
         self.processes.append(process)

@@ -8,6 +8,7 @@ is alone, and nothing opens a port.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from trainer.contract.errors import ConfigError, RunError
 from trainer.engine.launch import RENDEZVOUS_VARIABLE
 
 _TEXT_BYTES = 4096
+_DRAIN_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +145,13 @@ def joined(device: str, timeout_s: float) -> Iterator[World]:
 
 def leave() -> None:
     """Take down the process group, if there is one, after the last collective call of all ranks."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    # DeepSpeed keeps references to groups, so gloo's threads outlive this. One that still holds
+    # the last tensor when the interpreter shuts down aborts the process (exit code 134); given
+    # the interpreter lock for a moment, it lets go.
+    time.sleep(_DRAIN_S)
 
 
 def _give_up() -> None:

@@ -111,6 +111,7 @@ def load_base(
         config=dict(config.model.shape) or None,
     )
     transformer.gradient_checkpointing = config.memory.gradient_checkpointing
+    transformer.blocks.keep_attention = config.memory.keep_attention
     return transformer
 
 
