@@ -11,10 +11,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from wan_pairs import build, diffusers_options, make_inputs, run_ours, tiny_config
 
-from trainer.models.wan.attention import TorchAttention
 from trainer.contract.errors import ConfigError, DataError, ModelFileError
 from trainer.contract.variants import VARIANTS
-from trainer.core.seams import BuildContext
 from trainer.io.formats.diffusers_names import to_diffusers_name, to_original_name
 from trainer.models.wan.rope import axis_sizes, rope_table
 from trainer.models.wan.transformer import WanTransformer
@@ -195,13 +193,3 @@ def test_sampling_in_inference_mode_leaves_training_possible() -> None:
         run_ours(model, inputs)
     run_ours(model, inputs).square().mean().backward()
     assert model.blocks[0].self_attn.q.weight.grad is not None
-
-
-def test_attention_plug_in_is_what_the_model_starts_with() -> None:
-    config = tiny_config(T2V)
-    model = build(config)
-    inputs = make_inputs(config)
-    expected = run_ours(model, inputs)
-    context = BuildContext(variant=VARIANTS[T2V], seed=0, device=torch.device("cpu"), total_steps=1)
-    model.attend = TorchAttention(TorchAttention.Config(), context)
-    assert torch.equal(run_ours(model, inputs), expected)
