@@ -197,8 +197,8 @@ def words(event: Event, *, show_errors: bool) -> str:
     at = f" at step {event['step']}" if event.get("step") is not None else ""
     if kind == "validation":
         return f"validation loss{at}: {event.get('loss')}"
-    if kind in {"sample", "checkpoint", "output"}:
-        return f"{kind}{at}: {event.get('path', '')}"
+    if kind in {"sample", "checkpoint", "output"} and "path" in event:
+        return f"{kind}{at}: {event['path']}"
     return ""
 
 

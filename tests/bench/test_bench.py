@@ -1,0 +1,98 @@
+"""The benchmarks run and say what they measured; limits are for quiet machines, not for tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from trainer.bench import engine, job, load, step
+from trainer.bench.result import Measurement, timed_in_turns
+from trainer.contract.errors import ConfigError, RunError
+from trainer.contract.jobs import BenchRequest
+from trainer.contract.variants import VARIANTS, TransformerConfig
+
+
+class Events:
+    """Takes events."""
+
+    def __init__(self):
+        self.all = []
+
+    def __call__(self, kind, /, **fields):
+        self.all.append({"type": kind, **fields})
+
+    def of(self, kind):
+        return [event for event in self.all if event["type"] == kind]
+
+
+def test_steps_are_timed_in_turns():
+    calls = []
+    times = timed_in_turns(lambda: calls.append("a"), lambda: calls.append("b"), 4)
+    assert "".join(calls) == "baabbaab"
+    assert len(times) == 4
+
+
+def test_a_measurement_knows_its_limit():
+    values = {"name": "x", "what": "x", "unit": "ratio", "limit": 1.0}
+    assert Measurement(value=1.0, **values).fine
+    assert not Measurement(value=1.01, **values).fine
+
+
+@pytest.mark.slow
+def test_the_step_does_the_same_as_the_reference():
+    found = step.measure(pairs=1)
+    assert found.figures["gradient_difference"] < 1e-3
+    assert 0.1 < found.value < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["local", "deepspeed"])
+def test_the_engine_does_the_same_as_the_plain_loop(name):
+    if name == "deepspeed":
+        pytest.importorskip("deepspeed")
+    found = engine.measure(pairs=2, engine=name)
+    assert found.figures["max_loss_difference"] == 0
+    assert found.value > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("container", ["safetensors", "pth"])
+def test_loading_is_measured_in_a_process_of_its_own(tmp_path, monkeypatch, container):
+    from dataclasses import replace
+
+    tiny = TransformerConfig(dim=1536, ffn_dim=1536, num_layers=2)
+    small = replace(VARIANTS["wan2.1-t2v-1.3b"], transformer=tiny)
+    monkeypatch.setitem(VARIANTS, "small", small)
+    found = load.measure(variant="small", folder=tmp_path, container=container)
+    assert found.figures["peak_gib"] > found.figures["file_gib"] > 0.1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_job_reports_each_figure_with_its_limit():
+    events = Events()
+    job.run(BenchRequest(names=("help",)), events)
+    (found,) = events.of("output")
+    assert found["name"] == "help"
+    assert found["value"] > found["python_s"] > 0
+    assert "menma --help" in events.of("log")[0]["message"]
+
+
+def test_an_unknown_benchmark_is_refused():
+    with pytest.raises(ConfigError, match="hlep"):
+        job.run(BenchRequest(names=("hlep",)), Events())
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_is_not_installed_is_said(monkeypatch, named):
+    def measure(module):
+        raise ImportError("no module", name="diffusers")
+
+    monkeypatch.setattr(job, "_measure", measure)
+    events = Events()
+    if named:
+        with pytest.raises(RunError, match="diffusers"):
+            job.run(BenchRequest(names=("step",)), events)
+    else:
+        job.run(BenchRequest(), events)
+        assert "diffusers" in events.of("warning")[0]["message"]
+        assert events.of("output") == []

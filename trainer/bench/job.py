@@ -1,0 +1,59 @@
+"""The job `bench`: run benchmarks, one after another, and say which limits hold."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, cast
+
+from trainer.bench.result import Measurement
+from trainer.contract.errors import RunError
+from trainer.contract.jobs import BenchRequest
+from trainer.contract.registry import Entry, Registry
+from trainer.jobs.base import Emit
+
+BENCHMARKS: Registry[Any] = Registry(
+    "benchmark",
+    Entry("step", "trainer.bench.step", "training step against diffusers + PEFT"),
+    Entry("engine", "trainer.bench.engine", "engine against a plain loop"),
+    Entry("load", "trainer.bench.load", "peak RAM of loading a model (writes 2.7 GiB for a while)"),
+    Entry("help", "trainer.bench.help", "time of menma --help"),
+)
+"""Each target is a module with `measure() -> Measurement`."""
+
+
+def run(request: BenchRequest, emit: Emit) -> None:
+    """Job `bench`; one `output` event a benchmark, then a table in words.
+
+    Raises:
+        ConfigError: there is no benchmark of that name.
+        RunError: a benchmark that was asked for by name could not run.
+    """
+    entries = [BENCHMARKS[name] for name in request.names or BENCHMARKS.names]
+    rows = []
+    for entry in entries:
+        emit("phase", name="bench", detail=f"{entry.name}: {entry.summary}")
+        try:
+            measurement = _measure(entry.target)
+        except ImportError as error:
+            reason = f"{entry.name} needs the test extra ({error.name} is not installed)"
+            if request.names:
+                raise RunError(reason, hint="run: bash install.sh --dev") from error
+            emit("warning", message=reason, hint="bash install.sh --dev installs it")
+            continue
+        emit("output", **measurement.fields)
+        rows.append(_row(measurement))
+    for row in rows:
+        emit("log", message=row)
+
+
+def _measure(module: str) -> Measurement:
+    measure = importlib.import_module(module).measure
+    return cast("Callable[[], Measurement]", measure)()
+
+
+def _row(measurement: Measurement) -> str:
+    unit = " s" if measurement.unit == "s" else ""
+    verdict = "fine" if measurement.fine else "OVER THE LIMIT"
+    value, limit = f"{measurement.value:.3f}{unit}", f"{measurement.limit:g}{unit}"
+    return f"{measurement.what:<46} {value:>9}  limit {limit:<7} {verdict}"
