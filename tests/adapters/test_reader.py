@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from trainer.adapters import load_adapter
+from trainer.adapters.base import LoRAFactors
 from trainer.adapters.delta import delta
 from trainer.adapters.formats.names import (
     block_index,
@@ -19,6 +21,7 @@ from trainer.adapters.formats.names import (
     canonical_name,
     diffusers_name,
 )
+from trainer.adapters.formats.writer import save_adapter
 from trainer.adapters.targets import linear_layers
 from trainer.contract.errors import ModelFileError
 
@@ -308,3 +311,12 @@ def test_reading_leaves_the_file_alone(tmp_path):
     adapter[Q].down_RI.zero_()
     assert path.read_bytes() == before
     assert load_file(path)[f"{STEM}.lora_A.weight"].any()
+
+
+def test_a_scale_that_was_folded_in_here_is_no_assumption(tmp_path: Path) -> None:
+    factors = {"blocks.0.self_attn.q": LoRAFactors(torch.ones(2, 8), torch.ones(8, 2), 1.0)}
+    own, foreign = tmp_path / "own.safetensors", tmp_path / "foreign.safetensors"
+    save_adapter(factors, own, dtype=torch.float32, metadata={"menma.kind": "lora"})
+    save_adapter(factors, foreign, dtype=torch.float32)
+    assert load_adapter(own).notes == ()
+    assert "no alpha" in load_adapter(foreign).notes[0]

@@ -40,7 +40,7 @@ def build_schema() -> dict[str, Any]:
 
 def schema_text() -> str:
     """Return the content that `schema.json` should have."""
-    return json.dumps(build_schema(), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    return json.dumps(build_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def is_fresh() -> bool:

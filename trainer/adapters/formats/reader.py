@@ -68,6 +68,7 @@ class _Scales:
         settings = find_peft_settings(path, metadata)
         part = next(iter(keys.values())).part
         self._path = path
+        self._own = "menma.kind" in metadata  # written here: the scale is folded in, not unknown
         self._peft = None if settings is None else PeftConfig(settings, path, part)
         self._assumed = 0
 
@@ -82,7 +83,7 @@ class _Scales:
         return alpha
 
     def notes(self) -> tuple[str, ...]:
-        if not self._assumed:
+        if not self._assumed or self._own:
             return ()
         return (f"{self._assumed} modules have no alpha: scale 1, as other programs assume",)
 
