@@ -14,6 +14,7 @@ from trainer.contract.config_io import (
     load_config_with_sources,
     parse_override,
 )
+from trainer.contract.config_rules import check_files
 from trainer.contract.errors import ConfigError
 
 MINIMAL = 'name = "x"\n'
@@ -175,3 +176,31 @@ def test_a_dumped_config_loads_to_the_same_config(tmp_path: Path) -> None:
     again = load_config(write(tmp_path, dump_config(config), "again.toml"), environ={})
     assert again == config
     assert "weight_decay = 0.01" in dump_config(config)  # defaults are written out
+
+
+def test_missing_files_of_a_job_are_named_together(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        f'[model]\ntransformer = "{tmp_path}/none.safetensors"\n'
+        f'[[dataset.sources]]\nvideo_directory = "{tmp_path}/clips"\n',
+    )
+    problems = {str(problem) for problem in check_files(load_config(path, environ={}), "cache")}
+    assert any("model.transformer: no such file" in problem for problem in problems)
+    assert any("dataset.sources[0]: no such file or folder" in problem for problem in problems)
+    assert "model.vae: needed, but not given" in problems
+    assert "model.text_encoder: needed, but not given" in problems
+    assert len(problems) == 4
+
+
+def test_a_dataset_file_is_checked_with_the_config(tmp_path: Path) -> None:
+    dataset = write(
+        tmp_path, f'[[datasets]]\nvideo_directory = "{tmp_path}/none"\n', "dataset.toml"
+    )
+    path = write(tmp_path, f'[dataset]\nfile = "{dataset}"\n')
+    (problem,) = [
+        problem
+        for problem in check_files(load_config(path, environ={}), "train")
+        if problem.key.startswith("dataset")
+    ]
+    assert problem.file == dataset
+    assert "no such file or folder" in problem.message

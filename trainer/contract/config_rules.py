@@ -8,7 +8,7 @@ from typing import Literal
 
 from trainer.contract.catalog import SOLVERS
 from trainer.contract.config import RunConfig
-from trainer.contract.errors import Problem
+from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.registry import nearest
 from trainer.contract.variants import VARIANTS
 
@@ -45,11 +45,38 @@ def check_files(config: RunConfig, job: JobName) -> list[Problem]:
         for key, path in named
         if path is not None and not path.exists()
     ]
-    if job != "sample" and config.dataset.file is None and not config.dataset.sources:
-        problems.append(
-            Problem("no dataset", "dataset", hint="give dataset.file or [[dataset.sources]]")
-        )
+    if job != "sample":
+        problems += _dataset_files(config)
     return problems
+
+
+def _dataset_files(config: RunConfig) -> list[Problem]:
+    """Return what is missing of the clips: all of them, a dataset file's own faults, folders."""
+    file = config.dataset.file
+    if file is None and not config.dataset.sources:
+        hint = "give dataset.file or [[dataset.sources]]"
+        return [Problem("no dataset", "dataset", hint=hint)]
+    if file is not None and not file.exists():
+        return []  # reported with the other files
+    try:
+        dataset = config.dataset.load()
+    except ConfigError as error:
+        return list(error.problems)
+    list_name = "dataset.sources" if file is None else "datasets"
+    missing = [
+        (index, source.media_path)
+        for index, source in enumerate(dataset.sources)
+        if not source.media_path.exists()
+    ]
+    return [
+        Problem(
+            f"no such file or folder: {path}",
+            f"{list_name}[{index}]",
+            file,
+            hint=f"looked in {path.absolute().parent}",
+        )
+        for index, path in missing
+    ]
 
 
 def trained_timesteps(config: RunConfig, expert_boundary: float) -> tuple[float, float]:
