@@ -68,6 +68,7 @@ def config(tmp_path: Path) -> Path:
     """Return a config whose files exist."""
     for name in ("transformer", "vae", "text_encoder"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    (tmp_path / "clips").mkdir()
     path = tmp_path / "fish.toml"
     path.write_text(CONFIG, encoding="utf-8")
     return path

@@ -243,7 +243,9 @@ def _fill_state(state: EngineState, pieces: _Index, numbers: dict[str, dict[str,
 
 
 def _fill_raw(state: EngineState, file: _RankFile) -> None:
-    if not any(file.numbers.values()) and not state.optimizer.state:
+    saved_any = any(file.numbers.values()) or any(key.startswith("raw|") for key in file.weights)
+    if not saved_any:
+        state.optimizer.state.clear()  # from before the first step
         return
     _create_state(state)
     copies: list[tuple[Tensor, Tensor]] = []
