@@ -252,5 +252,5 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what the engine holds; the module stays usable."""
+        """Free what the engine holds; the module stays usable unless ZeRO-3 shards it."""
         ...
