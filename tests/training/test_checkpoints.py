@@ -197,6 +197,14 @@ def test_killed_between_the_renames_of_a_replacement(store, engine):
     assert store.latest() == saved
 
 
+def test_killed_after_the_renames_of_a_replacement(store, engine):
+    saved = save(store, engine, 10)
+    shutil.copytree(saved.path, store._root / ".step-00000010.old")
+    store.tidy()
+    assert names(store) == ["step-00000010"]
+    assert store.latest() == saved
+
+
 class Fails:
     """A `write` that fails the way a machine does."""
 
