@@ -100,6 +100,11 @@ def test_options_belong_to_the_chosen_plugin(tmp_path: Path) -> None:
         ('[distributed]\nengine = "local"\nzero_stage = 2\n', "no ZeRO stage 2"),
         ('[distributed]\nengine = "local"\nnum_processes = 2\n', "one process"),
         ('[adapter]\nkind = "none"\n', "needs fp32 master copies"),
+        (
+            '[adapter]\nkind = "none"\n[distributed]\nzero_stage = 1\n'
+            "[training]\ngradient_accumulation_steps = 2\n",
+            "over the microbatches",
+        ),
         ("[sampling]\nevery_steps = 5\n", "there is no prompt"),
         ("[sampling]\nnum_frames = 16\n", "use 13 or 17"),
         (

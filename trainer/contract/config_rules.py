@@ -214,11 +214,20 @@ def _distributed(config: RunConfig) -> Iterator[Problem]:
 def _full_finetune(config: RunConfig) -> Iterator[Problem]:
     if config.adapter.kind != "none" or config.memory.weight_format != "bf16":
         return
-    if config.distributed.engine != "local" and config.distributed.zero_stage == 0:
+    if config.distributed.engine == "local":
+        return
+    stage = config.distributed.zero_stage
+    if stage == 0:
         yield Problem(
             "training bf16 weights needs fp32 master copies; DeepSpeed keeps them from ZeRO-1 on",
-            "adapter.kind",
-            hint='set distributed.zero_stage = 2, or memory.weight_format = "fp32"',
+            "distributed.zero_stage",
+            hint='set zero_stage = 2, or memory.weight_format = "fp32"',
+        )
+    if stage == 1 and config.training.gradient_accumulation_steps > 1:
+        yield Problem(
+            "ZeRO-1 sums the gradients of bf16 weights in bf16 over the microbatches",
+            "distributed.zero_stage",
+            hint="set zero_stage = 2, or training.gradient_accumulation_steps = 1",
         )
 
 

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.core.types import StepResult
+from trainer.training import reporter as module
+from trainer.training.reporter import EventLog, RunReporter, TensorBoardSink
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def result(loss: float = 1.0) -> StepResult:
+    return StepResult(terms={"loss": loss, "extra": 0.25}, grad_norm=2.0, lr=1e-4)
+
+
+def test_steps_are_reported_with_their_time_and_what_is_left(clock: Clock) -> None:
+    events: list[Any] = []
+    reporter = RunReporter(EventLog(events.append), torch.device("cpu"), steps_per_epoch=4)
+    reporter.start(6, 10)
+    clock.now += 2.0
+    reporter.step(7, result())
+    clock.now += 1.0
+    with reporter.paused():
+        clock.now += 50.0  # saving or sampling is no part of a step
+    clock.now += 3.0
+    reporter.step(8, result())
+    first, second = (event for event in events if event["type"] == "step")
+    assert (first["step_time_s"], first["eta_s"]) == (2.0, 6.0)
+    assert (second["step_time_s"], second["eta_s"]) == (3.0, 6.0)
+    assert second["loss"] == 1.25
+    assert second["terms"] == {"loss": 1.0, "extra": 0.25}
+    assert second["epoch"] == 2.0
+    assert second["rss_gib"] > 0
+
+
+def test_tensorboard_gets_the_figures_of_the_events(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    emit = EventLog(TensorBoardSink(tmp_path))
+    emit("log", message="not a figure")
+    for step in (1, 2, 3):
+        emit("step", step=step, total_steps=3, loss=step / 2, terms={"loss": step / 2}, lr=0.1)
+    log = EventAccumulator(str(tmp_path))
+    log.Reload()
+    assert set(log.Tags()["scalars"]) == {"train/loss", "train/lr", "train/terms/loss"}
+    assert [(s.step, s.value) for s in log.Scalars("train/loss")] == [(1, 0.5), (2, 1.0), (3, 1.5)]
