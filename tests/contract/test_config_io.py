@@ -103,7 +103,7 @@ def test_options_belong_to_the_chosen_plugin(tmp_path: Path) -> None:
         (
             '[adapter]\nkind = "none"\n[distributed]\nzero_stage = 1\n'
             "[training]\ngradient_accumulation_steps = 2\n",
-            "over the microbatches",
+            "over microbatches",
         ),
         ("[sampling]\nevery_steps = 5\n", "there is no prompt"),
         ("[sampling]\nnum_frames = 16\n", "use 13 or 17"),

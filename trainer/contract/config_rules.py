@@ -225,7 +225,7 @@ def _full_finetune(config: RunConfig) -> Iterator[Problem]:
         )
     if stage == 1 and config.training.gradient_accumulation_steps > 1:
         yield Problem(
-            "ZeRO-1 sums the gradients of bf16 weights in bf16 over the microbatches",
+            "ZeRO-1 has no exact way to add up the gradients of bf16 weights over microbatches",
             "distributed.zero_stage",
             hint="set zero_stage = 2, or training.gradient_accumulation_steps = 1",
         )
