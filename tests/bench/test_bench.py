@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
-from trainer.bench import engine, job, load, step
+from trainer.bench import job, load, step
 from trainer.bench.result import Measurement, timed_in_turns
 from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.jobs import BenchRequest
@@ -49,9 +52,11 @@ def test_the_step_does_the_same_as_the_reference():
 def test_the_engine_does_the_same_as_the_plain_loop(name):
     if name == "deepspeed":
         pytest.importorskip("deepspeed")
-    found = engine.measure(pairs=2, engine=name)
-    assert found.figures["max_loss_difference"] == 0
-    assert found.value > 0
+    # DeepSpeed remembers the first process group of a process: other tests must not inherit it.
+    script = f"from trainer.bench.engine import measure; print(measure(pairs=2, engine={name!r}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "'max_loss_difference': 0.0" in done.stdout
 
 
 @pytest.mark.slow

@@ -72,9 +72,11 @@ def measure(
     )
     with joined("cpu", timeout_s=60) as world:
         plain = _plain_loop(Step(), batch)
-        through = _engine_loop(Step(), batch, chosen, zero_stage, world)
+        used = _make_engine(Step(), chosen, zero_stage, world)
+        through = _engine_loop(used, batch)
         losses = [(plain(), through()) for _ in range(5)]
         times = timed_in_turns(through, plain, pairs)
+        used.close()
     return Measurement(
         name="engine",
         what=f"{chosen} engine / plain loop",
@@ -109,11 +111,8 @@ def _plain_loop(module: Step, batch: Batch) -> Callable[[], float]:
     return step
 
 
-def _engine_loop(
-    module: Step, batch: Batch, name: EngineName, zero_stage: int, world: World
-) -> Callable[[], float]:
+def _engine_loop(engine: Engine, batch: Batch) -> Callable[[], float]:
     """Return the same step through an engine."""
-    engine = _make_engine(module, name, zero_stage, world)
 
     def step() -> float:
         loss = engine.forward_backward([batch])["loss"]
