@@ -272,7 +272,12 @@ def test_a_trainer_that_cannot_be_started_is_a_failure(runs):
 def test_a_supervisor_that_does_not_start_is_told_with_what_it_said(runs, monkeypatch):
     run = RunDir(runs.folder / "run")
     held = launch.claim(run)
-    monkeypatch.setattr(launch, "child_environment", lambda: {"PYTHONPATH": "/nowhere"})
+    # A package of the same name that cannot be imported stands before the installed one.
+    broken = runs.folder / "broken" / "app"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("import nothing_of_that_name\n")
+    environment = {"PYTHONPATH": str(broken.parent)}
+    monkeypatch.setattr(launch, "child_environment", lambda: environment)
     monkeypatch.chdir("/")
     with pytest.raises(RunError, match="No module named"):
         launch.start(run, held, ["true"])
