@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.contract.config import RunConfig
+from trainer.contract.config_rules import trained_timesteps
 from trainer.contract.variants import VARIANTS
 
 IMPLEMENTATION = "https://github.com/Wan-Video/Wan2.1"
@@ -52,7 +53,7 @@ def training_metadata(
     """
     table: dict[str, Any] = {
         **_run(config, facts),
-        **_objective(config),
+        **_objective(config, variant),
         **_model(config, variant),
         **model_spec(config, facts.finished_at, variant),
         "menma.kind": "lora" if config.adapter.kind != "none" else "transformer",
@@ -72,7 +73,7 @@ def as_strings(table: Mapping[str, Any]) -> dict[str, str]:
 def model_spec(config: RunConfig, finished_at: float, variant: str) -> dict[str, Any]:
     """Return the `modelspec.…` keys."""
     output = config.output
-    low, high = config.objective.min_timestep, config.objective.max_timestep
+    low, high = _timesteps(config, variant)
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{_family(variant)}/{_kind(config)}",
@@ -83,7 +84,7 @@ def model_spec(config: RunConfig, finished_at: float, variant: str) -> dict[str,
         "modelspec.license": output.license,
         "modelspec.tags": ", ".join(output.tags),
         "modelspec.date": datetime.fromtimestamp(finished_at, UTC).isoformat(timespec="seconds"),
-        "modelspec.timestep_range": f"{low or 0:g},{1000 if high is None else high:g}",
+        "modelspec.timestep_range": f"{low:g},{high:g}",
     }
 
 
@@ -113,16 +114,17 @@ def _run(config: RunConfig, facts: TrainingFacts) -> dict[str, Any]:
     }
 
 
-def _objective(config: RunConfig) -> dict[str, Any]:
+def _objective(config: RunConfig, variant: str) -> dict[str, Any]:
     objective = config.objective
+    low, high = _timesteps(config, variant)
     sampler = objective.options("timestep_sampler")
     return {
         "ss_timestep_sampling": objective.timestep_sampler,
         "ss_weighting_scheme": objective.weighting,
         "ss_discrete_flow_shift": sampler.get("flow_shift"),
         "ss_sigmoid_scale": sampler.get("sigmoid_scale"),
-        "ss_min_timestep": objective.min_timestep,
-        "ss_max_timestep": objective.max_timestep,
+        "ss_min_timestep": f"{low:g}",
+        "ss_max_timestep": f"{high:g}",
         "ss_preserve_distribution_shape": objective.preserve_distribution_shape,
     }
 
@@ -136,6 +138,12 @@ def _model(config: RunConfig, variant: str) -> dict[str, Any]:
         "ss_sd_model_name": transformer.name if transformer is not None else None,
         "ss_vae_name": model.vae.name if model.vae is not None else None,
     }
+
+
+def _timesteps(config: RunConfig, variant: str) -> tuple[float, float]:
+    """Return the range that was trained: an expert's own, where the config gives none."""
+    boundary = VARIANTS[variant].expert_boundary if variant in VARIANTS else 0.0
+    return trained_timesteps(config, boundary)
 
 
 def _family(variant: str) -> str:
