@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from trainer.core.types import StepResult
 from trainer.training import reporter as module
-from trainer.training.reporter import EventLog, RunReporter, TensorBoardSink
+from trainer.training.reporter import EventLog, RunReporter, TensorBoardSink, write_peaks
 
 
 class Clock:
@@ -62,3 +63,14 @@ def test_tensorboard_gets_the_figures_of_the_events(tmp_path: Path) -> None:
     log.Reload()
     assert set(log.Tags()["scalars"]) == {"train/loss", "train/lr", "train/terms/loss"}
     assert [(s.step, s.value) for s in log.Scalars("train/loss")] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+
+
+def test_peaks_are_the_highest_so_far(tmp_path: Path) -> None:
+    ballast = torch.ones(64 * 2**20 // 4)
+    assert ballast.sum() > 0
+    write_peaks(tmp_path / "a.json", torch.device("cpu"))
+    del ballast
+    write_peaks(tmp_path / "b.json", torch.device("cpu"))
+    first, second = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert set(first) == {"peak_rss_gib"}
+    assert second["peak_rss_gib"] >= first["peak_rss_gib"] > 0.064

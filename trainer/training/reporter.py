@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -95,8 +96,20 @@ def memory_gib(device: torch.device) -> dict[str, float]:
 
 
 def write_peaks(path: Path, device: torch.device) -> None:
-    """Write the peak memory of this process so far."""
-    write_json(path, memory_gib(device))
+    """Write the peak memory of this process so far: host, and reserved on the GPU, in GiB."""
+    peaks = memory_gib(device)
+    peaks["peak_rss_gib"] = round(_peak_rss_bytes() / GIB, 3)
+    del peaks["rss_gib"]
+    write_json(path, peaks)
+
+
+def _peak_rss_bytes() -> int:
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 class TensorBoardSink:
