@@ -128,14 +128,23 @@ def _variant(config: RunConfig) -> Iterator[Problem]:
 
 
 def _timesteps(config: RunConfig) -> Iterator[Problem]:
-    low = config.objective.min_timestep or 0.0
-    high = 1000.0 if config.objective.max_timestep is None else config.objective.max_timestep
-    if low >= high:
-        yield Problem(
-            f"the range of trained timesteps is empty: {low:g} to {high:g}",
-            "objective.min_timestep",
-            hint="min_timestep must be smaller than max_timestep",
+    known = VARIANTS.get(config.model.variant)
+    experts = known is not None and known.experts
+    if config.model.expert is not None and not experts:
+        return  # `_variant` says so; there is no range to judge
+    boundary = known.expert_boundary if known is not None else 0.0
+    low, high = trained_timesteps(config, boundary)
+    if low < high:
+        return
+    hint = "min_timestep must be smaller than max_timestep"
+    if config.model.expert is not None:
+        own = (
+            (boundary * 1000, 1000) if config.model.expert == "high_noise" else (0, boundary * 1000)
         )
+        hint += f"; the {config.model.expert} expert works from {own[0]:g} to {own[1]:g}"
+    key = "max_timestep" if config.objective.min_timestep is None else "min_timestep"
+    message = f"the range of trained timesteps is empty: {low:g} to {high:g}"
+    yield Problem(message, f"objective.{key}", hint=hint)
 
 
 def _dataset(config: RunConfig) -> Iterator[Problem]:
