@@ -168,6 +168,7 @@ class TrainingRun:
             reporter=reporter,
             identity=Identity(
                 variant=variant.name,
+                expert=config.model.expert,
                 adapter=config.adapter.kind,
                 dataset=data.cached.fingerprint,
                 seed=config.training.seed,

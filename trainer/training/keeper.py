@@ -26,6 +26,8 @@ class Identity:
     """What a checkpoint must agree with to be resumed."""
 
     variant: str
+    expert: str | None
+    """Wan 2.2: the expert that is trained."""
     adapter: str
     """Kind of adapter."""
     dataset: str
@@ -87,7 +89,8 @@ class RunKeeper:
         if checkpoint is None:
             return 0
         saved = checkpoint.progress
-        for key, name in (("variant", "model"), ("adapter", "adapter kind")):
+        same = {"variant": "model", "expert": "expert", "adapter": "adapter kind"}
+        for key, name in same.items():
             ours = getattr(self._identity, key)
             if saved.get(key) != ours:
                 raise ModelFileError(
@@ -109,6 +112,7 @@ class RunKeeper:
             progress = {
                 "step": step,
                 "variant": self._identity.variant,
+                "expert": self._identity.expert,
                 "adapter": self._identity.adapter,
                 "dataset": self._identity.dataset,
                 "seed": self._identity.seed,
