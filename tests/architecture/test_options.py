@@ -12,10 +12,8 @@ from pydantic import BaseModel
 
 from trainer.contract.catalog import PLUGIN_KINDS, SOLVERS
 from trainer.contract.config import RunConfig
-from trainer.contract.config_io import load_config
-from trainer.contract.dataset_config import GeneralOptions, SourceOptions, load_dataset_file
+from trainer.contract.dataset_config import GeneralOptions, SourceOptions
 from trainer.contract.jobs import JOBS, REQUESTS
-from trainer.contract.variants import VARIANTS
 from trainer.jobs.schema import is_fresh
 
 ROOT = Path(__file__).parents[2]
@@ -76,24 +74,3 @@ def test_the_schema_is_fresh():
 def test_presets_say_what_they_are_for(path):
     head = tomllib.loads(path.read_text(encoding="utf-8"))["preset"]
     assert {"title", "description"} <= set(head)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "presets").rglob("*.toml")), ids=lambda p: p.stem)
-def test_presets_load(path, tmp_path):
-    config = tmp_path / "config.toml"
-    config.write_text(f'preset = "{path.stem}"\n[[dataset.sources]]\nvideo_directory = "clips"\n')
-    loaded = load_config(config, environ={})
-    assert loaded.preset == path.stem
-    assert loaded.model.variant in VARIANTS
-
-
-EXAMPLES = sorted((ROOT / "configs" / "examples").glob("*.toml"))
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
-def test_example_configs_load(path, monkeypatch):
-    monkeypatch.chdir(ROOT)  # their paths start at the top of the checkout
-    if path.name == "dataset.toml":
-        load_dataset_file(path)
-    else:
-        assert load_config(path, environ={}).name != "lora", "an example has a name of its own"
