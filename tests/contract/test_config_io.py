@@ -97,6 +97,12 @@ def test_options_belong_to_the_chosen_plugin(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("[objective]\nmin_timestep = 900\nmax_timestep = 800\n", "range of trained timesteps"),
+        ("[optimizer]\nlearning_rate = inf\n", "learning_rate: input should be a finite number"),
+        ("[objective]\nflow_shift = inf\n", "flow_shift: input should be a finite number"),
+        ('[objective]\ntimestep_sampler = "logit_normal"\nlogit_mean = nan\n', "finite number"),
+        ("[distributed]\ntimeout_s = inf\n", "timeout_s: input should be a finite number"),
+        ("[optimizer]\nbetas = [0.9, 1.0]\n", "betas[1]: input should be less than 1"),
+        ("[optimizer]\nbetas = [-0.1, 0.9]\n", "betas[0]: input should be greater than or"),
         ('[distributed]\nengine = "local"\nzero_stage = 2\n', "no ZeRO stage 2"),
         ('[distributed]\nengine = "local"\nnum_processes = 2\n', "one process"),
         ('[adapter]\nkind = "none"\n', "needs fp32 master copies"),

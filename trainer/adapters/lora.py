@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -24,8 +23,6 @@ from trainer.contract.options import Options
 from trainer.core.rng import generator
 from trainer.core.seams import BuildContext
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 class LoRA:
     """Trains the factors of LoRA; the transformer itself stays frozen."""
@@ -35,7 +32,7 @@ class LoRA:
 
         rank: int = Field(16, ge=1, le=4096)
         """Rank of the update: more capacity, memory and file size with more."""
-        alpha: float | None = Field(None, gt=0, allow_inf_nan=False)
+        alpha: float | None = Field(None, gt=0)
         """The update is scaled by alpha / rank; empty: the rank, so that the scale is 1."""
         dropout: float = Field(0.0, ge=0, lt=1)
         """Share of the rank-wide activations set to zero while training."""
@@ -43,8 +40,6 @@ class LoRA:
         """Regular expressions for whole layer names to train beyond those left by `exclude`."""
         exclude: tuple[str, ...] = ()
         """Regular expressions for whole layer names, such as `blocks\\.0\\..*`, not to train."""
-        dtype: Literal["fp32", "bf16"] = "fp32"
-        """Precision of the trained factors; they are computed with in the transformer's."""
 
     def __init__(self, config: LoRA.Config, build: BuildContext) -> None:
         self.config = config
@@ -58,7 +53,8 @@ class LoRA:
 
         The down factor is Kaiming-uniform (a = √5, so ±1/√I) from a random stream named after the
         layer, so that it depends on the seed and the name alone; the up factor is zero, so that
-        the model is unchanged at the start. Factors are made on the build context's device.
+        the model is unchanged at the start. Factors are float32, on the build context's device;
+        they are computed with in the transformer's dtype.
 
         Raises:
             ConfigError: the patterns are wrong or select nothing.
@@ -139,10 +135,10 @@ class LoRA:
         self, name: str, base: nn.Module, seed: int
     ) -> tuple[nn.Parameter, nn.Parameter]:
         inputs, outputs = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
-        dtype, rank = _DTYPES[self.config.dtype], self.config.rank
+        rank = self.config.rank
         bound = 1 / math.sqrt(inputs)
         down = torch.empty(rank, inputs).uniform_(
             -bound, bound, generator=generator(seed, "adapter", name)
         )
-        up = torch.zeros(outputs, rank, dtype=dtype, device=self.device)
-        return nn.Parameter(down.to(self.device, dtype)), nn.Parameter(up)
+        up = torch.zeros(outputs, rank, device=self.device)
+        return nn.Parameter(down.to(self.device)), nn.Parameter(up)

@@ -6,7 +6,10 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Options(BaseModel):
-    """Options a user may write; unknown keys are errors, values never change after loading."""
+    """Options a user may write; unknown keys are errors, values never change after loading.
+
+    Numbers are finite: infinity or NaN would spoil weights that were fine until then.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -14,4 +17,5 @@ class Options(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
         validate_default=True,
+        allow_inf_nan=False,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model
 
@@ -69,10 +69,12 @@ def _field(spec: dict[str, Any], default: Any) -> Any:
     # A nullable field carries its limits inside the non-null branch; pydantic skips them for None.
     branches = [part for part in spec.get("anyOf", ()) if part.get("type") != "null"]
     inner = branches[0] if len(branches) == 1 else spec
-    limits = {ours: inner[theirs] for theirs, ours in _LIMITS.items() if theirs in inner}
-    if inner.get("type") == "array":
-        limits |= {ours: inner[key] for key, ours in _ARRAY_LIMITS.items() if key in inner}
-    return Field(default, description=spec.get("description"), **limits)
+    return Field(default, description=spec.get("description"), **_limits(inner))
+
+
+def _limits(spec: dict[str, Any]) -> dict[str, Any]:
+    known = _ARRAY_LIMITS if spec.get("type") == "array" else _LIMITS
+    return {ours: spec[theirs] for theirs, ours in known.items() if theirs in spec}
 
 
 def _python_type(spec: dict[str, Any]) -> Any:
@@ -87,6 +89,6 @@ def _python_type(spec: dict[str, Any]) -> Any:
         return union
     if spec.get("type") == "array":
         items = spec.get("items") or (spec.get("prefixItems") or [{}])[0]
-        item: Any = _python_type(items) if items else Any
+        item: Any = Annotated[_python_type(items), Field(**_limits(items))]
         return tuple[item, ...]
     return _PRIMITIVES[spec["type"]] if "type" in spec else Any

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -11,11 +11,13 @@ from pydantic import Field
 from trainer.contract.options import Options
 from trainer.core.seams import BuildContext
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class AdamWOptions(Options):
     """Options both AdamW kinds share."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the running mean of gradients and of their squares, each in [0, 1)."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
