@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from trainer.contract.errors import DiskError
 from trainer.contract.events import MAX_LINE_BYTES, EventReader, EventWriter, encode
+from trainer.contract.files import write_json
 
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20)),
@@ -43,6 +45,14 @@ def test_any_value_becomes_one_line_of_strict_json(value: Any) -> None:
     event = json.loads(line, parse_constant=refuse)
     assert event["message"] == finite(value)
     assert event["v"] == 1
+
+
+def test_names_of_files_that_are_not_utf8_survive(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.mp4")
+    line = encode("warning", message="too short", file=name)
+    assert json.loads(line.encode("utf-8"))["file"] == name
+    write_json(tmp_path / "index.json", {name: 1})
+    assert json.loads((tmp_path / "index.json").read_text(encoding="utf-8")) == {name: 1}
 
 
 def test_unknown_types_and_huge_events_are_refused() -> None:

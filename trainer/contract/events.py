@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.contract.files import disk_errors
+from trainer.contract.files import disk_errors, utf8
 
 VERSION = 1
 MAX_LINE_BYTES = 64 * 1024
@@ -50,10 +50,11 @@ def encode(kind: str, /, **fields: Any) -> str:
     if kind not in EVENT_TYPES:
         raise ValueError(f"unknown event type {kind!r}")
     event = {"v": VERSION, "time": round(time.time(), 3), "type": kind, **fields}
-    line = json.dumps(_finite(event), ensure_ascii=False, allow_nan=False, default=str) + "\n"
-    if len(line.encode()) > MAX_LINE_BYTES:
+    text = json.dumps(_finite(event), ensure_ascii=False, allow_nan=False, default=str)
+    line = utf8(text + "\n")
+    if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"event {kind!r} is larger than {MAX_LINE_BYTES} bytes")
-    return line
+    return line.decode()
 
 
 class EventWriter:

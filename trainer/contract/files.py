@@ -80,7 +80,16 @@ def write_text(path: Path, content: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Replace the content of `path` by indented JSON in one step."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+    write_bytes(path, utf8(text))
+
+
+def utf8(json_text: str) -> bytes:
+    r"""Return JSON as UTF-8; what has none becomes its JSON escape, such as `\udcff`.
+
+    Python reads a file name that is not UTF-8 as lone surrogates; messages and indices name it.
+    """
+    return json_text.encode("utf-8", "backslashreplace")
 
 
 def fsync(path: Path) -> None:
