@@ -94,16 +94,16 @@ def trained_timesteps(config: RunConfig, expert_boundary: float) -> tuple[float,
 
 
 def _required_files(config: RunConfig, job: JobName) -> list[str]:
-    trained = "transformer_high_noise" if config.model.expert == "high_noise" else "transformer"
+    known = VARIANTS.get(config.model.variant)
+    encoders = ["vae", "text_encoder"]
+    if known is not None and known.transformer.image_dim is not None:
+        encoders.append("image_encoder")
     if job == "cache":
-        return ["vae", "text_encoder"]
-    if job == "sample":
-        name = config.model.variant
-        experts = name in VARIANTS and VARIANTS[name].experts
-        high = ["transformer_high_noise"] if experts else []
-        return ["transformer", *high, "vae", "text_encoder"]
-    samples = config.sampling.every_steps or config.sampling.at_start
-    return [trained, "vae", "text_encoder"] if samples else [trained]
+        return encoders
+    if job == "sample" or config.sampling.every_steps or config.sampling.at_start:
+        both = known is not None and known.experts
+        return ["transformer", *(["transformer_high_noise"] if both else []), *encoders]
+    return ["transformer_high_noise" if config.model.expert == "high_noise" else "transformer"]
 
 
 def _variant(config: RunConfig) -> Iterator[Problem]:

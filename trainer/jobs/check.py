@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from trainer.contract.config import RunConfig
 from trainer.contract.config_io import load_config_with_sources, place_problems
 from trainer.contract.config_rules import check_files
-from trainer.contract.errors import ConfigError, MenmaError, Problem, UserError
+from trainer.contract.errors import ConfigError, DataError, MenmaError, Problem, UserError
 from trainer.contract.jobs import CheckRequest
 from trainer.contract.variants import Variant
+from trainer.data.cache_settings import CacheSettings
 from trainer.data.checks import check_dataset
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import Emit
-from trainer.jobs.components import settle_variant
+from trainer.jobs.components import settle_variant, with_variant
+from trainer.sampling.prompts import read_prompts
+from trainer.sampling.requests import requests_of
 
 _WEIGHTS = ("transformer", "transformer_high_noise", "vae", "text_encoder", "image_encoder")
 
@@ -29,13 +33,47 @@ def run(request: CheckRequest, emit: Emit) -> None:
     """
     loaded = load_config_with_sources(request.config, request.set)
     config = loaded.config
-    problems = list(dict.fromkeys(check_files(config, "cache") + check_files(config, "train")))
-    problems += _weight_problems(config)
+    problems = [*_file_problems(config), *_weight_problems(config)]
     variant = _variant(config, problems)
+    if variant is not None:
+        problems += _file_problems(with_variant(config, variant))
+        problems += _training_problems(variant)
+        told = {problem.key for problem in problems}
+        problems += [p for p in _prompt_problems(config, variant) if p.key not in told]
+        problems = list(dict.fromkeys(problems))
     summary = _dataset(config, variant, problems, emit)
     if problems:
         raise ConfigError(problems=place_problems(problems, loaded.sources))
     emit("end", reason="done", variant=variant.name if variant else "", **summary)
+
+
+def _file_problems(config: RunConfig) -> list[Problem]:
+    return list(dict.fromkeys(check_files(config, "cache") + check_files(config, "train")))
+
+
+def _training_problems(variant: Variant) -> list[Problem]:
+    try:
+        CacheSettings.of(variant, vae=None, text_encoder=None)
+    except DataError as error:
+        return [Problem(error.message, "model.variant", hint=error.hint)]
+    return []
+
+
+def _prompt_problems(config: RunConfig, variant: Variant) -> list[Problem]:
+    """Return what this variant cannot make of the prompts, and what is wrong with their file."""
+    file = config.sampling.prompts_file
+    if file is not None and not file.exists():
+        return []  # told with the other files
+    try:
+        prompts = config.sampling.prompts if file is None else read_prompts(file)
+    except ConfigError as error:
+        return list(error.problems)
+    try:
+        requests_of(prompts, variant, config.sampling)
+    except ConfigError as error:
+        section = "sampling." if file is None else ""
+        return [replace(p, key=f"{section}{p.key}", file=file) for p in error.problems]
+    return []
 
 
 def _weight_problems(config: RunConfig) -> list[Problem]:

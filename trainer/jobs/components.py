@@ -41,6 +41,12 @@ def settle_variant(config: RunConfig) -> Variant:
     return get_variant(model.variant)
 
 
+def with_variant(config: RunConfig, variant: Variant) -> RunConfig:
+    """Return the config with the variant that was settled in the place of `auto`."""
+    model = config.model.model_copy(update={"variant": variant.name})
+    return config.model_copy(update={"model": model})
+
+
 def component(config: RunConfig, field: str) -> Path:
     """Return the file of `model.<field>`.
 
