@@ -11,7 +11,9 @@ import pytest
 from tests.e2e.variant_project import (
     VariantProject,
     base_config,
+    draw_frames,
     write_clips,
+    write_frame_folder,
     write_models,
 )
 
@@ -78,3 +80,88 @@ def test_one_expert_does_not_go_on_from_the_others_checkpoint(experts):
     assert "low_noise" in done.words
     assert experts.output("same-name").read_bytes() == before
     shutil.rmtree(experts.run("same-name").root)
+
+
+@pytest.mark.parametrize("missing", ["transformer", "vae", "text_encoder"])
+def test_prompts_for_later_do_not_stop_a_run_that_cannot_sample(experts, missing):
+    """Prompts alone ask for nothing: they are there for `menma sample`."""
+    name = f"lacks-{missing}"
+    prompts = [{"prompt": "a red field"}]
+    done = without(experts, missing).train(name, sampling__prompts=prompts)
+    assert done.of("end")[-1]["reason"] == "done"
+    logged = [event["message"] for event in done.of("log")]
+    assert any(f"model.{missing}" in message for message in logged), logged
+
+
+@pytest.mark.parametrize("missing", ["transformer", "vae"])
+def test_samples_that_are_asked_for_need_all_their_files(experts, missing):
+    project = without(experts, missing)
+    prompts = [{"prompt": "a red field"}]
+    done = project.train("asked", may_fail=True, sampling__prompts=prompts, sampling__at_start=True)
+    assert done.code == 2
+    assert f"model.{missing}" in done.words
+    assert not project.run("asked").root.exists(), "found before anything is started"
+
+
+def test_prompts_for_later_are_drawn_when_asked(experts):
+    run = experts.run("on-request")
+    request = run.request("sample")
+    done = experts.train("on-request", sampling__prompts=[{"prompt": "a red field"}])
+    assert len(done.of("sample")) == 1
+    assert request.with_suffix(".done").exists()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> VariantProject:
+    return new_project(tmp_path_factory.mktemp("images"), "wan2.1-i2v-14b")
+
+
+@pytest.mark.parametrize("variant", ["wan2.1-i2v-14b", "auto"])
+@pytest.mark.parametrize("job", ["check", "cache", "sample"])
+def test_a_missing_image_encoder_is_told_by_every_job(images, job, variant):
+    project = without(images, "image_encoder")
+    write_frame_folder(project.folder / "given", draw_frames(5, 1, 32, 32))
+    config = project.write(model__variant=variant)
+    prompts = [{"prompt": "a", "image": "given/0000.png"}]
+    request = {"prompts": prompts} if job == "sample" else {}
+    done = project.job(job, may_fail=True, config=config, **request)
+    assert done.code == 2
+    assert "model.image_encoder" in done.words
+
+
+def test_check_tells_of_prompts_that_do_not_fit_the_model(images):
+    wanted = {
+        "sampling__every_steps": 1,
+        "sampling__prompts": [{"prompt": "no image"}, {"prompt": "narrow", "width": 40}],
+    }
+    done = images.job("check", may_fail=True, config=images.write(**wanted))
+    assert done.code == 2
+    for key in ("prompts[0].image", "prompts[1].image", "prompts[1].width"):
+        assert f"sampling.{key}" in done.words
+
+
+def test_a_control_model_samples_and_is_not_trained(tmp_path):
+    project = new_project(tmp_path, "wan2.1-fun-control-1.3b")
+    for job in ("check", "cache", "train"):
+        done = project.job(job, may_fail=True, config=project.write())
+        assert done.code == 2
+        assert "wan2.1-fun-control-1.3b is conditioned on control videos" in done.words
+    assert not list(tmp_path.glob("clips/menma_cache/*.safetensors"))
+
+    write_frame_folder(tmp_path / "edges", draw_frames(7, 5, 32, 32))
+    write_frame_folder(tmp_path / "other", draw_frames(8, 5, 32, 32))
+    asked = [
+        {"prompt": "a red field", "control": "edges"},
+        {"prompt": "a red field", "control": "other"},
+        {"prompt": "a red field", "control": "edges", "image": "other/0000.png"},
+    ]
+    prompts = [prompt | {"seed": 1} for prompt in asked]
+    done = project.sample(prompts=prompts)
+    assert len(done.of("sample")) == 3
+    first, second, third = done.latents
+    assert float((first - second).abs().max()) > 0.01, "the control video changes nothing"
+    assert float((first - third).abs().max()) > 0.01, "the image changes nothing"
+
+    refused = project.job("sample", may_fail=True, config="config.toml", prompts=[{"prompt": "a"}])
+    assert refused.code == 2
+    assert "control" in refused.words

@@ -167,7 +167,7 @@ def draw_frames(seed: int, num_frames: int, width: int, height: int) -> np.ndarr
 
 def write_frame_folder(folder: Path, frames: np.ndarray) -> None:
     """Write a video as a folder of PNGs, which lose nothing."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for index, frame in enumerate(frames):
         Image.fromarray(frame).save(folder / f"{index:04d}.png")
 

@@ -10,18 +10,21 @@ from typing import Any
 
 from trainer.contract.config import RunConfig
 from trainer.contract.config_io import dump_config
+from trainer.contract.config_rules import check_files
 from trainer.contract.errors import MenmaError
 from trainer.contract.events import EventWriter
 from trainer.contract.files import write_json, write_text
 from trainer.contract.jobs import TrainRequest
 from trainer.contract.run_dir import RunDir
+from trainer.contract.variants import Variant
 from trainer.core.seams import BuildContext, Engine
+from trainer.data.fingerprint import model_identity
 from trainer.engine import process_group
 from trainer.engine.launch import run_workers
 from trainer.engine.process_group import World
 from trainer.jobs.base import INTERRUPTED, Emit, Stopped
-from trainer.jobs.build import DTYPES, num_processes, pick_device
-from trainer.jobs.components import settle_variant
+from trainer.jobs.build import DTYPES, num_processes, pick_device, trained_transformer_file
+from trainer.jobs.components import settle_variant, with_variant
 from trainer.jobs.config_job import read_config
 from trainer.jobs.environment import describe_environment
 from trainer.jobs.train_parts import (
@@ -115,10 +118,7 @@ class TrainingRun:
             device=world.device,
             total_steps=data.total_steps,
         )
-        samples = None
-        if config.sampling.prompts or config.sampling.prompts_file:
-            self.emit("phase", name="load", detail="encoders, for samples")
-            samples = TrainingSamples(config, variant, world, self.run_dir.samples, self._warn)
+        samples = self._samples(variant)
         self.emit("phase", name="load", detail="transformer")
         model = build_model(config, build, world, data.order.largest_batch)
         self._describe(model, data)
@@ -170,6 +170,7 @@ class TrainingRun:
                 variant=variant.name,
                 expert=config.model.expert,
                 adapter=config.adapter.kind,
+                base=model_identity(trained_transformer_file(config)[0]),
                 dataset=data.cached.fingerprint,
                 seed=config.training.seed,
                 stream={
@@ -186,6 +187,22 @@ class TrainingRun:
             resume=resume,
             make_samples=samples,
         )
+
+    def _samples(self, variant: Variant) -> TrainingSamples | None:
+        """Encode the prompts; None where there are none, or nobody waits for samples of them."""
+        sampling = self.config.sampling
+        if not sampling.prompts and sampling.prompts_file is None:
+            return None
+        missing = check_files(with_variant(self.config, variant), "sample")
+        if missing and not (sampling.every_steps or sampling.at_start):
+            self.emit(
+                "log",
+                message="this run cannot make samples when asked to: "
+                + "; ".join(str(problem) for problem in missing),
+            )
+            return None
+        self.emit("phase", name="load", detail="encoders, for samples")
+        return TrainingSamples(self.config, variant, self.world, self.run_dir.samples, self._warn)
 
     def _resume(self, store: CheckpointStore) -> Checkpoint | None:
         """Let rank 0 choose, so that all ranks resume from the same checkpoint."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trainer.contract.config import RunConfig
-from trainer.contract.errors import ConfigError, NonFiniteError
+from trainer.contract.errors import NonFiniteError
 from trainer.contract.variants import Variant
 from trainer.engine.process_group import World
 from trainer.jobs.build import DTYPES, freeze, load_base
@@ -48,15 +48,6 @@ class TrainingSamples:
         prompts = sampling.prompts
         if sampling.prompts_file is not None:
             prompts = read_prompts(sampling.prompts_file)
-        if variant.experts and None in (
-            config.model.transformer,
-            config.model.transformer_high_noise,
-        ):
-            raise ConfigError(
-                f"sampling {variant.name} takes both experts",
-                hint="set model.transformer and model.transformer_high_noise, or "
-                "sampling.every_steps = 0 and sampling.at_start = false",
-            )
         self._config = config
         self._variant = variant
         self._world = world
@@ -134,7 +125,7 @@ class TrainingSamples:
         model = self._config.model
         path = model.transformer_high_noise if expert == "high_noise" else model.transformer
         if path is None:
-            raise RuntimeError("checked in the constructor")
+            raise RuntimeError("checked with the config")
         dtype = DTYPES[self._config.memory.weight_format]
         return load_base(self._config, path, device=self._world.device, dtype=dtype)
 
