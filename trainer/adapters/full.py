@@ -17,6 +17,8 @@ from trainer.models.wan.transformer import WanTransformer
 class FullFineTune:
     """Trains every parameter of the transformer and writes a whole model."""
 
+    scale = 1.0
+
     class Config(Options):
         """Options of `[adapter] kind = "none"`: none."""
 

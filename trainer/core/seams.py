@@ -82,6 +82,10 @@ class OptimizerFactory(Protocol):
 class Adapter(Protocol):
     """Makes part of a transformer trainable and writes it as a file people take away."""
 
+    scale: float
+    """What the trained update is multiplied with: the same tensors are another model at another
+    scale, so a checkpoint goes on only at its own."""
+
     def inject(self, transformer: nn.Module, seed: int) -> None:
         """Freeze the transformer and add or free what is trained.
 

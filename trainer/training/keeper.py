@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,21 @@ from trainer.training.checkpoints import Checkpoint, CheckpointStore
 from trainer.training.reporter import EventLog, RunReporter, write_peaks
 
 _TECHNIQUES = "techniques.safetensors"
+_MUST_AGREE = {
+    "variant": "model",
+    "expert": "expert",
+    "adapter": "adapter kind",
+    "scale": "adapter scale (alpha / rank)",
+}
+_ORDER = "but items come in another order than without the interruption"
+_MAY_CHANGE = {
+    "base": ("the base model's file", "but what it has learned may belong to other weights"),
+    "techniques": ("the list of techniques", "with another loss"),
+    "dataset": ("the clips or captions", _ORDER),
+    "seed": ("the seed", _ORDER),
+    "stream": ("the number of processes or gradient_accumulation_steps", _ORDER),
+}
+"""Facts of a checkpoint: what changed, and what is otherwise then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +45,8 @@ class Identity:
     """Wan 2.2: the expert that is trained."""
     adapter: str
     """Kind of adapter."""
+    base: str
+    """Fingerprint of the transformer file."""
     dataset: str
     """Fingerprint of the cached items."""
     seed: int
@@ -83,21 +100,13 @@ class RunKeeper:
         """Load the checkpoint to resume from, if any; return its step, else 0.
 
         Raises:
-            ModelFileError: it is of another model or adapter, or its weights do not fit.
+            ModelFileError: it is of another model, expert or adapter, or its state does not fit.
         """
         checkpoint = self._resume
         if checkpoint is None:
             return 0
-        saved = checkpoint.progress
-        same = {"variant": "model", "expert": "expert", "adapter": "adapter kind"}
-        for key, name in same.items():
-            ours = getattr(self._identity, key)
-            if saved.get(key) != ours:
-                raise ModelFileError(
-                    f"{checkpoint.path} is of another {name}: {saved.get(key)}, not {ours}",
-                    hint="change the run's name, or start anew with --resume never",
-                )
-        self._warn_of_changes(saved, checkpoint)
+        self._refuse_others(checkpoint)
+        self._warn_of_changes(checkpoint)
         self._engine.load_state(checkpoint.path)
         self._load_techniques(checkpoint.path)
         self._emit("log", message=f"resumed from {checkpoint.path} at step {checkpoint.step}")
@@ -109,15 +118,7 @@ class RunKeeper:
         if step == self._saved_at:
             return
         with self._reporter.paused():
-            progress = {
-                "step": step,
-                "variant": self._identity.variant,
-                "expert": self._identity.expert,
-                "adapter": self._identity.adapter,
-                "dataset": self._identity.dataset,
-                "seed": self._identity.seed,
-                "stream": dict(self._identity.stream),
-            }
+            progress = {**self._facts(), "step": step}
             saved = self._store.save(step, self._save_techniques, progress, self._engine)
         self._saved_at = step
         self._emit("checkpoint", step=step, path=str(saved.path))
@@ -153,28 +154,47 @@ class RunKeeper:
                 self._emit("sample", step=step, path=str(path))
             self._engine.barrier()
 
-    def _warn_of_changes(self, saved: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-        changes = {
-            "dataset": "the clips or captions",
-            "seed": "the seed",
-            "stream": "the number of processes or gradient_accumulation_steps",
+    def _facts(self) -> dict[str, Any]:
+        """Return what a later run is compared with."""
+        return {
+            **asdict(self._identity),
+            "scale": self._adapter.scale,
+            "techniques": [type(technique).__name__ for technique in self._techniques],
         }
-        for key, what in changes.items():
-            ours = getattr(self._identity, key)
-            ours = dict(ours) if isinstance(ours, Mapping) else ours
-            if saved.get(key) != ours:
+
+    def _refuse_others(self, checkpoint: Checkpoint) -> None:
+        ours, saved = self._facts(), checkpoint.progress
+        for key, name in _MUST_AGREE.items():
+            if saved.get(key) != ours[key]:
+                raise ModelFileError(
+                    f"{checkpoint.path} is of another {name}: {saved.get(key)}, not {ours[key]}",
+                    hint="set it as it was, change the run's name, or start anew with "
+                    "--resume never",
+                )
+
+    def _warn_of_changes(self, checkpoint: Checkpoint) -> None:
+        ours, saved = self._facts(), checkpoint.progress
+        for key, (what, effect) in _MAY_CHANGE.items():
+            if saved.get(key) != ours[key]:
                 self._emit(
                     "warning",
-                    message=f"{what} changed since {checkpoint.path.name}: training goes on, but "
-                    "items come in another order than without the interruption",
+                    message=f"{what} changed since {checkpoint.path.name}: training goes on, "
+                    f"{effect}",
                 )
 
     def _technique_state(self) -> dict[str, Tensor]:
         return {
-            f"{index}.{name}": tensor
-            for index, technique in enumerate(self._techniques)
+            f"{prefix}{name}": tensor
+            for prefix, technique in self._technique_prefixes()
             for name, tensor in technique.state_dict().items()
         }
+
+    def _technique_prefixes(self) -> list[tuple[str, Technique]]:
+        # With the class's name: in another order, state would reach the wrong technique.
+        return [
+            (f"{index}.{type(technique).__name__}.", technique)
+            for index, technique in enumerate(self._techniques)
+        ]
 
     def _save_techniques(self, folder: Path) -> None:
         state = self._technique_state()
@@ -186,9 +206,16 @@ class RunKeeper:
         path = folder / _TECHNIQUES
         if not path.is_file():
             return
-        weights = open_weights(path)
-        for index, technique in enumerate(self._techniques):
-            prefix = f"{index}."
+        weights, prefixes = open_weights(path), self._technique_prefixes()
+        known = tuple(prefix for prefix, _ in prefixes)
+        foreign = sorted(name for name in weights if not name.startswith(known))
+        if foreign:
+            raise ModelFileError(
+                f"{path} holds the state of a technique that this run does not have there: "
+                f"{foreign[0]}",
+                hint="list the techniques as they were, or start anew with --resume never",
+            )
+        for prefix, technique in prefixes:
             technique.load_state_dict(
                 {
                     name.removeprefix(prefix): weights.read(name).clone()
