@@ -53,25 +53,31 @@ def run_guarded(job: Callable[[], None], emit: Emit) -> int:
     """Run `job`; return the exit code, with an `error` event and words for what people can mend."""
     try:
         job()
-    except MenmaError as error:
-        return _report(error, emit)
     except Stopped:
         return INTERRUPTED
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
-    except MemoryError as error:
-        return _report(_host_memory(error), emit)
-    except RuntimeError as error:
-        if not _is_device_memory(error):
+    except Exception as error:
+        known = explain(error)
+        if known is None:
             raise
-        return _report(_device_memory(error), emit)
-    except OSError as error:
-        if error.errno not in DISK_ERRNOS or error.filename is None:
-            raise
-        message = f"cannot write {error.filename}: {error.strerror}"
-        return _report(DiskError(message, hint="files written before are intact"), emit)
+        return _report(known, emit)
     return 0
+
+
+def explain(error: BaseException) -> MenmaError | None:
+    """Return the error for people that an exception stands for; None for bugs."""
+    if isinstance(error, MenmaError):
+        return error
+    if isinstance(error, MemoryError):
+        return _host_memory(error)
+    if isinstance(error, RuntimeError) and _is_device_memory(error):
+        return _device_memory(error)
+    if isinstance(error, OSError) and error.errno in DISK_ERRNOS and error.filename is not None:
+        message = f"cannot write {error.filename}: {error.strerror}"
+        return DiskError(message, hint="files written before are intact")
+    return None
 
 
 def _run_job(name: str, arguments: Sequence[str]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from trainer.contract.config import RunConfig
 from trainer.contract.config_io import dump_config
 from trainer.contract.config_rules import check_files
-from trainer.contract.errors import MenmaError
+from trainer.contract.errors import DiskError, MenmaError
 from trainer.contract.events import EventWriter
 from trainer.contract.files import write_json, write_text
 from trainer.contract.jobs import TrainRequest
@@ -20,9 +20,10 @@ from trainer.contract.variants import Variant
 from trainer.core.seams import BuildContext, Engine
 from trainer.data.fingerprint import model_identity
 from trainer.engine import process_group
+from trainer.engine.failures import failing_together
 from trainer.engine.launch import run_workers
 from trainer.engine.process_group import World
-from trainer.jobs.base import INTERRUPTED, Emit, Stopped
+from trainer.jobs.base import INTERRUPTED, Emit, Stopped, explain
 from trainer.jobs.build import DTYPES, num_processes, pick_device, trained_transformer_file
 from trainer.jobs.components import settle_variant, with_variant
 from trainer.jobs.config_job import read_config
@@ -87,15 +88,17 @@ class TrainingRun:
         Raises:
             Stopped: the run was asked to stop; its state is saved.
         """
-        if self.world.rank == 0:
-            self._open_logs()
         try:
-            end = self._train()
+            with failing_together(self.world, explain):
+                if self.world.rank == 0:
+                    self._open_logs()
+                end = self._train()
         except BaseException as error:
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            if isinstance(error, MenmaError):
-                self.emit("error", message=error.message[:8000], hint=error.hint)
-            self.emit("end", reason=reason, message=str(error)[:4000])
+            with suppress(DiskError):  # the log may be on a full disk; the error is what counts
+                if isinstance(error, MenmaError):
+                    self.emit("error", message=error.message[:8000], hint=error.hint)
+                self.emit("end", reason=reason, message=str(error)[:4000])
             raise
         self.emit("end", reason=str(end))
         if end is End.STOPPED:
