@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tests.e2e.project import Project
 from tests.e2e.variant_project import (
     CAPTIONS,
     HEADS,
@@ -339,3 +340,45 @@ def test_other_layouts_hold_the_same_update(walk: Walk):
             wanted = theirs.scale * theirs.up_OR @ theirs.down_RI
             torch.testing.assert_close(delta, wanted)
         previous = target
+
+
+def test_the_commands_go_the_whole_way_with_two_experts(tmp_path: Path):
+    """In processes of their own: an image-to-video expert, from its clips to a merged model."""
+    model = write_models(tmp_path, "wan2.2-i2v-a14b", "official") | {"expert": "high_noise"}
+    write_clips(tmp_path / "clips", 2, 5, 32, 32)
+    Image.fromarray(draw_frames(5, 1, 32, 32)[0]).save(tmp_path / "first.png")
+    sources = [{"video_directory": "clips", "target_frames": [5]}]
+    config = base_config(model, {"general": {"resolution": [32, 32]}, "sources": sources})
+    prompts = [{"prompt": CAPTIONS[0], "image": "first.png"}]
+    config["sampling"] |= {"prompts": prompts, "every_steps": 3}
+    VariantProject(tmp_path, config).write("fish.toml", name="fish", training__max_steps=3)
+    project = Project(tmp_path)
+
+    project.done("check", "fish.toml")
+    project.done("cache", "fish.toml")
+    project.done("train", "fish.toml")
+    run = tmp_path / "runs/fish"
+    (sampled,) = (run / "samples").iterdir()
+    assert read_video(sampled).frames.shape == (5, 32, 32, 3)
+
+    asked = project.done("sample", "fish", "--prompt", "a fish", "--image", "first.png")
+    assert read_video(tmp_path / asked.out.strip()).frames.shape == (5, 32, 32, 3)
+    project.done("merge", "fish.toml", "-o", "merged.safetensors")
+    base = load_transformer(tmp_path / model["transformer_high_noise"], "wan2.2-i2v-a14b")
+    merged = load_transformer(tmp_path / "merged.safetensors", "wan2.2-i2v-a14b")
+    lora = load_adapter(run / "output/fish.safetensors")
+    assert lora.metadata["menma.expert"] == "high_noise"
+    random = torch.Generator().manual_seed(0)
+    given = (
+        torch.randn(1, 16, 2, 4, 4, generator=random),
+        torch.tensor([950.0]),
+        [torch.ones(3, 32)],
+    )
+    extra = torch.randn(1, 20, 2, 4, 4, generator=random)
+    with torch.no_grad():
+        plain = base(*given, extra_channels=extra)
+        attach(base, lora)
+        attached = base(*given, extra_channels=extra)
+        baked = merged(*given, extra_channels=extra)
+    assert float((attached - plain).abs().max()) > 0.01
+    torch.testing.assert_close(attached, baked, atol=1e-5, rtol=1e-5)
