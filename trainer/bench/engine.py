@@ -1,6 +1,6 @@
 """Time of a training step through an engine against a plain loop over the same model.
 
-Both sides train the same tiny Wan LoRA in one process, a step of each in turn.
+Both sides train the tiny Wan LoRA of the benchmark `step` in one process, a step of each in turn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from trainer.adapters.lora import LoRA
 from trainer.bench.result import Measurement, timed_in_turns
-from trainer.contract.variants import TransformerConfig, get_variant
+from trainer.bench.step import CONFIG, GRID, RANK
+from trainer.contract.variants import get_variant
 from trainer.core.seams import BuildContext, Engine
 from trainer.core.types import Batch
 from trainer.engine.deepspeed import DeepSpeedEngine, is_installed
@@ -23,11 +24,7 @@ from trainer.engine.process_group import World, joined
 from trainer.models.wan.transformer import WanTransformer
 from trainer.optimizers.adamw import AdamW
 
-LIMIT = 1.1
-CONFIG = TransformerConfig(
-    dim=128, ffn_dim=512, num_heads=2, num_layers=6, text_dim=64, freq_dim=64, text_len=64
-)
-GRID = (3, 16, 16)
+LIMIT = 1.05
 LR = 1e-4
 MAX_GRAD_NORM = 1.0
 BUILD = BuildContext(
@@ -42,7 +39,7 @@ class Step(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.transformer = WanTransformer(CONFIG)
-        self.adapter = LoRA(LoRA.Config.model_validate({"rank": 8}), BUILD)
+        self.adapter = LoRA(LoRA.Config.model_validate({"rank": RANK}), BUILD)
         self.adapter.inject(self.transformer, seed=0)
         self.transformer.gradient_checkpointing = True
         self.train()
@@ -54,7 +51,7 @@ class Step(nn.Module):
 
 
 def measure(
-    *, pairs: int = 60, engine: EngineName | None = None, zero_stage: int = 0
+    *, pairs: int = 15, engine: EngineName | None = None, zero_stage: int = 0
 ) -> Measurement:
     """Return the median over pairs of (engine / plain loop), in processor time.
 
@@ -68,13 +65,13 @@ def measure(
     random = torch.Generator().manual_seed(1)
     batch = Batch(
         latents_BCFHW=torch.randn((1, 16, *GRID), generator=random),
-        context=(torch.randn(20, CONFIG.text_dim, generator=random),),
+        context=(torch.randn(80, CONFIG.text_dim, generator=random),),
     )
     with joined("cpu", timeout_s=60) as world:
         plain = _plain_loop(Step(), batch)
         used = _make_engine(Step(), chosen, zero_stage, world)
         through = _engine_loop(used, batch)
-        losses = [(plain(), through()) for _ in range(5)]
+        losses = [(plain(), through()) for _ in range(2)]
         times = timed_in_turns(through, plain, pairs)
         used.close()
     return Measurement(
