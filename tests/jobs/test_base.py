@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ import torch
 from trainer.contract.errors import BusyError, ConfigError, DataError, NonFiniteError
 from trainer.contract.jobs import JOBS, REQUESTS
 from trainer.jobs.base import Stopped, main, read_request, run_guarded
+
+ROOT = Path(__file__).parents[2]
 
 
 def outcome(error: BaseException) -> tuple[int, list[dict[str, Any]]]:
@@ -83,6 +89,24 @@ def test_bugs_keep_their_traceback() -> None:
 @pytest.mark.parametrize("error", [Stopped(), KeyboardInterrupt()])
 def test_interrupted_is_130(error: BaseException) -> None:
     assert outcome(error)[0] == 130
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signals there")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_work_begins_is_130_too(tmp_path: Path, number: int) -> None:
+    pipe = tmp_path / "request.json"
+    os.mkfifo(pipe)  # reading its request, the job waits for us
+    job = subprocess.Popen(
+        [sys.executable, "-m", "trainer", "check", str(pipe)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with pipe.open("w"):  # opens once the job does
+        job.send_signal(number)
+        _, words = job.communicate(timeout=60)
+    assert job.returncode == 130, words
+    assert words == "interrupted\n"
 
 
 def test_requests_are_strict(tmp_path: Path) -> None:
