@@ -6,6 +6,7 @@ plug-ins chosen in it. Reading, merging and checking is `config_io`'s work.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -339,3 +340,18 @@ class RunConfig(Options):
     def run_dir(self) -> Path:
         """Folder of this run."""
         return self.output.runs_dir / self.name
+
+
+def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a config file and check it completely (a public seam).
+
+    Args:
+        path: TOML file.
+        overrides: `section.key=value` strings; they win over everything else.
+
+    Raises:
+        ConfigError: with all problems at once in `.problems`.
+    """
+    from trainer.contract import config_io  # it needs this module's classes
+
+    return config_io.load_config(path, overrides)
