@@ -74,7 +74,7 @@ def test_python_seams_can_be_imported():
 
 
 def test_the_options_page_is_fresh():
-    assert options_page.is_fresh(), "run: python -m trainer.contract.options_page"
+    assert options_page.is_fresh(), "run: python -m trainer schema"
 
 
 def test_every_page_of_the_folder_is_linked_from_the_readme():

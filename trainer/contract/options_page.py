@@ -1,12 +1,11 @@
 """`docs/options.md`: every option there is, from the same declarations that check a config.
 
-`python -m trainer.contract.options_page` writes it; a test fails when it is stale.
+`python -m trainer schema` writes it, too; a test fails when it is stale.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "options.md"
 _HEAD = """\
 # Options
 
-Written by `python -m trainer.contract.options_page` from the declarations that check a config: do
+Written by `python -m trainer schema` from the declarations that check a config: do
 not edit. A key that is not listed here is an error that names the file, the line and the nearest
 key. `--set section.key=value` wins over the file; an environment variable `MENMA__SECTION__KEY`
 stands between the two. An empty default means: not set, see the description.
@@ -43,6 +42,11 @@ def options_page() -> str:
 def is_fresh() -> bool:
     """Return whether the committed page says what the code says."""
     return PAGE.is_file() and PAGE.read_text(encoding="utf-8") == options_page()
+
+
+def write_page() -> None:
+    """Regenerate the committed page."""
+    write_text(PAGE, options_page())
 
 
 def _page() -> Iterator[str]:
@@ -144,8 +148,3 @@ def _limits(spec: Mapping[str, Any]) -> str:
     }
     limits = [f"{sign} {spec[key]:g}" for key, sign in signs.items() if key in spec]
     return f" {', '.join(limits)}" if limits else ""
-
-
-if __name__ == "__main__":
-    write_text(PAGE, options_page())
-    sys.stdout.write(f"wrote {PAGE.name}\n")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from trainer.contract import options_page
 from trainer.contract.catalog import PLUGIN_KINDS
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError
 from trainer.contract.files import write_text
 from trainer.contract.jobs import SchemaRequest
-from trainer.contract.plugin_options import SCHEMA_FILE
+from trainer.contract.plugin_options import SCHEMA_FILE, plugin_schemas
 from trainer.jobs.base import Emit
 
 FORMAT_VERSION = 1
@@ -62,5 +63,9 @@ def run(request: SchemaRequest, emit: Emit) -> None:
     if not request.check:
         write_schema()
         emit("log", message=f"wrote {SCHEMA_FILE.name}")
+        if options_page.PAGE.parent.is_dir():  # a checkout, not an installed package
+            plugin_schemas.cache_clear()
+            options_page.write_page()
+            emit("log", message=f"wrote docs/{options_page.PAGE.name}")
     elif not is_fresh():
         raise ConfigError("schema.json is stale", hint="run: python -m trainer schema")
