@@ -124,8 +124,8 @@ def test_a_full_fine_tune_in_fp32_is_the_same_on_every_engine(project, engine, s
     assert all(change > 0 for change in moved.values()), "every weight is trained"
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_full_fine_tune_in_bf16_keeps_what_bf16_cannot_hold(project, accumulation):
+@pytest.mark.parametrize(("stage", "accumulation"), [(2, 1), (2, 2), (3, 1), (3, 2)])
+def test_a_full_fine_tune_in_bf16_keeps_what_bf16_cannot_hold(project, stage, accumulation):
     """fp32 masters: steps of 1e-5 are lost in bf16 weights, and are in the output."""
     options = {
         **FULL,
@@ -133,8 +133,8 @@ def test_a_full_fine_tune_in_bf16_keeps_what_bf16_cannot_hold(project, accumulat
         "optimizer__learning_rate": 1e-5,
         "training__gradient_accumulation_steps": accumulation,
     }
-    names = (f"zero2-{accumulation}", f"local-{accumulation}")
-    first = project.train(names[0], distributed__zero_stage=2, **options)
+    names = (f"zero{stage}-{accumulation}", f"local{stage}-{accumulation}")
+    first = project.train(names[0], distributed__zero_stage=stage, **options)
     second = project.train(names[1], distributed__engine="local", **options)
     np.testing.assert_allclose(losses(first), losses(second), rtol=0.01)
     ours, theirs = (trained(project, name) for name in names)
@@ -151,12 +151,13 @@ def test_a_full_fine_tune_in_bf16_keeps_what_bf16_cannot_hold(project, accumulat
         assert alike > 0.9, f"{name}: {alike}"
 
 
-def test_a_full_fine_tune_in_bf16_resumes_bit_for_bit(project):
-    options = {**FULL, "memory__weight_format": "bf16", "distributed__zero_stage": 2}
-    project.train("whole-bf16", **options)
-    stop_after_one_step(project, "parts-bf16", **options)
-    project.train("parts-bf16", **options)
-    assert_same(trained(project, "parts-bf16"), trained(project, "whole-bf16"))
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_full_fine_tune_in_bf16_resumes_bit_for_bit(project, stage):
+    options = {**FULL, "memory__weight_format": "bf16", "distributed__zero_stage": stage}
+    project.train(f"whole-{stage}", **options)
+    stop_after_one_step(project, f"parts-{stage}", **options)
+    project.train(f"parts-{stage}", **options)
+    assert_same(trained(project, f"parts-{stage}"), trained(project, f"whole-{stage}"))
 
 
 def test_sampling_a_full_fine_tune_uses_the_trained_expert(tmp_path):

@@ -119,6 +119,8 @@ class DeepSpeedEngine(SteppingEngine):
         config: dict[str, Any],
     ) -> Any:
         if self._stage == 3:
+            if self._bf16:  # else parameters of another dtype (the time embedding) stay as they are
+                module.bfloat16()
             # Shards one parameter after the other, where `initialize` would move the whole module
             # to the device first. The form `with zero.Init():` would make all of it fp32.
             self._deepspeed.zero.Init(module=module, config_dict_or_path=config)
