@@ -12,10 +12,13 @@ from tests.e2e.variant_project import (
     VariantProject,
     base_config,
     draw_frames,
+    random_transformer,
     write_clips,
     write_frame_folder,
     write_models,
+    write_official,
 )
+from trainer.models.wan.tiny import write_tiny_vae
 
 pytestmark = pytest.mark.slow
 
@@ -165,3 +168,22 @@ def test_a_control_model_samples_and_is_not_trained(tmp_path):
     refused = project.job("sample", may_fail=True, config="config.toml", prompts=[{"prompt": "a"}])
     assert refused.code == 2
     assert "control" in refused.words
+
+
+def test_check_tells_of_files_that_do_not_belong_together(experts):
+    write_tiny_vae(experts.folder / "models/wan22.safetensors", "2.2", base_dim=2)
+    image_model = random_transformer("wan2.2-i2v-a14b", seed=3)
+    other = write_official(image_model, experts.folder / "models/image_model")
+    files = {"vae": "models/wan22.safetensors", "transformer": str(other)}
+    config = experts.write(**{f"model__{key}": value for key, value in files.items()})
+    done = experts.job("check", may_fail=True, config=config)
+    assert done.code == 2
+    assert "model.vae" in done.words
+    assert "VAE 2.2" in done.words
+    assert "model.transformer:" in done.words
+    assert "wan2.2-i2v-a14b" in done.words
+
+    swapped = experts.write(model__vae=experts.config["model"]["text_encoder"])
+    done = experts.job("check", may_fail=True, config=swapped)
+    assert done.code == 2
+    assert "is not a Wan VAE" in done.words

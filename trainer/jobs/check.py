@@ -15,7 +15,8 @@ from trainer.data.cache_settings import CacheSettings
 from trainer.data.checks import check_dataset
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import Emit
-from trainer.jobs.components import settle_variant, with_variant
+from trainer.jobs.components import require_vae, settle_variant, with_variant
+from trainer.models.wan.detect import recognise
 from trainer.sampling.prompts import read_prompts
 from trainer.sampling.requests import requests_of
 
@@ -39,7 +40,8 @@ def run(request: CheckRequest, emit: Emit) -> None:
         problems += _file_problems(with_variant(config, variant))
         problems += _training_problems(variant)
         told = {problem.key for problem in problems}
-        problems += [p for p in _prompt_problems(config, variant) if p.key not in told]
+        more = (*_kind_problems(config, variant), *_prompt_problems(config, variant))
+        problems += [problem for problem in more if problem.key not in told]
         problems = list(dict.fromkeys(problems))
     summary = _dataset(config, variant, problems, emit)
     if problems:
@@ -85,6 +87,24 @@ def _weight_problems(config: RunConfig) -> list[Problem]:
         try:
             open_weights(path)
         except MenmaError as error:
+            problems.append(Problem(error.message, f"model.{field}", hint=error.hint))
+    return problems
+
+
+def _kind_problems(config: RunConfig, variant: Variant) -> list[Problem]:
+    """Return which files are not what this variant works with; its own transformer is known."""
+    problems = []
+    for field in ("vae", "transformer", "transformer_high_noise"):
+        path: Path | None = getattr(config.model, field)
+        if path is None or not path.exists() or (field != "vae" and not variant.experts):
+            continue
+        try:
+            weights = open_weights(path)
+            if field == "vae":
+                require_vae(weights, variant)
+            else:
+                recognise(weights, variant.name, dict(config.model.shape))
+        except UserError as error:
             problems.append(Problem(error.message, f"model.{field}", hint=error.hint))
     return problems
 

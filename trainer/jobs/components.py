@@ -10,7 +10,7 @@ from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError
 from trainer.contract.variants import Variant, get_variant
 from trainer.data.fingerprint import digest, model_identity
-from trainer.io.mapped_load import open_weights
+from trainer.io.mapped_load import WeightFiles, open_weights
 from trainer.jobs.build import DTYPES
 from trainer.jobs.window_encoder import LazyModel
 from trainer.models import load_image_encoder, load_text_encoder, load_vae
@@ -18,6 +18,7 @@ from trainer.models.wan.detect import recognise
 from trainer.models.wan.image_encoder import ImageEncoder
 from trainer.models.wan.text_encoder import TextEncoder
 from trainer.models.wan.vae import WanVAE
+from trainer.models.wan.vae_keys import recognise_vae
 
 
 def settle_variant(config: RunConfig) -> Variant:
@@ -60,20 +61,35 @@ def component(config: RunConfig, field: str) -> Path:
 
 
 def lazy_vae(config: RunConfig, variant: Variant, device: torch.device) -> LazyModel[WanVAE]:
-    """Return the VAE, to be loaded when needed."""
+    """Return the VAE, to be loaded when needed.
+
+    Raises:
+        ModelFileError: the file is no Wan VAE, or damaged.
+        ConfigError: it is the VAE of other variants, or none is given.
+    """
     path = component(config, "vae")
+    require_vae(open_weights(path), variant)  # now, not after minutes of encoding captions
 
     def load() -> WanVAE:
-        vae = load_vae(path, dtype=DTYPES[config.memory.vae_dtype], device=device)
-        if vae.latent_channels != variant.latent_channels:
-            raise ConfigError(
-                f"{path} is a VAE {vae.version}, but {variant.name} works on the latents of "
-                f"VAE {variant.vae}",
-                hint="set model.vae to the other VAE",
-            )
-        return vae
+        return load_vae(path, dtype=DTYPES[config.memory.vae_dtype], device=device)
 
     return LazyModel(model_identity(path), load)
+
+
+def require_vae(files: WeightFiles, variant: Variant) -> None:
+    """Refuse weights that are not the VAE of this variant; reads no more than their header.
+
+    Raises:
+        ModelFileError: they are no Wan VAE.
+        ConfigError: they are the VAE of other variants.
+    """
+    version = recognise_vae(files).config.version
+    if version != variant.vae:
+        raise ConfigError(
+            f"{files.path} is a VAE {version}, but {variant.name} works on the latents of "
+            f"VAE {variant.vae}",
+            hint="set model.vae to the other VAE",
+        )
 
 
 def lazy_text_encoder(config: RunConfig, device: torch.device) -> LazyModel[TextEncoder]:
