@@ -166,11 +166,21 @@ def test_a_merge_that_fails_leaves_no_trace(base, lora, tmp_path):
     save_adapter(make_factors(make_transformer(dim=48)), wrong)
     with pytest.raises(ModelFileError, match="another model"):
         merge(base, output, lora, wrong, force=True)
-    with pytest.raises(ModelFileError, match="too large"):
+    with pytest.raises(ModelFileError, match="cannot hold"):
         merge(base, output, LoRAUse(path=lora, strength=1e8), force=True, dtype="fp16")
     wrong.unlink()
     assert output.read_bytes() == b"mine"
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_precision_that_cannot_hold_the_base_is_refused(model, lora, tmp_path):
+    base, output = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    model.head.head.weight.data[0, 0] = 1e5  # of a layer that the LoRA leaves alone
+    save_transformer(model, base)
+    with pytest.raises(ModelFileError, match=r"head\.head\.weight has values that torch\.float16"):
+        merge(base, output, lora, dtype="fp16")
+    assert not output.exists()
+    merge(base, output, lora, dtype="bf16")
 
 
 def test_loras_are_not_merged_into_the_other_expert(model, tmp_path):

@@ -49,6 +49,7 @@ class FullFineTune:
         `layout` is not used: there is one layout for models (`config_rules` refuses others).
 
         Raises:
+            ModelFileError: a value is not finite or does not fit `dtype`.
             DiskError: the disk is full, read-only or faulty.
         """
         save_transformer(self._model(), path, state=state, dtype=dtype, metadata=metadata)

@@ -83,11 +83,13 @@ def merge_loras(
 
     def read(name: str) -> Tensor:
         official, slot = plan[name]
-        tensor = _merged(files, tensors[official], shares.get(official, []), slot.dtype)
-        if official in shares and not bool(torch.isfinite(tensor).all()):
+        stored = tensors[official]
+        tensor = _merged(files, stored, shares.get(official, []), slot.dtype)
+        changed = official in shares or slot.dtype != files[stored.name].dtype
+        if changed and not bool(torch.isfinite(tensor).all()):
             raise ModelFileError(
-                f"{name} becomes too large for {slot.dtype}",
-                hint="lower the strengths or write bf16",
+                f"{name} has values that {slot.dtype} cannot hold",
+                hint="write bf16, or lower the strengths",
             )
         return tensor
 
