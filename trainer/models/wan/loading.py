@@ -78,7 +78,7 @@ def save_transformer(
         metadata: further strings for the file's header.
 
     Raises:
-        ModelFileError: a value is not finite, or does not fit `dtype`; nothing was written.
+        ModelFileError: `dtype` is given and a value does not fit it; nothing was written.
         DiskError: it could not be written; a file that was there before is intact.
         ValueError: `state` is not a state of this model.
     """
@@ -93,6 +93,12 @@ def save_transformer(
         raise ValueError(f"not a state of this model: {sorted(wrong)[:5]}")
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        _check_finite(tensors, path)
+    header = transformer_metadata(model.config, model.variant_name)
+    save_safetensors(tensors, path, {**(metadata or {}), **header})
+
+
+def _check_finite(tensors: Mapping[str, Tensor], path: Path | str) -> None:
     spoilt = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if spoilt:
         raise ModelFileError(
@@ -100,8 +106,6 @@ def save_transformer(
             f"{tensors[spoilt[0]].dtype} cannot hold, or NaN, e.g. {spoilt[0]}",
             hint="write bf16 or fp32; if that fails too, the training had diverged",
         )
-    header = transformer_metadata(model.config, model.variant_name)
-    save_safetensors(tensors, path, {**(metadata or {}), **header})
 
 
 def _weights_folder(path: Path) -> Path:
