@@ -12,6 +12,7 @@ FACTS = TrainingFacts(
     started_at=1.0,
     finished_at=1_700_000_000.0,
     step=300,
+    total_steps=400,
     epoch=3,
     num_items=12,
     num_batches_per_epoch=6,
@@ -38,6 +39,7 @@ def test_header_says_how_it_was_trained():
     assert all(isinstance(value, str) for value in table.values())
     assert table["ss_base_model_version"] == "wan2.2"
     assert table["ss_steps"] == "300"
+    assert table["ss_max_train_steps"] == "400"
     assert table["ss_seed"] == "42"
     assert table["ss_sd_model_name"] == "low.safetensors"
     assert table["ss_discrete_flow_shift"] == "5.0"

@@ -65,6 +65,20 @@ def test_tensorboard_gets_the_figures_of_the_events(tmp_path: Path) -> None:
     assert [(s.step, s.value) for s in log.Scalars("train/loss")] == [(1, 0.5), (2, 1.0), (3, 1.5)]
 
 
+def test_steps_that_are_done_again_replace_their_figures(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, steps in ((1, (1, 2, 3, 4)), (2, (3, 4, 5))):  # killed at 4, resumed from 2
+        emit = EventLog(TensorBoardSink(tmp_path))
+        for step in steps:
+            emit("step", step=step, total_steps=5, loss=float(10 * start + step))
+    log = EventAccumulator(str(tmp_path))
+    log.Reload()
+    figures = [(s.step, s.value) for s in log.Scalars("train/loss")]
+    assert figures == [(1, 11.0), (2, 12.0), (3, 23.0), (4, 24.0), (5, 25.0)]
+
+
 def test_peaks_are_the_highest_so_far(tmp_path: Path) -> None:
     ballast = torch.ones(64 * 2**20 // 4)
     assert ballast.sum() > 0

@@ -30,6 +30,7 @@ class TrainingFacts:
     started_at: float
     finished_at: float
     step: int
+    total_steps: int
     epoch: int
     num_items: int
     num_batches_per_epoch: int
@@ -100,7 +101,7 @@ def _run(config: RunConfig, facts: TrainingFacts) -> dict[str, Any]:
         "ss_num_train_items": facts.num_items,
         "ss_num_batches_per_epoch": facts.num_batches_per_epoch,
         "ss_num_epochs": training.epochs,
-        "ss_max_train_steps": training.max_steps,
+        "ss_max_train_steps": facts.total_steps,
         "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
         "ss_gradient_checkpointing": config.memory.gradient_checkpointing,
         "ss_seed": training.seed,

@@ -204,6 +204,7 @@ def output_metadata(
         started_at=session.started_at,
         finished_at=time.time(),
         step=step,
+        total_steps=data.total_steps,
         epoch=math.ceil(data.steps.epoch_after(step)),
         num_items=data.order.items_per_epoch,
         num_batches_per_epoch=data.order.batches_per_epoch,

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,13 @@ def _peak_rss_bytes() -> int:
 
 
 class TensorBoardSink:
-    """Writes the figures of step and validation events as TensorBoard scalars."""
+    """Writes the figures of step and validation events as TensorBoard scalars.
+
+    A run that goes on from an earlier step takes back the figures of the steps it does again.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Open the log.
+        """Prepare; the log is opened with the first figure.
 
         Raises:
             ConfigError: the tensorboard package is not installed.
@@ -128,12 +132,15 @@ class TensorBoardSink:
                 "logging.tensorboard needs the tensorboard package",
                 hint="pip install 'menma[logging]', or set logging.tensorboard = false",
             ) from error
-        self._writer = SummaryWriter(log_dir=str(folder))
+        self._open = partial(SummaryWriter, log_dir=str(folder))
+        self._writer: SummaryWriter | None = None
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Write what of the event is a figure."""
         if event["type"] not in {"step", "validation"} or "step" not in event:
             return
+        if self._writer is None:
+            self._writer = self._open(purge_step=event["step"])
         prefix = "train" if event["type"] == "step" else "validation"
         figures = {key: event.get(key) for key in ("loss", "lr", "grad_norm", "step_time_s")}
         figures |= {f"terms/{name}": value for name, value in event.get("terms", {}).items()}
