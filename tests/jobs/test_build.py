@@ -12,6 +12,7 @@ from trainer.contract.config_io import load_config
 from trainer.contract.errors import ConfigError
 from trainer.contract.variants import VARIANTS
 from trainer.core.seams import BuildContext
+from trainer.jobs import build
 from trainer.jobs.build import build_objective, build_techniques, num_processes, pick_device
 
 
@@ -70,3 +71,14 @@ def test_devices_that_are_not_there_are_refused(tmp_path: Path) -> None:
     assert pick_device(cpu) == torch.device("cpu")
     assert num_processes(cpu) == 1
     assert num_processes(config_of(tmp_path, "[distributed]\nnum_processes = 3\n")) == 3
+
+
+@pytest.mark.parametrize(("installed", "processes"), [(True, 4), (False, 1)])
+def test_all_gpus_are_used_by_an_engine_that_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool, processes: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(build, "is_installed", lambda: installed)
+    assert num_processes(config_of(tmp_path, "")) == processes
+    assert num_processes(config_of(tmp_path, '[distributed]\nengine = "local"\n')) == 1

@@ -16,6 +16,7 @@ from trainer.contract.config_rules import trained_timesteps
 from trainer.contract.errors import ConfigError
 from trainer.core.flow import NUM_TRAIN_TIMESTEPS
 from trainer.core.seams import BuildContext, Need, Technique
+from trainer.engine.deepspeed import is_installed
 from trainer.models.wan.transformer import WanTransformer
 from trainer.training.step import Objective, SigmaRange
 
@@ -137,7 +138,14 @@ def num_processes(config: RunConfig) -> int:
     if config.distributed.num_processes is not None:
         return config.distributed.num_processes
     on_gpu = config.distributed.device != "cpu" and torch.cuda.is_available()
-    return torch.cuda.device_count() if on_gpu and config.distributed.engine != "local" else 1
+    return torch.cuda.device_count() if on_gpu and engine_kind(config) != "local" else 1
+
+
+def engine_kind(config: RunConfig) -> Literal["deepspeed", "local"]:
+    """Return the engine of this run; `auto` is DeepSpeed where it is installed."""
+    if config.distributed.engine != "auto":
+        return config.distributed.engine
+    return "deepspeed" if is_installed() else "local"
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ from trainer.data.fingerprint import model_identity
 from trainer.data.items import CachedDataset, load_cached_dataset
 from trainer.data.loader import TrainingSteps
 from trainer.data.order import BatchOrder, require_full_step
-from trainer.engine.deepspeed import DeepSpeedEngine, is_installed
+from trainer.engine.deepspeed import DeepSpeedEngine
 from trainer.engine.local import LocalEngine
 from trainer.engine.process_group import World
 from trainer.jobs.build import (
@@ -28,6 +28,7 @@ from trainer.jobs.build import (
     build_objective,
     build_plugin,
     build_techniques,
+    engine_kind,
     load_base,
     trained_transformer_file,
 )
@@ -143,12 +144,9 @@ def build_engine(
         ConfigError: DeepSpeed is asked for and missing, or several processes without it.
     """
     factory: OptimizerFactory = build_plugin(config.optimizer, "kind", build, where="optimizer")
-    kind = config.distributed.engine
-    if kind == "auto":
-        kind = "deepspeed" if is_installed() else "local"
     norm = config.optimizer.max_grad_norm
     accumulation = config.training.gradient_accumulation_steps
-    if kind == "local":
+    if engine_kind(config) == "local":
         if world.world_size > 1 or config.distributed.zero_stage:
             raise ConfigError(
                 "several processes and ZeRO stages need DeepSpeed, which is not installed",
