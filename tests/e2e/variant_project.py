@@ -6,6 +6,7 @@ of the inside (microbatches, latents of samples) is recorded on the way.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -358,10 +359,12 @@ def _several_jobs_in_a_process() -> Iterator[None]:
 
     @contextmanager
     def joined(device: str, timeout_s: float) -> Iterator[World]:
-        if not torch.distributed.is_initialized() and "deepspeed" in sys.modules:
-            from deepspeed.utils import groups
+        if not torch.distributed.is_initialized():
+            atexit.register(process_group.leave)
+            if "deepspeed" in sys.modules:
+                from deepspeed.utils import groups
 
-            groups._WORLD_GROUP = None  # of a group that an earlier test has left
+                groups._WORLD_GROUP = None  # of a group that an earlier test has left
         yield process_group.join(device, timeout_s)
 
     gc.freeze()
