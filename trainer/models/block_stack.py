@@ -39,7 +39,8 @@ class BlockStack(nn.ModuleList):
     checkpoint: a hook inside would run again while the backward recomputes the block.
 
     Attributes:
-        gradient_checkpointing: keep only each block's input and recompute the rest in backward.
+        gradient_checkpointing: keep only each block's input and recompute the rest in backward;
+            the last block is kept whole: its backward, which comes first, is the peak anyway.
         keep_attention: with it, keep the attention outputs too. Saves recomputing them (a ninth
             of a step that attention dominates) for twice the memory a block.
     """
@@ -75,14 +76,20 @@ class BlockStack(nn.ModuleList):
         for index, block in enumerate(self):
             for hook in hooks:
                 state = hook.before_block(index, state)
-            tokens_BLD = self._run(block, state.tokens_BLD, arguments(state.kept_L))
+            # The backward starts with the last block: what it would recompute, it needs at once.
+            recompute = self.gradient_checkpointing and index < len(self) - 1
+            tokens_BLD = self._run(
+                block, state.tokens_BLD, arguments(state.kept_L), recompute=recompute
+            )
             state = replace(state, tokens_BLD=tokens_BLD)
             for hook in reversed(hooks):
                 state = hook.after_block(index, state)
         return state.tokens_BLD
 
-    def _run(self, block: nn.Module, tokens_BLD: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+    def _run(
+        self, block: nn.Module, tokens_BLD: Tensor, arguments: tuple[Any, ...], *, recompute: bool
+    ) -> Tensor:
+        if not (recompute and torch.is_grad_enabled()):
             result = block(tokens_BLD, *arguments)
         elif self.keep_attention:
             context = partial(create_selective_checkpoint_contexts, _keep_attention)
