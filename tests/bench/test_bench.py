@@ -101,3 +101,28 @@ def test_what_is_not_installed_is_said(monkeypatch, named):
         job.run(BenchRequest(), events)
         assert "diffusers" in events.of("warning")[0]["message"]
         assert events.of("output") == []
+
+
+def test_the_gpu_benchmark_runs_the_released_step(monkeypatch):
+    from dataclasses import replace
+
+    from trainer.bench import gpu
+
+    tiny = TransformerConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=2, text_dim=16)
+    small = replace(VARIANTS["wan2.1-t2v-1.3b"], transformer=tiny)
+    monkeypatch.setitem(VARIANTS, "small", small)
+    shape = gpu.Shape("small", 64, 32, 9)
+    found = gpu.measure(shapes=[shape], device="cpu", repeats=1)
+    assert found.figures["shapes"]["small 64x32x9"]["tokens"] == 3 * 4 * 2
+    assert found.value > 0
+    assert found.fine
+    model = gpu.random_transformer(small, gpu.torch.device("cpu"))
+    assert model.time_embedding[0].weight.dtype == gpu.torch.float32
+    assert model.blocks[0].ffn[0].weight.dtype == gpu.torch.bfloat16
+
+
+def test_without_a_gpu_its_benchmark_is_left_out_or_says_so(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "gpu" not in job._possible_here()
+    with pytest.raises(RunError, match="needs a CUDA GPU"):
+        job.run(BenchRequest(names=("gpu",)), Events())

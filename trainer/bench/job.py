@@ -6,18 +6,22 @@ import importlib
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
+
 from trainer.bench.result import Measurement
 from trainer.contract.errors import RunError
 from trainer.contract.jobs import BenchRequest
 from trainer.contract.registry import Entry, Registry
 from trainer.jobs.base import Emit
 
+_GPU = "gpu"
 BENCHMARKS: Registry[Any] = Registry(
     "benchmark",
     Entry("step", "trainer.bench.step", "training step against diffusers + PEFT"),
     Entry("engine", "trainer.bench.engine", "engine against a plain loop"),
     Entry("load", "trainer.bench.load", "peak RAM of loading a model (writes 2.7 GiB for a while)"),
     Entry("help", "trainer.bench.help", "time of menma --help"),
+    Entry(_GPU, "trainer.bench.gpu", "training step of the released shapes on a GPU"),
 )
 """Each target is a module with `measure() -> Measurement`."""
 
@@ -29,7 +33,7 @@ def run(request: BenchRequest, emit: Emit) -> None:
         ConfigError: there is no benchmark of that name.
         RunError: a benchmark that was asked for by name could not run.
     """
-    entries = [BENCHMARKS[name] for name in request.names or BENCHMARKS.names]
+    entries = [BENCHMARKS[name] for name in request.names or _possible_here()]
     rows = []
     for entry in entries:
         emit("phase", name="bench", detail=f"{entry.name}: {entry.summary}")
@@ -47,6 +51,10 @@ def run(request: BenchRequest, emit: Emit) -> None:
         emit("log", message=row)
 
 
+def _possible_here() -> list[str]:
+    return [name for name in BENCHMARKS.names if name != _GPU or torch.cuda.is_available()]
+
+
 def _measure(module: str) -> Measurement:
     measure = importlib.import_module(module).measure
     return cast("Callable[[], Measurement]", measure)()
@@ -55,5 +63,8 @@ def _measure(module: str) -> Measurement:
 def _row(measurement: Measurement) -> str:
     unit = " s" if measurement.unit == "s" else ""
     verdict = "fine" if measurement.fine else "OVER THE LIMIT"
-    value, limit = f"{measurement.value:.3f}{unit}", f"{measurement.limit:g}{unit}"
+    value = f"{measurement.value:.3f}{unit}"
+    if measurement.limit is None:
+        return f"{measurement.what:<46} {value:>9}"
+    limit = f"{measurement.limit:g}{unit}"
     return f"{measurement.what:<46} {value:>9}  limit {limit:<7} {verdict}"

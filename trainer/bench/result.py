@@ -19,14 +19,14 @@ class Measurement:
     what: str
     value: float
     unit: Literal["ratio", "s"]
-    limit: float
-    """`value` should be at most this."""
+    limit: float | None
+    """`value` should be at most this; None: it is only recorded."""
     figures: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fine(self) -> bool:
         """Whether the limit holds."""
-        return self.value <= self.limit
+        return self.limit is None or self.value <= self.limit
 
     @property
     def fields(self) -> dict[str, Any]:
