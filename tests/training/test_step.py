@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from trainer.contract.errors import ConfigError
 from trainer.contract.variants import VARIANTS
 from trainer.core.rng import generator
 from trainer.core.seams import BuildContext, Technique
-from trainer.core.types import Batch
+from trainer.core.types import Batch, NoisyInput
 from trainer.losses.mse import MSE
 from trainer.timesteps.shift import Shift
 from trainer.timesteps.uniform import Uniform
@@ -138,8 +139,6 @@ def test_extra_forwards_run_with_hooks_suspended() -> None:
 def test_every_hook_enters_the_loss() -> None:
     class Edits(Technique):
         def edit_batch(self, batch: Batch, random: torch.Generator) -> Batch:
-            from dataclasses import replace
-
             return replace(batch, latents_BCFHW=batch.latents_BCFHW + 1)
 
         def edit_target(self, target: Tensor, batch: Any, noisy: Any) -> Tensor:
@@ -165,6 +164,37 @@ def test_every_hook_enters_the_loss() -> None:
     target = 2 * (noisy.noise_BCFHW - shifted.latents_BCFHW)
     expected = 3 * (prediction - target).square().mean()
     assert step(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_weighting_counts_sample_by_sample() -> None:
+    plain = make_step([])
+    weighted = make_step([])
+    weighted.objective = replace(plain.objective, weighting=lambda sigma: sigma * 10)
+    batches = [make_batch((5,)), make_batch((6,))]
+    sigmas = [plain.make_noisy(batch).sigma_B.item() for batch in batches]
+    assert sigmas[0] != sigmas[1]
+    for batch, sigma in zip(batches, sigmas, strict=True):
+        expected = 10 * sigma * plain(batch)["loss"].item()
+        assert weighted(batch)["loss"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_the_transformer_sees_can_be_edited_and_not_the_target() -> None:
+    class Silence(Technique):
+        def edit_noisy(self, noisy: NoisyInput, batch: Any, random: Any) -> NoisyInput:
+            return replace(noisy, noisy_latents_BCFHW=torch.zeros_like(noisy.noisy_latents_BCFHW))
+
+    seen: list[Tensor] = []
+    step = make_step([Silence()])
+    step.transformer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    batch = make_batch()
+    loss = step(batch)["loss"]
+    assert not seen[0].any()
+    noisy = make_step([]).make_noisy(batch)
+    text = torch.stack([item.mean() for item in batch.context]).view(-1, 1, 1, 1, 1)
+    bias = step.transformer.mix.bias.view(1, 4, 1, 1, 1)
+    prediction = bias + text + noisy.sigma_B.view(-1, 1, 1, 1, 1)
+    expected = (prediction - (noisy.noise_BCFHW - batch.latents_BCFHW)).square().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_sigma_range_squeezes_or_redraws() -> None:
