@@ -279,6 +279,11 @@ def test_files_that_are_no_lora(tmp_path):
 
 def test_every_name_survives_every_spelling():
     names = list(linear_layers(make_transformer(image=True, num_layers=12)))
+    names += [
+        "vace_blocks.3.cross_attn.o",
+        "vace_blocks.0.before_proj",
+        "vace_blocks.14.after_proj",
+    ]
     assert len(names) > 100
     for name in names:
         assert canonical_name(name) == name

@@ -58,6 +58,39 @@ def names(store):
     return sorted(path.name for path in store._root.iterdir())
 
 
+class OtherRank:
+    """Rank 1 of two, as far as saving asks; `flags` is what it told the others."""
+
+    rank, world_size = 1, 2
+
+    def __init__(self, failing: bool, others_fail_at: int = -1) -> None:
+        self.failing, self.others_fail_at = failing, others_fail_at
+        self.flags: list[bool] = []
+
+    def any_rank(self, flag: bool) -> bool:
+        self.flags.append(flag)
+        return flag or len(self.flags) - 1 == self.others_fail_at
+
+    def save_state(self, folder: Path) -> None:
+        if self.failing:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+
+def test_a_rank_that_cannot_save_tells_the_others_who_wait(store):
+    engine = OtherRank(failing=True)
+    with pytest.raises(DiskError, match="no space left"):
+        store.save(5, lambda folder: None, {}, engine)
+    assert engine.flags == [False, True]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_rank_stops_where_another_could_not_go_on(store, stage):
+    engine = OtherRank(failing=False, others_fail_at=stage)
+    with pytest.raises(DiskError, match="another process of this run could not"):
+        store.save(5, lambda folder: None, {}, engine)
+    assert engine.flags == [False] * (stage + 1)
+
+
 def test_layout_and_manifest(store, engine):
     saved = save(store, engine, 500)
     assert saved.path.name == "step-00000500"

@@ -102,6 +102,11 @@ def test_everything_is_due_when_the_plan_says() -> None:
     ]  # fmt: skip
 
 
+def test_the_last_step_writes_one_output() -> None:
+    _, log = run(Recorder(), total_steps=4, output_every=2)
+    assert [entry for entry in log if entry.startswith("output")] == ["output 2", "output 4 final"]
+
+
 def test_resuming_goes_on_with_the_next_step_and_does_not_sample_the_start_again() -> None:
     _, log = run(Recorder(resume_at=2), total_steps=3, sample_at_start=True)
     assert log == ["start 2/3", "train 3", "checkpoint 3", "output 3 final"]

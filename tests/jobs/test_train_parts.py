@@ -1,0 +1,131 @@
+"""The parts of a run, put together as the job does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.adapters.lora import LoRA
+from trainer.contract.config import RunConfig
+from trainer.contract.variants import VARIANTS, TransformerConfig
+from trainer.core.seams import BuildContext, Technique
+from trainer.core.types import Batch, LossTerm
+from trainer.data.buckets import Bucket
+from trainer.data.items import TrainingItem
+from trainer.data.loader import TrainingSteps
+from trainer.data.order import BatchOrder
+from trainer.engine.local import LocalEngine
+from trainer.jobs.train_parts import Session, TrainedModel, TrainingData, output_metadata
+from trainer.losses.mse import MSE
+from trainer.models.wan.transformer import WanTransformer
+from trainer.optimizers.adamw import AdamW
+from trainer.timesteps.uniform import Uniform
+from trainer.training.step import Objective, SigmaRange, TrainStep
+from trainer.weightings.none import Unweighted
+
+BUILD = BuildContext(
+    variant=VARIANTS["wan2.1-t2v-1.3b"], seed=0, device=torch.device("cpu"), total_steps=3
+)
+SHAPE = {"dim": 24, "ffn_dim": 48, "num_heads": 2, "num_layers": 1, "text_dim": 8, "freq_dim": 16}
+
+
+class Judge(Technique):
+    """Trains a layer of its own on what the transformer predicts."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        self.layer = nn.Linear(16, 1)
+        self.fixed = nn.Linear(16, 1).requires_grad_(False)
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        return {"layer": self.layer, "fixed": self.fixed}
+
+    def loss_terms(self, batch: Any, noisy: Any, prediction: Tensor, predict: Any) -> list[Any]:
+        judged = self.layer(prediction.flatten(2).mean(-1)) + self.fixed.weight.sum()
+        return [LossTerm(name="judge", value=(judged - 1).square().mean())]
+
+
+@pytest.fixture
+def model() -> TrainedModel:
+    transformer = WanTransformer(TransformerConfig(**SHAPE))
+    adapter = LoRA(LoRA.Config(rank=2), BUILD)
+    adapter.inject(transformer, 0)
+    techniques = (Technique(), Judge())
+    objective = Objective(
+        sampler=Uniform(Uniform.Config(), BUILD),
+        loss=MSE(MSE.Config(), BUILD),
+        weighting=Unweighted(Unweighted.Config(), BUILD),
+        sigmas=SigmaRange(),
+    )
+    step = TrainStep(transformer, objective, techniques, 0, nullcontext)
+    return TrainedModel(transformer, adapter, techniques, step.train())
+
+
+def test_layers_of_a_technique_are_trained_and_kept_and_stay_out_of_the_adapter(
+    model: TrainedModel, tmp_path: Any
+) -> None:
+    extra = {"extra.1_layer.weight", "extra.1_layer.bias"}
+    assert set(model.trainable) == set(model.adapter.trainable()) | extra
+    engine = LocalEngine(
+        model.step,
+        model.trainable,
+        AdamW(AdamW.Config(), BUILD),
+        device="cpu",
+        max_grad_norm=0,
+        gradient_accumulation_steps=1,
+    )
+    before = engine.full_parameters()
+    random = torch.Generator().manual_seed(2)
+    batch = Batch(
+        latents_BCFHW=torch.randn(1, 16, 1, 2, 2, generator=random),
+        context=(torch.randn(3, 8, generator=random),),
+        names=("clip",),
+        item_seeds=(1,),
+    )
+    assert set(engine.forward_backward([batch])) == {"loss", "judge"}
+    engine.update(1e-2)
+    after = engine.full_parameters()
+    assert all(not torch.equal(before[name], after[name]) for name in extra)
+    engine.save_state(tmp_path)
+    engine.update(1.0)
+    engine.load_state(tmp_path)
+    back = engine.full_parameters()
+    assert all(torch.equal(back[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize(("step", "epoch"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)])
+def test_outputs_say_how_far_they_were_trained(step: int, epoch: int) -> None:
+    items = [
+        TrainingItem(
+            key=f"0/clip{number}",
+            name=f"clip{number}",
+            source=0,
+            bucket=Bucket(32, 32, 5),
+            latents=Path("x"),
+            latents_key="k",
+            context=Path("y"),
+            context_key="c",
+            num_repeats=4,
+            batch_size=2,
+        )
+        for number in range(6)
+    ]
+    order = BatchOrder(items, seed=0)  # 24 items, 12 batches, of which a step takes 6
+    steps = TrainingSteps(order, rank=1, world_size=2, gradient_accumulation_steps=3)
+    data = TrainingData(None, order, steps, total_steps=7)  # type: ignore[arg-type]
+    config = RunConfig.model_validate({"training": {"gradient_accumulation_steps": 3}})
+    said = output_metadata(config, BUILD.variant, data, Session(), step)
+    assert {
+        "ss_steps": str(step),
+        "ss_epoch": str(epoch),
+        "ss_max_train_steps": "7",
+        "ss_num_train_items": "24",
+        "ss_num_batches_per_epoch": "12",
+        "menma.world_size": "2",
+    }.items() <= said.items()
