@@ -215,3 +215,23 @@ def test_a_dataset_file_is_checked_with_the_config(tmp_path: Path) -> None:
     ]
     assert problem.file == dataset
     assert "no such file or folder" in problem.message
+
+
+def test_a_config_can_be_dumped_to_mean_the_same_from_anywhere(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        '[model]\ntransformer = "models/t.safetensors"\nvae = "/abs/vae.safetensors"\n'
+        '[[dataset.sources]]\nvideo_directory = "clips"\ncache_directory = "cache"\n'
+        '[[sampling.prompts]]\nprompt = "clips"\nimage = "a.png"\n',
+    )
+    base = tmp_path / "home"
+    text = dump_config(load_config(path, environ={}), base=base)
+    config = load_config(write(tmp_path, text, "again.toml"), environ={})
+    assert config.model.transformer == base / "models/t.safetensors"
+    assert config.model.vae == Path("/abs/vae.safetensors")
+    (source,) = config.dataset.load().sources
+    assert source.video_directory == base / "clips"
+    assert source.cache_path == base / "cache"
+    (prompt,) = config.sampling.prompts
+    assert (prompt.prompt, prompt.image) == ("clips", base / "a.png")
+    assert config.run_dir == base / "runs" / "lora"

@@ -6,6 +6,7 @@ one pass and reported with file, line and key.
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from trainer.contract.catalog import PLUGIN_KINDS
 from trainer.contract.config import PluginSection, RunConfig
 from trainer.contract.config_rules import check_rules
+from trainer.contract.dataset_config import MEDIA_KEYS
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.plugin_options import option_model, option_names
 from trainer.contract.registry import nearest
@@ -26,6 +28,7 @@ from trainer.contract.toml_lines import key_lines, locate
 
 ENVIRONMENT_PREFIX = "MENMA__"
 """`MENMA__TRAINING__SEED=7` sets `training.seed`."""
+_SOURCE_PATHS = (*MEDIA_KEYS, "cache_directory")
 PRESETS_DIR = Path(__file__).parents[2] / "presets"
 
 
@@ -158,10 +161,30 @@ def find_preset(name: str, *, sources: Mapping[str, Source] | None = None) -> Pa
     raise ConfigError(problems=[problem])
 
 
-def dump_config(config: RunConfig) -> str:
-    """Return the config as TOML with every value written out, readable by `load_config`."""
-    content = config.model_dump(mode="json", exclude_none=True)
-    return tomlkit.dumps({key: value for key, value in content.items() if value != {}})
+def dump_config(config: RunConfig, *, base: Path | None = None) -> str:
+    """Return the config as TOML with every value written out, readable by `load_config`.
+
+    Args:
+        config: what to write.
+        base: folder that relative paths count from; they become absolute, so that the text means
+            the same wherever it is read. None leaves them.
+    """
+    content = config.model_dump(mode="python", exclude_none=True)
+    if base is not None:
+        content = _absolute(content, base)
+    plain = json.loads(json.dumps(content, default=str))
+    return tomlkit.dumps({key: value for key, value in plain.items() if value != {}})
+
+
+def _absolute(value: Any, base: Path, key: str = "") -> Any:
+    if isinstance(value, Mapping):
+        return {name: _absolute(part, base, name) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_absolute(part, base, key) for part in value]
+    # The tables of [[dataset.sources]] are plain strings here.
+    if isinstance(value, Path) or (isinstance(value, str) and key in _SOURCE_PATHS):
+        return base / Path(value).expanduser()
+    return value
 
 
 def _parse_value(text: str) -> Any:

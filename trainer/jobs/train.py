@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 from trainer.contract.config import RunConfig
@@ -227,7 +228,7 @@ class TrainingRun:
         self.emit.add(Console())
         if self.config.logging.tensorboard:
             self.emit.add(TensorBoardSink(self.run_dir.tensorboard))
-        write_text(self.run_dir.config, dump_config(self.config))
+        write_text(self.run_dir.config, dump_config(self.config, base=Path.cwd()))
 
     def _describe(self, model: TrainedModel, data: TrainingData) -> None:
         if self.world.rank != 0:

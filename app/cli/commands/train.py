@@ -62,7 +62,7 @@ def train(
 
     settings = [*(overrides or ()), *([f"distributed.num_processes={gpus}"] if gpus else ())]
     loaded = complete_config(config, settings, "train")
-    run, text = RunDir(loaded.run_dir.absolute()), dump_config(loaded)
+    run, text = RunDir(loaded.run_dir.absolute()), dump_config(loaded, base=Path.cwd())
     if _nothing_to_do(run, text, resume):
         return
     lock = launch.claim(run)
