@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -71,34 +72,64 @@ class TrainingSamples:
             for index, request in enumerate(self._requests)
             if self._together or index % world.world_size == world.rank
         ]
-        latents = []
+        latents: list[tuple[int, SampleRequest, torch.Tensor]] = []
+        failed: list[str] = []
         for index, request in mine:
-            try:
+            with self._preview(index, failed, collective=self._together):
                 latents.append((index, request, self._generate(index, request)))
-            except NonFiniteError as error:  # a preview that fails must not end the training
-                self._warn(f"sample {index} of step {step}: {error.message}")
         if self._other is not None:
             self._other.to("cpu")
-        written = [] if self._together and world.rank != 0 else self._write(step, latents)
-        names = world.gather_texts("\n".join(path.name for path in written))
-        return [self._folder / name for text in names for name in text.splitlines()]
+        written: list[Path] = []
+        if not self._together or world.rank == 0:
+            written = self._write(step, latents, failed)
+        # In ZeRO-3 every rank has met the same failures.
+        for line in dict.fromkeys(self._lines_of_all_ranks(failed)):
+            self._warn(f"step {step}, {line}")
+        return sorted(
+            self._folder / name
+            for name in self._lines_of_all_ranks([path.name for path in written])
+        )
+
+    def _lines_of_all_ranks(self, lines: Sequence[str]) -> list[str]:
+        texts = self._world.gather_texts("\n".join(lines))
+        return [line for text in texts for line in text.splitlines()]
+
+    @contextmanager
+    def _preview(self, index: int, failed: list[str], *, collective: bool) -> Iterator[None]:
+        """Note what goes wrong with one sample: a preview must not end the training."""
+        try:
+            yield
+        except NonFiniteError as error:
+            failed.append(f"sample {index} was not made: {' '.join(error.message.split())}")
+        except torch.OutOfMemoryError:
+            if collective:  # the other ranks already wait in the next layer
+                raise
+            failed.append(
+                f"sample {index} was not made: out of memory. To use less: smaller width, height "
+                "or num_frames in [sampling], or memory.vae_tile"
+            )
+        if failed and self._world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _write(
-        self, step: int, latents: Sequence[tuple[int, SampleRequest, torch.Tensor]]
+        self,
+        step: int,
+        latents: Sequence[tuple[int, SampleRequest, torch.Tensor]],
+        failed: list[str],
     ) -> list[Path]:
-        world = self._world
-        vae = self._vae.to(world.device)
+        vae = self._vae.to(self._world.device)
         tile = self._config.memory.vae_tile
-        paths = [
-            write_sample(
-                self._folder,
-                f"step{step:08d}_{index:02d}",
-                request,
-                decode_frames(vae, result, tile=(tile, tile) if tile else None),
-                metadata={"variant": self._variant.name, "step": step},
-            )
-            for index, request, result in latents
-        ]
+        paths: list[Path] = []
+        for index, request, result in latents:
+            with self._preview(index, failed, collective=False):
+                path = write_sample(
+                    self._folder,
+                    f"step{step:08d}_{index:02d}",
+                    request,
+                    decode_frames(vae, result, tile=(tile, tile) if tile else None),
+                    metadata={"variant": self._variant.name, "step": step},
+                )
+                paths.append(path)
         self._vae.to("cpu")
         return paths
 
