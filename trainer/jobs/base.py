@@ -20,6 +20,8 @@ from trainer.contract.jobs import JOBS, REQUESTS
 from trainer.contract.options import Options
 
 INTERRUPTED = 130
+MAX_LISTED = 500
+"""Rows of a table in one event: an event is a line of 64 KiB at most."""
 
 
 class Emit(Protocol):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from itertools import islice
 
 from trainer.contract.errors import Problem
 from trainer.contract.jobs import CacheRequest
-from trainer.jobs.base import Emit
+from trainer.jobs.base import MAX_LISTED, Emit
 from trainer.jobs.build import pick_device
 from trainer.jobs.cache import CacheOptions, CacheReport, Report, run_cache
 from trainer.jobs.components import (
@@ -55,7 +56,8 @@ def emit_report(report: CacheReport, emit: Emit) -> None:
         removed=report.removed,
         captions_encoded=report.captions_encoded,
         captions_reused=report.captions_reused,
-        buckets={str(bucket): count for bucket, count in report.buckets.items()},
+        num_buckets=len(report.buckets),
+        buckets={str(b): count for b, count in islice(report.buckets.items(), MAX_LISTED)},
         num_problems=len(report.problems),
     )
 

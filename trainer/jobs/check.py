@@ -14,7 +14,7 @@ from trainer.contract.variants import Variant
 from trainer.data.cache_settings import CacheSettings
 from trainer.data.checks import check_dataset
 from trainer.io.mapped_load import open_weights
-from trainer.jobs.base import Emit
+from trainer.jobs.base import MAX_LISTED, Emit
 from trainer.jobs.components import require_vae, settle_variant, with_variant
 from trainer.models.wan.detect import recognise
 from trainer.sampling.prompts import read_prompts
@@ -137,6 +137,10 @@ def _dataset(
     else:
         for problem in checked.problems:
             emit("warning", message=str(problem), file=str(problem.file or ""), hint=problem.hint)
+    if len(checked.buckets) > MAX_LISTED:
+        emit(
+            "log", message=f"of {len(checked.buckets)} buckets the largest {MAX_LISTED} are listed"
+        )
     if not checked.clips:
         problems.append(Problem("no clip of the dataset can be used", "dataset"))
     return {
@@ -145,6 +149,6 @@ def _dataset(
         "num_problems": len(checked.problems),
         "buckets": [
             {"bucket": str(row.bucket), "items": row.items, "tokens": row.tokens}
-            for row in checked.buckets
+            for row in checked.buckets[:MAX_LISTED]
         ],
     }
