@@ -138,9 +138,8 @@ def _dataset(
         for problem in checked.problems:
             emit("warning", message=str(problem), file=str(problem.file or ""), hint=problem.hint)
     if len(checked.buckets) > MAX_LISTED:
-        emit(
-            "log", message=f"of {len(checked.buckets)} buckets the largest {MAX_LISTED} are listed"
-        )
+        total = len(checked.buckets)
+        emit("log", message=f"the largest {MAX_LISTED} of {total} buckets are listed")
     if not checked.clips:
         problems.append(Problem("no clip of the dataset can be used", "dataset"))
     return {
