@@ -283,6 +283,26 @@ def test_inspect_names_the_models_a_lora_fits(tmp_path, variant, expected):
     assert set(fitting_variants(load_adapter(tmp_path / "lora.safetensors"))) == expected
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {f"key{number:03}": "x" * 1900 for number in range(190)},
+        {"short": "v", "k" * 70_000: "v"},
+        {f"key{number:03}": "\x01" * 1500 for number in range(40)},
+    ],
+)
+def test_a_header_of_any_size_can_be_inspected(model, tmp_path, metadata):
+    path = tmp_path / "lora.safetensors"
+    save_adapter(make_factors(model), path, metadata=metadata)
+    events = Events()
+    run_inspect(InspectRequest(path=path), events)
+    (_, said), written = events[-1], load_adapter(path).metadata
+    shown = said["lora"]["metadata"]
+    assert shown.pop("…") == f"and {len(written) - len(shown)} more keys"
+    assert all(written[key] == value for key, value in shown.items())
+    assert shown
+
+
 def test_merging_reads_one_tensor_at_a_time(base, lora, tmp_path, monkeypatch):
     import trainer.jobs.merge as module
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from trainer.jobs.merge import merge_loras
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LONGEST_VALUE = 2000
+_METADATA_BYTES = 32 * 1024
 
 
 def run_merge(request: MergeRequest, emit: Emit) -> None:
@@ -67,7 +69,13 @@ def run_inspect(request: InspectRequest, emit: Emit) -> None:
 def _shortened(metadata: dict[str, str]) -> dict[str, Any]:
     # An event line is limited; some trainers write every caption into the header.
     short: dict[str, Any] = {}
-    for key, value in list(metadata.items())[:200]:
+    room = _METADATA_BYTES
+    for key, value in metadata.items():
         whole = len(value) <= _LONGEST_VALUE
-        short[key] = value if whole else f"{value[:200]}… ({len(value)} characters)"
+        text = value if whole else f"{value[:200]}… ({len(value)} characters)"
+        room -= len(json.dumps({key: text}))
+        if room < 0:
+            short["…"] = f"and {len(metadata) - len(short)} more keys"
+            break
+        short[key] = text
     return short
