@@ -54,6 +54,21 @@ def test_unreadable_requests_become_errors_and_do_not_stop_the_run(tmp_path: Pat
     assert not list(run_dir.control.glob("*.json"))
 
 
+def test_what_the_run_cannot_do_is_refused_and_not_called_done(tmp_path: Path) -> None:
+    run_dir, _, said = make(tmp_path)
+    engine: Any = OneRank()
+    requests = Requests(
+        run_dir, engine, lambda kind, message: said.append(message), {"sample": "no prompts"}
+    )
+    asked, save = run_dir.request("sample"), run_dir.request("save")
+    assert requests.poll() == Requested(save=True)
+    requests.answer(3)
+    assert json.loads(asked.with_suffix(".err").read_text()) == {"error": "no prompts"}
+    assert not asked.with_suffix(".done").exists()
+    assert save.with_suffix(".done").exists()
+    assert said[0] == "request 'sample' refused: no prompts"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_asks_for_a_stop_and_the_second_ends_at_once(
     tmp_path: Path, number: signal.Signals

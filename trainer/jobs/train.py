@@ -16,7 +16,7 @@ from trainer.contract.errors import DiskError, MenmaError
 from trainer.contract.events import EventWriter
 from trainer.contract.files import write_json, write_text
 from trainer.contract.jobs import TrainRequest
-from trainer.contract.run_dir import RunDir
+from trainer.contract.run_dir import Request, RunDir
 from trainer.contract.variants import Variant
 from trainer.core.seams import BuildContext, Engine
 from trainer.data.fingerprint import model_identity
@@ -132,7 +132,10 @@ class TrainingRun:
         reporter = RunReporter(self.emit, world.device, 1 / data.steps.epoch_after(1))
         with ExitStack() as stack:
             stack.callback(engine.close)
-            requests = stack.enter_context(Requests(self.run_dir, engine, self.emit))
+            refused: dict[Request, str] = {}
+            if samples is None:
+                refused["sample"] = "this run has no prompts to sample, or lacks what they need"
+            requests = stack.enter_context(Requests(self.run_dir, engine, self.emit, refused))
             keeper = self._keeper(model, data, engine, store, resume, reporter, samples, build)
             end = run_loop(
                 Run(

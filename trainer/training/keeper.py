@@ -145,9 +145,8 @@ class RunKeeper:
             self._engine.barrier()
 
     def sample(self, step: int) -> None:
-        """Make the samples of this step; does nothing in a run without prompts."""
+        """Make the samples of this step; a run without prompts has none."""
         if self._make_samples is None:
-            self._emit("warning", message="a sample was asked for, but the run has no prompts")
             return
         with self._reporter.paused():
             for path in self._make_samples(step):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -26,12 +26,25 @@ class Requests:
 
     The first signal asks for a stop after the current step (save, then leave); the second raises
     KeyboardInterrupt at once.
+
+    Args:
+        run_dir: where requests are put.
+        engine: tells the other ranks.
+        emit: tells people.
+        refused: what this run cannot do, with the reason; asked for, it is answered as an error.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, run_dir: RunDir, engine: Engine, emit: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        run_dir: RunDir,
+        engine: Engine,
+        emit: Callable[..., None],
+        refused: Mapping[Request, str] | None = None,
+    ) -> None:
         self._run_dir = run_dir
+        self._refused = dict(refused or {})
         self._engine = engine
         self._emit = emit
         self._signalled = False
@@ -50,10 +63,7 @@ class Requests:
     def poll(self) -> Requested:
         """Return what any rank was asked for. A collective call."""
         if self._engine.rank == 0:
-            known = {path for path, _ in self._open}
-            self._open += [
-                pair for pair in self._run_dir.pending_requests() if pair[0] not in known
-            ]
+            self._take_new()
         asked = {what for _, what in self._open}
         return Requested(
             save=self._engine.any_rank("save" in asked),
@@ -67,6 +77,15 @@ class Requests:
             answer_request(path, step=step)
             self._emit("log", message=f"request {what!r} done at step {step}")
         self._open.clear()
+
+    def _take_new(self) -> None:
+        known = {path for path, _ in self._open}
+        for path, what in self._run_dir.pending_requests():
+            if what in self._refused:
+                answer_request(path, error=self._refused[what])
+                self._emit("warning", message=f"request {what!r} refused: {self._refused[what]}")
+            elif path not in known:
+                self._open.append((path, what))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signalled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +164,9 @@ def _ask(run: RunDir, what: Request, *, no_wait: bool) -> None:
     output.say(f"{state.name}: {what} after the current step. Ctrl-C leaves; it is still done.")
     done, refused = request.with_suffix(".done"), request.with_suffix(".err")
     _wait(lambda: done.exists() or refused.exists() or not read_state(run).state.is_live)
+    if refused.exists():
+        reason = json.loads(refused.read_text(encoding="utf-8")).get("error", "")
+        raise UserError(f"{state.name} refuses to {what}: {reason}")
     if not done.exists():
         output.say(f"error: {state.name} ended first: {read_state(run).state.value}")
         raise typer.Exit(ExitCode.FAILED)
