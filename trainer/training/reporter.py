@@ -130,7 +130,7 @@ class TensorBoardSink:
         except ImportError as error:
             raise ConfigError(
                 "logging.tensorboard needs the tensorboard package",
-                hint="pip install 'menma[logging]', or set logging.tensorboard = false",
+                hint="pip install tensorboard, or set logging.tensorboard = false",
             ) from error
         self._open = partial(SummaryWriter, log_dir=str(folder))
         self._writer: SummaryWriter | None = None
