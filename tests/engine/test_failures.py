@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from trainer.contract.errors import DataError, DiskError, OutOfMemoryError, RunError
-from trainer.engine.failures import failing_together
+from trainer.engine.failures import _without_a_word, failing_together
 from trainer.engine.launch import RENDEZVOUS_VARIABLE, run_workers
 from trainer.engine.process_group import World, joined
 from trainer.jobs.base import explain
@@ -117,6 +117,26 @@ def test_a_bug_keeps_its_kind_where_it_happened(seen):
 def test_a_killed_process_is_named_as_what_it_is(seen):
     assert "broke off" in seen["killed"]
     assert "killed" in seen["killed"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "[/a/gloo/tcp/pair.cc:537] Read error [127.0.0.1]:9: Connection reset by peer. This is "
+            "typically caused by a remote worker hanging. GLHF!",
+            "broke off: Read error [127.0.0.1]:9: Connection reset by peer",
+        ),
+        (
+            "[/a/gloo/tcp/unbound_buffer.cc:78] Timed out waiting 10000ms for recv",
+            "does not answer: Timed out waiting 10000ms for recv",
+        ),
+    ],
+)
+def test_lost_connections_are_told_without_the_librarys_noise(words, message):
+    error = _without_a_word(RuntimeError(words))
+    assert error.message.endswith(message)
+    assert ("distributed.timeout_s" in error.hint) == ("Timed out" in words)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -77,11 +78,7 @@ def _cause(lost: BaseException) -> BaseException:
         if store.check([_KEY]):
             told = json.loads(store.get(_KEY))
     if not told:
-        return RunError(
-            f"the connection to another process of this run broke off: {_first_line(lost)}",
-            hint="that process was killed (no memory left on the host?) or crashed; the log of "
-            "the console may hold its last words",
-        )
+        return _without_a_word(lost)
     if told["kind"] == "KeyboardInterrupt":
         return KeyboardInterrupt()
     kind = getattr(errors, told["kind"], None)
@@ -94,8 +91,20 @@ def _cause(lost: BaseException) -> BaseException:
     return cause
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _without_a_word(lost: BaseException) -> RunError:
+    # gloo begins with a place in its source and ends with good wishes.
+    first = next(iter(str(lost).strip().splitlines()), type(lost).__name__)
+    reason = re.sub(r"^\[[^\]]*\] ?", "", first).partition(". This is typically")[0]
+    if "timed out" in reason.lower():
+        return RunError(
+            f"another process of this run does not answer: {reason}",
+            hint="it hangs, or is busy for longer than distributed.timeout_s (say, with a sample)",
+        )
+    return RunError(
+        f"the connection to another process of this run broke off: {reason}",
+        hint="that process was killed (no memory left on the host?) or crashed; the log of the "
+        "console may hold its last words",
+    )
 
 
 def _store() -> Any:
