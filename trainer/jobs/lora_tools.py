@@ -67,15 +67,17 @@ def run_inspect(request: InspectRequest, emit: Emit) -> None:
 
 
 def _shortened(metadata: dict[str, str]) -> dict[str, Any]:
-    # An event line is limited; some trainers write every caption into the header.
+    # An event line is limited; some trainers write every caption into the header. Sorted, because
+    # a safetensors header is read in no particular order; one overlong key hides only itself.
     short: dict[str, Any] = {}
     room = _METADATA_BYTES
-    for key, value in metadata.items():
+    for key, value in sorted(metadata.items()):
         whole = len(value) <= _LONGEST_VALUE
         text = value if whole else f"{value[:200]}… ({len(value)} characters)"
-        room -= len(json.dumps({key: text}))
-        if room < 0:
-            short["…"] = f"and {len(metadata) - len(short)} more keys"
-            break
-        short[key] = text
+        size = len(json.dumps({key: text}))
+        if size <= room:
+            room -= size
+            short[key] = text
+    if len(short) < len(metadata):
+        short["…"] = f"and {len(metadata) - len(short)} more keys"
     return short
