@@ -1,7 +1,7 @@
 """Every place where a part can be exchanged or optional behaviour can enter. Read this first.
 
 *Choose exactly one*: a strategy (adapter, optimizer, lr schedule, timestep sampler, loss,
-weighting, engine, solver) has one or two methods and knows nothing of the others.
+weighting, engine, solver, probe) has one or two methods and knows nothing of the others.
 *Choose any number*: a `Technique` overrides only the hooks it needs.
 
 Every plug-in has the same shape: a nested `Config` (an `Options` class), a constructor
@@ -10,13 +10,15 @@ Every plug-in has the same shape: a nested `Config` (an `Options` class), a cons
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainer.contract.options import Options
@@ -139,6 +141,30 @@ class BlockHook(Protocol):
 
     def after_block(self, index: int, state: BlockState) -> BlockState:
         """Return what the next block shall receive."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeShot:
+    """One video a probe wants to see."""
+
+    prompt: str
+    seed: int
+
+
+class Probe(Protocol):
+    """Measures on generated videos what a task is about, e.g. whether a concept was learned."""
+
+    def shots(self) -> Sequence[ProbeShot]:
+        """Return what is to be sampled; the same list each time."""
+        ...
+
+    def judge(self, videos: Sequence[NDArray[np.uint8]]) -> Mapping[str, float]:
+        """Return named figures, shares in [0, 1], larger is better unless the name says so.
+
+        Args:
+            videos: one (F, H, W, 3) per shot, in the order of `shots`.
+        """
         ...
 
 
