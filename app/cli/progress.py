@@ -126,6 +126,14 @@ class LiveProgress:
         text = words(event, show_errors=self._show_errors)
         if text:
             self.say(text)
+        if event["type"] == "output" and "strips" in event:
+            self._draw_strips(event)
+
+    def _draw_strips(self, event: Event) -> None:
+        from app.render.half_blocks import can_draw, print_strips, strips_of
+
+        if can_draw(self._console):  # else the words above have told the picture's path
+            print_strips(self._console, strips_of(event))
 
     def say(self, text: str) -> None:
         """Show a line above the bar."""

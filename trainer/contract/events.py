@@ -6,7 +6,7 @@ One object a line, each with `v` (format version), `time` (Unix seconds) and `ty
     step        step, total_steps, epoch, loss, terms, lr, grad_norm, step_time_s, eta_s, memory…
     sample      step, path, prompt, seed
     checkpoint  step, path
-    output      step, path
+    output      step, path, strips [{title, frames [path of a picture…]}…]
     validation  step, loss
     log | warning | error   message (and hint)
     end         reason ("done", "stopped", "failed"), step

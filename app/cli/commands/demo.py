@@ -21,7 +21,8 @@ def demo(
 ) -> None:
     """Show the whole way on a tiny model.
 
-    Makes clips, caches, trains, samples and merges; needs no GPU and no download.
+    Makes clips, caches, trains, samples and merges; needs no GPU and no download. A terminal with
+    colours shows frames from before and after the training.
     """
     for path in jobs.run_or_leave("demo", {"directory": str(directory)}).paths[-1:]:
         output.data(path)

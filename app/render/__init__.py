@@ -1,0 +1,1 @@
+"""Pictures of things in a terminal; nothing here knows a command."""
