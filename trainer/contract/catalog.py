@@ -52,6 +52,10 @@ SOLVERS: Registry[Any] = Registry(
     Entry("unipc", "trainer.sampling.solvers.unipc:UniPC", "second-order predictor-corrector"),
     Entry("euler", "trainer.sampling.solvers.euler:Euler", "one straight line a step"),
 )
+PROBES: Registry[Any] = Registry(
+    "probe",
+    Entry("none", "trainer.probes.none:NoProbe", "nothing is measured on generated videos"),
+)
 
 PLUGIN_KINDS: dict[str, Registry[Any]] = {
     "adapter": ADAPTERS,
@@ -61,5 +65,6 @@ PLUGIN_KINDS: dict[str, Registry[Any]] = {
     "loss": LOSSES,
     "weighting": WEIGHTINGS,
     "technique": TECHNIQUES,
+    "probe": PROBES,
 }
 """Kinds whose options a user writes in the config; `schema.json` holds them by these names."""

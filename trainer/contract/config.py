@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from trainer.contract.options import Options
 from trainer.contract.plugin_options import option_names
@@ -261,6 +261,49 @@ class SamplingSection(Options):
     """Frames a second of the written video; empty: the variant's."""
 
 
+class ValidationSection(Options):
+    """The loss on clips that are not trained on, at fixed timesteps and with fixed noise.
+
+    It falls while the model learns and rises when it only memorises; the training loss is too
+    noisy to show either.
+    """
+
+    every_steps: int = Field(0, ge=0)
+    """Steps between measurements; 0: none. Where there are some, one follows the last step."""
+    at_start: bool = True
+    """With `every_steps`: measure before the first step, too."""
+    split: float = Field(0.0, ge=0, lt=1)
+    """Share of the dataset's clips held out of training, chosen by their content; 0: none."""
+    sources: tuple[dict[str, Any], ...] = ()
+    """`[[validation.sources]]`: clips of their own, keys as in `[[dataset.sources]]`."""
+    timesteps: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = Field(
+        (100.0, 300.0, 500.0, 700.0, 900.0), min_length=1
+    )
+    """Timesteps (0 clean, 1000 noise) at which each item is measured."""
+    noises_per_timestep: int = Field(1, ge=1)
+    """Different noises for each item and timestep; more make the figure less noisy."""
+    max_items: int | None = Field(None, ge=1)
+    """Measure no more than this many items, the same ones each time; empty: all."""
+    batch_size: int = Field(1, ge=1)
+    """Items of one forward; changes the speed only."""
+    seed: int = Field(42, ge=0)
+    """Fixes which clips are held out and the noise, whatever `training.seed` is."""
+
+    @field_validator("timesteps", mode="after")
+    @classmethod
+    def _ascending(cls, timesteps: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(sorted(set(timesteps)))
+
+
+class ProbeSection(PluginSection):
+    """Measurements on generated videos that `menma eval` makes."""
+
+    slots: ClassVar[dict[str, str]] = {"kind": "probe"}
+
+    kind: str = "none"
+    """What is measured."""
+
+
 class OutputSection(Options):
     """What people take away."""
 
@@ -329,6 +372,10 @@ class RunConfig(Options):
     """State to resume from."""
     sampling: SamplingSection = SamplingSection()
     """Samples."""
+    validation: ValidationSection = ValidationSection()
+    """Loss on clips that are not trained on."""
+    probe: ProbeSection = ProbeSection()
+    """Measurements on generated videos."""
     output: OutputSection = OutputSection()
     """Output files."""
     logging: LoggingSection = LoggingSection()
