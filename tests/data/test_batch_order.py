@@ -22,6 +22,8 @@ def item(source, bucket, number, repeats=1, batch_size=1):
         key=f"{source}/{bucket}/{number}",
         name=f"clip{number}",
         source=source,
+        clip=str(number),
+        start=0,
         bucket=Bucket(*bucket),
         latents=Path("x"),
         latents_key="k",

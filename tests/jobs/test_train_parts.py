@@ -106,6 +106,8 @@ def test_outputs_say_how_far_they_were_trained(step: int, epoch: int) -> None:
             key=f"0/clip{number}",
             name=f"clip{number}",
             source=0,
+            clip=str(number),
+            start=0,
             bucket=Bucket(32, 32, 5),
             latents=Path("x"),
             latents_key="k",

@@ -28,6 +28,10 @@ class TrainingItem:
     """The clip's path and its window, for messages."""
     source: int
     """Number of the source in the dataset, from 0."""
+    clip: str
+    """Hash of the clip's content."""
+    start: int
+    """First frame of the window."""
     bucket: Bucket
     latents: Path
     latents_key: str
@@ -35,6 +39,11 @@ class TrainingItem:
     context_key: str
     num_repeats: int
     batch_size: int
+
+    @property
+    def identity(self) -> str:
+        """What the item shows: content, window and size, wherever its clip and cache lie."""
+        return f"{self.clip}:{self.start}@{self.bucket}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +99,13 @@ def load_cached_dataset(
         items=items,
         empty_caption=(first / text_file(empty_key), empty_key),
         problems=tuple(problem for section in sections for problem in section.problems),
-        fingerprint=digest(sorted([i.key, i.latents_key, i.context_key] for i in items)),
+        fingerprint=fingerprint(items),
     )
+
+
+def fingerprint(items: Sequence[TrainingItem]) -> str:
+    """Return a hash of all items: clips, captions, windows, models."""
+    return digest(sorted([i.key, i.latents_key, i.context_key] for i in items))
 
 
 def _faults(source: SourceOptions, section: Section, settings: CacheSettings) -> Iterator[str]:
@@ -151,6 +165,8 @@ def _items(dataset: DatasetConfig, sections: Sequence[Section]) -> Iterator[Trai
                     key=f"{names[number]}/{name}:{start}+{num_frames}@{entry.bucket}",
                     name=f"{_media_folder(source) / name}{window}",
                     source=number,
+                    clip=indexed.identity.content,
+                    start=start,
                     bucket=entry.bucket,
                     latents=source.cache_path / entry.file,
                     latents_key=entry.key,

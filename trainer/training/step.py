@@ -125,13 +125,7 @@ class TrainStep(nn.Module):
 
     def predict(self, noisy: NoisyInput, batch: Batch) -> Tensor:
         """Return the velocity the transformer predicts, (B, C, F, H, W)."""
-        velocity: Tensor = self.transformer(
-            noisy.noisy_latents_BCFHW,
-            to_timestep(noisy.sigma_B),
-            batch.context,
-            **batch.conditioning,
-        )
-        return velocity
+        return predict_velocity(self.transformer, noisy, batch)
 
     def predict_again(self, noisy: NoisyInput, batch: Batch) -> Tensor:
         """Run one more forward that no block hook sees or changes."""
@@ -156,3 +150,11 @@ class TrainStep(nn.Module):
     def _technique_random(self, index: int, what: str, batch: Batch) -> torch.Generator:
         # A stream of its own: switching one technique on must not shift another's draws.
         return generator(self.seed, "technique", index, what, *batch.item_seeds)
+
+
+def predict_velocity(transformer: nn.Module, noisy: NoisyInput, batch: Batch) -> Tensor:
+    """Return what `transformer` predicts for a batch of the caches, (B, C, F, H, W)."""
+    velocity: Tensor = transformer(
+        noisy.noisy_latents_BCFHW, to_timestep(noisy.sigma_B), batch.context, **batch.conditioning
+    )
+    return velocity
