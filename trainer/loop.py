@@ -54,6 +54,10 @@ class Keeper(Protocol):
         """Write the file that people take away."""
         ...
 
+    def validate(self, step: int) -> None:
+        """Measure the loss on the items that are not trained on."""
+        ...
+
     def sample(self, step: int) -> None:
         """Make the samples of this step."""
         ...
@@ -66,6 +70,9 @@ class Plan:
     total_steps: int
     checkpoint_every: int = 0
     output_every: int = 0
+    validate_every: int = 0
+    """Where there is some validation, the last step is followed by one, too."""
+    validate_at_start: bool = False
     sample_every: int = 0
     sample_at_start: bool = False
 
@@ -94,6 +101,8 @@ def train(run: Run) -> End:
     plan, keeper = run.plan, run.keeper
     step = keeper.restore()
     run.reporter.start(step, plan.total_steps)
+    if step == 0 and plan.validate_at_start:
+        keeper.validate(step)
     if step == 0 and plan.sample_at_start:
         keeper.sample(step)
 
@@ -112,6 +121,8 @@ def train(run: Run) -> End:
             keeper.checkpoint(step)
         if plan.due(step, plan.output_every) and not last:
             keeper.output(step, final=False)
+        if plan.due(step, plan.validate_every) or (last and plan.validate_every):
+            keeper.validate(step)
         if requested.sample or plan.due(step, plan.sample_every):
             keeper.sample(step)
         run.requests.answer(step)

@@ -81,6 +81,7 @@ class Bench:
         scale: float = 1.0,
         resume: bool = False,
         samples: Any = None,
+        validator: Any = None,
     ) -> RunKeeper:
         module = LoraStep(blocks=1)
         self.engine = LocalEngine(
@@ -107,6 +108,7 @@ class Bench:
             ),
             resume=store.latest() if resume else None,
             make_samples=samples,
+            validator=validator,
         )
 
     def said(self, kind: str) -> list[str]:

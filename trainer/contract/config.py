@@ -16,7 +16,7 @@ from trainer.contract.options import Options
 from trainer.contract.plugin_options import option_names
 
 if TYPE_CHECKING:
-    from trainer.contract.dataset_config import DatasetConfig
+    from trainer.contract.dataset_config import DatasetConfig, GeneralOptions, SourceOptions
 
 
 class PluginSection(Options):
@@ -289,6 +289,20 @@ class ValidationSection(Options):
     seed: int = Field(42, ge=0)
     """Fixes which clips are held out and the noise, whatever `training.seed` is."""
 
+    def load_sources(self, general: GeneralOptions) -> tuple[SourceOptions, ...]:
+        """Return `sources`, checked; what one does not set itself is the dataset's `general`.
+
+        Raises:
+            ConfigError: a key is wrong.
+        """
+        from trainer.contract.dataset_config import parse_dataset
+
+        if not self.sources:
+            return ()
+        shared = general.model_dump(exclude_unset=True)
+        values = {"general": shared, "sources": list(self.sources)}
+        return parse_dataset(values, prefix="validation.").sources
+
     @field_validator("timesteps", mode="after")
     @classmethod
     def _ascending(cls, timesteps: tuple[float, ...]) -> tuple[float, ...]:
@@ -387,6 +401,18 @@ class RunConfig(Options):
     def run_dir(self) -> Path:
         """Folder of this run."""
         return self.output.runs_dir / self.name
+
+    def load_all_sources(self) -> DatasetConfig:
+        """Return the dataset with `validation.sources` after its own sources.
+
+        Both are cached together, so that no source takes another one's place in an index.
+
+        Raises:
+            ConfigError: the dataset file is missing or a key is wrong.
+        """
+        dataset = self.dataset.load()
+        own = self.validation.load_sources(dataset.general)
+        return dataset.model_copy(update={"sources": (*dataset.sources, *own)})
 
 
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:

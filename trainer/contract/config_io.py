@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from trainer.contract.catalog import PLUGIN_KINDS
 from trainer.contract.config import PluginSection, RunConfig
 from trainer.contract.config_rules import check_rules
-from trainer.contract.dataset_config import MEDIA_KEYS
+from trainer.contract.dataset_config import MEDIA_KEYS, GeneralOptions
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.plugin_options import option_model, option_names
 from trainer.contract.registry import nearest
@@ -240,6 +240,7 @@ def _validate(content: dict[str, Any], sources: Mapping[str, Source]) -> RunConf
         problems += check_rules(config)
         if config.dataset.file is None and config.dataset.sources:
             problems += _dataset_problems(config)
+        problems += _validation_problems(config)
     if problems or config is None:
         raise ConfigError(problems=place_problems(problems, sources))
     return config
@@ -257,6 +258,14 @@ def _dataset_problems(config: RunConfig) -> list[Problem]:
             )
             for problem in error.problems
         ]
+    return []
+
+
+def _validation_problems(config: RunConfig) -> list[Problem]:
+    try:
+        config.validation.load_sources(GeneralOptions())  # their own keys; a file is not opened
+    except ConfigError as error:
+        return list(error.problems)
     return []
 
 

@@ -63,20 +63,34 @@ def _dataset_files(config: RunConfig) -> list[Problem]:
     except ConfigError as error:
         return list(error.problems)
     list_name = "dataset.sources" if file is None else "datasets"
-    missing = [
-        (index, source.media_path)
-        for index, source in enumerate(dataset.sources)
-        if not source.media_path.exists()
-    ]
+    listed = [(f"{list_name}[{i}]", file, source) for i, source in enumerate(dataset.sources)]
+    own = config.validation.load_sources(dataset.general)
+    listed += [(f"validation.sources[{i}]", None, source) for i, source in enumerate(own)]
     return [
         Problem(
-            f"no such file or folder: {path}",
-            f"{list_name}[{index}]",
-            file,
-            hint=f"looked in {path.absolute().parent}",
+            f"no such file or folder: {source.media_path}",
+            key,
+            named_in,
+            hint=f"looked in {source.media_path.absolute().parent}",
         )
-        for index, path in missing
+        for key, named_in, source in listed
+        if not source.media_path.exists()
     ]
+
+
+def validation_timesteps(config: RunConfig, expert_boundary: float) -> tuple[float, ...]:
+    """Return those of `validation.timesteps` at which the trained expert works.
+
+    That is all of them for a model without experts. The high-noise expert works at the boundary,
+    too, as in sampling.
+    """
+    boundary = 1000 * expert_boundary
+    expert = config.model.expert
+    return tuple(
+        timestep
+        for timestep in config.validation.timesteps
+        if expert is None or (timestep >= boundary) == (expert == "high_noise")
+    )
 
 
 def trained_timesteps(config: RunConfig, expert_boundary: float) -> tuple[float, float]:
@@ -183,6 +197,33 @@ def _sampling(config: RunConfig) -> Iterator[Problem]:
     yield from _num_frames(config)
 
 
+def _validation(config: RunConfig) -> Iterator[Problem]:
+    validation = config.validation
+    if validation.split and validation.sources:
+        yield Problem(
+            "clips held out of the dataset and clips of its own at once: the loss would be a mean "
+            "over both",
+            "validation.split",
+            hint="keep split, or [[validation.sources]]",
+        )
+    if validation.every_steps and not validation.split and not validation.sources:
+        yield Problem(
+            "a validation loss is wanted, but there is no clip to measure it on",
+            "validation.every_steps",
+            hint="set validation.split = 0.1, or add [[validation.sources]]",
+        )
+    known = VARIANTS.get(config.model.variant)
+    if known is None or not known.experts or config.model.expert is None:
+        return  # nothing to judge, or `_variant` says what is wrong
+    if validation.every_steps and not validation_timesteps(config, known.expert_boundary):
+        side = "not below" if config.model.expert == "high_noise" else "below"
+        yield Problem(
+            f"the {config.model.expert} expert works at none of these timesteps",
+            "validation.timesteps",
+            hint=f"give some {side} {1000 * known.expert_boundary:g}",
+        )
+
+
 def _num_frames(config: RunConfig) -> Iterator[Problem]:
     counts = [("sampling.num_frames", config.sampling.num_frames)]
     counts += [
@@ -263,6 +304,7 @@ _RULES: tuple[Rule, ...] = (
     _timesteps,
     _dataset,
     _sampling,
+    _validation,
     _distributed,
     _full_finetune,
     _memory,

@@ -7,7 +7,7 @@ One object a line, each with `v` (format version), `time` (Unix seconds) and `ty
     sample      step, path, prompt, seed
     checkpoint  step, path
     output      step, path, strips [{title, frames [path of a picture…]}…]
-    validation  step, loss
+    validation  step, loss, by_timestep {"100": loss…}, items, seconds
     log | warning | error   message (and hint)
     end         reason ("done", "stopped", "failed"), step
 """

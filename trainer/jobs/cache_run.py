@@ -32,7 +32,7 @@ def run(request: CacheRequest, emit: Emit) -> None:
     device = pick_device(config)
     tile = config.memory.vae_tile
     report = run_cache(
-        config.dataset.load(),
+        config.load_all_sources(),
         variant=variant,
         vae=lazy_vae(config, variant, device),
         text_encoder=lazy_text_encoder(config, device),

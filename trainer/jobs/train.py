@@ -35,10 +35,12 @@ from trainer.jobs.train_parts import (
     TrainingData,
     build_engine,
     build_model,
+    build_validator,
     learning_rate,
     open_data,
     output_metadata,
     plan,
+    validation_notes,
 )
 from trainer.jobs.train_samples import TrainingSamples
 from trainer.loop import End, Run
@@ -125,7 +127,7 @@ class TrainingRun:
         samples = self._samples(variant)
         self.emit("phase", name="load", detail="transformer")
         model = build_model(config, build, world, data.order.largest_batch)
-        self._describe(model, data)
+        self._describe(model, data, variant)
         engine = build_engine(config, model, build, world)
         if samples is not None:
             samples.use(model.transformer)
@@ -193,6 +195,7 @@ class TrainingRun:
             ),
             resume=resume,
             make_samples=samples,
+            validator=build_validator(config, variant, model, data, self.world),
         )
 
     def _samples(self, variant: Variant) -> TrainingSamples | None:
@@ -233,7 +236,7 @@ class TrainingRun:
             self.emit.add(TensorBoardSink(self.run_dir.tensorboard))
         write_text(self.run_dir.config, dump_config(self.config, base=Path.cwd()))
 
-    def _describe(self, model: TrainedModel, data: TrainingData) -> None:
+    def _describe(self, model: TrainedModel, data: TrainingData, variant: Variant) -> None:
         if self.world.rank != 0:
             return
         trained = sum(parameter.numel() for parameter in model.trainable.values())
@@ -246,6 +249,8 @@ class TrainingRun:
             num_trained=trained,
             num_parameters=everything,
         )
+        for kind, message in validation_notes(self.config, variant, data):
+            self.emit(kind, message=message)
         for problem in data.cached.problems:
             self.emit("warning", message=f"not used: {problem}")
         environment = describe_environment(
@@ -281,6 +286,8 @@ class Console:
         if kind in {"log", "warning"}:
             prefix = "warning: " if kind == "warning" else ""
             return f"{prefix}{event['message']}"
+        if kind == "validation":
+            return f"validation at step {event['step']}: loss {event['loss']:.4f}"
         if kind in {"checkpoint", "output", "sample"}:
             return f"{kind}: {event['path']}"
         if kind == "phase":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,9 +15,7 @@ from trainer.contract.errors import ConfigError
 from trainer.contract.metadata import TrainingFacts, training_metadata
 from trainer.contract.variants import Variant
 from trainer.core.seams import Adapter, BuildContext, Engine, OptimizerFactory, Technique
-from trainer.data.cache_settings import CacheSettings
-from trainer.data.fingerprint import model_identity
-from trainer.data.items import CachedDataset, load_cached_dataset
+from trainer.data.items import CachedDataset, TrainingItem
 from trainer.data.loader import TrainingSteps
 from trainer.data.order import BatchOrder, require_full_step
 from trainer.engine.deepspeed import DeepSpeedEngine
@@ -32,12 +30,13 @@ from trainer.jobs.build import (
     load_base,
     trained_transformer_file,
 )
-from trainer.jobs.components import lazy_text_encoder
 from trainer.jobs.environment import menma_version
+from trainer.jobs.run_items import load_run_items, validation_settings
 from trainer.loop import Plan
 from trainer.models.wan.transformer import WanTransformer
 from trainer.training.lr import LearningRate
 from trainer.training.step import TrainStep
+from trainer.training.validation import Validator
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +47,10 @@ class TrainingData:
     order: BatchOrder
     steps: TrainingSteps
     total_steps: int
+    validation: tuple[TrainingItem, ...] = ()
+    """Cached items that are not trained on."""
+    shared_clips: int = 0
+    """Validation clips that are training clips, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +87,8 @@ def open_data(config: RunConfig, variant: Variant, world: World, config_name: st
     Raises:
         DataError: missing or stale caches, nothing to train on, or less than one step.
     """
-    vae, text_encoder = config.model.vae, config.model.text_encoder
-    image_encoder = config.model.image_encoder
-    settings = CacheSettings.of(
-        variant,
-        vae=model_identity(vae) if vae else None,
-        text_encoder=lazy_text_encoder(config, world.device).identity if text_encoder else None,
-        image_encoder=model_identity(image_encoder) if image_encoder else None,
-        dtype=config.memory.cache_dtype,
-    )
-    cached = load_cached_dataset(config.dataset.load(), settings, config=config_name)
+    items = load_run_items(config, variant, config_name)
+    cached = items.training
     order = BatchOrder(cached.items, config.training.seed)
     accumulation = config.training.gradient_accumulation_steps
     require_full_step(order, world_size=world.world_size, gradient_accumulation_steps=accumulation)
@@ -106,7 +101,7 @@ def open_data(config: RunConfig, variant: Variant, world: World, config_name: st
     )
     epochs = config.training.epochs
     total = config.training.max_steps if epochs is None else steps.steps_for_epochs(epochs)
-    return TrainingData(cached, order, steps, total)
+    return TrainingData(cached, order, steps, total, items.validation, items.shared_clips)
 
 
 def build_model(
@@ -172,6 +167,52 @@ def build_engine(
     )
 
 
+def build_validator(
+    config: RunConfig, variant: Variant, model: TrainedModel, data: TrainingData, world: World
+) -> Validator | None:
+    """Return what measures the validation loss; None where none is wanted."""
+    if not config.validation.every_steps:
+        return None
+    settings = validation_settings(config, variant)
+    return Validator(model.transformer, data.validation, settings, world)
+
+
+def validation_notes(
+    config: RunConfig, variant: Variant, data: TrainingData
+) -> Iterator[tuple[str, str]]:
+    """Yield what is worth knowing of a run's validation: kind of event, message."""
+    if not data.validation:
+        return
+    section = config.validation
+    settings = validation_settings(config, variant)
+    if not section.every_steps:
+        yield (
+            "log",
+            f"{len(data.validation)} items are held out of training and not measured: "
+            "validation.every_steps is 0",
+        )
+        return
+    skipped = sorted(set(section.timesteps) - set(settings.timesteps))
+    if skipped:
+        listed = ", ".join(f"{timestep:g}" for timestep in skipped)
+        yield (
+            "log",
+            f"not validated at timesteps {listed}: the other expert works there",
+        )
+    items = min(len(data.validation), section.max_items or len(data.validation))
+    forwards = items * len(settings.timesteps) * settings.noises_per_timestep
+    yield (
+        "log",
+        f"validation: {items} items, {forwards} predictions every {section.every_steps} steps",
+    )
+    if data.shared_clips:
+        yield (
+            "warning",
+            f"{data.shared_clips} clips of validation.sources are training clips, too: the "
+            "validation loss will look better than it is",
+        )
+
+
 def learning_rate(config: RunConfig, build: BuildContext) -> LearningRate:
     """Return the learning rate as a function of the step."""
     return LearningRate(
@@ -188,6 +229,8 @@ def plan(config: RunConfig, total_steps: int) -> Plan:
         total_steps=total_steps,
         checkpoint_every=config.checkpoint.every_steps,
         output_every=config.output.every_steps,
+        validate_every=config.validation.every_steps,
+        validate_at_start=config.validation.every_steps > 0 and config.validation.at_start,
         sample_every=config.sampling.every_steps,
         sample_at_start=config.sampling.at_start,
     )

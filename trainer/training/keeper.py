@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.contract.errors import ModelFileError
+from trainer.contract.errors import ModelFileError, NonFiniteError
 from trainer.contract.run_dir import RunDir
 from trainer.core.seams import Adapter, Engine, Technique
 from trainer.io.atomic_save import save_safetensors
 from trainer.io.mapped_load import open_weights
 from trainer.training.checkpoints import Checkpoint, CheckpointStore
 from trainer.training.reporter import EventLog, RunReporter, write_peaks
+from trainer.training.validation import Validator
 
 _TECHNIQUES = "techniques.safetensors"
 _MUST_AGREE = {
@@ -82,6 +83,7 @@ class RunKeeper:
         output: OutputFile,
         resume: Checkpoint | None,
         make_samples: Callable[[int], Sequence[Path]] | None,
+        validator: Validator | None,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -94,6 +96,7 @@ class RunKeeper:
         self._output = output
         self._resume = resume
         self._make_samples = make_samples
+        self._validator = validator
         self._saved_at = -1
 
     def restore(self) -> int:
@@ -143,6 +146,28 @@ class RunKeeper:
                 )
                 self._emit("output", step=step, path=str(path), final=final)
             self._engine.barrier()
+
+    def validate(self, step: int) -> None:
+        """Measure and report the validation loss; a run without validation has none.
+
+        A loss that is not finite is a warning: whether training can go on, the next step finds out.
+        """
+        if self._validator is None:
+            return
+        with self._reporter.paused():
+            try:
+                result = self._validator.measure()
+            except NonFiniteError as error:
+                self._emit("warning", message=f"step {step}: {error.message}", hint=error.hint)
+                return
+        self._emit(
+            "validation",
+            step=step,
+            loss=result.loss,
+            by_timestep={f"{t:.10g}": loss for t, loss in result.by_timestep.items()},
+            items=result.num_items,
+            seconds=round(result.seconds, 3),
+        )
 
     def sample(self, step: int) -> None:
         """Make the samples of this step; a run without prompts has none."""

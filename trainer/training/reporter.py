@@ -96,12 +96,17 @@ def memory_gib(device: torch.device) -> dict[str, float]:
     return memory
 
 
-def write_peaks(path: Path, device: torch.device) -> None:
-    """Write the peak memory of this process so far: host, and reserved on the GPU, in GiB."""
+def peaks_gib(device: torch.device) -> dict[str, float]:
+    """Return the peak memory of this process so far: host, and reserved on a GPU, in GiB."""
     peaks = memory_gib(device)
     peaks["peak_rss_gib"] = round(_peak_rss_bytes() / GIB, 3)
     del peaks["rss_gib"]
-    write_json(path, peaks)
+    return peaks
+
+
+def write_peaks(path: Path, device: torch.device) -> None:
+    """Write the peak memory of this process so far."""
+    write_json(path, peaks_gib(device))
 
 
 def _peak_rss_bytes() -> int:
@@ -144,6 +149,8 @@ class TensorBoardSink:
         prefix = "train" if event["type"] == "step" else "validation"
         figures = {key: event.get(key) for key in ("loss", "lr", "grad_norm", "step_time_s")}
         figures |= {f"terms/{name}": value for name, value in event.get("terms", {}).items()}
+        by_timestep = event.get("by_timestep", {})
+        figures |= {f"timestep_{name}": value for name, value in by_timestep.items()}
         figures |= {key: event.get(key) for key in ("rss_gib", "peak_vram_gib")}
         for name, value in figures.items():
             if isinstance(value, int | float):
