@@ -204,10 +204,19 @@ def words(event: Event, *, show_errors: bool) -> str:
         return ": ".join(str(part) for part in (event.get("name"), event.get("detail")) if part)
     at = f" at step {event['step']}" if event.get("step") is not None else ""
     if kind == "validation":
-        return f"validation loss{at}: {event.get('loss')}"
+        return _validation_words(event, at)
     if kind in {"sample", "checkpoint", "output"} and "path" in event:
         return f"{kind}{at}: {event['path']}"
     return ""
+
+
+def _validation_words(event: Event, at: str) -> str:
+    loss = event.get("loss")
+    if not isinstance(loss, float | int):
+        return ""
+    by_timestep = event.get("by_timestep") or {}
+    parts = ", ".join(f"{timestep}: {value:.4f}" for timestep, value in by_timestep.items())
+    return f"validation loss{at}: {loss:.4f}" + (f" ({parts})" if parts else "")
 
 
 def _with_hint(text: str, event: Event) -> str:

@@ -48,7 +48,7 @@ def test_a_check_lists_the_largest_buckets_and_says_so(monkeypatch: pytest.Monke
         for number, bucket in enumerate(BUCKETS)
     )
     checked = DatasetCheck(clips=5000, buckets=rows, batches_per_epoch=5000, problems=(), notes=())
-    monkeypatch.setattr(check, "check_dataset", lambda dataset, variant: checked)
+    monkeypatch.setattr(check, "check_dataset", lambda dataset, variant, **rest: checked)
     source = {"video_directory": "clips", "target_frames": [81]}
     config = RunConfig.model_validate({"dataset": {"sources": [source]}})
     said = Events()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainer.contract.dataset_config import DatasetConfig, SourceOptions
 from trainer.contract.errors import DataError, Problem
 from trainer.contract.variants import Variant
 from trainer.data.buckets import Bucket, num_tokens
+from trainer.data.cache_index import read_index, section_names
+from trainer.data.fingerprint import identify
+from trainer.data.holdout import Holdout
 from trainer.data.media import index_clip, probe
 from trainer.data.plan import in_threads, length_notes, plan_windows
 from trainer.data.sources import MediaItem, scan_source
@@ -31,7 +34,7 @@ class DatasetCheck:
     """The outcome of a check."""
 
     clips: int
-    """Clips that can be used."""
+    """Clips that can be trained on."""
     buckets: tuple[BucketSummary, ...]
     """Largest number of tokens first."""
     batches_per_epoch: int
@@ -40,14 +43,19 @@ class DatasetCheck:
     """Clips and captions that cannot be used, and folders that are not there."""
     notes: tuple[str, ...]
     """What is no fault and yet worth knowing."""
+    validation_clips: int = 0
+    """Clips to validate on, ..."""
+    validation_items: int = 0
+    """... and their windows."""
+    shared_clips: int = 0
+    """Clips of the validation sources that are training clips, too."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Looked:
     """One source after all its clips were looked at."""
 
-    clips: int
-    windows: Counter[Bucket]
+    clips: list[_Clip]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
 
@@ -58,44 +66,85 @@ class _Clip:
 
     buckets: list[Bucket]
     file_fps: float | None
+    content: str
+    """Hash of it; empty where nobody asks."""
 
 
 def check_dataset(
-    dataset: DatasetConfig, variant: Variant, *, num_threads: int = 4
+    dataset: DatasetConfig,
+    variant: Variant,
+    *,
+    holdout: Holdout | None = None,
+    num_threads: int = 4,
 ) -> DatasetCheck:
     """Look at every clip, several at once, without decoding more than their first frames.
 
-    A clip that is damaged further on is found when it is cached.
+    A clip that is damaged further on is found when it is cached. With a `holdout` those that are
+    not cached yet are read whole, since it goes by their content.
     """
-    looked = [_look(source, variant, num_threads) for source in dataset.sources]
-    windows = sum((source.windows for source in looked), Counter[Bucket]())
+    looked = [
+        _look(source, variant, num_threads, None if holdout is None else name)
+        for name, source in zip(section_names(dataset), dataset.sources, strict=True)
+    ]
+    training, validation = _parted(looked, holdout)
+    windows = [Counter(bucket for clip in clips for bucket in clip.buckets) for clips in training]
     rows = [
         BucketSummary(
             bucket=bucket,
             items=count,
             tokens=num_tokens(bucket, variant.vae_stride, variant.transformer.patch_size),
         )
-        for bucket, count in windows.items()
+        for bucket, count in sum(windows, Counter[Bucket]()).items()
     ]
     return DatasetCheck(
-        clips=sum(source.clips for source in looked),
+        clips=sum(len(clips) for clips in training),
         buckets=tuple(sorted(rows, key=lambda row: (-row.tokens, row.bucket))),
         batches_per_epoch=sum(
             -(-count * options.num_repeats // options.batch_size)
-            for options, source in zip(dataset.sources, looked, strict=True)
-            for count in source.windows.values()
+            for options, source in zip(dataset.sources, windows, strict=True)
+            for count in source.values()
         ),
         problems=tuple(problem for source in looked for problem in source.problems),
         notes=tuple(note for source in looked for note in source.notes),
+        validation_clips=len(validation),
+        validation_items=sum(len(clip.buckets) for clip in validation),
+        shared_clips=len(
+            {clip.content for clip in validation}
+            & {clip.content for clips in training for clip in clips}
+        ),
     )
 
 
-def _look(source: SourceOptions, variant: Variant, num_threads: int) -> _Looked:
+def _parted(
+    looked: Sequence[_Looked], holdout: Holdout | None
+) -> tuple[list[list[_Clip]], list[_Clip]]:
+    """Return the clips of each source to train on, and those of all sources to validate on."""
+    if holdout is None:
+        return [source.clips for source in looked], []
+    own = [clip for source in looked[holdout.first_source :] for clip in source.clips]
+    shared = [source.clips for source in looked[: holdout.first_source]]
+    held = holdout.clips(clip.content for clips in shared for clip in clips)
+    training = [[clip for clip in clips if clip.content not in held] for clips in shared]
+    validation = [clip for clips in shared for clip in clips if clip.content in held]
+    return training + [[] for _ in looked[holdout.first_source :]], validation + own
+
+
+def _look(
+    source: SourceOptions, variant: Variant, num_threads: int, section: str | None
+) -> _Looked:
+    """Look at a source; with its name in the cache's index also at the content of its clips."""
     scan = scan_source(source)
+    index = None if section is None else read_index(source.cache_path).get(section)
+    known = {} if index is None else index.items
 
     def look(item: MediaItem) -> _Clip | Problem:
         try:
-            return _look_at(item, source, variant)
+            clip = _look_at(item, source, variant)
+            if section is None:
+                return clip
+            cached = known.get(item.name)
+            identity = identify(item.path, cached.identity if cached else None)
+            return replace(clip, content=identity.content)
         except DataError as error:
             return Problem(error.message, file=item.path, hint=error.hint)
 
@@ -103,8 +152,7 @@ def _look(source: SourceOptions, variant: Variant, num_threads: int) -> _Looked:
     good = [clip for clip in found if not isinstance(clip, Problem)]
     lengths = [{bucket.num_frames for bucket in clip.buckets} for clip in good]
     return _Looked(
-        clips=len(good),
-        windows=Counter(bucket for clip in good for bucket in clip.buckets),
+        clips=good,
         problems=(*scan.problems, *(p for p in found if isinstance(p, Problem))),
         notes=(
             *_size_notes(source, variant),
@@ -125,7 +173,7 @@ def _look_at(item: MediaItem, source: SourceOptions, variant: Variant) -> _Clip:
         num_frames, width, height = clip.num_frames, clip.width, clip.height
         file_fps = clip.file_fps
     size, windows = plan_windows(num_frames, width, height, source, variant.pixel_multiple)
-    return _Clip([Bucket(*size, window.num_frames) for window in windows], file_fps)
+    return _Clip([Bucket(*size, window.num_frames) for window in windows], file_fps, content="")
 
 
 def _rate_notes(source: SourceOptions, clips: Sequence[_Clip]) -> list[str]:

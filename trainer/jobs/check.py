@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from trainer.contract.config import RunConfig
 from trainer.contract.config_io import load_config_with_sources, place_problems
 from trainer.contract.config_rules import check_files
+from trainer.contract.dataset_config import DatasetConfig
 from trainer.contract.errors import ConfigError, DataError, MenmaError, Problem, UserError
 from trainer.contract.jobs import CheckRequest
 from trainer.contract.variants import Variant
+from trainer.data.cache_index import read_index, section_names
 from trainer.data.cache_settings import CacheSettings
-from trainer.data.checks import check_dataset
+from trainer.data.checks import DatasetCheck, check_dataset
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import MAX_LISTED, Emit
 from trainer.jobs.components import require_vae, settle_variant, with_variant
+from trainer.jobs.run_items import holdout_of
 from trainer.models.wan.detect import recognise
 from trainer.sampling.prompts import read_prompts
 from trainer.sampling.requests import requests_of
@@ -125,11 +129,13 @@ def _dataset(
     if variant is None or any(problem.key.startswith("dataset") for problem in problems):
         return {}
     try:
-        dataset = config.dataset.load()
+        dataset = config.load_all_sources()
     except ConfigError as error:
         problems += error.problems
         return {}
-    checked = check_dataset(dataset, variant)
+    section = config.validation
+    validates = bool(section.split or section.sources)
+    checked = check_dataset(dataset, variant, holdout=holdout_of(config) if validates else None)
     for note in checked.notes:
         emit("log", message=note)
     if dataset.general.strict:
@@ -140,10 +146,13 @@ def _dataset(
     if len(checked.buckets) > MAX_LISTED:
         total = len(checked.buckets)
         emit("log", message=f"the largest {MAX_LISTED} of {total} buckets are listed")
-    if not checked.clips:
-        problems.append(Problem("no clip of the dataset can be used", "dataset"))
+    problems += _empty_sides(config, checked)
+    for note in _validation_notes(config, dataset, checked):
+        emit("warning", message=note)
     return {
         "clips": checked.clips,
+        "validation_clips": checked.validation_clips,
+        "validation_items": checked.validation_items,
         "batches_per_epoch": checked.batches_per_epoch,
         "num_problems": len(checked.problems),
         "buckets": [
@@ -151,3 +160,42 @@ def _dataset(
             for row in checked.buckets[:MAX_LISTED]
         ],
     }
+
+
+def _empty_sides(config: RunConfig, checked: DatasetCheck) -> list[Problem]:
+    """Return what is left without a clip: training, or the validation that is wanted."""
+    section = config.validation
+    if not checked.clips and checked.validation_clips and section.split:
+        return [
+            Problem(
+                f"holds out every clip: {checked.validation_clips} of {checked.validation_clips}",
+                "validation.split",
+                hint="set a smaller one, add clips, or set another validation.seed",
+            )
+        ]
+    problems = []
+    if not checked.clips:
+        problems.append(Problem("no clip of the dataset can be used", "dataset"))
+    if section.sources and not checked.validation_clips:
+        problems.append(Problem("no clip of them can be used", "validation.sources"))
+    return problems
+
+
+def _validation_notes(
+    config: RunConfig, dataset: DatasetConfig, checked: DatasetCheck
+) -> Iterator[str]:
+    """Yield what is likely not meant."""
+    if checked.shared_clips:
+        yield (
+            f"{checked.shared_clips} clips of validation.sources are training clips, too: the "
+            "validation loss will look better than it is"
+        )
+    first = holdout_of(config).first_source
+    cached = [
+        name in read_index(source.cache_path)
+        for name, source in zip(section_names(dataset), dataset.sources, strict=True)
+    ]
+    if any(cached[:first]):  # else nothing is cached, which is no surprise
+        for index, is_cached in enumerate(cached[first:]):
+            if not is_cached:
+                yield f"validation.sources[{index}] is not cached yet: run `menma cache` again"

@@ -58,6 +58,8 @@ def _report(
             "warnings": list(warnings),
             "variant": found.get("variant") or None,
             "clips": found.get("clips"),
+            "validation_clips": found.get("validation_clips"),
+            "validation_items": found.get("validation_items"),
             "batches_per_epoch": found.get("batches_per_epoch"),
             "buckets": found.get("buckets", []),
         }
@@ -68,9 +70,12 @@ def _show_dataset(end: Mapping[str, Any]) -> None:
     if buckets := end.get("buckets"):
         rows = [(row["bucket"], str(row["items"]), str(row["tokens"])) for row in buckets]
         output.data(output.table(("BUCKET", "ITEMS", "TOKENS"), rows, right="ITEMS TOKENS"))
+    held = ""
+    if clips := end.get("validation_clips"):
+        held = f" Validation: {clips} clips, {end.get('validation_items', 0)} items."
     output.say(
         f"Model: {end.get('variant') or 'not recognised'}. Clips: {end.get('clips', 0)}. "
-        f"Batches an epoch: {end.get('batches_per_epoch', 0)}."
+        f"Batches an epoch: {end.get('batches_per_epoch', 0)}.{held}"
     )
 
 
