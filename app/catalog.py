@@ -11,6 +11,7 @@ COMMANDS: dict[str, str] = {
     "cache": "app.cli.commands.cache",
     "train": "app.cli.commands.train",
     "sample": "app.cli.commands.sample",
+    "eval": "app.cli.commands.eval",
     "lora": "app.cli.commands.lora",
     "merge": "app.cli.commands.merge",
     "runs": "app.cli.commands.runs",

@@ -12,7 +12,7 @@ from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.registry import nearest
 from trainer.contract.variants import VARIANTS
 
-JobName = Literal["cache", "train", "sample"]
+JobName = Literal["cache", "train", "sample", "eval"]
 Rule = Callable[[RunConfig], Iterator[Problem]]
 
 
@@ -45,7 +45,8 @@ def check_files(config: RunConfig, job: JobName) -> list[Problem]:
         for key, path in named
         if path is not None and not path.exists()
     ]
-    if job != "sample":
+    has_validation = bool(config.validation.split or config.validation.sources)
+    if job in {"cache", "train"} or (job == "eval" and has_validation):
         problems += _dataset_files(config)
     return problems
 
@@ -114,7 +115,8 @@ def _required_files(config: RunConfig, job: JobName) -> list[str]:
         encoders.append("image_encoder")
     if job == "cache":
         return encoders
-    if job == "sample" or config.sampling.every_steps or config.sampling.at_start:
+    samples = job == "train" and (config.sampling.every_steps or config.sampling.at_start)
+    if samples or job == "sample" or (job == "eval" and config.probe.kind != "none"):
         both = known is not None and known.experts
         return ["transformer", *(["transformer_high_noise"] if both else []), *encoders]
     return ["transformer_high_noise" if config.model.expert == "high_noise" else "transformer"]

@@ -68,6 +68,15 @@ class SampleJobRequest(ConfigRequest):
     """Take this run's newest output file as a LoRA, too."""
 
 
+class EvalRequest(ConfigRequest):
+    """Measure one subject: a run, or a config with the run that it has."""
+
+    run_dir: Path | None = None
+    """Run whose newest output file is measured; empty: the config's own run, or the base alone."""
+    save: Path | None = None
+    """Folder for the videos that the probe looks at; nothing in it is overwritten."""
+
+
 class MergeRequest(Options):
     """Bake LoRAs into a base model."""
 
@@ -136,6 +145,7 @@ JOBS: Registry[object] = Registry(
     Entry("cache", "trainer.jobs.cache_run:run", "encode clips and captions"),
     Entry("train", "trainer.jobs.train:run", "train"),
     Entry("sample", "trainer.jobs.sample_run:run", "generate videos or images"),
+    Entry("eval", "trainer.jobs.eval_run:run", "validation loss and figures of a probe"),
     Entry("merge", "trainer.jobs.lora_tools:run_merge", "bake LoRAs into a base model"),
     Entry("convert", "trainer.jobs.lora_tools:run_convert", "rewrite a LoRA in another layout"),
     Entry("inspect", "trainer.jobs.lora_tools:run_inspect", "describe a LoRA file"),
@@ -150,6 +160,7 @@ REQUESTS: dict[str, type[Options]] = {
     "cache": CacheRequest,
     "train": TrainRequest,
     "sample": SampleJobRequest,
+    "eval": EvalRequest,
     "merge": MergeRequest,
     "convert": ConvertRequest,
     "inspect": InspectRequest,

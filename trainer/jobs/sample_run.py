@@ -91,6 +91,12 @@ def transformer_files(config: RunConfig, variant: Variant) -> TransformerFiles:
     return files
 
 
+def newest_output(run: RunDir) -> Path | None:
+    """Return the output file that a run wrote last; None: it has none yet."""
+    outputs = run.output.glob("*.safetensors")
+    return max(outputs, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 def _prompts(request: SampleJobRequest, config: RunConfig) -> tuple[Prompt, ...]:
     if request.prompts and request.prompts_file is not None:
         raise ConfigError("prompts and a prompt file at once", hint="give one of the two")
@@ -107,8 +113,7 @@ def _use_run(
     folder: Path, config: RunConfig, files: TransformerFiles, loras: list[LoRAUse]
 ) -> None:
     """Put the newest output of a run to use: as a LoRA, or in the place of what it fine-tuned."""
-    outputs = RunDir(folder).output.glob("*.safetensors")
-    newest = max(outputs, key=lambda path: path.stat().st_mtime_ns, default=None)
+    newest = newest_output(RunDir(folder))
     if newest is None:
         raise ConfigError(
             f"{folder} has no output file yet", hint="wait for its first one, or sample the config"

@@ -86,7 +86,9 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
 
     Example: menma sample runs/my-lora --prompt "a fish in the rain" --frames 33
     """
-    config, run_dir = _source(source)
+    from app.cli.subjects import config_and_run
+
+    config, run_dir = config_and_run(source)
     settings = {
         "negative_prompt": negative_prompt,
         "width": width,
@@ -117,16 +119,6 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         return
     for path in result.paths:
         output.data(path)
-
-
-def _source(source: Path) -> tuple[Path, Path | None]:
-    """Return the config, and the run directory when a run is meant."""
-    from app.cli.commands.runs import RUNS, find_run
-
-    if source.suffix == ".toml" or source.is_file():
-        return source, None
-    run = find_run(str(source), RUNS)
-    return run.config, run.root
 
 
 def _overrides(settings: dict[str, Any]) -> list[str]:

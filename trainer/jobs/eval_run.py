@@ -1,0 +1,238 @@
+"""The job `eval`: from a run, or a config, to its figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.adapters import load_adapter
+from trainer.contract.config import RunConfig
+from trainer.contract.errors import ConfigError
+from trainer.contract.jobs import EvalRequest
+from trainer.contract.run_dir import RunDir
+from trainer.contract.variants import Variant
+from trainer.core.seams import BuildContext, Probe
+from trainer.io.mapped_load import open_weights
+from trainer.jobs.base import Emit
+from trainer.jobs.build import DTYPES, build_plugin, freeze, load_base, pick_device
+from trainer.jobs.cache_run import progress_events
+from trainer.jobs.components import lazy_text_encoder, lazy_vae, settle_variant
+from trainer.jobs.config_job import read_config
+from trainer.jobs.eval import (
+    EvalParts,
+    Measured,
+    Trained,
+    ValidationSet,
+    measure,
+    shot_requests,
+    shots_fingerprint,
+    write_videos,
+)
+from trainer.jobs.run_facts import training_facts
+from trainer.jobs.run_items import load_validation_items, validation_settings
+from trainer.jobs.sample import SampleLoaders
+from trainer.jobs.sample_run import newest_output
+from trainer.sampling.pipeline import Expert
+from trainer.training.reporter import peaks_gib
+from trainer.training.validation import ValidationResult
+
+
+def run(request: EvalRequest, emit: Emit) -> None:
+    """Evaluate; the `end` event holds the figures (docs/eval.md).
+
+    Raises:
+        MenmaError: the config, its files or caches, or the run do not do.
+    """
+    started = time.monotonic()
+    config = read_config(request, "eval")
+    variant = settle_variant(config)
+    device = pick_device(config)
+    notes: list[str] = []
+    trained, run_dir = _trained(request, config, notes)
+    validation = _validation_set(request, config, variant, notes)
+    build = BuildContext(variant=variant, seed=config.training.seed, device=device, total_steps=0)
+    probe: Probe = build_plugin(config.probe, "kind", build, where="probe")
+    shots = shot_requests(probe.shots(), variant, config.sampling, probe=config.probe.kind)
+    tile = config.memory.vae_tile
+    measured = measure(
+        EvalParts(
+            variant=variant,
+            trained=trained,
+            expert=config.model.expert or "low_noise",
+            loaders=_loaders(config, variant, device, samples=bool(shots)),
+            load_trained=lambda path: _load(config, path, device),
+            validation=validation,
+            shots=shots,
+            device=device,
+            tile=(tile, tile) if tile else None,
+            progress=progress_events(emit),
+        )
+    )
+    figures = probe.judge(measured.videos) if shots else {}
+    if request.save is not None:
+        write_videos(request.save, shots, measured.videos)
+    emit(
+        "end",
+        reason="done",
+        name=config.name,
+        config=str(request.config),
+        run=None if run_dir is None else str(run_dir.root),
+        variant=variant.name,
+        expert=config.model.expert,
+        **_trained_fields(config, trained, run_dir),
+        validation=_validation_fields(validation, measured),
+        probe=None
+        if not shots
+        else {
+            "kind": config.probe.kind,
+            "shots": len(shots),
+            "fingerprint": shots_fingerprint(shots),
+            "figures": dict(figures),
+            "videos": None if request.save is None else str(request.save),
+        },
+        evaluation={"seconds": round(time.monotonic() - started, 3), **_peaks(peaks_gib(device))},
+        notes=notes,
+    )
+
+
+def _trained(
+    request: EvalRequest, config: RunConfig, notes: list[str]
+) -> tuple[Trained | None, RunDir | None]:
+    """Return the newest output of the run that is meant, and that run.
+
+    Raises:
+        ConfigError: a run is given, and has no output yet.
+    """
+    run_dir = RunDir(request.run_dir or config.run_dir)
+    newest = newest_output(run_dir)
+    if newest is None:
+        if request.run_dir is not None:
+            raise ConfigError(
+                f"{request.run_dir} has no output file yet",
+                hint="wait for its first one; `menma eval` on the config measures the base alone",
+            )
+        notes.append(f"the base alone: there is no output of a run in {run_dir.root}")
+        return None, None
+    trained = Trained(
+        path=newest,
+        expert=config.model.expert or "low_noise",
+        is_model=config.adapter.kind == "none",
+    )
+    return trained, run_dir
+
+
+def _validation_set(
+    request: EvalRequest, config: RunConfig, variant: Variant, notes: list[str]
+) -> ValidationSet | None:
+    section = config.validation
+    if not section.split and not section.sources:
+        notes.append(
+            "no validation loss: the config holds out no clips "
+            "(validation.split, or [[validation.sources]])"
+        )
+        return None
+    settings = validation_settings(config, variant)
+    if not settings.timesteps:
+        raise ConfigError(
+            f"the {config.model.expert} expert works at none of validation.timesteps",
+            hint=f"its boundary is at timestep {1000 * variant.expert_boundary:g}",
+        )
+    return ValidationSet(
+        items=load_validation_items(config, variant, str(request.config)), settings=settings
+    )
+
+
+def _loaders(
+    config: RunConfig, variant: Variant, device: torch.device, *, samples: bool
+) -> SampleLoaders:
+    """Return how to get the models; the encoders' files are looked at only when there is a need."""
+    model = config.model
+    files: dict[Expert, Path | None] = {
+        "low_noise": model.transformer,
+        "high_noise": model.transformer_high_noise,
+    }
+    wanted: tuple[Expert, ...] = ("low_noise", "high_noise")
+    if not (samples and variant.experts):
+        wanted = (model.expert or "low_noise",)
+    for expert in wanted:
+        if files[expert] is None:
+            field = "transformer" if expert == "low_noise" else "transformer_high_noise"
+            raise ConfigError(
+                f"evaluating {variant.name} needs model.{field}", hint="set it in the config"
+            )
+
+    def transformer(expert: Expert) -> nn.Module:
+        path = files[expert]
+        assert path is not None, "checked above"
+        return _load(config, path, device)
+
+    vae = lazy_vae(config, variant, device).load if samples else _not_needed
+    text_encoder = lazy_text_encoder(config, device).load if samples else _not_needed
+    return SampleLoaders(text_encoder=text_encoder, transformer=transformer, vae=vae)
+
+
+def _not_needed() -> Any:
+    raise AssertionError("an encoder is loaded, though no video is made")
+
+
+def _load(config: RunConfig, path: Path, device: torch.device) -> nn.Module:
+    dtype = DTYPES[config.memory.weight_format]
+    return freeze(load_base(config, path, device=device, dtype=dtype))
+
+
+def _trained_fields(
+    config: RunConfig, trained: Trained | None, run_dir: RunDir | None
+) -> dict[str, Any]:
+    """Return what is known of the trained file and of its training."""
+    if trained is None or run_dir is None:
+        return {"output": None, "step": None, "adapter": None, "training": None}
+    weights = open_weights(trained.path)
+    step = weights.metadata.get("ss_steps", "")
+    if trained.is_model:
+        num_parameters = sum(prod(tensor.shape) for tensor in weights.values())
+    else:
+        pairs = load_adapter(trained.path, expert=config.model.expert).values()
+        num_parameters = sum(pair.down_RI.numel() + pair.up_OR.numel() for pair in pairs)
+    facts = training_facts(run_dir, trained.path)
+    return {
+        "output": str(trained.path),
+        "step": int(step) if step.isdecimal() else None,
+        "adapter": {
+            "kind": config.adapter.kind,
+            "parameters": num_parameters,
+            "bytes": trained.path.stat().st_size,
+        },
+        "training": {
+            "seconds": facts.seconds,
+            "peak_vram_gib": facts.peak_vram_gib,
+            "peak_rss_gib": facts.peak_rss_gib,
+        },
+    }
+
+
+def _validation_fields(
+    validation: ValidationSet | None, measured: Measured
+) -> dict[str, Any] | None:
+    if validation is None or measured.base is None:
+        return None
+    return {
+        "items": measured.base.num_items,
+        "fingerprint": validation.fingerprint,
+        "base": _loss_fields(measured.base),
+        "trained": None if measured.trained is None else _loss_fields(measured.trained),
+    }
+
+
+def _loss_fields(result: ValidationResult) -> dict[str, Any]:
+    by_timestep = {f"{timestep:g}": loss for timestep, loss in result.by_timestep.items()}
+    return {"loss": result.loss, "by_timestep": by_timestep}
+
+
+def _peaks(peaks: Mapping[str, float]) -> dict[str, float | None]:
+    return {key: peaks.get(key) for key in ("peak_vram_gib", "peak_rss_gib")}
