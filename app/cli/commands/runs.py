@@ -16,6 +16,7 @@ from app.cli.options import Json, RunsDir, command_app
 from app.runs import control
 from app.runs.durations import duration
 from app.runs.state import RunState, State, find_runs, is_run_dir, read_state
+from app.runs.validation import ValidationPoint, curve_words, validation_curve
 from trainer.contract.errors import UserError
 from trainer.contract.registry import nearest
 from trainer.contract.run_dir import Request, RunDir
@@ -52,6 +53,7 @@ def show(name: Name, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
 
     run = find_run(name, runs_dir)
     state = read_state(run)
+    curve = validation_curve(run)
     files = {
         "config": str(run.config),
         "events": str(run.events),
@@ -61,9 +63,10 @@ def show(name: Name, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
         "samples": sorted(str(path) for path in run.samples.glob("*") if path.is_file()),
     }
     if as_json:
-        output.json_data({**state.to_json(), "files": files})
+        points = [point.to_json() for point in curve]
+        output.json_data({**state.to_json(), "validation": points, "files": files})
         return
-    for line in _details(state, files):
+    for line in _details(state, curve, files):
         output.data(line)
 
 
@@ -195,13 +198,14 @@ def _reason(state: RunState) -> str:
     return f" ({state.why})" if state.why else ""
 
 
-def _details(state: RunState, files: dict[str, Any]) -> list[str]:
+def _details(state: RunState, curve: list[ValidationPoint], files: dict[str, Any]) -> list[str]:
     shown = {
         "name": state.name,
         "folder": str(state.root),
         "state": f"{state.state.value}{_reason(state)}",
         "step": "" if state.step is None else f"{state.step} of {state.total_steps or '?'}",
         "loss": "" if state.loss is None else f"{state.loss:.4f}",
+        "validation": curve_words(curve),
         "ETA": "" if state.eta_s is None or not state.state.is_live else duration(state.eta_s),
         "started": _clock(state.started),
         "ended": _clock(state.ended),
