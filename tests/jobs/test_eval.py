@@ -259,7 +259,7 @@ def test_a_full_fine_tune_is_the_model_itself(project: VariantProject) -> None:
     assert_loss(end["validation"]["base"], loss_of(project, "full.toml", weights(project)), 1e-7)
     assert_loss(end["validation"]["trained"], loss_of(project, "full.toml", tuned), 1e-7)
     assert end["validation"]["base"]["loss"] != end["validation"]["trained"]["loss"]
-    assert end["adapter"]["kind"] == "none"
+    assert (end["step"], end["adapter"]["kind"]) == (2, "none")
     assert end["adapter"]["parameters"] == sum(p.numel() for p in tuned.parameters())
     seen = Watching.seen
     done = project.sample(
@@ -285,6 +285,25 @@ def test_without_validation_and_probe_no_model_is_loaded(
     assert end["step"] == 2
     (note,) = end["notes"]
     assert "no validation loss" in note
+
+
+def test_clips_that_may_have_been_learned_are_told(project: VariantProject) -> None:
+    def notes(**changes: Any) -> list[str]:
+        config = project.write("eval.toml", name="lora", **changes)
+        return list(evaluate(project, config)["notes"])
+
+    assert notes() == []
+    assert notes(validation__split=0.3) == []  # part of what was held out
+    for changes in ({"validation__split": 0.5}, {"validation__seed": 1}):
+        (note,) = notes(**changes)
+        assert "may be among the ones that it has learned" in note
+
+    twice = [{"video_directory": "clips", "cache_directory": "twice", "target_frames": [5]}]
+    validation = {"sources": twice, "timesteps": [200.0]}
+    config = project.write("eval.toml", name="lora", validation=validation)
+    project.job("cache", config=config)
+    (note,) = evaluate(project, config)["notes"]
+    assert note == "3 clips of validation.sources are also training clips"
 
 
 def test_an_expert_of_a_pair_is_measured_at_its_own_timesteps(tmp_path: Path) -> None:

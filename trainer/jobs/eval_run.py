@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tomllib
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from trainer.adapters import load_adapter
-from trainer.contract.config import RunConfig
+from trainer.contract.config import RunConfig, ValidationSection
 from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import EvalRequest
 from trainer.contract.run_dir import RunDir
@@ -35,7 +36,7 @@ from trainer.jobs.eval import (
     write_videos,
 )
 from trainer.jobs.run_facts import training_facts
-from trainer.jobs.run_items import load_validation_items, validation_settings
+from trainer.jobs.run_items import load_run_items, validation_settings
 from trainer.jobs.sample import SampleLoaders
 from trainer.jobs.sample_run import newest_output
 from trainer.sampling.pipeline import Expert
@@ -55,7 +56,7 @@ def run(request: EvalRequest, emit: Emit) -> None:
     device = pick_device(config)
     notes: list[str] = []
     trained, run_dir = _trained(request, config, notes)
-    validation = _validation_set(request, config, variant, notes)
+    validation = _validation_set(request, config, variant, run_dir, notes)
     build = BuildContext(variant=variant, seed=config.training.seed, device=device, total_steps=0)
     probe: Probe = build_plugin(config.probe, "kind", build, where="probe")
     shots = shot_requests(probe.shots(), variant, config.sampling, probe=config.probe.kind)
@@ -128,7 +129,11 @@ def _trained(
 
 
 def _validation_set(
-    request: EvalRequest, config: RunConfig, variant: Variant, notes: list[str]
+    request: EvalRequest,
+    config: RunConfig,
+    variant: Variant,
+    run_dir: RunDir | None,
+    notes: list[str],
 ) -> ValidationSet | None:
     section = config.validation
     if not section.split and not section.sources:
@@ -143,9 +148,28 @@ def _validation_set(
             f"the {config.model.expert} expert works at none of validation.timesteps",
             hint=f"its boundary is at timestep {1000 * variant.expert_boundary:g}",
         )
-    return ValidationSet(
-        items=load_validation_items(config, variant, str(request.config)), settings=settings
-    )
+    items = load_run_items(config, variant, str(request.config))
+    if items.shared_clips:
+        notes.append(f"{items.shared_clips} clips of validation.sources are also training clips")
+    if run_dir is not None and not _held_out(section, run_dir):
+        notes.append(
+            "the run held out other clips when it trained: those measured here may be among the "
+            "ones that it has learned"
+        )
+    return ValidationSet(items=items.validation, settings=settings)
+
+
+def _held_out(section: ValidationSection, run_dir: RunDir) -> bool:
+    """Tell whether the run has not trained on the clips that `section` splits off."""
+    if not section.split:
+        return True  # they have sources of their own
+    try:
+        content = tomllib.loads(run_dir.config.read_text(encoding="utf-8"))
+        trained_with = ValidationSection.model_validate(content.get("validation", {}))
+    except (OSError, ValueError):
+        return False  # nothing says that it has held out any
+    # A smaller share of the same seed is part of the larger one.
+    return trained_with.seed == section.seed and trained_with.split >= section.split
 
 
 def _loaders(
