@@ -65,6 +65,17 @@ def test_counted_phases_are_progress_and_other_events_are_words(capsys):
     ]
 
 
+def test_a_validation_is_told_with_its_timesteps():
+    event = {
+        "type": "validation",
+        "step": 20,
+        "loss": 0.25,
+        "by_timestep": {"100": 0.2, "900": 0.3},
+    }
+    told = words(event, show_errors=True)
+    assert told == "validation loss at step 20: 0.2500 (100: 0.2000, 900: 0.3000)"
+
+
 def test_errors_are_shown_where_nobody_else_shows_them():
     event = {"type": "error", "message": "full", "hint": "free some space"}
     assert words(event, show_errors=True) == "error: full\n  free some space"

@@ -113,6 +113,25 @@ def test_options_belong_to_the_chosen_plugin(tmp_path: Path) -> None:
         ),
         ("[sampling]\nevery_steps = 5\n", "there is no prompt"),
         ("[sampling]\nnum_frames = 16\n", "use 13 or 17"),
+        ("[validation]\nevery_steps = 5\n", "there is no clip to measure it on"),
+        (
+            "[validation]\nsplit = 0.1\n[[validation.sources]]\nvideo_directory = 'v'\n",
+            "validation.split: clips held out of the dataset and clips of its own at once",
+        ),
+        ("[validation]\nsplit = 1.0\n", "validation.split: input should be less than 1"),
+        ("[validation]\ntimesteps = [0]\n", "timesteps[0]: input should be greater than 0"),
+        ("[validation]\ntimesteps = [1001]\n", "less than or equal to 1000"),
+        ("[validation]\ntimesteps = []\n", "validation.timesteps"),
+        (
+            '[model]\nvariant = "wan2.2-t2v-a14b"\nexpert = "high_noise"\n'
+            "[validation]\nevery_steps = 5\nsplit = 0.1\ntimesteps = [870]\n",
+            "works at none of these timesteps (give some not below 875)",
+        ),
+        (
+            '[model]\nvariant = "wan2.2-t2v-a14b"\nexpert = "low_noise"\n'
+            "[validation]\nevery_steps = 5\nsplit = 0.1\ntimesteps = [875]\n",
+            "works at none of these timesteps (give some below 875)",
+        ),
         (
             "[memory]\nkeep_attention = true\ngradient_checkpointing = false\n",
             "everything is kept anyway",
@@ -140,6 +159,44 @@ def test_inline_dataset_problems_stand_at_their_lines(tmp_path: Path) -> None:
     problems = "\n".join(problems_of(path))
     assert f"{path}:2: dataset.general.batch_sise" in problems
     assert f"{path}:5: dataset.sources[0].frame_extraction" in problems
+
+
+def test_validation_source_problems_stand_at_their_lines(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        '[dataset]\nfile = "not there yet.toml"\n[[validation.sources]]\nvideo_directory = "v"\n'
+        '[[validation.sources]]\nvideo_directory = "v"\ntarget_frame = [5]\n',
+    )
+    (problem,) = problems_of(path)
+    assert f"{path}:7: validation.sources[1].target_frame: unknown key" in problem
+    assert "target_frames" in problem
+
+
+def test_validation_sources_follow_the_dataset_and_take_its_general_keys(tmp_path: Path) -> None:
+    listed = 'video_directory = "a"\nbatch_size = 3\n'
+    dataset = write(tmp_path, f"[general]\nresolution = 64\n[[datasets]]\n{listed}", "dataset.toml")
+    own = '[[validation.sources]]\nvideo_directory = "b"\n[[validation.sources]]\n'
+    own += 'image_directory = "c"\nresolution = 32\n'
+    for where, text in (
+        ("file", f'[dataset]\nfile = "{dataset}"\n'),
+        ("inline", f"[dataset.general]\nresolution = 64\n[[dataset.sources]]\n{listed}"),
+    ):
+        config = load_config(write(tmp_path, text + own, f"{where}.toml"), environ={})
+        first, second, third = config.load_all_sources().sources
+        assert first == config.dataset.load().sources[0]
+        assert [source.media_path.name for source in (first, second, third)] == ["a", "b", "c"]
+        assert [s.resolution for s in (first, second, third)] == [(64, 64), (64, 64), (32, 32)]
+        assert second.batch_size == 1
+        missing = [problem.key for problem in check_files(config, "train")]
+        assert "validation.sources[0]" in missing
+        assert "validation.sources[1]" in missing
+        again = load_config(write(tmp_path, dump_config(config), "again.toml"), environ={})
+        assert again == config
+
+
+def test_timesteps_are_ascending_and_each_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "[validation]\ntimesteps = [900, 0.5, 900.0]\n")
+    assert load_config(path, environ={}).validation.timesteps == (0.5, 900.0)
 
 
 def test_files_that_are_not_configs(tmp_path: Path) -> None:

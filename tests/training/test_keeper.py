@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from tests.engine.toy import AdamWFactory, LoraStep, make_batch
-from trainer.contract.errors import ModelFileError
+from trainer.contract.errors import ModelFileError, NonFiniteError
 from trainer.contract.run_dir import RunDir
 from trainer.core.seams import Technique
 from trainer.engine.local import LocalEngine
 from trainer.training.checkpoints import CheckpointStore
 from trainer.training.keeper import Identity, OutputFile, RunKeeper
 from trainer.training.reporter import EventLog, RunReporter
+from trainer.training.validation import ValidationResult
 
 IDENTITY = Identity(
     variant="wan2.2-t2v-a14b",
@@ -228,3 +229,38 @@ def test_a_run_without_prompts_makes_no_samples(bench: Bench) -> None:
 def test_samples_are_events(bench: Bench, tmp_path: Path) -> None:
     bench.keeper(samples=lambda step: [tmp_path / f"{step}.mp4"]).sample(5)
     assert bench.events[-1] == {"type": "sample", "step": 5, "path": str(tmp_path / "5.mp4")}
+
+
+class FakeValidator:
+    """Has a figure ready."""
+
+    def __init__(self, loss: float) -> None:
+        self.loss = loss
+
+    def measure(self) -> ValidationResult:
+        if self.loss != self.loss:
+            raise NonFiniteError("the validation loss is NaN for clip3", hint="look at it")
+        by_timestep = {0.5: self.loss, 900.0: 3.0}
+        return ValidationResult(
+            loss=self.loss, by_timestep=by_timestep, num_items=4, seconds=1.23456
+        )
+
+
+def test_a_validation_is_an_event_that_json_can_hold(bench: Bench) -> None:
+    bench.keeper(validator=FakeValidator(2.0)).validate(5)
+    assert bench.events[-1] == {
+        "type": "validation",
+        "step": 5,
+        "loss": 2.0,
+        "by_timestep": {"0.5": 2.0, "900": 3.0},
+        "items": 4,
+        "seconds": 1.235,
+    }
+    bench.keeper().validate(6)
+    assert len(bench.events) == 1
+
+
+def test_a_validation_loss_that_is_nan_is_a_warning_and_not_the_end(bench: Bench) -> None:
+    bench.keeper(validator=FakeValidator(float("nan"))).validate(5)
+    assert bench.said("warning") == ["step 5: the validation loss is NaN for clip3"]
+    assert not any(event["type"] == "validation" for event in bench.events)

@@ -45,6 +45,9 @@ class Recorder:
     def output(self, step: int, *, final: bool) -> None:
         self.log.append(f"output {step}{' final' if final else ''}")
 
+    def validate(self, step: int) -> None:
+        self.log.append(f"validate {step}")
+
     def sample(self, step: int) -> None:
         self.log.append(f"sample {step}")
 
@@ -100,6 +103,21 @@ def test_everything_is_due_when_the_plan_says() -> None:
         "train 4", "checkpoint 4", "sample 4",
         "output 4 final",
     ]  # fmt: skip
+
+
+def test_validation_follows_saving_and_the_last_step_in_any_case() -> None:
+    plan = {"total_steps": 5, "validate_every": 2, "validate_at_start": True, "checkpoint_every": 2}
+    _, log = run(Recorder(), **plan, sample_every=2)
+    assert [entry for entry in log if not entry.startswith("train")] == [
+        "start 0/5", "validate 0",
+        "checkpoint 2", "validate 2", "sample 2",
+        "checkpoint 4", "validate 4", "sample 4",
+        "checkpoint 5", "validate 5", "output 5 final",
+    ]  # fmt: skip
+    _, resumed = run(Recorder(resume_at=4), **plan)
+    assert resumed == ["start 4/5", "train 5", "checkpoint 5", "validate 5", "output 5 final"]
+    _, without = run(Recorder(), total_steps=2)
+    assert "validate 2" not in without
 
 
 def test_the_last_step_writes_one_output() -> None:

@@ -59,9 +59,13 @@ def test_tensorboard_gets_the_figures_of_the_events(tmp_path: Path) -> None:
     emit("log", message="not a figure")
     for step in (1, 2, 3):
         emit("step", step=step, total_steps=3, loss=step / 2, terms={"loss": step / 2}, lr=0.1)
+    emit("validation", step=3, loss=2.5, by_timestep={"100": 2.0, "900": 3.0}, items=4)
     log = EventAccumulator(str(tmp_path))
     log.Reload()
-    assert set(log.Tags()["scalars"]) == {"train/loss", "train/lr", "train/terms/loss"}
+    validation = {"validation/loss", "validation/timestep_100", "validation/timestep_900"}
+    training = {"train/loss", "train/lr", "train/terms/loss"}
+    assert set(log.Tags()["scalars"]) == training | validation
+    assert [(s.step, s.value) for s in log.Scalars("validation/timestep_900")] == [(3, 3.0)]
     assert [(s.step, s.value) for s in log.Scalars("train/loss")] == [(1, 0.5), (2, 1.0), (3, 1.5)]
 
 

@@ -169,9 +169,10 @@ class Validator:
             for item, place, _ in wrong
         )
         listed = ", ".join(list(named)[:_MAX_NAMED])
+        more = len(named) - _MAX_NAMED
         raise NonFiniteError(
-            f"the validation loss is not finite for {len(named)} pairs of item and timestep: "
-            f"{listed}",
+            f"the validation loss is NaN or infinite for {listed}"
+            + (f" and {more} more" if more > 0 else ""),
             hint="look at these clips and their captions; if they are fine, lower the learning "
             "rate or set memory.weight_format = 'fp32'",
         )
