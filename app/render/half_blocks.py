@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 UPPER_HALF = "▀"
 GAP = 1
 """Columns between two frames."""
-MIN_COLUMNS = 8
-"""A frame that would be narrower shows nothing: fewer frames are drawn instead."""
+MIN_COLUMNS = 16
+"""Narrower frames would be too coarse to recognise anything: fewer are drawn instead."""
 
 Pixel = tuple[int, int, int]
 

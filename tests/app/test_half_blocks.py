@@ -121,11 +121,11 @@ def test_whatever_the_sizes_it_fits_and_keeps_the_aspect(width, height, frames, 
 
 
 def test_too_many_frames_are_thinned_out_evenly_first_and_last_kept():
-    console = terminal(20, 24)
-    shades = [picture(2, 8, (value, 0, 0)) for value in (10, 20, 30, 40, 50)]
-    print_strips(console, [Strip("", shades)])
-    found = re.findall(r"38;2;(\d+);0;0", drawn(console)[1])
-    assert found == ["10", "50"]
+    shades = [picture(2, 16, (value, 0, 0)) for value in (10, 20, 30, 40, 50)]
+    for width, expected in [(20, ["10"]), (33, ["10", "50"]), (50, ["10", "30", "50"])]:
+        console = terminal(width, 24)
+        print_strips(console, [Strip("", shades)])
+        assert re.findall(r"38;2;(\d+);0;0", drawn(console)[1]) == expected
 
 
 def test_scaling_down_averages():
