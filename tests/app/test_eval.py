@@ -159,6 +159,7 @@ def test_a_config_is_asked_for_and_shown(menma, config, tmp_path, told):
     assert lines[0].split() == ["FIGURE", "fish"]
     assert "validation loss, trained      0.15000" in lines
     assert max(map(len, lines)) <= 80
+    assert "fish: runs/fish/output/fish.safetensors" in answer.err
     assert "*" not in answer.out
 
 

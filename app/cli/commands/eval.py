@@ -120,6 +120,8 @@ def _show(heads: Sequence[str], results: Sequence[dict[str, Any]]) -> None:
     if not measured:
         return
     for head, result in measured:
+        if result["output"]:
+            output.say(f"{head}: {result['output']}")
         for note in result["notes"] or ():
             output.say(f"{head}: {note}")
     rows = compare([result for _, result in measured])
