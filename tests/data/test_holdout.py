@@ -7,8 +7,12 @@ from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from trainer.contract.dataset_config import parse_dataset
+from trainer.contract.variants import VARIANTS
 from trainer.data.buckets import Bucket
+from trainer.data.checks import DatasetCheck, check_dataset
 from trainer.data.holdout import Holdout
 from trainer.data.items import TrainingItem
 
@@ -75,3 +79,37 @@ def test_sources_for_validation_are_so_as_a_whole_and_decide_nothing_for_the_oth
     own = [item(clip, source=1) for clip in CLIPS[:5]]
     dataset = [item(clip) for clip in CLIPS[5:9]]
     assert Holdout(first_source=1).split([*dataset, *own]) == (tuple(dataset), tuple(own))
+
+
+def write_images(folder: Path, *colours: int) -> None:
+    folder.mkdir()
+    for colour in colours:
+        Image.new("RGB", (32, 32), (colour, 0, 0)).save(folder / f"{colour}.png")
+        (folder / f"{colour}.txt").write_text("red")
+
+
+def checked(holdout: Holdout | None, *folders: Path) -> DatasetCheck:
+    sources = [{"image_directory": folder, "batch_size": 2} for folder in folders]
+    dataset = parse_dataset({"general": {"resolution": 32}, "sources": sources})
+    return check_dataset(dataset, VARIANTS["wan2.1-t2v-1.3b"], holdout=holdout)
+
+
+def test_a_check_counts_both_sides_and_clips_that_are_on_both(tmp_path: Path) -> None:
+    write_images(tmp_path / "own", 1, 2, 3, 4, 5)
+    write_images(tmp_path / "more", 5, 6)  # 5 is a copy
+    folders = (tmp_path / "own", tmp_path / "more")
+
+    all_of_it = checked(None, *folders)
+    assert (all_of_it.clips, all_of_it.validation_clips, all_of_it.shared_clips) == (7, 0, 0)
+
+    apart = checked(Holdout(first_source=1), *folders)
+    assert (apart.clips, apart.validation_clips, apart.validation_items) == (5, 2, 2)
+    assert apart.shared_clips == 1
+    assert apart.batches_per_epoch == 3
+    assert sum(row.items for row in apart.buckets) == 5
+
+    split = checked(Holdout(first_source=2, share=0.5), *folders)
+    assert split.clips + split.validation_clips == 7
+    assert split.validation_clips > 0
+    assert split.shared_clips == 0, "copies go together"
+    assert sum(row.items for row in split.buckets) == split.clips

@@ -262,11 +262,7 @@ class SamplingSection(Options):
 
 
 class ValidationSection(Options):
-    """The loss on clips that are not trained on, at fixed timesteps and with fixed noise.
-
-    It falls while the model learns and rises when it only memorises; the training loss is too
-    noisy to show either.
-    """
+    """The loss on clips that are not trained on, at fixed timesteps and with fixed noise."""
 
     every_steps: int = Field(0, ge=0)
     """Steps between measurements; 0: none. Where there are some, one follows the last step."""
@@ -277,7 +273,7 @@ class ValidationSection(Options):
     sources: tuple[dict[str, Any], ...] = ()
     """`[[validation.sources]]`: clips of their own, keys as in `[[dataset.sources]]`."""
     timesteps: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = Field(
-        (100.0, 300.0, 500.0, 700.0, 900.0), min_length=1
+        (100.0, 300.0, 500.0, 700.0, 900.0), min_length=1, max_length=100
     )
     """Timesteps (0 clean, 1000 noise) at which each item is measured."""
     noises_per_timestep: int = Field(1, ge=1)

@@ -126,7 +126,8 @@ def _variant(config: RunConfig, problems: list[Problem]) -> Variant | None:
 def _dataset(
     config: RunConfig, variant: Variant | None, problems: list[Problem], emit: Emit
 ) -> dict[str, object]:
-    if variant is None or any(problem.key.startswith("dataset") for problem in problems):
+    told = ("dataset", "validation.sources")
+    if variant is None or any(problem.key.startswith(told) for problem in problems):
         return {}
     try:
         dataset = config.load_all_sources()
