@@ -13,7 +13,7 @@ Result = Mapping[str, Any]
 Better = Literal["smaller", "larger", ""]
 BEST = "*"
 UNLIKE = "!"
-SMALLER_IS_BETTER = ("error", "loss", "distance", "difference")
+SMALLER_IS_BETTER = ("error", "leak", "loss", "distance", "difference")
 """A probe's figure whose name ends so is better when smaller; all others when larger."""
 
 

@@ -55,6 +55,7 @@ SOLVERS: Registry[Any] = Registry(
 PROBES: Registry[Any] = Registry(
     "probe",
     Entry("none", "trainer.probes.none:NoProbe", "nothing is measured on generated videos"),
+    Entry("shapes", "trainer.probes.shapes:Shapes", "new and known shapes of the nano model"),
 )
 
 PLUGIN_KINDS: dict[str, Registry[Any]] = {

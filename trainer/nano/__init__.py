@@ -1,0 +1,1 @@
+"""The nano models: Wan's architecture, small enough to be trained and to generate on a laptop."""
