@@ -1,0 +1,111 @@
+"""The world of the nano models: what is drawn, and what is said about it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.nano.readings import COLOURS, SHAPES, centroids, chroma, way_of, words_of
+from trainer.nano import scenes
+from trainer.nano.scenes import GROUNDS, NOVEL_SHAPE, TRIGGER, Scene, draw, random_scene
+
+DIRECTIONS = ("left", "right", "up", "down")
+ALL_SHAPES = (*SHAPES, NOVEL_SHAPE)
+TRIPLES = st.tuples(
+    st.sampled_from(COLOURS), st.sampled_from(ALL_SHAPES), st.sampled_from(DIRECTIONS)
+)
+SEEDS = st.integers(0, 2**32)
+SIDES = st.integers(64, 96)
+
+
+def scene_of(seed: int, triple: tuple[str, str, str], **options: str) -> Scene:
+    return random_scene(np.random.default_rng(seed), triple, **options)
+
+
+def test_the_world_is_the_one_that_is_written_down_here():
+    assert tuple(scenes.COLOURS) == COLOURS
+    assert scenes.SHAPES == SHAPES
+    assert tuple(scenes.DIRECTIONS) == DIRECTIONS
+
+
+@settings(max_examples=60)
+@given(SEEDS, TRIPLES, st.integers(17, 33), SIDES, SIDES)
+def test_a_clip_is_frames_with_the_whole_shape_in_each(seed, triple, num_frames, width, height):
+    frames = draw(scene_of(seed, triple), num_frames, width, height)
+    assert frames.dtype == np.uint8
+    assert frames.shape == (num_frames, height, width, 3)
+    # Grounds are grey: what has colour is the shape.
+    coloured = chroma(frames)
+    for border in (coloured[:, 0], coloured[:, -1], coloured[:, :, 0], coloured[:, :, -1]):
+        assert border.max() == 0
+    area = (coloured > 40).sum(axis=(1, 2))
+    assert area.min() > 0.9 * area.max()
+    assert 0.04 < area.mean() / min(width, height) ** 2 < 0.18
+
+
+@settings(max_examples=60)
+@given(SEEDS, TRIPLES, st.integers(17, 33), SIDES, SIDES)
+def test_the_shape_goes_the_way_it_shall(seed, triple, num_frames, width, height):
+    frames = draw(scene_of(seed, triple), num_frames, width, height)
+    assert way_of(frames) == triple[2]
+    way = np.abs(np.ptp(centroids(frames), axis=0))
+    along, across = way if triple[2] in {"left", "right"} else way[::-1]
+    assert along > 0.3 * min(width, height)
+    assert across < 2
+
+
+@settings(max_examples=30)
+@given(SEEDS, TRIPLES)
+def test_a_clip_is_a_function_of_its_seed(seed, triple):
+    one, other = scene_of(seed, triple), scene_of(seed, triple)
+    assert one == other
+    assert draw(one).tobytes() == draw(other).tobytes()
+    assert one != scene_of(seed + 1, triple)
+
+
+@given(SEEDS, TRIPLES)
+def test_the_caption_names_what_is_shown_and_nothing_else(seed, triple):
+    scene = scene_of(seed, triple)
+    assert words_of(scene.caption) == tuple([word] for word in triple)
+    assert GROUNDS[scene.ground] in scene.caption
+    assert scene.triple == triple
+
+
+@given(SEEDS, TRIPLES)
+def test_a_trigger_takes_the_place_of_the_shape(seed, triple):
+    caption = scene_of(seed, triple, name=TRIGGER).caption
+    assert TRIGGER in caption.split()
+    assert words_of(caption) == ([triple[0]], [], [triple[2]])
+
+
+@pytest.mark.parametrize("ground", GROUNDS)
+@pytest.mark.parametrize("shade", [0.0, 0.5, 1.0])
+def test_grounds_are_grey(ground, shade):
+    scene = replace(scene_of(0, ("red", "circle", "left")), ground=ground, shade=shade, radius=1e-3)
+    # The vanishing shape tints a pixel or four.
+    assert ((chroma(draw(scene)) > 0).sum(axis=(1, 2)) <= 4).all()
+
+
+def test_grounds_differ_from_one_another():
+    scene = scene_of(0, ("red", "circle", "left"))
+    drawn = {draw(replace(scene, ground=ground)).tobytes() for ground in GROUNDS}
+    assert len(drawn) == len(GROUNDS)
+
+
+@pytest.mark.parametrize("radius", [0.16, 0.22])
+def test_shapes_are_about_equally_big(radius):
+    scene = replace(scene_of(1, ("red", "circle", "left")), ground="black", radius=radius)
+    areas = [(chroma(draw(replace(scene, shape=shape))[:1]) > 90).sum() for shape in ALL_SHAPES]
+    assert max(areas) < 1.8 * min(areas)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"shape": "cube"}, "cube"), ({"ground": "lawn"}, "lawn")]
+)
+def test_what_is_not_of_this_world_is_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        draw(replace(scene_of(0, ("red", "circle", "left")), **change))
