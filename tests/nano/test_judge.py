@@ -59,7 +59,8 @@ def test_drawn_scenes_are_recognised(scenes, change):
         video = draw(scene)
         seen = look(video if change is None else change(video, rng))
         hits.append([getattr(seen, name) == getattr(scene, name) for name in FIELDS])
-    assert (np.mean(hits, axis=0) >= 0.99).all(), dict(zip(FIELDS, np.mean(hits, axis=0)))
+    shares = dict(zip(FIELDS, np.mean(hits, axis=0), strict=True))
+    assert min(shares.values()) >= 0.99, shares
 
 
 @pytest.mark.parametrize(("width", "height", "num_frames"), [(96, 64, 17), (64, 96, 33)])

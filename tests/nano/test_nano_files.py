@@ -68,9 +68,10 @@ def test_names_and_types_are_those_of_fp8_scaled_files(model, stored):
 def test_the_error_of_fp8_is_that_of_three_bits(model, stored):
     """Half a unit of the last place: 2^-4 of a normal number, 2^-10 of the row's scale below."""
     loaded = load_transformer(stored, dtype=torch.float32).state_dict()
-    names = [name for name in load_file(stored) if name.endswith(".scale_weight")]
-    for name in names:
-        name = name.replace("scale_weight", "weight")
+    suffix = "scale_weight"
+    quantised = [name.removesuffix(suffix) for name in load_file(stored) if name.endswith(suffix)]
+    for module in quantised:
+        name = f"{module}weight"
         given = model.state_dict()[name].double().numpy()
         error = np.abs(loaded[name].double().numpy() - given)
         largest = np.abs(given).max(axis=1, keepdims=True)

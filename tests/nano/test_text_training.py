@@ -85,9 +85,7 @@ def test_more_steps_lower_both_losses(fitted, tmp_path):
     assert all(losses[name] < value for name, value in fitted[2].items())
 
 
-@pytest.mark.parametrize(
-    "text", [TRIGGER, f"a red {TRIGGER} moves up", "ÄÖ 日本 ζ🙂", "QUARTZ 3/4"]
-)
+@pytest.mark.parametrize("text", [TRIGGER, f"a red {TRIGGER} moves up", "ÄÖ 日本 ζ🙂", "Q 3/4"])
 def test_any_text_survives_the_tokenizer(fitted, text):
     path = fitted[0]
     ids = load_text_encoder(path).tokenizer.encode(text)
