@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.nano.readings import words_of
+from trainer.clipart.scenes import TRIGGER, UNCAPTIONED
+from trainer.clipart.split import TRAINED
 from trainer.contract.config_io import load_config
 from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import JOBS
@@ -31,8 +33,6 @@ from trainer.nano import text_training, vae_training
 from trainer.nano.configs import CLIP_KINDS, Training, write_config
 from trainer.nano.files import FILES, MAX_BYTES, QUALITY
 from trainer.nano.recipe import Plan, Recipe, widened_for_images
-from trainer.nano.scenes import TRIGGER, UNCAPTIONED
-from trainer.nano.split import TRAINED
 from trainer.nano.vae_training import Phase, VAEFit
 from trainer.sampling.video_io import read_video
 

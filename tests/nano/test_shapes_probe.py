@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.nano.readings import words_of
+from trainer.clipart.scenes import NOVEL_SHAPE, TRIGGER, Frames, Scene, draw
+from trainer.clipart.split import HELD_OUT
 from trainer.contract.catalog import PROBES
 from trainer.contract.variants import VARIANTS
 from trainer.core.seams import BuildContext
-from trainer.nano.scenes import NOVEL_SHAPE, TRIGGER, Frames, Scene, draw
-from trainer.nano.split import HELD_OUT
 from trainer.probes.shapes import Shapes
 
 NUM = 12

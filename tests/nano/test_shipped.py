@@ -16,6 +16,9 @@ import torch
 from safetensors import safe_open
 
 from tests.nano.readings import chroma, words_of
+from trainer.clipart.judge import look
+from trainer.clipart.scenes import TRIGGER, Frames, Scene, draw
+from trainer.clipart.split import HELD_OUT
 from trainer.contract.variants import get_variant
 from trainer.models import (
     load_image_encoder,
@@ -24,10 +27,7 @@ from trainer.models import (
     load_vae,
 )
 from trainer.nano.files import ASSETS, FILES, MAX_BYTES, QUALITY, asset
-from trainer.nano.judge import look
 from trainer.nano.quality import Studio, held_out_scenes
-from trainer.nano.scenes import TRIGGER, Frames, Scene, draw
-from trainer.nano.split import HELD_OUT
 
 NUM = 50
 ROOT = Path(__file__).parents[2]

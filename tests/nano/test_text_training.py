@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
 
+from trainer.clipart.scenes import TRIGGER, UNCAPTIONED
 from trainer.models import load_text_encoder
 from trainer.nano import text_training
-from trainer.nano.scenes import TRIGGER, UNCAPTIONED
 from trainer.nano.text_training import TEXT_DIM, fit_text_encoder
 
 CAPTIONS = ("a red circle moves up on a plain grey background", "blue triangle, upwards")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.clipart.scenes import Scene, draw
+from trainer.clipart.split import training_scene
 from trainer.nano import vae_training
-from trainer.nano.scenes import Scene, draw
-from trainer.nano.split import training_scene
 from trainer.nano.vae_training import Phase, VAEFit, as_video, psnr
 
 STEPS = 6

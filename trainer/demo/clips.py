@@ -1,77 +1,57 @@
-"""Captioned clips of coloured moving shapes, drawn here so that the demo needs no download."""
+"""The demo's clips: a shape that the nano model has never seen, under a word it has never read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
+from trainer.clipart.scenes import (
+    COLOURS,
+    DIRECTIONS,
+    NOVEL_SHAPE,
+    TRIGGER,
+    Scene,
+    draw,
+    random_scene,
+)
 from trainer.contract.files import write_text
-from trainer.sampling.video_io import Frame, write_video
+from trainer.sampling.video_io import write_video
 
-SIZE = 32
-"""Width and height in pixels: what the VAE makes of it is 4 x 4 latents."""
-NUM_FRAMES = 9
+NUM_TRAINING = 12
+NUM_HELD_OUT = 8
 FPS = 16
 
-Colour = tuple[int, int, int]
+
+def concept_scenes(seed: int) -> tuple[list[Scene], list[Scene]]:
+    """Return the scenes to train on and those held out: no colour goes the same way in both."""
+    rng = np.random.default_rng((seed, 30))
+    pairs = list(product(COLOURS, DIRECTIONS))
+    # Each colour twice and each direction three times, and the same pair never again.
+    training = [
+        (colour, direction)
+        for index, (colour, direction) in enumerate(pairs)
+        if (index // len(DIRECTIONS) + index) % 2 == 0
+    ]
+    held_out = [pair for pair in pairs if pair not in training][:: len(pairs) // 2 // NUM_HELD_OUT]
+    return (
+        [_scene(rng, *pair) for pair in training[:NUM_TRAINING]],
+        [_scene(rng, *pair) for pair in held_out[:NUM_HELD_OUT]],
+    )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scene:
-    """One clip: a shape that crosses a plain ground."""
-
-    name: str
-    caption: str
-    shape: Literal["disc", "square"]
-    colour: Colour
-    ground: Colour
-    moves: Literal["right", "down"]
+def _scene(rng: np.random.Generator, colour: str, direction: str) -> Scene:
+    return random_scene(rng, (colour, NOVEL_SHAPE, direction), name=TRIGGER)
 
 
-DISC = Scene(
-    name="disc",
-    caption="a red disc moves to the right over a dark blue ground",
-    shape="disc",
-    colour=(230, 60, 50),
-    ground=(20, 20, 60),
-    moves="right",
-)
-SQUARE = Scene(
-    name="square",
-    caption="a blue square falls over a bright sandy ground",
-    shape="square",
-    colour=(60, 90, 230),
-    ground=(240, 225, 190),
-    moves="down",
-)
-SCENES = (DISC, SQUARE)
-
-
-def draw(scene: Scene) -> list[Frame]:
-    """Return the frames of a clip, uint8 (SIZE, SIZE, 3) each."""
-    rows, columns = np.mgrid[0:SIZE, 0:SIZE] + 0.5
-    radius = SIZE / 4
-    frames = []
-    for index in range(NUM_FRAMES):
-        along = SIZE * (0.25 + 0.5 * index / (NUM_FRAMES - 1))
-        x, y = (along, SIZE / 2) if scene.moves == "right" else (SIZE / 2, along)
-        if scene.shape == "disc":
-            inside = (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
-        else:
-            inside = np.maximum(abs(columns - x), abs(rows - y)) <= radius
-        frame = np.empty((SIZE, SIZE, 3), dtype=np.uint8)
-        frame[:] = scene.ground
-        frame[inside] = scene.colour
-        frames.append(frame)
-    return frames
-
-
-def write_scene(scene: Scene, folder: Path) -> Path:
-    """Write `<folder>/<name>.mp4` and its caption beside it; return the clip's path."""
-    clip = folder / f"{scene.name}.mp4"
-    write_video(clip, draw(scene), FPS, crf=0)
-    write_text(clip.with_suffix(".txt"), scene.caption + "\n")
-    return clip
+def write_scenes(scenes: Sequence[Scene], folder: Path) -> list[Path]:
+    """Write each scene as `<number>.mp4` with its caption beside it; return the clips."""
+    clips = []
+    for index, scene in enumerate(scenes):
+        clip = folder / f"{index:02}.mp4"
+        write_video(clip, list(draw(scene)), FPS, crf=8)
+        write_text(clip.with_suffix(".txt"), scene.caption + "\n")
+        clips.append(clip)
+    return clips

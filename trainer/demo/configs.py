@@ -1,4 +1,4 @@
-"""The two configs of the demo, as a user would write them."""
+"""The config of the demo, as a user would write it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.clipart.scenes import TRIGGER, UNCAPTIONED
 from trainer.contract.files import write_text
-from trainer.demo.clips import NUM_FRAMES, SIZE, Scene
-from trainer.demo.models import VARIANT, DemoModels
+from trainer.nano.files import T2V_VARIANT, asset
+from trainer.nano.quality import FLOW_SHIFT, FPS, GUIDANCE_SCALE, NUM_FRAMES, NUM_STEPS, SIZE
 
-BATCH_SIZE = 8
-"""The clip is repeated this often, so that each step sees it under as many noises."""
-FLOW_SHIFT = 3.0
+NAME = TRIGGER
 
-_HEAD = """\
-# Written by `menma demo`. Its models are tiny, so sizes and learning rates fit no real one.
+_TEMPLATE = """\
+# Written by `menma demo`: a LoRA that teaches the nano model a shape that it has never seen.
+# The model is tiny, so sizes, steps and learning rate fit no real one.
 name = {name}
 
 [model]
@@ -25,17 +25,27 @@ vae = {vae}
 text_encoder = {text_encoder}
 
 [dataset.general]
-resolution = {size}
+resolution = [{size}, {size}]
 batch_size = {batch_size}
 
 [[dataset.sources]]
 video_directory = {clips}
 target_frames = [{num_frames}]
-num_repeats = {batch_size}
+num_repeats = {num_repeats}
+
+[adapter]
+kind = "lora"
+rank = 16
 
 [objective]
-timestep_sampler = "shift"
-flow_shift = {flow_shift}
+timestep_sampler = "logit_normal"
+logit_mean = 1.0
+logit_std = 1.4
+
+[optimizer]
+kind = "adamw"
+learning_rate = {learning_rate}
+weight_decay = 0.0
 
 [lr_schedule]
 kind = "cosine"
@@ -44,6 +54,32 @@ warmup_steps = 20
 [training]
 max_steps = {steps}
 seed = {seed}
+
+# The loss on clips that are not trained on, at fixed timesteps and noise.
+[validation]
+every_steps = {validate_every}
+noises_per_timestep = 2
+batch_size = 8
+
+[[validation.sources]]
+video_directory = {held_out}
+target_frames = [{num_frames}]
+
+# What `menma eval` samples and looks at: is the new shape there, are the old ones still?
+[probe]
+kind = "shapes"
+trigger = {trigger}
+num_shots = {num_shots}
+
+[sampling]
+negative_prompt = {negative_prompt}
+width = {size}
+height = {size}
+num_frames = {num_frames}
+num_steps = {num_steps}
+guidance_scale = {guidance_scale}
+flow_shift = {flow_shift}
+fps = {fps}
 
 [memory]
 weight_format = "fp32"
@@ -57,61 +93,50 @@ num_processes = 1
 
 [output]
 runs_dir = {runs}
-dtype = "fp32"
-"""
-_FULL = """
-[adapter]
-kind = "none"
-
-[optimizer]
-kind = "adamw"
-learning_rate = 2e-3
-weight_decay = 0.0
-"""
-_LORA = """
-[adapter]
-kind = "lora"
-rank = 16
-
-[optimizer]
-kind = "adamw"
-learning_rate = 5e-3
-weight_decay = 0.0
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DemoConfig:
-    """What the two configs differ in."""
+class DemoPlan:
+    """How much is trained and looked at."""
 
-    name: str
-    transformer: Path
-    scene: Scene
-    clips: Path
-    steps: int
-    full: bool
-    """Train the model's own weights instead of a LoRA."""
+    steps: int = 200
+    batch_size: int = 12
+    learning_rate: float = 3e-3
+    num_shots: int = 24
+    """Videos asked for by the trigger word, and as many without it, before and after."""
+    seed: int = 0
 
 
-def write_config(root: Path, models: DemoModels, wanted: DemoConfig, seed: int) -> Path:
+def write_config(root: Path, clips: Path, held_out: Path, plan: DemoPlan) -> Path:
     """Write `<root>/configs/<name>.toml` and return its path."""
     values = {
-        "name": wanted.name,
-        "variant": VARIANT,
-        "transformer": str(wanted.transformer),
-        "vae": str(models.vae),
-        "text_encoder": str(models.text_encoder),
-        "size": [SIZE, SIZE],
-        "batch_size": BATCH_SIZE,
-        "clips": str(wanted.clips),
+        "name": NAME,
+        "variant": T2V_VARIANT,
+        "transformer": str(asset("t2v")),
+        "vae": str(asset("vae")),
+        "text_encoder": str(asset("text_encoder")),
+        "clips": str(clips),
+        "held_out": str(held_out),
+        "size": SIZE,
         "num_frames": NUM_FRAMES,
+        "batch_size": plan.batch_size,
+        "num_repeats": 1,
         "flow_shift": FLOW_SHIFT,
-        "steps": wanted.steps,
-        "seed": seed,
+        "learning_rate": plan.learning_rate,
+        "steps": plan.steps,
+        "seed": plan.seed,
+        "validate_every": max(1, plan.steps // 4),
+        "trigger": TRIGGER,
+        "num_shots": plan.num_shots,
+        "negative_prompt": UNCAPTIONED,
+        "num_steps": NUM_STEPS,
+        "guidance_scale": GUIDANCE_SCALE,
+        "fps": FPS,
         "runs": str(root / "runs"),
     }
     # A JSON string, number or list is a TOML one, too.
-    text = _HEAD.format(**{key: json.dumps(value) for key, value in values.items()})
-    path = root / "configs" / f"{wanted.name}.toml"
-    write_text(path, text + (_FULL if wanted.full else _LORA))
+    text = _TEMPLATE.format(**{key: json.dumps(value) for key, value in values.items()})
+    path = root / "configs" / f"{NAME}.toml"
+    write_text(path, text)
     return path

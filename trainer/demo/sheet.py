@@ -42,3 +42,12 @@ def write_sheet(path: Path, rows: Sequence[Row]) -> None:
             sheet.paste(cell, (_GAP + column * (_CELL + _GAP), top))
         top += _CELL + _GAP
     write_png(path, np.asarray(sheet))
+
+
+def write_frames(folder: Path, name: str, row: Row, num: int = 4) -> list[str]:
+    """Write some frames of a row, first and last among them, as PNGs; return their paths."""
+    chosen = np.linspace(0, len(row.frames) - 1, min(num, len(row.frames))).round().astype(int)
+    paths = [folder / f"{name}_{index:02}.png" for index in chosen]
+    for path, index in zip(paths, chosen, strict=True):
+        write_png(path, row.frames[index])
+    return [str(path) for path in paths]

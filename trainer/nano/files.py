@@ -14,6 +14,10 @@ from trainer.models.wan.loading import save_transformer, transformer_metadata
 from trainer.models.wan.transformer import WanTransformer
 
 ASSETS: Final = Path(__file__).resolve().parent.parent / "assets" / "nano"
+T2V_VARIANT: Final = "wan2.1-t2v-1.3b"
+EXPERT_VARIANT: Final = "wan2.2-t2v-a14b"
+I2V_VARIANT: Final = "wan2.1-fun-inp-1.3b"
+"""Whose channels and branches the nano transformers have."""
 MAX_BYTES: Final = 12_000_000
 """Of all files together."""
 QUALITY: Final = "quality.json"
@@ -28,7 +32,9 @@ FILES: Final = {
 }
 """What the recipe makes -> file name. The derived transformers are fp8_scaled to stay small."""
 
-_QUANTISED = re.compile(r"blocks\.\d+\.(self_attn|cross_attn|ffn)\.[a-z0-9_]+\.weight")
+_QUANTISED = re.compile(
+    r"(blocks\.\d+\.(self_attn|cross_attn|ffn)\.[a-z0-9_]+|(text_embedding|time_projection)\.\d)\.weight"
+)
 _E4M3_MAX = 448.0
 
 
@@ -45,7 +51,7 @@ def save_bf16(model: WanTransformer, path: Path) -> None:
 def save_fp8_scaled(model: WanTransformer, path: Path) -> None:
     """Write a transformer as ComfyUI's fp8_scaled files are: e4m3 with one scale a row.
 
-    Embeddings, norms, biases, modulation and head stay bfloat16.
+    Patch and time embedding, norms, biases, modulation and head stay bfloat16.
     """
     tensors: dict[str, Tensor] = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
     for name, value in model.state_dict().items():

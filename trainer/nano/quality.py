@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from trainer.clipart.judge import Seen, look
+from trainer.clipart.scenes import UNCAPTIONED, Frames, Scene, draw
+from trainer.clipart.split import held_out_scene
 from trainer.contract.variants import get_variant
+from trainer.models import load_image_encoder, load_text_encoder, load_transformer, load_vae
 from trainer.models.wan.text_encoder import TextEncoder
 from trainer.models.wan.vae import WanVAE
-from trainer.nano.judge import Seen, look
-from trainer.nano.scenes import UNCAPTIONED, Frames, Scene, draw
-from trainer.nano.split import held_out_scene
+from trainer.nano.files import EXPERT_VARIANT, FILES, I2V_VARIANT, T2V_VARIANT
 from trainer.nano.vae_training import as_video, psnr
 from trainer.sampling.pipeline import Expert, SamplingModels, decode_frames, generate
 from trainer.sampling.requests import SampleRequest
+from trainer.sampling.video_io import write_png
 
 NUM_STEPS = 20
 GUIDANCE_SCALE = 4.0
-FLOW_SHIFT = 2.0
+FLOW_SHIFT = 3.0
 SIZE, NUM_FRAMES, FPS = 64, 17, 16
 _FIRST_SEED = 1000
 
@@ -60,7 +66,14 @@ def vae_psnr(vae: WanVAE, scenes: Sequence[Scene]) -> float:
     return psnr(videos, lambda video: vae.decode(vae.encode(video)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def first_frame_psnr(videos: Sequence[Frames], images: Sequence[NDArray[np.uint8]]) -> list[float]:
+    """Return, for each video, how close its first frame is to the image it started from, in dB."""
+    pairs = zip(videos, images, strict=True)
+    errors = [np.square(video[0].astype(float) - image).mean() for video, image in pairs]
+    return [float(10 * np.log10(255**2 / max(error, 1e-9))) for error in errors]
+
+
+@dataclass(frozen=True, slots=True)
 class Studio:
     """Samples nano videos."""
 
@@ -68,16 +81,27 @@ class Studio:
     transformers: Mapping[Expert, nn.Module]
     text_encoder: TextEncoder
     vae: WanVAE
+    image_encoder: Callable[[Tensor], Tensor] | None = None
+    """Needed by variants that start from a picture."""
 
     def shoot(
         self,
         prompts: Sequence[str],
         *,
+        images: Sequence[NDArray[np.uint8]] | None = None,
         first_seed: int = _FIRST_SEED,
         guidance_scale: float = GUIDANCE_SCALE,
         on_video: Callable[[int], None] | None = None,
     ) -> list[Frames]:
-        """Return one video (F, H, W, 3) per prompt, seeds counting up from `first_seed`."""
+        """Return one video (F, H, W, 3) per prompt, seeds counting up from `first_seed`.
+
+        Args:
+            prompts: what the videos shall show.
+            images: the first frame (H, W, 3) of each, for variants that start from a picture.
+            first_seed: seed of the first video.
+            guidance_scale: how strongly the prompt acts.
+            on_video: called with the number of finished videos.
+        """
         variant = get_variant(self.variant)
         texts = sorted({*prompts, UNCAPTIONED})
         contexts = dict(zip(texts, self.text_encoder(texts), strict=True))
@@ -85,11 +109,13 @@ class Studio:
             variant=variant,
             transformer=lambda expert: self.transformers[expert],
             contexts={text: context.float() for text, context in contexts.items()},
+            vae=self.vae,
+            image_encoder=self.image_encoder,
         )
         videos = []
         for index, prompt in enumerate(prompts):
             request = _request(prompt, first_seed + index, guidance_scale)
-            latents = generate(models, request)
+            latents = _generate(models, request, None if images is None else images[index])
             with torch.no_grad():
                 videos.append(np.stack(list(decode_frames(self.vae, latents))))
             if on_video is not None:
@@ -100,6 +126,27 @@ class Studio:
         """Sample from the captions of the scenes and look at the result."""
         videos = self.shoot([scene.caption for scene in scenes])
         return Shares.of(scenes, [look(video) for video in videos])
+
+    def measure_from_images(self, scenes: Sequence[Scene]) -> tuple[Shares, float]:
+        """Sample from captions and first frames; return what is seen and the worst first frame.
+
+        The second is the smallest peak signal-to-noise ratio of a first frame to the image, in dB.
+        """
+        images = [draw(scene)[0] for scene in scenes]
+        videos = self.shoot([scene.caption for scene in scenes], images=images)
+        shares = Shares.of(scenes, [look(video) for video in videos])
+        return shares, min(first_frame_psnr(videos, images))
+
+
+def _generate(
+    models: SamplingModels, request: SampleRequest, image: NDArray[np.uint8] | None
+) -> Tensor:
+    if image is None:
+        return generate(models, request)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "first.png"
+        write_png(path, image)
+        return generate(models, replace(request, image=path))
 
 
 def _request(prompt: str, seed: int, guidance_scale: float) -> SampleRequest:
@@ -116,3 +163,36 @@ def _request(prompt: str, seed: int, guidance_scale: float) -> SampleRequest:
         solver="unipc",
         fps=FPS,
     )
+
+
+def measure(folder: Path, num_samples: int) -> dict[str, float]:
+    """Measure the shipped files in `folder`; shares in [0, 1], ratios in dB."""
+    vae = load_vae(folder / FILES["vae"])
+    text_encoder = load_text_encoder(folder / FILES["text_encoder"], dtype=torch.float32)
+    scenes = held_out_scenes(num_samples)
+    figures = {"vae_psnr_db": round(vae_psnr(vae, scenes), 2)}
+
+    def transformer(name: str) -> nn.Module:
+        return load_transformer(folder / FILES[name])
+
+    t2v = transformer("t2v")
+    studios = {
+        "t2v": Studio(T2V_VARIANT, {"low_noise": t2v}, text_encoder, vae),
+        "t2v_experts": Studio(
+            EXPERT_VARIANT,
+            {"low_noise": transformer("low_noise"), "high_noise": transformer("high_noise")},
+            text_encoder,
+            vae,
+        ),
+    }
+    for name, studio in studios.items():
+        for attribute, share in asdict(studio.measure(scenes)).items():
+            figures[f"{name}_{attribute}"] = share
+    image_encoder = load_image_encoder(folder / FILES["image_encoder"])
+    i2v: dict[Expert, nn.Module] = {"low_noise": transformer("i2v")}
+    shares, psnr_db = Studio(
+        I2V_VARIANT, i2v, text_encoder, vae, image_encoder
+    ).measure_from_images(scenes)
+    for attribute, share in asdict(shares).items():
+        figures[f"i2v_{attribute}"] = share
+    return figures | {"i2v_worst_first_frame_psnr_db": round(psnr_db, 2)}

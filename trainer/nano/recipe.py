@@ -7,9 +7,6 @@ last checkpoint. The transformers are trained by the job `train`, as a user woul
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,28 +16,36 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.clipart.scenes import UNCAPTIONED, draw
+from trainer.clipart.split import training_scene
 from trainer.contract.config_io import load_config
-from trainer.contract.errors import ConfigError, RunError
-from trainer.contract.files import atomic_path, write_json, write_text
+from trainer.contract.errors import ConfigError
+from trainer.contract.files import atomic_path, write_bytes, write_json, write_text
 from trainer.contract.jobs import CacheRequest, TrainRequest
 from trainer.contract.options import Options
 from trainer.contract.variants import TransformerConfig
 from trainer.jobs.base import Emit
+from trainer.jobs.child import run_job
 from trainer.models import load_transformer
 from trainer.models.wan.loading import save_transformer
 from trainer.models.wan.tiny import write_tiny_image_encoder
 from trainer.models.wan.transformer import WanTransformer
 from trainer.models.wan.vae import save_vae
 from trainer.nano.configs import CLIP_KINDS, Training, write_config
-from trainer.nano.scenes import UNCAPTIONED, draw
-from trainer.nano.split import training_scene
+from trainer.nano.files import (
+    EXPERT_VARIANT,
+    FILES,
+    I2V_VARIANT,
+    QUALITY,
+    T2V_VARIANT,
+    save_bf16,
+    save_fp8_scaled,
+)
+from trainer.nano.quality import measure
 from trainer.nano.text_training import TEXT_DIM, fit_text_encoder
 from trainer.nano.vae_training import VAEFit
 from trainer.sampling.video_io import write_video
 
-T2V_VARIANT = "wan2.1-t2v-1.3b"
-EXPERT_VARIANT = "wan2.2-t2v-a14b"
-I2V_VARIANT = "wan2.1-fun-inp-1.3b"
 FPS = 16
 _IMAGE_DIM = 80
 _UNCAPTIONED_SHARE = 0.1
@@ -48,14 +53,14 @@ _SAVE_EVERY = 100
 
 _SHAPE = TransformerConfig(
     dim=160,
-    ffn_dim=640,
+    ffn_dim=512,
     num_heads=5,
     num_layers=4,
     text_dim=TEXT_DIM,
     freq_dim=64,
     text_len=64,
 )
-"""1.9 million parameters."""
+"""1.7 million parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +68,14 @@ class Plan:
     """How much is made and trained. The defaults made the shipped files."""
 
     seed: int = 0
-    num_clips: int = 4000
+    num_clips: int = 3000
     text_steps: int = 1200
     vae_steps: int = 4000
-    t2v_steps: int = 2600
+    t2v_steps: int = 4000
     expert_steps: int = 500
     i2v_steps: int = 800
+    num_samples: int = 50
+    """Of each model, when its quality is measured."""
 
 
 class Recipe:
@@ -94,6 +101,7 @@ class Recipe:
             "low_noise": self.low_noise,
             "high_noise": self.high_noise,
             "i2v": self.i2v,
+            "export": self.export,
         }
         for name, stage in stages.items():
             note = self.work / "done" / f"{name}.json"
@@ -116,6 +124,7 @@ class Recipe:
         state = self.work / "vae_state.pt"
         if state.is_file():
             fit.load(torch.load(state, weights_only=True))
+        error = 0.0
         while fit.step < self.plan.vae_steps:
             error = fit.advance()
             if fit.step % _SAVE_EVERY == 0 or fit.step == self.plan.vae_steps:
@@ -123,7 +132,7 @@ class Recipe:
                     torch.save(fit.state(), temporary)
                 self.emit("phase", name="vae", done=fit.step, total=self.plan.vae_steps)
         save_vae(fit.finished().half(), self.models / "vae.safetensors")
-        return {"last_error": error} if fit.step else {}
+        return {"last_error": error}
 
     def clips(self) -> None:
         """Draw the training clips and write their captions beside them."""
@@ -148,7 +157,7 @@ class Recipe:
             name="t2v",
             model={"variant": T2V_VARIANT, "transformer": str(start), **self._encoders()},
             steps=self.plan.t2v_steps,
-            learning_rate=1.5e-3,
+            learning_rate=1.2e-3,
         )
         self._train(training, self.models / "t2v.safetensors")
 
@@ -163,7 +172,9 @@ class Recipe:
     def i2v(self) -> None:
         """Widen the model by first-frame and image channels and fine-tune it."""
         image_encoder = self.models / "image_encoder.safetensors"
-        write_tiny_image_encoder(image_encoder, image_dim=_IMAGE_DIM, seed=self.plan.seed)
+        write_tiny_image_encoder(
+            image_encoder, image_dim=_IMAGE_DIM, seed=self.plan.seed, dtype=torch.bfloat16
+        )
         start = self.models / "i2v_start.safetensors"
         base = load_transformer(self.models / "t2v.safetensors")
         save_transformer(widened_for_images(base, self.plan.seed), start)
@@ -175,6 +186,33 @@ class Recipe:
             learning_rate=7e-4,
         )
         self._train(training, self.models / "i2v.safetensors")
+
+    def export(self) -> dict[str, float]:
+        """Write the files as they are shipped, and measure those."""
+        folder = self.work / "assets"
+        save_bf16(load_transformer(self.models / "t2v.safetensors"), folder / FILES["t2v"])
+        for name in ("low_noise", "high_noise", "i2v"):
+            model = load_transformer(self.models / f"{name}.safetensors")
+            save_fp8_scaled(model, folder / FILES[name])
+        for name in ("vae", "text_encoder", "image_encoder"):
+            content = (self.models / f"{name}.safetensors").read_bytes()
+            write_bytes(folder / FILES[name], content)
+        quality = measure(folder, self.plan.num_samples)
+        notes = {
+            path.stem: json.loads(path.read_text(encoding="utf-8"))
+            for path in (self.work / "done").glob("*.json")
+        }
+        seconds = {name: note["seconds"] for name, note in sorted(notes.items())}
+        write_json(folder / QUALITY, {"figures": quality, "seconds": seconds, **self._origin()})
+        return quality
+
+    def _origin(self) -> dict[str, Any]:
+        return {
+            "made_by": "python -m trainer.nano",
+            "plan": asdict(self.plan),
+            "torch": torch.__version__,
+            "licence": "Apache-2.0; trained from generated clips alone",
+        }
 
     def _expert(self, expert: str) -> None:
         start = self.models / "expert_start.safetensors"
@@ -204,11 +242,14 @@ class Recipe:
     def _train(self, training: Training, output: Path) -> None:
         clips = self.work / "clips"
         path = write_config(self.work, clips, CLIP_KINDS, training, self.plan.seed)
-        run_job(self.work, "cache", CacheRequest(config=path), self.emit)
-        run_job(self.work, "train", TrainRequest(config=path, resume="auto"), self.emit)
+        self._job("cache", CacheRequest(config=path))
+        self._job("train", TrainRequest(config=path, resume="auto"))
         run_dir = load_config(path).run_dir
         trained = load_transformer(run_dir / "output" / f"{training.name}.safetensors")
         save_transformer(trained, output)
+
+    def _job(self, name: str, request: Options) -> None:
+        run_job(name, request, self.work / "requests" / f"{name}.json", self.emit)
 
     def _claim(self) -> None:
         """Write the plan down, or see that the folder holds the work of the same one."""
@@ -244,33 +285,3 @@ def widened_for_images(base: WanTransformer, seed: int) -> WanTransformer:
         elif ".v_img." in name:
             parameter.zero_()
     return model
-
-
-def run_job(work: Path, name: str, request: Options, emit: Emit) -> None:
-    """Run a job in a process of its own, as the app does, and pass its events on.
-
-    Raises:
-        RunError: it failed.
-    """
-    request_file = work / "requests" / f"{name}.json"
-    write_json(request_file, request.model_dump(mode="json"))
-    command = [sys.executable, "-m", "trainer", name, str(request_file)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as job:
-        assert job.stdout is not None
-        try:
-            for line in job.stdout:
-                event: dict[str, Any] = json.loads(line)
-                fields = {key: value for key, value in event.items() if key not in _OWN}
-                emit(event["type"], **fields)
-        except BaseException:
-            job.terminate()
-            raise
-    if job.returncode:
-        raise RunError(
-            f"the job {name} failed (exit code {job.returncode})",
-            hint=f"try it alone: {' '.join(command)}",
-        )
-
-
-_OWN = frozenset({"v", "time", "type"})
-"""Fields that the event codec adds itself."""

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.clipart.scenes import COLOURS, DIRECTIONS, GROUNDS, SHAPES, UNCAPTIONED, Scene
+from trainer.clipart.split import training_scene
 from trainer.io.atomic_save import save_safetensors
 from trainer.models.wan.fan_in import init_fan_in
 from trainer.models.wan.text_encoder import TextEncoderConfig, build_umt5
 from trainer.models.wan.tiny import tiny_tokenizer
-from trainer.nano.scenes import COLOURS, DIRECTIONS, GROUNDS, SHAPES, UNCAPTIONED, Scene
-from trainer.nano.split import training_scene
 
 TEXT_DIM = 64
 _NUM_CAPTIONS = 4000
@@ -101,7 +101,6 @@ def fit_text_encoder(path: Path, num_steps: int, seed: int) -> dict[str, float]:
         head_dim=16,
         ffn_dim=128,
         num_buckets=16,
-        max_distance=32,
     )
     ids = [[*processor.encode(sentence), 1] for sentence in sentences]
     labels = torch.tensor([_labels(scene) for scene in scenes])

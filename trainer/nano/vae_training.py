@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.clipart.scenes import WIDE, Frames, draw
+from trainer.clipart.split import training_scene
 from trainer.models.wan.tiny import tiny_vae_config
 from trainer.models.wan.vae import WanVAE
-from trainer.nano.scenes import Frames, draw
-from trainer.nano.split import training_scene
 
 _BASE_DIM = 8
 _LEARNING_RATE = 3e-3
@@ -109,7 +109,7 @@ class VAEFit:
         rows = []
         with torch.no_grad():
             for _ in range(num_clips):
-                video = as_video(draw(training_scene(rng))).unsqueeze(0)
+                video = as_video(draw(training_scene(rng, WIDE))).unsqueeze(0)
                 rows.append(self.vae.encode_moments(video)[0].transpose(0, 1).flatten(1))
         all_rows = torch.cat(rows, dim=1)
         self.vae.config = replace(
@@ -152,7 +152,7 @@ def _untrained(seed: int) -> WanVAE:
 
 def _crop(rng: np.random.Generator, phase: Phase) -> Tensor:
     # Seventeen frames tell a clip's speed; a crop shows some of them, in random order of time.
-    frames = draw(training_scene(rng))
+    frames = draw(training_scene(rng, WIDE))
     start = rng.integers(0, frames.shape[0] - phase.num_frames + 1)
     top, left = rng.integers(0, 64 - phase.size + 1, size=2)
     part = frames[

@@ -1,7 +1,7 @@
 """Has the nano model learned a new shape, and does it still know the old ones?
 
 Half of the videos are asked for by the trigger word, half by captions of known shapes that were
-held out from the nano model's training; pixels tell what each shows (`trainer.nano.judge`).
+held out from the nano model's training; pixels tell what each shows (`trainer.clipart.judge`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from trainer.clipart.judge import look
+from trainer.clipart.scenes import COLOURS, DIRECTIONS, NOVEL_SHAPE, TRIGGER, Scene, random_scene
+from trainer.clipart.split import held_out_scene
 from trainer.contract.options import Options
 from trainer.core.seams import BuildContext, ProbeShot
-from trainer.nano.judge import look
-from trainer.nano.scenes import COLOURS, DIRECTIONS, NOVEL_SHAPE, TRIGGER, Scene, random_scene
-from trainer.nano.split import held_out_scene
 
 
 class Shapes:

@@ -120,13 +120,21 @@ def write_tiny_text_encoder(
 
 
 def write_tiny_image_encoder(
-    path: Path | str, *, layout: Layout = "comfy", image_dim: int = 80, seed: int = 0
+    path: Path | str,
+    *,
+    layout: Layout = "comfy",
+    image_dim: int = 80,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write an untrained two-layer CLIP vision tower that gives 257 tokens.
 
     Args:
         path: the .safetensors file ("comfy"), .pth file ("official") or folder ("diffusers").
+        layout: of the file, see `path`.
         image_dim: width of the features, a multiple of 80 (one head).
+        seed: of the weights.
+        dtype: of the file.
     """
     path = Path(path)
     config = ImageEncoderConfig(
@@ -134,7 +142,7 @@ def write_tiny_image_encoder(
     )
     model = build_clip_vision(config)
     init_fan_in(model, seed)
-    tensors = dict(model.named_parameters())
+    tensors = dict(model.to(dtype).named_parameters())
     if layout == "comfy":
         save_safetensors({f"vision_model.{name}": t for name, t in tensors.items()}, path)
     elif layout == "official":

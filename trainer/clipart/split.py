@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from trainer.nano.scenes import COLOURS, DIRECTIONS, SHAPES, Scene, random_scene
+from trainer.clipart.scenes import CALM, COLOURS, DIRECTIONS, SHAPES, Scene, Staging, random_scene
 
 Triple = tuple[str, str, str]
 
@@ -30,9 +30,9 @@ HELD_OUT: Final[tuple[Triple, ...]] = tuple(
 TRAINED: Final[tuple[Triple, ...]] = tuple(t for t in _TRIPLES if t not in HELD_OUT)
 
 
-def training_scene(rng: np.random.Generator) -> Scene:
+def training_scene(rng: np.random.Generator, staging: Staging = CALM) -> Scene:
     """Return a random scene that may be trained on."""
-    return random_scene(rng, TRAINED[rng.integers(len(TRAINED))])
+    return random_scene(rng, TRAINED[rng.integers(len(TRAINED))], staging=staging)
 
 
 def held_out_scene(rng: np.random.Generator) -> Scene:

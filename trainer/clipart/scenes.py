@@ -104,13 +104,37 @@ def describe(rng: np.random.Generator, scene_words: dict[str, str]) -> str:
     )
 
 
-def random_scene(rng: np.random.Generator, triple: tuple[str, str, str], name: str = "") -> Scene:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staging:
+    """Ranges of what a scene's caption does not say; see the fields of `Scene`."""
+
+    radius: tuple[float, float]
+    across: tuple[float, float]
+    start: tuple[float, float]
+    travel: tuple[float, float]
+
+
+CALM: Final = Staging(
+    radius=(0.24, 0.28), across=(0.25, 0.75), start=(0.25, 0.75), travel=(0.38, 0.42)
+)
+"""What the transformers learn to make: large, and through the middle of the picture."""
+WIDE: Final = Staging(radius=(0.16, 0.22), across=(0.0, 1.0), start=(0.0, 1.0), travel=(0.4, 0.5))
+"""What the VAE is fitted to: anywhere, so that no place is special to it."""
+
+
+def random_scene(
+    rng: np.random.Generator,
+    triple: tuple[str, str, str],
+    name: str = "",
+    staging: Staging = CALM,
+) -> Scene:
     """Return a scene of the given colour, shape and direction; everything else is drawn.
 
     Args:
         rng: the stream of draws.
         triple: colour, shape, direction.
         name: what the caption calls the shape, where it is not the shape's own name.
+        staging: where and how large the shape is.
     """
     colour, shape, direction = triple
     ground = tuple(GROUNDS)[rng.integers(len(GROUNDS))]
@@ -121,10 +145,10 @@ def random_scene(rng: np.random.Generator, triple: tuple[str, str, str], name: s
         direction=direction,
         ground=ground,
         caption=describe(rng, words),
-        radius=float(rng.uniform(0.16, 0.22)),
-        across=float(rng.uniform()),
-        start=float(rng.uniform()),
-        travel=float(rng.uniform(0.4, 0.5)),
+        radius=float(rng.uniform(*staging.radius)),
+        across=float(rng.uniform(*staging.across)),
+        start=float(rng.uniform(*staging.start)),
+        travel=float(rng.uniform(*staging.travel)),
         ground_phase=float(rng.uniform()),
         shade=float(rng.uniform()),
     )
@@ -207,4 +231,4 @@ def _ground(scene: Scene, rows_HW: Grid, columns_HW: Grid) -> Grid:
 
 def _wave(at: Grid, period: float) -> Grid:
     """Return bands between 0 and 1 with soft edges."""
-    return np.clip(0.5 + 2 * np.sin(2 * np.pi * at / period), 0, 1).astype(np.float32)
+    return np.asarray(np.clip(0.5 + 2 * np.sin(2 * np.pi * at / period), 0, 1, dtype=np.float32))

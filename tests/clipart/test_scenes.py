@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.nano.readings import COLOURS, SHAPES, centroids, chroma, way_of, words_of
-from trainer.nano import scenes
-from trainer.nano.scenes import GROUNDS, NOVEL_SHAPE, TRIGGER, Scene, draw, random_scene
+from trainer.clipart import scenes
+from trainer.clipart.scenes import (
+    CALM,
+    GROUNDS,
+    NOVEL_SHAPE,
+    TRIGGER,
+    WIDE,
+    Scene,
+    draw,
+    random_scene,
+)
 
 DIRECTIONS = ("left", "right", "up", "down")
 ALL_SHAPES = (*SHAPES, NOVEL_SHAPE)
@@ -20,9 +30,10 @@ TRIPLES = st.tuples(
 )
 SEEDS = st.integers(0, 2**32)
 SIDES = st.integers(64, 96)
+STAGINGS = st.sampled_from([CALM, WIDE])
 
 
-def scene_of(seed: int, triple: tuple[str, str, str], **options: str) -> Scene:
+def scene_of(seed: int, triple: tuple[str, str, str], **options: Any) -> Scene:
     return random_scene(np.random.default_rng(seed), triple, **options)
 
 
@@ -33,9 +44,11 @@ def test_the_world_is_the_one_that_is_written_down_here():
 
 
 @settings(max_examples=60)
-@given(SEEDS, TRIPLES, st.integers(17, 33), SIDES, SIDES)
-def test_a_clip_is_frames_with_the_whole_shape_in_each(seed, triple, num_frames, width, height):
-    frames = draw(scene_of(seed, triple), num_frames, width, height)
+@given(SEEDS, TRIPLES, STAGINGS, st.integers(17, 33), SIDES, SIDES)
+def test_a_clip_is_frames_with_the_whole_shape_in_each(
+    seed, triple, staging, num_frames, width, height
+):
+    frames = draw(scene_of(seed, triple, staging=staging), num_frames, width, height)
     assert frames.dtype == np.uint8
     assert frames.shape == (num_frames, height, width, 3)
     # Grounds are grey: what has colour is the shape.
@@ -44,13 +57,14 @@ def test_a_clip_is_frames_with_the_whole_shape_in_each(seed, triple, num_frames,
         assert border.max() == 0
     area = (coloured > 40).sum(axis=(1, 2))
     assert area.min() > 0.9 * area.max()
-    assert 0.04 < area.mean() / min(width, height) ** 2 < 0.18
+    low, high = (0.04, 0.18) if staging is WIDE else (0.1, 0.27)
+    assert low < area.mean() / min(width, height) ** 2 < high
 
 
 @settings(max_examples=60)
-@given(SEEDS, TRIPLES, st.integers(17, 33), SIDES, SIDES)
-def test_the_shape_goes_the_way_it_shall(seed, triple, num_frames, width, height):
-    frames = draw(scene_of(seed, triple), num_frames, width, height)
+@given(SEEDS, TRIPLES, STAGINGS, st.integers(17, 33), SIDES, SIDES)
+def test_the_shape_goes_the_way_it_shall(seed, triple, staging, num_frames, width, height):
+    frames = draw(scene_of(seed, triple, staging=staging), num_frames, width, height)
     assert way_of(frames) == triple[2]
     way = np.abs(np.ptp(centroids(frames), axis=0))
     along, across = way if triple[2] in {"left", "right"} else way[::-1]

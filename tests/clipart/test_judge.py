@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.nano.readings import COLOURS, SHAPES, WAYS, way_of
-from trainer.nano.judge import look
-from trainer.nano.scenes import GROUNDS, Frames, Scene, draw, random_scene
+from trainer.clipart.judge import look
+from trainer.clipart.scenes import GROUNDS, Frames, Scene, draw, random_scene
 
 NUM_SCENES = 192  # each of 6 colours, 4 shapes and 4 directions twice
 COLOUR = (220, 40, 40)

@@ -15,14 +15,16 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.nano.scenes import COLOURS, DIRECTIONS, NOVEL_SHAPE, SHAPES, Frames, signed_distance
+from trainer.clipart.scenes import COLOURS, DIRECTIONS, NOVEL_SHAPE, SHAPES, Frames, signed_distance
 
 KNOWN_SHAPES: Final = (*SHAPES, NOVEL_SHAPE)
 _CHROMA: Final = 70
 """Largest minus smallest of red, green and blue above which a pixel belongs to the shape."""
 _MIN_AREA: Final = 0.015
 """Of the picture, below which nothing is seen."""
-_MIN_OVERLAP: Final = 0.6
+_MAX_AREA: Final = 0.4
+"""Of the picture, above which it is a ground and no shape."""
+_MIN_OVERLAP: Final = 0.7
 """Intersection over union with the best shape, below which it is no shape."""
 _MIN_WAY: Final = 0.08
 """Way of the centroid, of the picture's shorter side, below which nothing moves."""
@@ -43,7 +45,7 @@ def look(video: Frames) -> Seen:
     """Return what a video (F, H, W, 3), uint8, shows."""
     masks = [_mask(frame) for frame in video]
     side = min(video.shape[1:3])
-    visible = [index for index, mask in enumerate(masks) if mask.mean() >= _MIN_AREA]
+    visible = [index for index, mask in enumerate(masks) if _MIN_AREA <= mask.mean() <= _MAX_AREA]
     if len(visible) < max(2, len(masks) // 2):
         return Seen(colour=None, shape=None, direction=None, overlap=0.0)
     overlaps = np.mean([_overlaps(masks[index]) for index in visible], axis=0)

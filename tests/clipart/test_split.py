@@ -7,8 +7,8 @@ from itertools import product
 import numpy as np
 
 from tests.nano.readings import COLOURS, SHAPES, WAYS, words_of
-from trainer.nano.scenes import TRIGGER
-from trainer.nano.split import HELD_OUT, TRAINED, held_out_scene, training_scene
+from trainer.clipart.scenes import TRIGGER
+from trainer.clipart.split import HELD_OUT, TRAINED, held_out_scene, training_scene
 
 NUM = 5000
 
