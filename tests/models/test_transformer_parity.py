@@ -22,8 +22,8 @@ from wan_pairs import (
     tiny_config,
 )
 
+from trainer.attention.sdpa import TorchAttention
 from trainer.contract.variants import VARIANTS
-from trainer.models.wan.attention import TorchAttention
 from trainer.models.wan.context import prepare_context
 from trainer.models.wan.transformer import WanTransformer
 

@@ -47,6 +47,15 @@ TECHNIQUES: Registry[Any] = Registry(
         "push predictions away from the targets of other samples",
     ),
 )
+ATTENTION: Registry[Any] = Registry(
+    "attention",
+    Entry("sdpa", "trainer.attention.sdpa:TorchAttention", "torch picks the kernel"),
+    Entry("flash2", "trainer.attention.flash2:Flash2Attention", "package flash-attn"),
+    Entry("flash3", "trainer.attention.flash3:Flash3Attention", "Hopper GPUs, flash-attn-3"),
+    Entry("xformers", "trainer.attention.xformers:XformersAttention", "package xformers"),
+    Entry("sage", "trainer.attention.sage:SageAttention", "8-bit, sampling only"),
+    Entry("flex", "trainer.attention.flex:FlexAttention", "a kernel made for the text's bias"),
+)
 SOLVERS: Registry[Any] = Registry(
     "solver",
     Entry("unipc", "trainer.sampling.solvers.unipc:UniPC", "second-order predictor-corrector"),

@@ -151,8 +151,16 @@ class TrainingSection(Options):
 class MemorySection(Options):
     """What is kept where, and in which precision."""
 
-    weight_format: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the transformer's weights and activations."""
+    weight_format: Literal["bf16", "fp32", "fp8", "fp8_scaled"] = "bf16"
+    """Precision of the transformer's weights and activations; `fp8` and `fp8_scaled` are for the
+    frozen linear layers of the blocks (half the memory), everything else is then bf16."""
+    fp8_format: Literal["e4m3", "e5m2"] = "e4m3"
+    """fp8 weights: 3 bits of mantissa, or 2 with more range."""
+    fp8_matmul: bool = False
+    """fp8 weights: multiply in fp8, too. Faster on GPUs that can (RTX 40, Hopper), less exact."""
+    attention: str = "sdpa"
+    """How attention is computed: `sdpa`, `flash2`, `flash3`, `xformers`, `flex`, or `sage`, which
+    is for sampling only. All but `sdpa` and `flex` need a package of their own."""
     gradient_checkpointing: bool = True
     """Recompute each block in the backward pass instead of keeping its activations."""
     keep_attention: bool = False

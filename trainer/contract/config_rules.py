@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from trainer.contract.catalog import SOLVERS
+from trainer.contract.catalog import ATTENTION, SOLVERS
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.registry import nearest
@@ -106,6 +106,11 @@ def trained_timesteps(config: RunConfig, expert_boundary: float) -> tuple[float,
         low if objective.min_timestep is None else objective.min_timestep,
         high if objective.max_timestep is None else objective.max_timestep,
     )
+
+
+def is_fp8(config: RunConfig) -> bool:
+    """Tell whether the transformer's blocks are held in fp8."""
+    return config.memory.weight_format in {"fp8", "fp8_scaled"}
 
 
 def _required_files(config: RunConfig, job: JobName) -> list[str]:
@@ -292,6 +297,48 @@ def _memory(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _attention(config: RunConfig) -> Iterator[Problem]:
+    name = config.memory.attention
+    if name not in ATTENTION:
+        hint = nearest(name, ATTENTION.names)
+        yield Problem(f"unknown attention {name!r}", "memory.attention", hint=hint)
+    elif name != "sdpa" and config.memory.keep_attention:
+        yield Problem(
+            f"only what torch's own attention returns can be kept, not that of {name}",
+            "memory.keep_attention",
+            hint='leave it out, or set memory.attention = "sdpa"',
+        )
+
+
+def _fp8(config: RunConfig) -> Iterator[Problem]:
+    memory = config.memory
+    if not is_fp8(config):
+        wanted = 'set memory.weight_format = "fp8_scaled", or leave it out'
+        if memory.fp8_format != "e4m3":
+            yield Problem("has a meaning with fp8 weights only", "memory.fp8_format", hint=wanted)
+        if memory.fp8_matmul:
+            yield Problem("has a meaning with fp8 weights only", "memory.fp8_matmul", hint=wanted)
+        return
+    if config.adapter.kind == "none":
+        yield Problem(
+            "fp8 weights are frozen: updates are smaller than their steps and would be lost",
+            "memory.weight_format",
+            hint='set weight_format = "bf16", or adapter.kind = "lora"',
+        )
+    if config.distributed.zero_stage == 3:
+        yield Problem(
+            "ZeRO-3 shards and gathers float weights; fp8 numbers and their scales it would cast",
+            "distributed.zero_stage",
+            hint='set zero_stage = 0, 1 or 2, or memory.weight_format = "bf16"',
+        )
+    if memory.fp8_matmul and memory.fp8_format != "e4m3":
+        yield Problem(
+            "GPUs multiply e4m3 with e4m3; e5m2 weights have too few bits for it",
+            "memory.fp8_format",
+            hint='set fp8_format = "e4m3", or fp8_matmul = false',
+        )
+
+
 def _output(config: RunConfig) -> Iterator[Problem]:
     if config.adapter.kind == "none" and config.output.layout != "comfy":
         yield Problem(
@@ -310,5 +357,7 @@ _RULES: tuple[Rule, ...] = (
     _distributed,
     _full_finetune,
     _memory,
+    _attention,
+    _fp8,
     _output,
 )

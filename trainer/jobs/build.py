@@ -9,15 +9,17 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from trainer.contract.catalog import PLUGIN_KINDS
+from trainer.contract.catalog import ATTENTION, PLUGIN_KINDS
 from trainer.contract.config import PluginSection, RunConfig
 from trainer.contract.config_io import problems_of
-from trainer.contract.config_rules import trained_timesteps
+from trainer.contract.config_rules import is_fp8, trained_timesteps
 from trainer.contract.errors import ConfigError
 from trainer.core.flow import NUM_TRAIN_TIMESTEPS
 from trainer.core.seams import BuildContext, Need, Technique
 from trainer.engine.deepspeed import is_installed
+from trainer.models.wan.quantised import FP8_FORMATS
 from trainer.models.wan.transformer import WanTransformer
+from trainer.quant.fp8 import Fp8Spec
 from trainer.training.step import Objective, SigmaRange
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -94,23 +96,41 @@ def trained_transformer_file(config: RunConfig) -> tuple[Path, str]:
     return path, f"model.{field}"
 
 
-def load_base(
-    config: RunConfig, path: Path, *, device: torch.device, dtype: torch.dtype
-) -> WanTransformer:
-    """Load transformer weights.
+def weights_dtype(config: RunConfig) -> torch.dtype:
+    """Return the dtype of the transformer's activations, and of weights that are not fp8."""
+    return torch.bfloat16 if is_fp8(config) else DTYPES[config.memory.weight_format]
+
+
+def fp8_spec(config: RunConfig) -> Fp8Spec | None:
+    """Return how the blocks' layers are held in fp8; None where they are not."""
+    if not is_fp8(config):
+        return None
+    memory = config.memory
+    return Fp8Spec(
+        scaled=memory.weight_format == "fp8_scaled",
+        dtype=FP8_FORMATS[memory.fp8_format],
+        matmul=memory.fp8_matmul,
+    )
+
+
+def load_base(config: RunConfig, path: Path, *, device: torch.device) -> WanTransformer:
+    """Load transformer weights in the precision that the config asks for.
 
     Raises:
         ModelFileError: the file cannot be used, or is not what `model.variant` says.
+        ConfigError: the file is in another fp8 format than asked for.
     """
     from trainer.models import load_transformer
 
     transformer = load_transformer(
         path,
         variant=config.model.variant,
-        dtype=dtype,
+        dtype=weights_dtype(config),
         device=device,
         config=dict(config.model.shape) or None,
+        fp8=fp8_spec(config),
     )
+    transformer.attend = ATTENTION.load(config.memory.attention)()
     transformer.gradient_checkpointing = config.memory.gradient_checkpointing
     transformer.blocks.keep_attention = config.memory.keep_attention
     return transformer

@@ -19,6 +19,7 @@ from trainer.data.checks import DatasetCheck, check_dataset
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import MAX_LISTED, Emit
 from trainer.jobs.components import require_vae, settle_variant, with_variant
+from trainer.jobs.memory_checks import memory_problems
 from trainer.jobs.run_items import holdout_of
 from trainer.models.wan.detect import recognise
 from trainer.sampling.prompts import read_prompts
@@ -46,6 +47,7 @@ def run(request: CheckRequest, emit: Emit) -> None:
         told = {problem.key for problem in problems}
         more = (*_kind_problems(config, variant), *_prompt_problems(config, variant))
         problems += [problem for problem in more if problem.key not in told]
+        problems += memory_problems(config, trains=True)
         problems = list(dict.fromkeys(problems))
     summary = _dataset(config, variant, problems, emit)
     if problems:

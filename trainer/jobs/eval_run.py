@@ -21,7 +21,7 @@ from trainer.contract.variants import Variant
 from trainer.core.seams import BuildContext, Probe
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import Emit
-from trainer.jobs.build import DTYPES, build_plugin, freeze, load_base, pick_device
+from trainer.jobs.build import build_plugin, freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
 from trainer.jobs.components import lazy_text_encoder, lazy_vae, settle_variant
 from trainer.jobs.config_job import read_config
@@ -206,8 +206,7 @@ def _not_needed() -> Any:
 
 
 def _load(config: RunConfig, path: Path, device: torch.device) -> nn.Module:
-    dtype = DTYPES[config.memory.weight_format]
-    return freeze(load_base(config, path, device=device, dtype=dtype))
+    return freeze(load_base(config, path, device=device))
 
 
 def _trained_fields(

@@ -12,7 +12,7 @@ from trainer.contract.jobs import LoRAUse, SampleJobRequest
 from trainer.contract.run_dir import RunDir
 from trainer.contract.variants import Variant
 from trainer.jobs.base import Emit
-from trainer.jobs.build import DTYPES, freeze, load_base, pick_device
+from trainer.jobs.build import freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
 from trainer.jobs.components import (
     lazy_image_encoder,
@@ -130,8 +130,7 @@ def _loaders(
     image_encoder = lazy_image_encoder(config, device)
 
     def transformer(expert: Expert) -> torch.nn.Module:
-        dtype = DTYPES[config.memory.weight_format]
-        return freeze(load_base(config, files[expert], device=device, dtype=dtype))
+        return freeze(load_base(config, files[expert], device=device))
 
     return SampleLoaders(
         text_encoder=lazy_text_encoder(config, device).load,

@@ -249,6 +249,8 @@ class TrainingRun:
             num_trained=trained,
             num_parameters=everything,
         )
+        if model.transformer.quantisation is not None:
+            self.emit("log", message=model.transformer.quantisation.in_words())
         for kind, message in validation_notes(self.config, variant, data):
             self.emit(kind, message=message)
         for problem in data.cached.problems:

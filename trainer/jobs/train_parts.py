@@ -22,7 +22,6 @@ from trainer.engine.deepspeed import DeepSpeedEngine
 from trainer.engine.local import LocalEngine
 from trainer.engine.process_group import World
 from trainer.jobs.build import (
-    DTYPES,
     build_objective,
     build_plugin,
     build_techniques,
@@ -119,8 +118,7 @@ def build_model(
     adapter: Adapter = build_plugin(config.adapter, "kind", build, where="adapter")
     # ZeRO-3 shards weights one by one on their way to the device; whole they might not fit it.
     device = torch.device("cpu") if config.distributed.zero_stage == 3 else world.device
-    dtype = DTYPES[config.memory.weight_format]
-    transformer = load_base(config, path, device=device, dtype=dtype)
+    transformer = load_base(config, path, device=device)
     adapter.inject(transformer, config.training.seed)
     for technique in techniques:
         transformer.blocks.add_hooks(technique.block_hooks())

@@ -14,7 +14,7 @@ from trainer.contract.config import RunConfig
 from trainer.contract.errors import NonFiniteError
 from trainer.contract.variants import Variant
 from trainer.engine.process_group import World
-from trainer.jobs.build import DTYPES, freeze, load_base
+from trainer.jobs.build import freeze, load_base
 from trainer.jobs.components import lazy_image_encoder, lazy_text_encoder, lazy_vae
 from trainer.models.wan.vae import WanVAE
 from trainer.sampling.conditions import Conditions, encode_files, encode_texts
@@ -157,8 +157,7 @@ class TrainingSamples:
         path = model.transformer_high_noise if expert == "high_noise" else model.transformer
         if path is None:
             raise RuntimeError("checked with the config")
-        dtype = DTYPES[self._config.memory.weight_format]
-        return load_base(self._config, path, device=self._world.device, dtype=dtype)
+        return load_base(self._config, path, device=self._world.device)
 
     def _encode(self) -> None:
         device = self._world.device

@@ -94,6 +94,22 @@ def read_tensor(
     return raw.to(torch.float32).mul_(scale).to(dtype)
 
 
+def read_fp8(
+    weights: WeightFiles, stored: StoredTensor, device: torch.device | str
+) -> tuple[Tensor, Tensor | None]:
+    """Return an fp8 weight (O, I) as it is in the file, and its float32 scale, (1, 1) or (O, 1).
+
+    Both have memory of their own on `device`; the file's pages are given back. The scale is None
+    for plain fp8.
+    """
+    raw = weights.read(stored.name).to(device, copy=True)
+    weights.release(stored.name)
+    if stored.scale is None:
+        return raw, None
+    scale = weights.read(stored.scale).to(device, torch.float32, copy=True)
+    return raw, scale.reshape(-1, 1)
+
+
 def own_dtype(weights: WeightFiles, stored: Iterable[StoredTensor]) -> torch.dtype:
     """Return the dtype most of the bytes have; bfloat16 where there is fp8, never float64."""
     sizes: Counter[torch.dtype] = Counter()

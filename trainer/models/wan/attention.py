@@ -5,39 +5,10 @@ Shape letters: B batch, L tokens, T text tokens, S keys, D width, N heads, K hea
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.attention.base import AttentionBackend
 from trainer.models.wan.rope import HeadNorm
-
-
-class AttentionBackend(Protocol):
-    """Computes softmax(q·kᵀ / √K + bias)·v."""
-
-    takes_bias: bool
-    """Whether `bias_BS` may be given; without, the model pads text to its full length."""
-
-    def __call__(
-        self, q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, bias_BS: Tensor | None = None
-    ) -> Tensor:
-        """Return (B, L, N, K)."""
-        ...
-
-
-class TorchAttention:
-    """`torch.nn.functional.scaled_dot_product_attention`; torch picks the kernel."""
-
-    takes_bias = True
-
-    def __call__(
-        self, q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, bias_BS: Tensor | None = None
-    ) -> Tensor:
-        """Return (B, L, N, K)."""
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q_BLNK, k_BSNK, v_BSNK))
-        mask = None if bias_BS is None else bias_BS[:, None, None].to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.attention.base import AttentionBackend
 from trainer.contract.variants import TransformerConfig
-from trainer.models.wan.attention import AttentionBackend, CrossAttention, SelfAttention
+from trainer.models.wan.attention import CrossAttention, SelfAttention
 
 
 @dataclass(frozen=True, slots=True)

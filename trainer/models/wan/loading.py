@@ -14,7 +14,9 @@ from trainer.io.atomic_save import save_safetensors
 from trainer.io.formats.stored_tensors import FLOAT_DTYPES, own_dtype, read_tensor
 from trainer.io.mapped_load import WeightFiles, open_weights
 from trainer.models.wan.detect import TransformerFile, recognise, transformer_metadata
+from trainer.models.wan.quantised import plan_quantisation, put_fp8_layer
 from trainer.models.wan.transformer import FLOAT32_MODULES, WanTransformer
+from trainer.quant.fp8 import Fp8Spec
 
 __all__ = ["load_transformer", "save_transformer", "transformer_metadata"]
 
@@ -25,10 +27,12 @@ def load_transformer(
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     config: Mapping[str, Any] | None = None,
+    fp8: Fp8Spec | None = None,
 ) -> WanTransformer:
     """Read a Wan transformer from any known layout, straight to `dtype` and `device`.
 
-    Tensor by tensor: the host never holds a second copy. fp8 weights are turned into `dtype`.
+    Tensor by tensor: the host never holds a second copy. fp8 weights are turned into `dtype`,
+    unless `fp8` asks to keep the blocks' layers in fp8; then `model.quantisation` tells more.
 
     Args:
         path: a safetensors or .pth file, a folder of shards, or a diffusers folder.
@@ -38,10 +42,12 @@ def load_transformer(
         device: where the model shall be.
         config: fields of `TransformerConfig` that the file does not tell, for models that are not
             of a released size and not written by Menma, e.g. {"num_heads": 4}.
+        fp8: hold the linear layers of the blocks in fp8: those of an fp8 file as they are, those
+            of other files rounded one by one. Such layers are frozen.
 
     Raises:
         ModelFileError: missing, damaged, unsafe, not a Wan transformer, or not `variant`.
-        ConfigError: an unknown variant, dtype or field.
+        ConfigError: an unknown variant, dtype or field, or a file in another fp8 format than `fp8`.
     """
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise ConfigError(f"a transformer cannot be computed in {dtype}")
@@ -52,7 +58,13 @@ def load_transformer(
     model.variant_name = file.variant_name
     _check_tensors(weights, file, model)
     chosen = dtype or own_dtype(weights, file.tensors.values())
+    if fp8 is not None:
+        model.quantisation = plan_quantisation(weights, file.tensors, fp8)
     for name, stored in file.tensors.items():
+        if model.quantisation is not None and put_fp8_layer(
+            model, name, weights, stored, device, model.quantisation
+        ):
+            continue
         target = torch.float32 if name.startswith(FLOAT32_MODULES) else chosen
         _assign(model, name, read_tensor(weights, stored, target, device))
     return model

@@ -18,10 +18,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from trainer.attention.base import AttentionBackend
+from trainer.attention.sdpa import TorchAttention
 from trainer.contract.errors import ConfigError, DataError
 from trainer.contract.variants import TransformerConfig
 from trainer.models.block_stack import BlockStack
-from trainer.models.wan.attention import AttentionBackend, TorchAttention
 from trainer.models.wan.block import (
     BlockInputs,
     Modulation,
@@ -36,6 +37,7 @@ from trainer.models.wan.embeddings import (
     distinct_timesteps,
     sinusoid,
 )
+from trainer.models.wan.quantised import Quantisation
 from trainer.models.wan.rope import MAX_POSITIONS, rope_table
 
 FLOAT32_MODULES = ("time_embedding",)
@@ -68,6 +70,7 @@ class WanTransformer(nn.Module):
         config: the model's shape.
         variant_name: entry of `trainer.contract.variants.VARIANTS`, "" if of no released size.
         attend: computes all attention; exchange it for another backend.
+        quantisation: what is known of the blocks' layers where they are fp8, else None.
     """
 
     def __init__(self, config: TransformerConfig, *, seed: int | None = 0) -> None:
@@ -85,6 +88,7 @@ class WanTransformer(nn.Module):
         self.config = config
         self.variant_name = ""
         self.attend: AttentionBackend = TorchAttention()
+        self.quantisation: Quantisation | None = None
         # Few: at 720p a table takes 40 MB. Own: a model on fake tensors keeps its to itself.
         self._rope_table = lru_cache(maxsize=4)(rope_table)
         dim = config.dim

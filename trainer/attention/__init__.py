@@ -1,0 +1,1 @@
+"""Ways to compute attention: one file a package that has kernels for it."""
