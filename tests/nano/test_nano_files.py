@@ -51,6 +51,7 @@ def stored(model: WanTransformer, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_names_and_types_are_those_of_fp8_scaled_files(model, stored):
     tensors = load_file(stored)
     scaled = {f"blocks.{index}.{name}" for index in range(2) for name in BLOCK_LINEARS}
+    scaled |= {"text_embedding.0", "text_embedding.2", "time_projection.1"}
     scales = {f"{name}.scale_weight" for name in scaled}
     assert set(tensors) == set(model.state_dict()) | scales | {"scaled_fp8"}
     assert tensors["scaled_fp8"].dtype == torch.float8_e4m3fn
@@ -118,7 +119,7 @@ def test_fp8_halves_the_file(model, stored, tmp_path):
     linears = sum(
         value.numel()
         for name, value in model.state_dict().items()
-        if name.startswith("blocks.") and value.dim() == 2
+        if name.startswith(("blocks.", "text_embedding.", "time_projection.")) and value.dim() == 2
     )
     saved = content(tmp_path / "bf16.safetensors") - content(stored)
     assert 0.9 * linears < saved < linears

@@ -114,7 +114,7 @@ def test_latents_are_normalised_in_the_end_and_decoded_as_before(short, scenes, 
         before = fit.vae.decode(fit.vae.normalise(fit.vae.encode_moments(videos[0])[0]))
 
     known: Iterator[Scene] = cycle(scenes)
-    monkeypatch.setattr(vae_training, "training_scene", lambda rng: next(known))
+    monkeypatch.setattr(vae_training, "training_scene", lambda *_: next(known))
     vae = fit.finished(num_clips=2)
     with torch.no_grad():
         latents = torch.cat([vae.encode(video) for video in videos])
