@@ -1,0 +1,106 @@
+"""The closed form of a training step's peak against the step itself on fake tensors.
+
+Blocks are all alike, so most settings have two of them: one that is checkpointed, and the last,
+which is not; a few have more, and three are released models whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Any
+
+import pytest
+from memory_configs import clip_sizes, make_config
+from step_oracle import measure_step
+
+from trainer.contract.config import RunConfig
+from trainer.contract.memory_model.phases import training_parts
+from trainer.contract.memory_model.workload import workload_of
+
+TOLERANCE = 0.03
+"""What the estimate promises; the differences seen are below 0.004."""
+
+SMALL, LARGE = "wan2.1-t2v-1.3b", "wan2.1-t2v-14b"
+VARIANTS = (SMALL, LARGE, "wan2.1-i2v-14b", "wan2.2-ti2v-5b")
+FP8: Mapping[str, Any] = {"weight_format": "fp8_scaled"}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "checkpointed": {},
+    "everything kept": {"memory": {"gradient_checkpointing": False}},
+    "attention kept": {"memory": {"keep_attention": True}},
+    "rank 128": {"rank": 128},
+    "full": {"full": True},
+    "fp8": {"memory": FP8},
+    "fp8 products": {"memory": {**FP8, "fp8_matmul": True}},
+}
+
+
+def difference(config: RunConfig) -> float:
+    """Return estimate / oracle - 1."""
+    parts = training_parts(workload_of(config))
+    return sum(parts.values()) / measure_step(config).num_bytes - 1
+
+
+def grid(family: str) -> Iterator[dict[str, Any]]:
+    """Yield the family's settings: each variant at each size."""
+    for variant, (resolution, frames, batch) in product(VARIANTS, clip_sizes()):
+        size = {"resolution": resolution, "frames": frames, "batch": batch}
+        yield {"variant": variant, "num_layers": 2, **size, **FAMILIES[family]}
+
+
+def test_the_grid_has_at_least_two_hundred_settings() -> None:
+    assert sum(len(list(grid(family))) for family in FAMILIES) + len(OTHERS) >= 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_setting_of_the_grid_is_within_the_promise(family: str) -> None:
+    differences = {str(setting): difference(make_config(**setting)) for setting in grid(family)}
+    wrong = {name: value for name, value in differences.items() if abs(value) > TOLERANCE}
+    assert not wrong
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "one block": {"num_layers": 1},
+    "six blocks": {"num_layers": 6},
+    "six blocks, all kept": {"num_layers": 6, "memory": {"gradient_checkpointing": False}},
+    "six blocks, full": {"num_layers": 6, "full": True},
+    "float32": {"memory": {"weight_format": "fp32"}},
+    "float32, full": {"memory": {"weight_format": "fp32"}, "full": True},
+    "float32, all kept": {"memory": {"weight_format": "fp32", "gradient_checkpointing": False}},
+    "plain fp8": {"memory": {"weight_format": "fp8"}},
+    "two microbatches": {"accumulation": 2},
+    "two microbatches, full": {"accumulation": 2, "full": True},
+    "first and last frame": {"variant": "wan2.1-flf2v-14b"},
+    "control": {"variant": "wan2.1-fun-control-1.3b"},
+    "an expert": {"variant": "wan2.2-i2v-a14b"},
+    "rank 1": {"rank": 1},
+    "rank 1 on an image": {"rank": 1, "frames": 1},
+    "attention only": {"adapter": {"exclude": [r".*\.ffn\..*"]}},
+    "no self-attention": {"adapter": {"exclude": [r".*self_attn.*"]}},
+    "feed-forward only": {"adapter": {"exclude": [r".*attn.*"]}},
+    "last of three blocks": {"num_layers": 3, "adapter": {"exclude": [r"blocks\.[01]\..*"]}},
+    "middle of three blocks": {"num_layers": 3, "adapter": {"exclude": [r"blocks\.[02]\..*"]}},
+    "head, too": {"adapter": {"include": ["head.head"]}},
+    "only the head": {"adapter": {"exclude": [".*"], "include": ["head.head"]}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_settings_are_within_the_promise(name: str) -> None:
+    assert abs(difference(make_config(**{"num_layers": 2, **OTHERS[name]}))) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"variant": SMALL, "frames": 81},
+        {"variant": LARGE, "frames": 81, "memory": FP8},
+        {"variant": "wan2.2-ti2v-5b", "resolution": (1280, 704), "frames": 121, "full": True},
+    ],
+    ids=lambda setting: setting["variant"],
+)
+def test_released_models_are_within_the_promise(setting: dict[str, Any]) -> None:
+    assert abs(difference(make_config(**setting))) < TOLERANCE

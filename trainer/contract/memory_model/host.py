@@ -1,0 +1,69 @@
+"""Host memory and disk."""
+
+from __future__ import annotations
+
+import math
+
+from trainer.contract.memory_model.clips import Clip
+from trainer.contract.memory_model.gpus import GIB
+from trainer.contract.memory_model.workload import ELEMENT, Workload
+
+PROCESS_BYTES = 2.5 * GIB
+"""Interpreter, torch, CUDA's libraries and DeepSpeed in one training process."""
+DECODED_WINDOWS = 4
+"""Windows that the cache job holds decoded."""
+
+
+def host_parts(work: Workload) -> dict[str, int]:
+    """Return the host memory of all processes of a machine while training."""
+    world = work.world_size
+    parts = {"processes": world * PROCESS_BYTES}
+    if work.zero_stage == 3:  # every process loads the whole model before it is sharded
+        weights = work.shape.num_layers * work.block_bytes + work.outer_bytes
+        parts["weights while loading"] = world * weights
+    # Saving gathers the trained weights, and the optimizer's moments one process after the other.
+    parts["saving"] = work.trained_parameters * 4.0
+    sampling = work.config.sampling
+    if work.variant.experts and (sampling.every_steps or sampling.at_start):
+        parts["parked expert"] = world * (
+            work.shape.num_layers * work.block_bytes + work.outer_bytes
+        )
+    return {name: round(size) for name, size in parts.items()}
+
+
+def caching_host_bytes(clip: Clip) -> int:
+    """Return the host memory of decoded windows, uint8, and of the one being encoded, float32."""
+    pixels = 3 * clip.num_frames * clip.width * clip.height
+    return round(PROCESS_BYTES + pixels * (DECODED_WINDOWS + 2 * 4))
+
+
+def disk_parts(work: Workload) -> dict[str, int]:
+    """Return the bytes of files: caches for one item, checkpoints and outputs of the whole run."""
+    config, variant, shape = work.config, work.variant, work.shape
+    element = ELEMENT[config.memory.cache_dtype]
+    cells = work.tokens * math.prod(shape.patch_size)
+    channels = shape.out_channels + (
+        shape.in_channels - shape.out_channels if variant.conditioning != "none" else 0
+    )
+    item = channels * cells * element
+    if shape.image_dim:
+        images = shape.image_tokens * (2 if shape.image_position_embedding else 1)
+        item += images * shape.image_dim * element
+    trained = work.trained_parameters
+    kept = config.checkpoint.keep_last
+    saves = (
+        config.training.max_steps // config.checkpoint.every_steps
+        if config.checkpoint.every_steps
+        else 0
+    )
+    state = trained * (4.0 + (8.0 if config.optimizer.kind == "adamw" else 2.04))
+    outputs = 1
+    if config.output.every_steps:
+        outputs += (config.training.max_steps - 1) // config.output.every_steps
+    return {
+        "latents of an item": round(item),
+        "longest caption": shape.text_len * shape.text_dim * element,
+        # One more while the newest is being written.
+        "checkpoints": round(state * (min(kept, saves + 1) + 1)),
+        "outputs": round(outputs * trained * ELEMENT[config.output.dtype]),
+    }

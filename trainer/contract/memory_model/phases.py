@@ -1,0 +1,142 @@
+"""The phases of a run on one GPU, each with the parts of its peak."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from trainer.contract.config import Prompt, SamplingSection
+from trainer.contract.memory_model import encoders
+from trainer.contract.memory_model.clips import Clip, default_clip, training_clips
+from trainer.contract.memory_model.gpus import GIB
+from trainer.contract.memory_model.result import Phase
+from trainer.contract.memory_model.stack import forward_peak
+from trainer.contract.memory_model.training import Parts, standing_parts, step_peak
+from trainer.contract.memory_model.workload import ELEMENT, Workload
+from trainer.contract.variants import Variant
+
+CONTEXT_BYTES = 0.55 * GIB
+"""CUDA's context, libraries and workspaces of matrix products."""
+COMMUNICATION_BYTES = 0.3 * GIB
+"""Buffers of NCCL, with several processes."""
+FRAGMENTATION = 0.04
+"""Memory that the allocator holds and cannot give out, by what comes and goes in a step."""
+SAMPLING_LATENTS = 8
+"""Copies of the latents, float32: the solver's history, both velocities, the mixture."""
+
+
+def phases(work: Workload, correction: float = 1.0) -> tuple[Phase, ...]:
+    """Return all phases; `correction` multiplies everything but the context."""
+    found = {
+        "captions": _captions(work),
+        "latents": _latents(work),
+        "training": training_parts(work),
+        "sampling": _sampling(work),
+    }
+    return tuple(_phase(name, parts, work, correction) for name, parts in found.items())
+
+
+def training_parts(work: Workload) -> Parts:
+    """Return the parts of the training peak without context and fragmentation."""
+    standing = standing_parts(work)
+    step, update = step_peak(work)
+    if update > sum(step.values()):
+        step = {"gradients": update}
+    return {**standing, **step}
+
+
+def sampling_clip(sampling: SamplingSection, variant: Variant) -> Clip:
+    """Return the largest video that the config's prompts ask for."""
+    usual = default_clip(variant)
+
+    def clip(prompt: Prompt | None) -> Clip:
+        given = [prompt, sampling] if prompt is not None else [sampling]
+        sizes = {
+            field: next(
+                (value for place in given if (value := getattr(place, field)) is not None),
+                getattr(usual, field),
+            )
+            for field in ("width", "height", "num_frames")
+        }
+        return Clip(**sizes)
+
+    clips = [clip(prompt) for prompt in sampling.prompts] or [clip(None)]
+    return max(clips, key=lambda one: (one.tokens(variant), one.width * one.height))
+
+
+def _captions(work: Workload) -> Parts:
+    element = ELEMENT[work.config.memory.text_encoder_dtype]
+    return {
+        "text encoder": encoders.text_encoder_bytes(element),
+        "encoding": encoders.text_encoding_bytes(work.shape.text_len, element),
+    }
+
+
+def _latents(work: Workload) -> Parts:
+    memory, variant = work.config.memory, work.variant
+    element = ELEMENT[memory.vae_dtype]
+    clips = training_clips(work.config, variant)
+    parts = {
+        "VAE": encoders.vae_bytes(variant, element),
+        "encoding": max(
+            encoders.vae_work_bytes(variant, clip, "encode", element=element, tile=memory.vae_tile)
+            for clip in clips
+        ),
+    }
+    if image := encoders.image_encoder_bytes(variant, element):
+        parts["image encoder"] = image
+    return parts
+
+
+def _sampling(work: Workload) -> Parts:
+    """Samples during training if the config wants them; else those of `menma sample`."""
+    config, variant = work.config, work.variant
+    memory, sampling = config.memory, config.sampling
+    clip = sampling_clip(sampling, variant)
+    during = bool(sampling.every_steps or sampling.at_start)
+    weights = work.shape.num_layers * work.block_bytes + work.outer_bytes
+    if during:
+        standing = {name: size for name, size in standing_parts(work).items() if name != "inputs"}
+    else:
+        standing = {"weights": weights}
+        if not work.full:
+            standing["adapter"] = work.trained_parameters * work.element
+    forward: Parts = {"live block": forward_peak(work.block_shape(clip))}
+    if during and variant.experts:
+        forward["other expert"] = weights
+    latents = SAMPLING_LATENTS * 4 * variant.latent_channels * clip.latent_frames(variant)
+    latents = latents * clip.width * clip.height // variant.vae_stride[1] ** 2
+    forward["latents"] = latents
+    element = ELEMENT[memory.vae_dtype]
+    decoding: Parts = {
+        "VAE": encoders.vae_bytes(variant, element),
+        "decoding": encoders.vae_work_bytes(
+            variant, clip, "decode", element=element, tile=memory.vae_tile
+        ),
+    }
+    # `menma sample` lets the transformer go before it decodes.
+    forwarding = {**standing, **forward}
+    decoded = {**standing, **decoding} if during else decoding
+    return max(forwarding, decoded, key=lambda parts: sum(parts.values()))
+
+
+_LASTING = {
+    "weights",
+    "adapter",
+    "fp32 masters",
+    "optimizer",
+    "ZeRO buckets",
+    "text encoder",
+    "VAE",
+    "image encoder",
+}
+"""Parts that are there from the start in few large pieces, which leave no gaps."""
+
+
+def _phase(name: str, parts: Mapping[str, float], work: Workload, correction: float) -> Phase:
+    moving = sum(size for part, size in parts.items() if part not in _LASTING)
+    whole = {**parts, "fragmentation": FRAGMENTATION * moving}
+    corrected = {part: round(size * correction) for part, size in whole.items() if size}
+    context = CONTEXT_BYTES
+    if name == "training" and work.world_size > 1:
+        context += COMMUNICATION_BYTES
+    return Phase(name=name, parts={**corrected, "CUDA context": round(context)})

@@ -1,0 +1,140 @@
+"""What an estimate says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trainer.contract.memory_model.clips import Clip
+from trainer.contract.memory_model.gpus import GIB, Gpu
+
+Verdict = Literal["fits", "tight", "does not fit", "unknown"]
+
+PHASES = ("captions", "latents", "training", "sampling")
+"""What a config goes through: `menma cache` (two phases), `menma train`, samples."""
+MARGIN_SHARE = 0.05
+"""Of the peak: the error that is to be expected where nothing has been measured yet."""
+MEASURED_MARGIN_SHARE = 0.03
+"""The same where runs on this machine correct the estimate."""
+MARGIN_LEAST = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """The peak of one phase and what it is made of."""
+
+    name: str
+    parts: Mapping[str, int]
+    """What takes memory at the peak -> bytes; they sum to the peak."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of the GPU, context included: what `nvidia-smi` would show."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Memory, disk and time of a config on one GPU, for each process."""
+
+    variant: str
+    clip: Clip
+    """The largest batch."""
+    tokens: int
+    """Of one of its items."""
+    world_size: int
+    gpu: Gpu | None
+    phases: tuple[Phase, ...]
+    host_parts: Mapping[str, int]
+    """Host memory of all processes of this machine at the peak."""
+    disk_parts: Mapping[str, int]
+    """Files of the run; caches an item."""
+    step_seconds: float | None
+    """Of one weight update; None where the GPU's arithmetic is not known."""
+    step_parts: Mapping[str, float] = field(default_factory=dict)
+    """Seconds by what takes them."""
+    correction: float = 1.0
+    """Measured / estimated peaks of earlier runs, by which phases were multiplied; 1: none."""
+    measured_runs: int = 0
+    """Runs behind `correction`."""
+
+    @property
+    def deciding(self) -> Phase:
+        """The phase with the highest peak."""
+        return max(self.phases, key=lambda phase: phase.peak_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest peak of all phases."""
+        return self.deciding.peak_bytes
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """What the highest peak is made of."""
+        return self.deciding.parts
+
+    @property
+    def margin_bytes(self) -> int:
+        """By how much the peak may be wrong."""
+        share = MEASURED_MARGIN_SHARE if self.measured_runs else MARGIN_SHARE
+        return max(round(self.peak_bytes * share), MARGIN_LEAST)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether it fits the GPU: with the margin, only without it, or not at all."""
+        if self.gpu is None:
+            return "unknown"
+        if self.peak_bytes > self.gpu.memory_bytes:
+            return "does not fit"
+        return "fits" if self.peak_bytes + self.margin_bytes <= self.gpu.memory_bytes else "tight"
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of all processes of this machine."""
+        return sum(self.host_parts.values())
+
+    def phase(self, name: str) -> Phase:
+        """Return a phase.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        for phase in self.phases:
+            if phase.name == name:
+                return phase
+        raise KeyError(name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; memory in GiB."""
+        return {
+            "variant": self.variant,
+            "clip": str(self.clip),
+            "batch": self.clip.batch,
+            "tokens": self.tokens,
+            "world_size": self.world_size,
+            "gpu": None if self.gpu is None else self.gpu.name,
+            "gpu_gib": None if self.gpu is None else self.gpu.memory_gib,
+            "verdict": self.verdict,
+            "peak_gib": _gib(self.peak_bytes),
+            "margin_gib": _gib(self.margin_bytes),
+            "deciding": self.deciding.name,
+            "phases": {
+                phase.name: {
+                    "peak_gib": _gib(phase.peak_bytes),
+                    "parts_gib": {name: _gib(size) for name, size in phase.parts.items()},
+                }
+                for phase in self.phases
+            },
+            "host_gib": _gib(self.host_bytes),
+            "host_parts_gib": {name: _gib(size) for name, size in self.host_parts.items()},
+            "disk_gib": {name: _gib(size) for name, size in self.disk_parts.items()},
+            "step_seconds": None if self.step_seconds is None else round(self.step_seconds, 3),
+            "step_parts_s": {name: round(value, 3) for name, value in self.step_parts.items()},
+            "correction": round(self.correction, 4),
+            "measured_runs": self.measured_runs,
+        }
+
+
+def _gib(size: float) -> float:
+    return round(size / GIB, 3)

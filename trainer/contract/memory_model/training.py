@@ -1,0 +1,127 @@
+"""GPU memory while training: what is there all the time, and the peak of a step."""
+
+from __future__ import annotations
+
+from trainer.contract.memory_model.optimizers import optimizer_memory
+from trainer.contract.memory_model.stack import StackOptions, training_peak
+from trainer.contract.memory_model.workload import Workload
+
+Parts = dict[str, float]
+
+FLOAT32 = 4
+LOSS_LATENTS = 7
+"""Copies of the latents while the loss is computed: noise, its mixture with the latents, the
+prediction in two orders, the target, their difference and its square."""
+BUCKET_ELEMENTS = 50_000_000
+"""Most gradients that ZeRO reduces together; `engine.deepspeed_config` sets it."""
+REDUCED_TOGETHER = 500_000_000
+"""Most gradients that DeepSpeed reduces together without ZeRO."""
+GATHERED_ELEMENTS = 1_000_000_000
+"""Weights that ZeRO-3 keeps gathered: DeepSpeed's `stage3_max_live_parameters`."""
+
+
+def standing_parts(work: Workload) -> Parts:
+    """Return what is on the GPU through the whole training."""
+    memory = optimizer_memory(work.config.optimizer.kind)
+    trained, world = work.trained_parameters, work.world_size
+    stage = work.zero_stage
+    sharded_optimizer = world if stage >= 1 else 1
+    weights = work.shape.num_layers * work.block_bytes + work.outer_bytes
+    parts: Parts = {"weights": weights / (world if stage == 3 else 1)}
+    if not work.full:
+        parts["adapter"] = trained * FLOAT32
+    masters = stage >= 1 or (work.full and work.element != FLOAT32)
+    if masters:
+        parts["fp32 masters"] = trained * FLOAT32 / sharded_optimizer
+    parts["optimizer"] = trained * memory.state / sharded_optimizer
+    if stage and world >= 1:
+        buckets = 1 if stage == 1 else 2  # with overlap one is filled while one is sent
+        parts["ZeRO buckets"] = buckets * min(BUCKET_ELEMENTS, trained) * _gradient_element(work)
+    if stage == 3:
+        gathered = min(GATHERED_ELEMENTS, work.shape.num_layers * work.block_bytes / work.element)
+        parts["ZeRO-3 gathered weights"] = gathered * work.element
+    parts["inputs"] = inputs_bytes(work)
+    return parts
+
+
+def inputs_bytes(work: Workload) -> float:
+    """Return latents, text, image features and rotary table of a batch."""
+    shape, batch = work.shape, work.clip.batch
+    size: float = work.latent_bytes
+    size += work.latent_bytes / 2 * (shape.in_channels - shape.out_channels) / shape.out_channels
+    text = batch * shape.text_len
+    size += text * (2 * shape.text_dim + shape.dim * work.element)
+    if work.full:  # what the text embedding and the patch embedding read in their backward
+        size += text * (shape.text_dim + 3 * shape.dim) * work.element
+        size += work.latent_bytes / 4 * work.element * shape.in_channels / shape.out_channels
+    if shape.image_dim:
+        images = batch * shape.image_tokens * (2 if shape.image_position_embedding else 1)
+        size += images * (2 * shape.image_dim + shape.dim * work.element)
+    return size + work.tokens * shape.head_dim * FLOAT32
+
+
+def step_peak(work: Workload) -> tuple[Parts, float]:
+    """Return what a step takes at its peak, and the peak of the weights' update."""
+    gradient = _gradient_element(work)
+    total = work.trained_parameters * gradient
+    stage, world = work.zero_stage, work.world_size
+    share = 1 / world if stage >= 2 else 1.0
+    waiting = 0.0
+    if work.config.training.gradient_accumulation_steps > 1:
+        # Those of the microbatches before are there from the start.
+        if _adds_in_float32(work):
+            waiting = work.trained_parameters * FLOAT32
+        else:
+            waiting, share = total * share, 0.0
+    stack = training_peak(
+        work.block_shape(),
+        work.targets.blocks,
+        _options(work),
+        first=work.targets.first,
+        drawn=2 * work.latent_bytes,
+        head=_head(work),
+        gradient_share=share,
+    )
+    parts: Parts = {
+        "gradients": waiting + stack.gradients,
+        "activations": stack.activations,
+        "live block": stack.live_block,
+    }
+    return parts, _update_bytes(work, total)
+
+
+def _options(work: Workload) -> StackOptions:
+    memory = work.config.memory
+    return StackOptions(
+        checkpointing=memory.gradient_checkpointing, keep_attention=memory.keep_attention
+    )
+
+
+def _head(work: Workload) -> float:
+    """Return what head and loss take at most, beside the tokens."""
+    shape = work.block_shape()
+    normed = 1 if work.clip.batch == 1 else 2
+    return (normed + 1) * shape.tokens_bytes + LOSS_LATENTS * work.latent_bytes
+
+
+def _gradient_element(work: Workload) -> int:
+    return work.element if work.full else FLOAT32
+
+
+def _adds_in_float32(work: Workload) -> bool:
+    """Whether bf16 gradients are added to float32 ones after each microbatch."""
+    return work.full and work.element != FLOAT32 and work.zero_stage == 0
+
+
+def _update_bytes(work: Workload, total: float) -> float:
+    """Return gradients and temporaries while the weights are updated."""
+    stage, world, trained = work.zero_stage, work.world_size, work.trained_parameters
+    memory = optimizer_memory(work.config.optimizer.kind)
+    if stage == 0:
+        if _adds_in_float32(work):
+            return trained * (FLOAT32 + memory.temporary)
+        reduced = min(trained, REDUCED_TOGETHER) * FLOAT32 if world > 1 else 0.0
+        return total + max(reduced, trained * memory.temporary)
+    # ZeRO updates its shard in float32, from a float32 copy of its gradients.
+    copy = trained / world * (FLOAT32 + memory.temporary)
+    return (total if stage == 1 else total / world) + copy

@@ -1,0 +1,175 @@
+"""From a config to the numbers that the model works with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+from trainer.contract.config import RunConfig
+from trainer.contract.config_rules import is_fp8
+from trainer.contract.errors import ConfigError
+from trainer.contract.memory_model.block import BlockShape, Trained
+from trainer.contract.memory_model.clips import Clip, training_clips
+from trainer.contract.memory_model.operators import Fp8
+from trainer.contract.memory_model.weights import (
+    Targets,
+    block_layers,
+    block_linear_parameters,
+    block_other_parameters,
+    lora_parameters,
+    lora_targets,
+    outer_parameters,
+    time_parameters,
+)
+from trainer.contract.variants import TransformerConfig, Variant, get_variant
+
+ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Bytes an element."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One process's share of a training run."""
+
+    config: RunConfig
+    variant: Variant
+    shape: TransformerConfig
+    clip: Clip
+    """The batch that takes most memory."""
+    targets: Targets
+    """What is trained."""
+    world_size: int
+    zero_stage: int
+
+    @property
+    def full(self) -> bool:
+        """Whether the model's own weights are trained."""
+        return self.config.adapter.kind == "none"
+
+    @property
+    def element(self) -> int:
+        """Bytes of an activation's element."""
+        return 4 if self.config.memory.weight_format == "fp32" else 2
+
+    @property
+    def tokens(self) -> int:
+        """Video tokens of one sample."""
+        return self.clip.tokens(self.variant)
+
+    @property
+    def rows(self) -> int:
+        """Video tokens of a batch."""
+        return self.clip.batch * self.tokens
+
+    @property
+    def latent_bytes(self) -> int:
+        """Bytes of the batch's latents, float32."""
+        cells = self.tokens * math.prod(self.shape.patch_size)
+        return 4 * self.clip.batch * self.shape.out_channels * cells
+
+    @cached_property
+    def trained_parameters(self) -> int:
+        """Parameters that get gradients."""
+        shape = self.shape
+        if self.full:
+            block = block_linear_parameters(shape) + block_other_parameters(shape)
+            return shape.num_layers * block + outer_parameters(shape)
+        return self.targets.outer_parameters + sum(
+            lora_parameters(shape, block) for block in self.targets.blocks
+        )
+
+    @cached_property
+    def block_bytes(self) -> float:
+        """Weights of one block as they are kept."""
+        shape = self.shape
+        return (
+            block_linear_parameters(shape) * (1 if self.fp8 else self.element)
+            + self._scale_bytes
+            + block_other_parameters(shape) * self.element
+        )
+
+    @property
+    def _scale_bytes(self) -> float:
+        """Scales of a block's fp8 weights: a bf16 for 64 inputs, or a float32 a row."""
+        if self.config.memory.weight_format != "fp8_scaled":
+            return 0.0
+        layers = block_layers(self.shape).values()
+        by_row = self.config.memory.fp8_matmul
+        return sum(4.0 * o if by_row or i % 64 else i * o / 32 for i, o in layers)
+
+    @cached_property
+    def outer_bytes(self) -> float:
+        """Weights outside the blocks."""
+        wide = time_parameters(self.shape)
+        return (outer_parameters(self.shape) - wide) * self.element + wide * 4
+
+    @property
+    def fp8(self) -> Fp8:
+        """How the blocks multiply where their weights are fp8."""
+        if not is_fp8(self.config):
+            return None
+        return "products" if self.config.memory.fp8_matmul else "dequantised"
+
+    def block_shape(self, clip: Clip | None = None) -> BlockShape:
+        """Return the sizes of a block that works on `clip` (left out: the training batch)."""
+        clip, shape = clip or self.clip, self.shape
+        images = 2 if shape.image_position_embedding else 1
+        return BlockShape(
+            dim=shape.dim,
+            ffn_dim=shape.ffn_dim,
+            heads=shape.num_heads,
+            batch=clip.batch,
+            tokens=clip.tokens(self.variant),
+            text_tokens=shape.text_len,
+            image_tokens=images * shape.image_tokens if shape.image_dim else 0,
+            element=self.element,
+            fp8=self.fp8,
+        )
+
+
+def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
+    """Return the numbers of a config.
+
+    Args:
+        config: checked.
+        num_gpus: processes where `distributed.num_processes` is left open.
+
+    Raises:
+        ConfigError: the variant is not named, or the dataset cannot be read.
+    """
+    if config.model.variant == "auto":
+        raise ConfigError(
+            "the estimate looks into no weight file, and model.variant is auto",
+            hint='name it, e.g. --set model.variant="wan2.1-t2v-14b"',
+        )
+    variant = get_variant(config.model.variant)
+    known = {field.name for field in fields(TransformerConfig)}
+    changed = {key: value for key, value in config.model.shape.items() if key in known}
+    shape = replace(variant.transformer, **changed)  # type: ignore[arg-type]  # checked by config
+    clips = training_clips(config, variant)
+    return Workload(
+        config=config,
+        variant=variant,
+        shape=shape,
+        clip=max(clips, key=lambda clip: clip.batch * clip.tokens(variant)),
+        targets=_trained(config, shape),
+        world_size=config.distributed.num_processes or num_gpus,
+        zero_stage=config.distributed.zero_stage,
+    )
+
+
+def _trained(config: RunConfig, shape: TransformerConfig) -> Targets:
+    if config.adapter.kind == "none":
+        return Targets(blocks=(Trained(everything=True),) * shape.num_layers)
+    options = config.adapter.options("kind")
+    return lora_targets(
+        shape,
+        int(options.get("rank", DEFAULT_RANK)),
+        tuple(options.get("include", ())),
+        tuple(options.get("exclude", ())),
+    )
+
+
+DEFAULT_RANK = 16
+"""Of `adapters.lora`; a test keeps the two equal."""
