@@ -16,8 +16,10 @@ from torch import Tensor
 
 BLOCK = 64
 """Neighbouring inputs that share a scale."""
-_CHUNK_ELEMENTS = 1 << 22
-"""Rounded at a time, so that the float32 copies stay small beside the weight."""
+_CHUNK_ELEMENTS = 1 << 16
+_GPU_CHUNK_ELEMENTS = 1 << 24
+"""Rounded at a time. On the CPU the float32 copies must be small: large ones come and go on the
+heap between the weights that stay, and leave holes worth several times the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +137,8 @@ def _round(rows_OI: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def _chunks(weight_OI: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
     """Yield a few rows at a time as float32 copies on `device`, with their place."""
-    step = max(1, _CHUNK_ELEMENTS // max(1, weight_OI.shape[1]))
+    elements = _CHUNK_ELEMENTS if device.type == "cpu" else _GPU_CHUNK_ELEMENTS
+    step = max(1, elements // max(1, weight_OI.shape[1]))
     for start in range(0, len(weight_OI), step):
         place = slice(start, start + step)
         yield place, weight_OI[place].detach().to(device, torch.float32, copy=True)
