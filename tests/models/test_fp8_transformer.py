@@ -309,7 +309,7 @@ before = peak()
 model = load_transformer(sys.argv[1], dtype=torch.bfloat16, fp8=Fp8Spec(scaled=True))
 size = sum(value.nbytes for value in model.parameters())
 block = sum(value.nbytes for value in model.blocks[0].parameters())
-print((peak() - before - block) / size)
+print((peak() - before) / size, block / size)
 """
 
 
@@ -326,4 +326,6 @@ def test_the_host_never_holds_more_than_the_fp8_model_and_a_block(stored, tmp_pa
         path, _ = fp8_scaled("scale_weight", per_row=True)(large, tmp_path)
     done = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 0.9 < float(done.stdout) < 1.1
+    used, block = map(float, done.stdout.split())
+    assert used > 0.95, "it was measured"
+    assert used < 1.1 + block
