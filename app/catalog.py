@@ -8,6 +8,7 @@ COMMANDS: dict[str, str] = {
     "presets": "app.cli.commands.presets",
     "config": "app.cli.commands.config",
     "check": "app.cli.commands.check",
+    "estimate": "app.cli.commands.estimate",
     "cache": "app.cli.commands.cache",
     "train": "app.cli.commands.train",
     "sample": "app.cli.commands.sample",

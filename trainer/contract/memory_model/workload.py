@@ -11,6 +11,7 @@ from trainer.contract.config_rules import is_fp8
 from trainer.contract.errors import ConfigError
 from trainer.contract.memory_model.block import BlockShape, Trained
 from trainer.contract.memory_model.clips import Clip, training_clips
+from trainer.contract.memory_model.header import variant_of_file
 from trainer.contract.memory_model.operators import Fp8
 from trainer.contract.memory_model.weights import (
     Targets,
@@ -136,14 +137,9 @@ def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
         num_gpus: processes where `distributed.num_processes` is left open.
 
     Raises:
-        ConfigError: the variant is not named, or the dataset cannot be read.
+        ConfigError: the variant cannot be told, or the dataset cannot be read.
     """
-    if config.model.variant == "auto":
-        raise ConfigError(
-            "the estimate looks into no weight file, and model.variant is auto",
-            hint='name it, e.g. --set model.variant="wan2.1-t2v-14b"',
-        )
-    variant = get_variant(config.model.variant)
+    variant = _variant(config)
     known = {field.name for field in fields(TransformerConfig)}
     changed = {key: value for key, value in config.model.shape.items() if key in known}
     shape = replace(variant.transformer, **changed)  # type: ignore[arg-type]  # checked by config
@@ -157,6 +153,20 @@ def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
         world_size=config.distributed.num_processes or num_gpus,
         zero_stage=config.distributed.zero_stage,
     )
+
+
+def _variant(config: RunConfig) -> Variant:
+    model = config.model
+    if model.variant != "auto":
+        return get_variant(model.variant)
+    path = model.transformer or model.transformer_high_noise
+    found = None if path is None else variant_of_file(path)
+    if found is None:
+        raise ConfigError(
+            "model.variant is auto, and the weight file does not tell which it is",
+            hint='name it, e.g. --set model.variant="wan2.1-t2v-14b"',
+        )
+    return found
 
 
 def _trained(config: RunConfig, shape: TransformerConfig) -> Targets:
