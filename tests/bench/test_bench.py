@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from trainer.bench import job, load, step
+from trainer.bench import job, load, load_fp8, step
 from trainer.bench.result import Measurement, timed_in_turns
 from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.jobs import BenchRequest
@@ -69,6 +69,21 @@ def test_loading_is_measured_in_a_process_of_its_own(tmp_path, monkeypatch, cont
     monkeypatch.setitem(VARIANTS, "small", small)
     found = load.measure(variant="small", folder=tmp_path, container=container)
     assert found.figures["peak_gib"] > found.figures["file_gib"] > 0.1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", ["fp8_scaled", "bf16"])
+def test_loading_into_fp8_takes_the_fp8_model_and_a_block(tmp_path, monkeypatch, stored):
+    from dataclasses import replace
+
+    tiny = TransformerConfig(dim=1536, ffn_dim=8960, num_layers=6)
+    small = replace(VARIANTS["wan2.1-t2v-1.3b"], transformer=tiny)
+    monkeypatch.setitem(VARIANTS, "small", small)
+    found = load_fp8.measure(variant="small", folder=tmp_path, stored=stored)
+    assert found.fine
+    assert 0.95 < found.figures["ratio_with_block"] < 1.4
+    assert 0.25 < found.figures["model_gib"] < 0.4
     assert list(tmp_path.iterdir()) == []
 
 

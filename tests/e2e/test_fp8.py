@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.e2e.project import copy_project
 from tests.e2e.test_training_options import losses, trained
 from tests.e2e.variant_project import (
     HEADS,
@@ -94,6 +95,29 @@ def test_engines_agree_on_fp8(project):
     ours, theirs = (trained(project, name) for name in names)
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_two_processes_train_on_fp8_as_one(cached_project, tmp_path, stage):
+    outputs = []
+    for processes in (1, 2):
+        project = copy_project(cached_project, tmp_path / str(processes))
+        settings = {
+            "memory.weight_format": "fp8_scaled",
+            "distributed.engine": "deepspeed",
+            "distributed.num_processes": processes,
+            "distributed.zero_stage": stage,
+            # Two processes see two clips in each step, so one accumulates two to do the same.
+            "training.gradient_accumulation_steps": 2 // processes,
+            "adapter.dropout": 0,
+        }
+        changes = [part for k, v in settings.items() for part in ("--set", f"{k}={v}")]
+        project.done("train", project.config, *changes)
+        outputs.append((project.events("step"), load_file(project.output)))
+    (one, alone), (two, together) = outputs
+    np.testing.assert_allclose([e["loss"] for e in two], [e["loss"] for e in one], rtol=1e-3)
+    for name, tensor in together.items():
+        torch.testing.assert_close(tensor, alone[name], rtol=0.02, atol=2e-3)
 
 
 @pytest.mark.parametrize("options", [{}, {"memory__fp8_format": "e5m2"}], ids=["e4m3", "e5m2"])

@@ -20,6 +20,7 @@ BENCHMARKS: Registry[Any] = Registry(
     Entry("step", "trainer.bench.step", "training step against diffusers + PEFT"),
     Entry("engine", "trainer.bench.engine", "engine against a plain loop"),
     Entry("load", "trainer.bench.load", "peak RAM of loading a model (writes 2.7 GiB for a while)"),
+    Entry("load_fp8", "trainer.bench.load_fp8", "peak RAM of loading fp8 (writes 1.4 GiB)"),
     Entry("help", "trainer.bench.help", "time of menma --help"),
     Entry(_GPU, "trainer.bench.gpu", "training step of the released shapes on a GPU"),
 )

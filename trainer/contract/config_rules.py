@@ -327,7 +327,7 @@ def _fp8(config: RunConfig) -> Iterator[Problem]:
         )
     if config.distributed.zero_stage == 3:
         yield Problem(
-            "ZeRO-3 shards and gathers float weights; fp8 numbers and their scales it would cast",
+            "ZeRO-3 gathers the shards of weights from all processes, which cannot be done in fp8",
             "distributed.zero_stage",
             hint='set zero_stage = 0, 1 or 2, or memory.weight_format = "bf16"',
         )
