@@ -13,8 +13,16 @@ from app.domain.environment import gpus
 from trainer.contract.config import RunConfig
 from trainer.contract.config_io import load_config
 from trainer.contract.errors import MenmaError, UserError
-from trainer.contract.memory_model import Circumstances, Gpu, estimate, find_gpu, gpu_of_memory
+from trainer.contract.memory_model import (
+    Circumstances,
+    Estimate,
+    Gpu,
+    estimate,
+    find_gpu,
+    gpu_of_memory,
+)
 from trainer.contract.run_dir import RunDir
+from trainer.contract.variants import VARIANTS
 
 GIB = 2**30
 MOST_RUNS = 20
@@ -59,6 +67,31 @@ def choose_card(name: str | None, vram_gib: float | None) -> Card | None:
     smallest = min(found, key=lambda gpu: gpu["vram_gib"])
     gpu = gpu_of_memory(float(smallest["vram_gib"]), str(smallest["name"]))
     return Card(gpu=gpu, count=len(found), here=True)
+
+
+def estimate_here(config: RunConfig, variant: str) -> Estimate | None:
+    """Return the estimate for this machine's GPU; None: there is none, or the model is unknown.
+
+    Args:
+        config: checked.
+        variant: what `model.variant = "auto"` was found to be.
+    """
+    if variant not in VARIANTS:
+        return None
+    card = choose_card(None, None)
+    if card is None:
+        return None
+    model = config.model.model_copy(update={"variant": variant})
+    config = config.model_copy(update={"model": model})
+    return estimate(config, card.gpu, circumstances(config, card))
+
+
+def circumstances(config: RunConfig, card: Card) -> Circumstances:
+    """Return what is known of the machine that the card is in."""
+    correction = measured_correction(config) if card.here else Correction()
+    return Circumstances(
+        num_gpus=card.count, correction=correction.factor, measured_runs=correction.runs
+    )
 
 
 def measured_correction(config: RunConfig) -> Correction:

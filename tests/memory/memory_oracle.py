@@ -8,11 +8,12 @@ What is assumed, because fake tensors alone would not tell what a GPU does:
 
 * The fake device is called `cpu`: without CUDA in torch, autograd refuses fake `cuda` tensors.
   Where the CPU and the CUDA kernels of an operator allocate differently, CUDA's are put in place:
-  attention is `_scaled_dot_product_flash_attention` (output and log-sum-exp are kept, no matrix of
-  scores ever exists, as it would in the `math` form), and AdamW is the fused one.
+  attention is `_scaled_dot_product_flash_attention`, with a bias the memory-efficient kernel. Its
+  output and log-sum-exp are kept, and no matrix of scores exists, as it would in the `math` form.
+  AdamW is the fused one.
 * The flash backward holds a float32 copy of the gradient of the queries and one float a row:
   FlashAttention-2's and the memory-efficient kernel's workspace.
-* Captions fill all the model's text tokens, so that no bias is needed.
+* Captions fill all the model's text tokens unless a test says otherwise.
 * Workspaces of matrix products (cuBLAS: some 10 MiB) belong to the context, not to the step.
 """
 
@@ -106,7 +107,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _workspace(name: str, args: tuple[Any, ...]) -> int:
-    if "flash_attention_backward" not in name:
+    if "attention_backward" not in name:
         return 0
     b, n, length, k = args[1].shape
     rows = -(-length // 128) * 128
@@ -118,11 +119,20 @@ def flash_attention() -> Iterator[None]:
     """Make `scaled_dot_product_attention` the operator that CUDA would take."""
     plain = F.scaled_dot_product_attention
 
-    def flash(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        assert attn_mask is None, "give captions of full length"
-        attend = torch.ops.aten._scaled_dot_product_flash_attention
-        result: Tensor = attend(query, key, value)[0]
-        return result
+    def flash(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        scale = options.get("scale")
+        if attn_mask is None:
+            attend = torch.ops.aten._scaled_dot_product_flash_attention
+            return first(attend(query, key, value, scale=scale))
+        bias = attn_mask.expand(*query.shape[:2], query.shape[2], key.shape[2])
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        sums = torch.is_grad_enabled()
+        return first(efficient(query, key, value, bias, sums, scale=scale))
+
+    def first(results: tuple[Tensor, ...]) -> Tensor:
+        return results[0]
 
     F.scaled_dot_product_attention = flash
     try:

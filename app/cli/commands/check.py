@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from app.cli import jobs, output
 from app.cli.exit_codes import ExitCode
 from app.cli.options import Config, Json, Overrides, command_app
 from trainer.contract.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from trainer.contract.config import RunConfig
 
 app = command_app()
 
@@ -25,7 +28,7 @@ def check(config: Config, overrides: Overrides = None, as_json: Json = False) ->
     from trainer.contract.config_io import load_config
 
     try:
-        load_config(config, overrides or ())
+        checked = load_config(config, overrides or ())
     except ConfigError as error:
         if as_json:
             _report([_problem(problem) for problem in error.problems])
@@ -42,6 +45,7 @@ def check(config: Config, overrides: Overrides = None, as_json: Json = False) ->
     jobs.leave_if_failed(result)
     if not as_json:
         _show_dataset(result.end)
+        _show_estimate(checked, str(result.end.get("variant", "")))
         output.say(f"{config} is fine. Next: menma cache {config}, then menma train {config}")
 
 
@@ -77,6 +81,21 @@ def _show_dataset(end: Mapping[str, Any]) -> None:
         f"Model: {end.get('variant') or 'not recognised'}. Clips: {end.get('clips', 0)}. "
         f"Batches an epoch: {end.get('batches_per_epoch', 0)}.{held}"
     )
+
+
+def _show_estimate(config: RunConfig, variant: str) -> None:
+    """Say whether this machine's GPU is large enough, where there is one."""
+    from app.domain.cards import estimate_here
+    from app.render.estimates import verdict_line
+
+    result = estimate_here(config, variant)
+    if result is None:
+        return
+    line = f"{verdict_line(result)} More: menma estimate"
+    if result.verdict == "fits":
+        output.say(line)
+    else:
+        output.warn(line, hint="settings that fit: menma estimate CONFIG --fit")
 
 
 def _problem(problem: Problem) -> dict[str, Any]:

@@ -49,10 +49,7 @@ def estimate(
             "no GPU was found in this machine",
             hint='name the one to estimate for: --gpu "RTX 4090", or --vram 24',
         )
-    correction = cards.measured_correction(checked) if card.here else cards.Correction()
-    known = memory_model.Circumstances(
-        num_gpus=card.count, correction=correction.factor, measured_runs=correction.runs
-    )
+    known = cards.circumstances(checked, card)
     if not fit:
         result = memory_model.estimate(checked, card.gpu, known)
         if as_json:

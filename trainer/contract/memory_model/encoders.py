@@ -12,8 +12,6 @@ from trainer.contract.variants import Variant
 
 UMT5_PARAMETERS = 5_680_910_336
 _UMT5_DIM, _UMT5_FFN, _UMT5_HEADS = 4096, 10240, 64
-CAPTION_BATCH = 8
-"""Captions that the cache job encodes at once."""
 CLIP_PARAMETERS = 632_076_800
 
 VAE_PARAMETERS = {"2.1": 126_892_531, "2.2": 704_688_668}
@@ -31,13 +29,11 @@ def text_encoder_bytes(element: int) -> float:
     return UMT5_PARAMETERS * element
 
 
-def text_encoding_bytes(text_len: int, element: int, batch: int = CAPTION_BATCH) -> float:
-    """Return what encoding captions of full length takes beside the weights."""
-    rows = batch * text_len
-    scores = 4 * batch * _UMT5_HEADS * text_len * text_len
-    feed_forward = rows * (3 * _UMT5_FFN + 3 * _UMT5_DIM) * element
-    attention = 2 * scores + scores * element / 4 + rows * 5 * _UMT5_DIM * element
-    return max(feed_forward, attention)
+def text_encoding_bytes(text_len: int, element: int) -> float:
+    """Return what encoding a caption of full length takes; each caption runs alone."""
+    attention = 2 * _UMT5_HEADS * text_len**2 + 7 * text_len * _UMT5_DIM
+    feed_forward = text_len * (5 * _UMT5_FFN + 2 * _UMT5_DIM)
+    return max(attention, feed_forward) * element
 
 
 def vae_bytes(variant: Variant, element: int) -> float:
