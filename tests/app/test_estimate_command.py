@@ -1,0 +1,158 @@
+"""`menma estimate`: what it prints, for which GPU, and what earlier runs change."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from app.domain import cards
+from trainer.contract.config_io import load_config
+from trainer.contract.memory_model import estimate
+
+GIB = 2**30
+FOURTEEN = 'model.variant="wan2.1-t2v-14b"'
+
+
+def listed(name, vram_gib):
+    """Return what `nvidia-smi` would say of a GPU."""
+    return {"index": 0, "name": name, "vram_gib": vram_gib, "vram_free_gib": vram_gib}
+
+
+@pytest.fixture
+def sized(config):
+    """Return a config with clips of a known size."""
+    text = config.read_text(encoding="utf-8")
+    added = 'video_directory = "clips"\nresolution = [832, 480]\ntarget_frames = [1, 81]\n'
+    config.write_text(text.replace('video_directory = "clips"\n', added), encoding="utf-8")
+    return config
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """Hide the GPUs of the machine that the tests run on."""
+    monkeypatch.setattr(cards, "gpus", list)
+
+
+def test_the_table_goes_to_stdout_and_the_words_to_stderr(menma, sized):
+    answer = menma("estimate", sized, "--gpu", "4090")
+    assert answer.code == 0
+    lines = answer.out.splitlines()
+    assert lines[0].split() == ["PHASE", "PART", "GIB"]
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
+        "PHASE",
+        "captions",
+        "latents",
+        "training",
+        "sampling",
+    ]
+    assert "832x480x81" in answer.err
+    assert "RTX 4090 has 23.6 GiB: it fits." in answer.err
+    assert "±" in answer.err
+    assert "An update takes about" in answer.err
+    assert not Path("request.json").exists()  # no trainer was started
+
+
+def test_json_is_the_estimate(menma, sized):
+    answer = menma("estimate", sized, "--vram", "24", "--json", "--set", "adapter.rank=64")
+    found = json.loads(answer.out)
+    expected = estimate(load_config(sized, ["adapter.rank=64"]))
+    assert found["peak_gib"] == pytest.approx(expected.peak_bytes / GIB, abs=0.001)
+    assert (found["gpu_gib"], found["verdict"], found["step_seconds"]) == (24, "fits", None)
+    training = found["phases"]["training"]
+    assert sum(training["parts_gib"].values()) == pytest.approx(training["peak_gib"], abs=0.01)
+    assert found["margin_gib"] > 0
+
+
+def test_without_a_gpu_one_has_to_be_named(menma, sized):
+    answer = menma("estimate", sized)
+    assert answer.code == 2
+    assert "--vram 24" in answer.err
+    both = menma("estimate", sized, "--gpu", "4090", "--vram", "24")
+    assert (both.code, "give --gpu or --vram" in both.err) == (2, True)
+    unknown = menma("estimate", sized, "--gpu", "RTX 4091")
+    assert (unknown.code, "did you mean" in unknown.err) == (2, True)
+
+
+def test_the_smallest_gpu_of_this_machine_counts(menma, sized, monkeypatch):
+    found = [listed("NVIDIA H200", 139.8), listed("NVIDIA GeForce RTX 3060", 11.8)]
+    monkeypatch.setattr(cards, "gpus", lambda: found)
+    answer = menma("estimate", sized, "--json")
+    result = json.loads(answer.out)
+    assert (result["gpu"], result["world_size"]) == ("NVIDIA GeForce RTX 3060", 2)
+    assert result["step_seconds"] > 0
+
+
+def test_a_config_that_is_wrong_is_refused(menma, sized):
+    answer = menma("estimate", sized, "--gpu", "4090", "--set", "memory.blocs=3")
+    assert (answer.code, "unknown key" in answer.err) == (2, True)
+
+
+def test_fit_prints_options_that_do_what_they_say(menma, sized):
+    words = ["estimate", sized, "--gpu", "L40S", "--set", FOURTEEN]
+    assert json.loads(menma(*words, "--json").out)["verdict"] == "does not fit"
+    answer = menma(*words, "--fit")
+    assert answer.code == 0
+    (use,) = [line for line in answer.err.splitlines() if line.startswith("Use: ")]
+    options = shlex.split(use.removeprefix("Use: "))
+    assert options[::2] == ["--set"] * (len(options) // 2)
+    again = json.loads(menma(*words, *options, "--json").out)
+    assert again["verdict"] == "fits"
+    found = json.loads(menma(*words, "--fit", "--json").out)
+    assert found["found"] is True
+    assert [change["set"] for change in found["changes"]] == options[1::2]
+    assert found["after"]["peak_gib"] == again["peak_gib"]
+    assert found["changes"][-1]["peak_gib"] == again["peak_gib"]
+
+
+def test_fit_says_when_there_is_nothing_to_find(menma, sized):
+    answer = menma("estimate", sized, "--vram", "4", "--fit")
+    assert answer.code == 1
+    assert "No settings fit" in answer.err
+
+
+def write_run(folder, sized, *, factor, overrides=()):
+    """Write what a run leaves behind: its config, and a peak of `factor` times the estimate."""
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(sized.read_text(encoding="utf-8"), encoding="utf-8")
+    training = estimate(load_config(sized, overrides)).phase("training")
+    size = factor * (training.peak_bytes - training.parts["CUDA context"]) / GIB
+    (folder / "peaks.json").write_text(json.dumps({"peak_vram_gib": size}), encoding="utf-8")
+
+
+def test_measured_peaks_of_this_machine_correct_the_estimate(menma, sized, monkeypatch):
+    write_run(Path("runs/one"), sized, factor=1.02)
+    write_run(Path("runs/two"), sized, factor=1.08)
+    write_run(Path("runs/three"), sized, factor=1.10)
+    write_run(Path("runs/odd"), sized, factor=3.0)  # something else used the memory
+    Path("runs/broken").mkdir()
+    Path("runs/broken/peaks.json").write_text("{", encoding="utf-8")
+    here = [listed("NVIDIA GeForce RTX 4090", 23.6)]
+    monkeypatch.setattr(cards, "gpus", lambda: here)
+    words = ["estimate", sized, "--json"]
+    corrected = json.loads(menma(*words).out)
+    elsewhere = json.loads(menma(*words, "--gpu", "4090").out)
+    assert (corrected["measured_runs"], corrected["correction"]) == (3, 1.08)
+    assert (elsewhere["measured_runs"], elsewhere["correction"]) == (0, 1.0)
+    before, after = (found["phases"]["training"] for found in (elsewhere, corrected))
+    context = before["parts_gib"]["CUDA context"]
+    assert after["peak_gib"] - context == pytest.approx(
+        1.08 * (before["peak_gib"] - context), 0.001
+    )
+    other = json.loads(menma(*words, "--set", FOURTEEN).out)
+    assert other["measured_runs"] == 0
+    assert "x 1.08" in menma("estimate", sized).err
+
+
+def test_check_says_whether_this_machine_s_gpu_is_large_enough(menma, sized, monkeypatch):
+    end = {"type": "end", "reason": "done", "variant": "wan2.1-t2v-14b", "clips": 3}
+    monkeypatch.setenv("FAKE_EVENTS", json.dumps([end]))
+    assert "GiB" not in menma("check", sized).err
+    monkeypatch.setattr(cards, "gpus", lambda: [listed("NVIDIA GeForce RTX 4090", 23.6)])
+    answer = menma("check", sized)
+    assert answer.code == 0
+    assert "it does not fit" in answer.err
+    assert "--fit" in answer.err
+
