@@ -229,3 +229,19 @@ def test_file_scales_are_used_as_they_are():
         expected = values.double() * scale.double()
         torch.testing.assert_close(layer.dequantised().double(), expected, rtol=1e-6, atol=0)
         assert torch.equal(layer.weight.view(torch.uint8), values.view(torch.uint8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("matmul", [False, True])
+def test_a_compiled_layer_is_one_graph_with_the_same_bits(matmul):
+    layer = make_layer(SPECS["rows"], products=Fp8Products() if matmul else None)
+    layer.bias.data = layer.bias.data.bfloat16()
+    lora = LoRALinear(layer, nn.Parameter(random(4, IN)), nn.Parameter(random(OUT, 4)), 0.5)
+    results = []
+    for run in (lora, torch.compile(lora, backend="aot_eager", fullgraph=True)):
+        x = random(8, IN, seed=3).bfloat16().requires_grad_()
+        out = run(x)
+        (gradient,) = torch.autograd.grad(out.float().square().sum(), x)
+        results.append((out, gradient))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
