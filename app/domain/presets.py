@@ -21,6 +21,8 @@ class Preset:
     title: str
     description: str
     variant: str
+    peak_vram_gib: float | None
+    """Estimated peak of caching and training with the variant's own clip size."""
     files: dict[str, str]
     """Usual names of the weight files, by key of `[model]`."""
     values: dict[str, Any]
@@ -38,6 +40,7 @@ class Preset:
             "title": self.title,
             "description": self.description,
             "variant": self.variant,
+            "peak_vram_gib": self.peak_vram_gib,
             "path": str(self.path),
             "shipped": self.is_shipped,
             "files": self.files,
@@ -68,9 +71,18 @@ def read_preset(name: str) -> Preset:
         title=head["title"],
         description=str(head.get("description", "")),
         variant=str(head.get("variant", "")),
+        peak_vram_gib=_positive(path, head.get("peak_vram_gib")),
         files={str(key): str(value) for key, value in dict(head.get("files", {})).items()},
         values=content,
     )
+
+
+def _positive(path: Path, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        return float(value)
+    raise ConfigError(f"{path}: peak_vram_gib is a positive number of GiB, not {value!r}")
 
 
 def all_presets() -> list[Preset]:

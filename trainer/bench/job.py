@@ -22,6 +22,7 @@ BENCHMARKS: Registry[Any] = Registry(
     Entry("load", "trainer.bench.load", "peak RAM of loading a model (writes 2.7 GiB for a while)"),
     Entry("load_fp8", "trainer.bench.load_fp8", "peak RAM of loading fp8 (writes 1.4 GiB)"),
     Entry("help", "trainer.bench.help", "time of menma --help"),
+    Entry("estimate", "trainer.bench.estimate", "time of one estimate"),
     Entry(_GPU, "trainer.bench.gpu", "training step of the released shapes on a GPU"),
 )
 """Each target is a module with `measure() -> Measurement`."""

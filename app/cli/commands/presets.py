@@ -41,6 +41,8 @@ def show(name: str, as_json: Json = False) -> None:
         return
     output.say(f"{preset.title} ({preset.path})")
     output.say(preset.description.strip())
+    if preset.peak_vram_gib is not None:
+        output.say(f"About {preset.peak_vram_gib:g} GiB of GPU memory (estimated).")
     for key, value in flatten(preset.values).items():
         output.data(f"{key} = {toml_value(value)}")
 

@@ -19,15 +19,14 @@ def host_parts(work: Workload) -> dict[str, int]:
     world = work.world_size
     parts = {"processes": world * PROCESS_BYTES}
     if work.zero_stage == 3:  # every process loads the whole model before it is sharded
-        weights = work.shape.num_layers * work.block_bytes + work.outer_bytes
-        parts["weights while loading"] = world * weights
-    # Saving gathers the trained weights, and the optimizer's moments one process after the other.
+        parts["weights while loading"] = world * work.weight_bytes
+    if work.swapped:  # one pinned copy, shared by the processes of a machine
+        parts["swapped blocks"] = work.swapped * work.block_bytes
+    # A copy of the trained weights on the way to a file.
     parts["saving"] = work.trained_parameters * 4.0
     sampling = work.config.sampling
     if work.variant.experts and (sampling.every_steps or sampling.at_start):
-        parts["parked expert"] = world * (
-            work.shape.num_layers * work.block_bytes + work.outer_bytes
-        )
+        parts["parked expert"] = world * work.weight_bytes
     return {name: round(size) for name, size in parts.items()}
 
 

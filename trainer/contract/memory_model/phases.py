@@ -93,16 +93,15 @@ def _sampling(work: Workload) -> Parts:
     memory, sampling = config.memory, config.sampling
     clip = sampling_clip(sampling, variant)
     during = bool(sampling.every_steps or sampling.at_start)
-    weights = work.shape.num_layers * work.block_bytes + work.outer_bytes
     if during:
         standing = {name: size for name, size in standing_parts(work).items() if name != "inputs"}
     else:
-        standing = {"weights": weights}
+        standing = {"weights": work.resident_bytes, "block swap": work.ring_bytes}
         if not work.full:
             standing["adapter"] = work.trained_parameters * work.element
     forward: Parts = {"live block": forward_peak(work.block_shape(clip))}
     if during and variant.experts:
-        forward["other expert"] = weights
+        forward["other expert"] = work.resident_bytes + work.ring_bytes
     latents = SAMPLING_LATENTS * 4 * variant.latent_channels * clip.latent_frames(variant)
     latents = latents * clip.width * clip.height // variant.vae_stride[1] ** 2
     forward["latents"] = latents
@@ -121,6 +120,7 @@ def _sampling(work: Workload) -> Parts:
 
 _LASTING = {
     "weights",
+    "block swap",
     "adapter",
     "fp32 masters",
     "optimizer",

@@ -61,4 +61,10 @@ def step_parts(work: Workload, gpu: Gpu) -> dict[str, float]:
         # Reads a byte and writes two an element, and twice more to put the scales in.
         elements = block_linear_parameters(shape) * (2 + again)
         parts["fp8 to bf16"] = blocks * elements * 7 / (gpu.memory_gb_s * 1e9 * MEMORY_SHARE)
+    if work.swapped:
+        transfer = repeats * work.swapped * work.block_bytes / (gpu.host_gb_s * 1e9)
+        forward = blocks * (matmul / gpu.matmul + attention / forward_share) / peak
+        backward = sum(parts.values()) - parts["update"] - forward
+        waits = max(0.0, transfer - forward), max(0.0, transfer - backward)
+        parts["waiting for swapped blocks"] = sum(waits)
     return {name: seconds for name, seconds in parts.items() if seconds}

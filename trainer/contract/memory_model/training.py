@@ -26,8 +26,9 @@ def standing_parts(work: Workload) -> Parts:
     trained, world = work.trained_parameters, work.world_size
     stage = work.zero_stage
     sharded_optimizer = world if stage >= 1 else 1
-    weights = work.shape.num_layers * work.block_bytes + work.outer_bytes
-    parts: Parts = {"weights": weights / (world if stage == 3 else 1)}
+    parts: Parts = {"weights": work.resident_bytes / (world if stage == 3 else 1)}
+    if work.swapped:
+        parts["block swap"] = work.ring_bytes
     if not work.full:
         parts["adapter"] = trained * FLOAT32
     masters = stage >= 1 or (work.full and work.element != FLOAT32)

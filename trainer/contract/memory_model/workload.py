@@ -25,6 +25,8 @@ from trainer.contract.memory_model.weights import (
 )
 from trainer.contract.variants import TransformerConfig, Variant, get_variant
 
+SWAP_RING = 2
+"""Buffers of block swap: one block computes while the next one arrives."""
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes an element."""
 
@@ -42,6 +44,8 @@ class Workload:
     """What is trained."""
     world_size: int
     zero_stage: int
+    swapped: int = 0
+    """Blocks whose frozen weights stay in host memory."""
 
     @property
     def full(self) -> bool:
@@ -89,6 +93,21 @@ class Workload:
             + self._scale_bytes
             + block_other_parameters(shape) * self.element
         )
+
+    @property
+    def weight_bytes(self) -> float:
+        """All weights."""
+        return self.shape.num_layers * self.block_bytes + self.outer_bytes
+
+    @property
+    def resident_bytes(self) -> float:
+        """Weights that stay on the device."""
+        return self.weight_bytes - self.swapped * self.block_bytes
+
+    @property
+    def ring_bytes(self) -> float:
+        """Buffers that swapped blocks pass through."""
+        return min(self.swapped, SWAP_RING) * self.block_bytes
 
     @property
     def _scale_bytes(self) -> float:
