@@ -93,8 +93,7 @@ FIGURES = (
         setting={**SIMPLETUNER, "memory": {"gradient_checkpointing": False}},
         swapped=30,
         measured_gib=71.9,
-        remark="keeps float32 copies; performance.md counts 44 bytes a token and channel for such "
-        "blocks, Menma keeps 30",
+        remark="its blocks keep more: diffusers' layout, float32 copies",
     ),
     Figure(
         source="DiffSynth-Studio, README",
