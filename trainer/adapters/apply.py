@@ -47,7 +47,7 @@ def attach(
     """Put a LoRA beside the layers of `transformer`; several may be attached at once.
 
     The factors are not trained and do not appear in the state dict. They are copied to the device
-    and dtype of the layer's weight (bf16 where that is quantised).
+    of the model and the dtype of the layer's weight (bf16 where that is quantised).
 
     Args:
         transformer: model with canonical module names.
@@ -62,11 +62,13 @@ def attach(
     linears = linear_layers(transformer)
     fitting = fitting_modules(_shapes(linears), adapter, skip_missing=skip_missing)
     layers: dict[str, LoRALinear] = {}
+    # Not the layer's own: a streamed layer's weight is on no device between two uses.
+    device = next(transformer.parameters()).device
     for name, factors in fitting.items():
         base = linears[name]
         weight = _weight(base)
         dtype = weight.dtype if weight.dtype in _FLOATS else torch.bfloat16
-        down, up = (f.to(weight.device, dtype) for f in (factors.down_RI, factors.up_OR))
+        down, up = (f.to(device, dtype) for f in (factors.down_RI, factors.up_OR))
         layer = LoRALinear(base, down, up, factors.scale)
         layer.strength = strength
         layer.train(transformer.training)

@@ -6,10 +6,11 @@ Shape letters: B batch, L tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,12 @@ from torch.utils.checkpoint import (
 )
 
 from trainer.core.seams import BlockHook, BlockState
+from trainer.memory.block_swap import BlockSwap
 
 BlockArguments = Callable[[Tensor | None], tuple[Any, ...]]
 """Given the positions of the tokens present (None: all), what a block takes beside tokens."""
+
+_Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -43,12 +47,14 @@ class BlockStack(nn.ModuleList):
             the last block is kept whole: its backward, which comes first, is the peak anyway.
         keep_attention: with it, keep the attention outputs too. Saves recomputing them (a ninth
             of a step that attention dominates) for twice the memory a block.
+        swap: streams the frozen weights of blocks from RAM; None: all are on the device.
     """
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__(blocks)
         self.gradient_checkpointing = False
         self.keep_attention = False
+        self.swap: BlockSwap | None = None
         self._hooks: list[BlockHook] = []
 
     @property
@@ -71,15 +77,21 @@ class BlockStack(nn.ModuleList):
 
     def forward(self, tokens_BLD: Tensor, arguments: BlockArguments) -> Tensor:
         """Return the tokens after the last block, (B, L, D)."""
+        if self.swap is None:
+            return self._forward(tokens_BLD, arguments)
+        with self.swap.forward(returns=torch.is_grad_enabled()):
+            return self._forward(tokens_BLD, arguments)
+
+    def _forward(self, tokens_BLD: Tensor, arguments: BlockArguments) -> Tensor:
         state = BlockState(tokens_BLD=tokens_BLD)
         hooks = self.hooks
-        for index, block in enumerate(self):
+        for index in range(len(self)):
             for hook in hooks:
                 state = hook.before_block(index, state)
             # The backward starts with the last block: what it would recompute, it needs at once.
             recompute = self.gradient_checkpointing and index < len(self) - 1
             tokens_BLD = self._run(
-                block, state.tokens_BLD, arguments(state.kept_L), recompute=recompute
+                index, state.tokens_BLD, arguments(state.kept_L), recompute=recompute
             )
             state = replace(state, tokens_BLD=tokens_BLD)
             for hook in reversed(hooks):
@@ -87,19 +99,61 @@ class BlockStack(nn.ModuleList):
         return state.tokens_BLD
 
     def _run(
-        self, block: nn.Module, tokens_BLD: Tensor, arguments: tuple[Any, ...], *, recompute: bool
+        self, index: int, tokens_BLD: Tensor, arguments: tuple[Any, ...], *, recompute: bool
     ) -> Tensor:
-        if not (recompute and torch.is_grad_enabled()):
-            result = block(tokens_BLD, *arguments)
-        elif self.keep_attention:
-            context = partial(create_selective_checkpoint_contexts, _keep_attention)
+        block, grad = self[index], torch.is_grad_enabled()
+        if grad and recompute:
+            contexts = partial(self._contexts, index)
             result = checkpoint(
-                block, tokens_BLD, *arguments, use_reentrant=False, context_fn=context
+                block, tokens_BLD, *arguments, use_reentrant=False, context_fn=contexts
             )
+        elif self.swap is None:
+            result = block(tokens_BLD, *arguments)
         else:
-            result = checkpoint(block, tokens_BLD, *arguments, use_reentrant=False)
+            self.swap.need(index)
+            with self.swap.keeping() if grad else nullcontext():
+                result = block(tokens_BLD, *arguments)
         tokens: Tensor = result
         return tokens
+
+    def _contexts(self, index: int) -> _Contexts:
+        """Return what surrounds a checkpointed block in the forward and in its recomputation."""
+        contexts: _Contexts = (nullcontext(), nullcontext())
+        if self.keep_attention:
+            contexts = create_selective_checkpoint_contexts(_keep_attention)  # type: ignore[no-untyped-call]
+        if self.swap is None:
+            return contexts
+        # Outermost: what keeps results by the order of operators must see the same ones twice.
+        forward, again = contexts
+        return _Needing(self.swap, index, forward), _Needing(self.swap, index, again)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow `.to(device)`: streamed blocks need no device memory while the model is away."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own gap
+        if self.swap is not None and fn(torch.empty(0)).device != self.swap.device:
+            self.swap.release()
+        return self
+
+
+class _Needing:
+    """Makes a block's weights ready, then enters another context."""
+
+    def __init__(self, swap: BlockSwap, index: int, inner: AbstractContextManager[Any]) -> None:
+        self._swap = swap
+        self._index = index
+        self._inner = inner
+
+    def __enter__(self) -> None:
+        self._swap.need(self._index)
+        self._inner.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self._inner.__exit__(kind, error, trace)
 
 
 def _keep_attention(context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
