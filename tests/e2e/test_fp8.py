@@ -20,7 +20,11 @@ from tests.e2e.variant_project import (
     write_models,
 )
 from trainer.adapters import load_adapter
+from trainer.contract.variants import TransformerConfig
 from trainer.models import load_transformer
+from trainer.models.wan.fan_in import init_fan_in
+from trainer.models.wan.loading import save_transformer
+from trainer.models.wan.transformer import WanTransformer
 
 pytestmark = pytest.mark.slow
 
@@ -138,6 +142,11 @@ def test_a_file_in_fp8_trains_samples_and_merges(tmp_path):
     assert any("fp8 as in the file" in event["message"] for event in done.of("log"))
     assert len(done.of("sample")) == 1
     assert len(done.of("validation")) == 2
+    measured = project.job("eval", config="ready.toml", run_dir="runs/ready")
+    (figures,) = measured.of("end")
+    assert figures["validation"]["base"]["loss"] == pytest.approx(
+        done.of("validation")[0]["loss"], rel=1e-5
+    )
     (latents,) = project.sample(run_dir="runs/ready", config="ready.toml").latents
     lora = {"path": str(project.output("ready")), "strength": 1.0}
     model = project.config["model"]["transformer"]
@@ -149,6 +158,28 @@ def test_a_file_in_fp8_trains_samples_and_merges(tmp_path):
     # bf16 rounds what fp8 held, and the factors of an attached LoRA.
     assert float((latents - expected).norm() / expected.norm()) < 0.05
     assert load_transformer(tmp_path / "merged.safetensors", config={"num_heads": HEADS})
+
+
+def test_fp8_products_train_and_sample(tmp_path):
+    project = make_project(tmp_path)
+    path = tmp_path / "models/transformer.safetensors"
+    shape = TransformerConfig(
+        dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=32, freq_dim=16
+    )
+    model = WanTransformer(shape, seed=None)
+    init_fan_in(model, 1)
+    model.variant_name = "wan2.1-t2v-1.3b"
+    save_transformer(model, path)
+    project.config["sampling"]["prompts"] = [{"prompt": "a red field"}]
+    project.cache()
+    runs = [
+        project.train(name, memory__fp8_matmul=matmul, **SCALED)
+        for name, matmul in (("products", True), ("dequantised", False))
+    ]
+    np.testing.assert_allclose(losses(runs[0]), losses(runs[1]), rtol=0.05)
+    assert losses(runs[0]) != losses(runs[1])
+    (latents,) = project.sample(run_dir="runs/products", config="products.toml").latents
+    assert bool(torch.isfinite(latents).all())
 
 
 def test_both_experts_are_fp8(tmp_path):

@@ -188,6 +188,25 @@ def test_rows_of_any_size_are_rounded_alike(scale):
     assert bool(torch.isfinite(small).all())
 
 
+@pytest.mark.parametrize("name", ["blocks", "rows"])
+def test_any_order_of_memory_will_do(name):
+    products = Fp8Products() if name == "rows" else None
+    layer = make_layer(SPECS[name], bias=False, products=products)
+    straight = random(16, IN, seed=2).bfloat16()
+    results = []
+    for x, turn in ((straight, False), (straight.t().contiguous().t(), True)):
+        given = x.detach().requires_grad_()
+        out = layer(given)
+        grad = random(16, OUT, seed=3).bfloat16()
+        out.backward(grad.t().contiguous().t() if turn else grad)
+        results.append((out, given.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-3)
+    given = straight.detach().requires_grad_()
+    layer(given).sum().backward()  # a gradient that is one number, expanded
+    assert bool(torch.isfinite(given.grad).all())
+
+
 def test_zero_rows_give_the_bias_and_bad_rows_stay_bad():
     layer = make_layer(SPECS["rows"], products=Fp8Products())
     layer.bias.data = layer.bias.data.bfloat16()

@@ -113,4 +113,5 @@ def _round_rows(x_NK: Tensor) -> tuple[Tensor, Tensor]:
     largest_N1 = x_NK.abs().amax(1, keepdim=True).float().clamp(min=1e-12)
     exponent_N1 = torch.floor(torch.log2(torch.finfo(_E4M3).max / largest_N1))
     factor_N1 = torch.exp2(exponent_N1).to(x_NK.dtype)
-    return (x_NK * factor_N1).to(_E4M3), factor_N1.float().reciprocal()
+    # Kernels take the first factor row by row only; a gradient may lie in any order.
+    return (x_NK * factor_N1).to(_E4M3).contiguous(), factor_N1.float().reciprocal()
