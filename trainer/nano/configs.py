@@ -28,8 +28,8 @@ kind = "none"
 # So small a picture says little: what it shows is decided at the noisiest timesteps.
 [objective]
 timestep_sampler = "logit_normal"
-logit_mean = 1.0
-logit_std = 1.4
+logit_mean = {logit_mean}
+logit_std = {logit_std}
 {objective}
 
 [optimizer]
@@ -108,6 +108,8 @@ class Training:
     steps: int
     learning_rate: float
     batch_size: int = 32
+    logit_mean: float = 1.0
+    logit_std: float = 1.4
     objective: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of `[objective]`."""
 
@@ -133,6 +135,8 @@ def write_config(
         objective=_lines(training.objective),
         sources="\n".join(sources),
         batch_size=training.batch_size,
+        logit_mean=training.logit_mean,
+        logit_std=training.logit_std,
         learning_rate=training.learning_rate,
         warmup_steps=min(100, training.steps // 10),
         steps=training.steps,

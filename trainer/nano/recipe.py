@@ -71,9 +71,11 @@ class Plan:
     num_clips: int = 3000
     text_steps: int = 1200
     vae_steps: int = 4000
-    t2v_steps: int = 4000
-    expert_steps: int = 500
-    i2v_steps: int = 800
+    t2v_first_steps: int = 4000
+    t2v_second_steps: int = 3200
+    t2v_steps: int = 2000
+    expert_steps: int = 300
+    i2v_steps: int = 600
     num_samples: int = 50
     """Of each model, when its quality is measured."""
 
@@ -97,6 +99,8 @@ class Recipe:
             "text_encoder": self.text_encoder,
             "vae": self.vae,
             "clips": self.clips,
+            "t2v_first": self.t2v_first,
+            "t2v_second": self.t2v_second,
             "t2v": self.t2v,
             "low_noise": self.low_noise,
             "high_noise": self.high_noise,
@@ -147,19 +151,28 @@ class Recipe:
                 caption = UNCAPTIONED if silent else scene.caption
                 write_text(folder / f"{index:05}.txt", caption + "\n")
 
-    def t2v(self) -> None:
+    def t2v_first(self) -> None:
         """Train the text-to-video transformer from fresh weights."""
         start = self.models / "untrained.safetensors"
         transformer = WanTransformer(_SHAPE, seed=self.plan.seed)
         transformer.variant_name = T2V_VARIANT
         save_transformer(transformer, start)
-        training = Training(
-            name="t2v",
-            model={"variant": T2V_VARIANT, "transformer": str(start), **self._encoders()},
-            steps=self.plan.t2v_steps,
-            learning_rate=1.2e-3,
-        )
-        self._train(training, self.models / "t2v.safetensors")
+        steps = self.plan.t2v_first_steps
+        self._t2v("t2v_first", start, steps, learning_rate=1.2e-3, logit_mean=1.0, logit_std=1.4)
+
+    def t2v_second(self) -> None:
+        """Train it on from a high rate again (a warm restart, arXiv 1608.03983), on much noise.
+
+        By now it follows what it is shown, and has to learn what the words for shape and direction
+        mean. They matter where the noise hides everything else.
+        """
+        start, steps = self.models / "t2v_first.safetensors", self.plan.t2v_second_steps
+        self._t2v("t2v_second", start, steps, learning_rate=1e-3, logit_mean=2.0, logit_std=1.2)
+
+    def t2v(self) -> None:
+        """Once more, on the medium noise at which outlines are drawn."""
+        start, steps = self.models / "t2v_second.safetensors", self.plan.t2v_steps
+        self._t2v("t2v", start, steps, learning_rate=7e-4, logit_mean=1.2, logit_std=1.2)
 
     def low_noise(self) -> None:
         """Fine-tune the model below the boundary of Wan 2.2."""
@@ -213,6 +226,26 @@ class Recipe:
             "torch": torch.__version__,
             "licence": "Apache-2.0; trained from generated clips alone",
         }
+
+    def _t2v(
+        self,
+        name: str,
+        start: Path,
+        steps: int,
+        *,
+        learning_rate: float,
+        logit_mean: float,
+        logit_std: float,
+    ) -> None:
+        training = Training(
+            name=name,
+            model={"variant": T2V_VARIANT, "transformer": str(start), **self._encoders()},
+            steps=steps,
+            learning_rate=learning_rate,
+            logit_mean=logit_mean,
+            logit_std=logit_std,
+        )
+        self._train(training, self.models / f"{name}.safetensors")
 
     def _expert(self, expert: str) -> None:
         start = self.models / "expert_start.safetensors"

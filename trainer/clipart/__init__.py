@@ -1,0 +1,1 @@
+"""Drawn clips of known content, and a judge that tells the content from pixels alone."""
