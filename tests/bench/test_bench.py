@@ -126,9 +126,10 @@ def test_the_gpu_benchmark_runs_the_released_step(monkeypatch):
     tiny = TransformerConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=2, text_dim=16)
     small = replace(VARIANTS["wan2.1-t2v-1.3b"], transformer=tiny)
     monkeypatch.setitem(VARIANTS, "small", small)
-    shape = gpu.Shape("small", 64, 32, 9)
-    found = gpu.measure(shapes=[shape], device="cpu", repeats=1)
+    shapes = [gpu.Shape("small", 64, 32, 9), gpu.Shape("small", 64, 32, 9, swap_all=True)]
+    found = gpu.measure(shapes=shapes, device="cpu", repeats=1)
     assert found.figures["shapes"]["small 64x32x9"]["tokens"] == 3 * 4 * 2
+    assert found.figures["shapes"]["small 64x32x9 all blocks swapped"]["step_s"] > 0
     assert found.value > 0
     assert found.fine
     model = gpu.random_transformer(small, gpu.torch.device("cpu"))

@@ -1,6 +1,7 @@
 """LoRA training step of the released shapes on a GPU: seconds and peak memory, random weights.
 
-bf16 weights, rank 32 on every block linear, gradient checkpointing, one sample, AdamW. The figures
+bf16 weights, rank 32 on every block linear, gradient checkpointing, one sample, AdamW. The 14B
+shapes run with all blocks on the device, and with all of them streamed (block swap). The figures
 have no limit; `docs/benchmarks.md` records them with the machine.
 """
 
@@ -20,6 +21,8 @@ from trainer.bench.result import Measurement
 from trainer.contract.errors import RunError
 from trainer.contract.variants import Variant, get_variant
 from trainer.core.seams import BuildContext
+from trainer.memory.block_swap import BlockSwap
+from trainer.memory.streams import streams_of
 from trainer.models.wan.transformer import FLOAT32_MODULES, WanTransformer
 from trainer.optimizers.adamw import AdamW
 
@@ -35,15 +38,24 @@ class Shape:
     width: int
     height: int
     num_frames: int
+    swap_all: bool = False
+    """Every block is streamed from RAM."""
 
     def __str__(self) -> str:
-        return f"{self.variant} {self.width}x{self.height}x{self.num_frames}"
+        swapped = " all blocks swapped" if self.swap_all else ""
+        return f"{self.variant} {self.width}x{self.height}x{self.num_frames}{swapped}"
 
 
 SHAPES = tuple(
-    Shape(variant, width, 480, 81)
-    for variant in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b")
-    for width in (480, 832)
+    Shape(variant, width, 480, 81, swap_all)
+    for variant, width, swap_all in (
+        ("wan2.1-t2v-1.3b", 480, False),
+        ("wan2.1-t2v-1.3b", 832, False),
+        ("wan2.1-t2v-14b", 480, False),
+        ("wan2.1-t2v-14b", 480, True),
+        ("wan2.1-t2v-14b", 832, False),
+        ("wan2.1-t2v-14b", 832, True),
+    )
 )
 
 
@@ -73,6 +85,10 @@ def _measure_shape(shape: Shape, device: torch.device, repeats: int) -> dict[str
     variant = get_variant(shape.variant)
     build = BuildContext(variant=variant, seed=0, device=device, total_steps=1)
     model = random_transformer(variant, device)
+    if shape.swap_all:
+        model.requires_grad_(requires_grad=False)
+        blocks = list(model.blocks)
+        model.blocks.swap = BlockSwap(blocks, len(blocks), streams_of(device))
     adapter = LoRA(LoRA.Config(rank=RANK), build)
     adapter.inject(model, seed=0)
     model.gradient_checkpointing = True

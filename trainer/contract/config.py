@@ -161,10 +161,20 @@ class MemorySection(Options):
     attention: str = "sdpa"
     """How attention is computed: `sdpa`, `flash2`, `flash3`, `xformers`, `flex`, or `sage`, which
     is for sampling only. All but `sdpa` and `flex` need a package of their own."""
-    gradient_checkpointing: bool = True
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    gradient_checkpointing: bool | Annotated[int, Field(ge=2)] = True
+    """Recompute blocks in the backward pass instead of keeping their activations: `true` each one,
+    `2` every second one, `3` every third one."""
     keep_attention: bool = False
     """With gradient checkpointing: keep attention outputs, too. Faster; twice its memory."""
+    offload_checkpoints: bool = False
+    """With gradient checkpointing: what is kept of each block waits for the backward in RAM."""
+    feed_forward_chunks: int = Field(1, ge=1, le=64)
+    """Compute each block's feed-forward in so many parts of the tokens, recomputed one by one."""
+    compile_blocks: bool = False
+    """Compile the blocks with torch.compile. Faster after a slow first step; needs a C compiler."""
+    blocks_to_swap: int = Field(0, ge=0)
+    """So many of the transformer's blocks stay in RAM and are copied to the device when their turn
+    comes; 0: all are on the device. For LoRA, not for full fine-tunes."""
     vae_dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the VAE. Norms are computed in fp32 either way."""
     vae_tile: int | None = Field(None, ge=128, multiple_of=32)

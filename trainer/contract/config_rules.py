@@ -9,6 +9,7 @@ from typing import Literal
 from trainer.contract.catalog import ATTENTION, SOLVERS
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, Problem
+from trainer.contract.memory_rules import activations_rule, compile_rule, streaming_rule
 from trainer.contract.registry import nearest
 from trainer.contract.variants import VARIANTS
 
@@ -288,15 +289,6 @@ def _full_finetune(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _memory(config: RunConfig) -> Iterator[Problem]:
-    if config.memory.keep_attention and not config.memory.gradient_checkpointing:
-        yield Problem(
-            "without gradient checkpointing everything is kept anyway",
-            "memory.keep_attention",
-            hint="leave it out, or set memory.gradient_checkpointing = true",
-        )
-
-
 def _attention(config: RunConfig) -> Iterator[Problem]:
     name = config.memory.attention
     if name not in ATTENTION:
@@ -356,7 +348,9 @@ _RULES: tuple[Rule, ...] = (
     _validation,
     _distributed,
     _full_finetune,
-    _memory,
+    streaming_rule,
+    activations_rule,
+    compile_rule,
     _attention,
     _fp8,
     _output,

@@ -123,7 +123,8 @@ def _report(error: MenmaError, emit: Emit) -> int:
 _MEMORY_HINT = (
     "to use less: memory.gradient_checkpointing = true, a smaller dataset resolution or fewer "
     "target_frames, batch_size = 1 with more training.gradient_accumulation_steps, a smaller "
-    "adapter.rank, optimizer.kind = 'adamw8bit', memory.weight_format = 'bf16'"
+    "adapter.rank, optimizer.kind = 'adamw8bit', memory.weight_format = 'bf16' or 'fp8_scaled', "
+    "memory.blocks_to_swap, memory.offload_checkpoints"
 )
 
 

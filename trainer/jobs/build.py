@@ -14,9 +14,13 @@ from trainer.contract.config import PluginSection, RunConfig
 from trainer.contract.config_io import problems_of
 from trainer.contract.config_rules import is_fp8, trained_timesteps
 from trainer.contract.errors import ConfigError
+from trainer.contract.memory_rules import too_many_blocks
 from trainer.core.flow import NUM_TRAIN_TIMESTEPS
 from trainer.core.seams import BuildContext, Need, Technique
 from trainer.engine.deepspeed import is_installed
+from trainer.memory.block_swap import BlockSwap
+from trainer.memory.checkpoint_offload import CheckpointOffload
+from trainer.memory.streams import Streams, streams_of
 from trainer.models.wan.quantised import FP8_FORMATS
 from trainer.models.wan.transformer import WanTransformer
 from trainer.quant.fp8 import Fp8Spec
@@ -118,22 +122,45 @@ def load_base(config: RunConfig, path: Path, *, device: torch.device) -> WanTran
 
     Raises:
         ModelFileError: the file cannot be used, or is not what `model.variant` says.
-        ConfigError: the file is in another fp8 format than asked for.
+        ConfigError: the file is in another fp8 format than asked for, or has fewer blocks than
+            are to be swapped.
+        RunError: the RAM for swapped blocks cannot be locked.
     """
     from trainer.models import load_transformer
 
+    num_streamed = config.memory.blocks_to_swap
     transformer = load_transformer(
         path,
         variant=config.model.variant,
         dtype=weights_dtype(config),
-        device=device,
+        # Streamed blocks never are on the device all at once, so it may be too small for them.
+        device="cpu" if num_streamed else device,
         config=dict(config.model.shape) or None,
         fp8=fp8_spec(config),
     )
     transformer.attend = ATTENTION.load(config.memory.attention)()
     transformer.gradient_checkpointing = config.memory.gradient_checkpointing
     transformer.blocks.keep_attention = config.memory.keep_attention
+    transformer.set_feed_forward_chunks(config.memory.feed_forward_chunks)
+    if num_streamed or config.memory.offload_checkpoints:
+        streams = streams_of(device)
+        if num_streamed:
+            _stream_blocks(transformer, num_streamed, streams)
+        if config.memory.offload_checkpoints:
+            transformer.blocks.offload = CheckpointOffload(streams)
+    if config.memory.compile_blocks:
+        for block in transformer.blocks:
+            block.compile()
     return transformer
+
+
+def _stream_blocks(transformer: WanTransformer, num: int, streams: Streams) -> None:
+    problem = too_many_blocks(num, len(transformer.blocks))
+    if problem is not None:
+        raise ConfigError(problems=[problem])
+    transformer.blocks.requires_grad_(requires_grad=False)
+    transformer.blocks.swap = BlockSwap(list(transformer.blocks), num, streams)
+    transformer.to(streams.device)
 
 
 def pick_device(config: RunConfig, local_rank: int = 0) -> torch.device:

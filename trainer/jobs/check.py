@@ -19,7 +19,7 @@ from trainer.data.checks import DatasetCheck, check_dataset
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import MAX_LISTED, Emit
 from trainer.jobs.components import require_vae, settle_variant, with_variant
-from trainer.jobs.memory_checks import memory_problems
+from trainer.jobs.memory_checks import memory_notes, memory_problems
 from trainer.jobs.run_items import holdout_of
 from trainer.models.wan.detect import recognise
 from trainer.sampling.prompts import read_prompts
@@ -49,6 +49,8 @@ def run(request: CheckRequest, emit: Emit) -> None:
         problems += [problem for problem in more if problem.key not in told]
         problems += memory_problems(config, trains=True)
         problems = list(dict.fromkeys(problems))
+    for note in memory_notes(config):
+        emit("warning", message=note)
     summary = _dataset(config, variant, problems, emit)
     if problems:
         raise ConfigError(problems=place_problems(problems, loaded.sources))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +13,10 @@ from trainer.attention.base import AttentionNeeds, find_obstacle
 from trainer.contract.catalog import ATTENTION
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, MenmaError, Problem
+from trainer.contract.memory_rules import too_many_blocks
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.build import fp8_spec, pick_device, weights_dtype
-from trainer.models.wan.detect import official_tensors
+from trainer.models.wan.detect import official_tensors, recognise
 from trainer.models.wan.quantised import plan_quantisation
 from trainer.quant.products import fp8_products_problem
 
@@ -29,7 +32,9 @@ def memory_problems(config: RunConfig, *, trains: bool) -> list[Problem]:
         config: the run's config.
         trains: judge for training; otherwise for sampling and measuring alone.
     """
-    problems = list(_fp8_files(config))
+    problems = [*_fp8_files(config), *_blocks(config)]
+    if config.memory.compile_blocks and (missing := compiler_problem()) is not None:
+        problems.append(missing)
     if config.memory.fp8_matmul or config.memory.attention != "sdpa":
         try:
             device = pick_device(config)
@@ -38,6 +43,50 @@ def memory_problems(config: RunConfig, *, trains: bool) -> list[Problem]:
         problems += _fp8_products(config, device)
         problems += _attention(config, device, trains=trains)
     return problems
+
+
+def memory_notes(config: RunConfig) -> Iterator[str]:
+    """Yield what works here and is likely not meant."""
+    if config.memory.blocks_to_swap:
+        try:
+            device = pick_device(config)
+        except ConfigError:
+            return  # told as an error, or this is not the machine that trains
+        if device.type == "cpu":
+            yield (
+                "memory.blocks_to_swap saves nothing here: training on the CPU, device memory is "
+                "RAM, and each block is copied within it"
+            )
+
+
+def compiler_problem() -> Problem | None:
+    """Return why blocks cannot be compiled on this machine; None where a compiler is found."""
+    names = [name for name in (os.environ.get("CXX"), "c++", "g++", "clang++", "cl") if name]
+    if any(shutil.which(name) for name in names):
+        return None
+    return Problem(
+        f"torch.compile needs a C++ compiler, and none is on the PATH ({', '.join(names)})",
+        "memory.compile_blocks",
+        hint="install one (Debian, Ubuntu: g++; conda: cxx-compiler), or set it to false",
+    )
+
+
+def _blocks(config: RunConfig) -> Iterator[Problem]:
+    """Yield what the weight files say of the number of blocks to swap."""
+    if not config.memory.blocks_to_swap:
+        return
+    for field in _TRANSFORMERS:
+        path: Path | None = getattr(config.model, field)
+        if path is None or not path.exists():
+            continue
+        try:
+            shape = recognise(open_weights(path), "auto", dict(config.model.shape)).config
+        except MenmaError:
+            continue  # the files' own faults are told with the key of the file
+        problem = too_many_blocks(config.memory.blocks_to_swap, shape.num_layers)
+        if problem is not None:
+            yield problem
+            return
 
 
 def _attention(config: RunConfig, device: torch.device, *, trains: bool) -> Iterator[Problem]:

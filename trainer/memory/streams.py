@@ -79,7 +79,7 @@ class CudaStreams:
         memory = torch.empty((num_pages + 1) * PAGE, dtype=torch.uint8)
         start = -memory.data_ptr() % PAGE
         pages = memory[start : start + num_pages * PAGE]
-        pin(pages, self.device)
+        pin(pages, self.device, self._copies)
         return pages[:num]
 
     def device_bytes(self, num: int) -> Tensor:
@@ -90,6 +90,8 @@ class CudaStreams:
         """Copy in the stream of copies."""
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
+        # Whoever forgets a buffer while it is copied must not hand its memory to the computation.
+        (target if target.is_cuda else source).record_stream(self._copies)
         return self._copies.record_event()
 
     def await_copy(self, mark: Mark) -> None:
@@ -156,8 +158,13 @@ def streams_of(device: torch.device) -> Streams:
     return CudaStreams(device) if device.type == "cuda" else HostStreams()
 
 
-def pin(pages: Tensor, device: torch.device) -> None:
+def pin(pages: Tensor, device: torch.device, copies: torch.cuda.Stream) -> None:
     """Lock whole pages of the host, uint8 (n · PAGE,), for as long as their storage lives.
+
+    Args:
+        pages: the memory.
+        device: of the copies.
+        copies: the stream they run in; it is waited for before the pages are given up.
 
     Raises:
         RunError: the driver refuses.
@@ -173,5 +180,10 @@ def pin(pages: Tensor, device: torch.device) -> None:
             hint="set a smaller memory.blocks_to_swap, use fp8 weights, or raise the limit of "
             "locked memory (ulimit -l; in a container: --ulimit memlock=-1)",
         )
-    unlock = weakref.finalize(pages.untyped_storage(), runtime.cudaHostUnregister, address)
+
+    def unpin() -> None:
+        copies.synchronize()
+        runtime.cudaHostUnregister(address)
+
+    unlock = weakref.finalize(pages.untyped_storage(), unpin)
     unlock.atexit = False  # the driver may be gone by then, and gives everything back itself

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import (
 
 from trainer.core.seams import BlockHook, BlockState
 from trainer.memory.block_swap import BlockSwap
+from trainer.memory.checkpoint_offload import CheckpointOffload
 
 BlockArguments = Callable[[Tensor | None], tuple[Any, ...]]
 """Given the positions of the tokens present (None: all), what a block takes beside tokens."""
@@ -45,16 +46,21 @@ class BlockStack(nn.ModuleList):
     Attributes:
         gradient_checkpointing: keep only each block's input and recompute the rest in backward;
             the last block is kept whole: its backward, which comes first, is the peak anyway.
+            A number k: so with every k-th block only, from the first one on.
         keep_attention: with it, keep the attention outputs too. Saves recomputing them (a ninth
             of a step that attention dominates) for twice the memory a block.
         swap: streams the frozen weights of blocks from RAM; None: all are on the device.
+        recomputes_inside: blocks recompute parts of themselves (`feed_forward_chunks`).
+        offload: parks the inputs that are kept in RAM; None: they stay on the device.
     """
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__(blocks)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: bool | int = False
         self.keep_attention = False
         self.swap: BlockSwap | None = None
+        self.offload: CheckpointOffload | None = None
+        self.recomputes_inside = False
         self._hooks: list[BlockHook] = []
 
     @property
@@ -88,25 +94,29 @@ class BlockStack(nn.ModuleList):
         for index in range(len(self)):
             for hook in hooks:
                 state = hook.before_block(index, state)
-            # The backward starts with the last block: what it would recompute, it needs at once.
-            recompute = self.gradient_checkpointing and index < len(self) - 1
-            tokens_BLD = self._run(
-                index, state.tokens_BLD, arguments(state.kept_L), recompute=recompute
-            )
+            tokens_BLD = self._run(index, state.tokens_BLD, arguments(state.kept_L))
             state = replace(state, tokens_BLD=tokens_BLD)
             for hook in reversed(hooks):
                 state = hook.after_block(index, state)
         return state.tokens_BLD
 
-    def _run(
-        self, index: int, tokens_BLD: Tensor, arguments: tuple[Any, ...], *, recompute: bool
-    ) -> Tensor:
+    def _recomputes(self, index: int) -> bool:
+        """Tell whether block `index` keeps only its input."""
+        if not self.gradient_checkpointing or index % int(self.gradient_checkpointing):
+            return False
+        if self.swap is not None and self.recomputes_inside:
+            return True  # its weights must be asked for before its parts are recomputed
+        # The backward starts with the last block: what it would recompute, it needs at once.
+        return index < len(self) - 1
+
+    def _run(self, index: int, tokens_BLD: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         block, grad = self[index], torch.is_grad_enabled()
-        if grad and recompute:
+        if grad and self._recomputes(index):
             contexts = partial(self._contexts, index)
-            result = checkpoint(
-                block, tokens_BLD, *arguments, use_reentrant=False, context_fn=contexts
-            )
+            with nullcontext() if self.offload is None else self.offload.parking(tokens_BLD):
+                result = checkpoint(
+                    block, tokens_BLD, *arguments, use_reentrant=False, context_fn=contexts
+                )
         elif self.swap is None:
             result = block(tokens_BLD, *arguments)
         else:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trainer.attention.base import AttentionBackend
 from trainer.contract.variants import TransformerConfig
@@ -119,7 +120,13 @@ class BlockInputs:
 
 
 class WanBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, the first and last modulated by time."""
+    """Self-attention, cross-attention and feed-forward, the first and last modulated by time.
+
+    Attributes:
+        feed_forward_chunks: the feed-forward runs over so many parts of the tokens, and each is
+            recomputed in the backward: of its activations, the widest of all, only one part
+            exists at a time. The result differs by no more than products of other sizes do.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -133,6 +140,7 @@ class WanBlock(nn.Module):
             nn.Linear(config.ffn_dim, dim),
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
+        self.feed_forward_chunks = 1
 
     def forward(self, tokens_BLD: Tensor, inputs: BlockInputs) -> Tensor:
         """Return the tokens after this block, (B, L, D)."""
@@ -148,4 +156,13 @@ class WanBlock(nn.Module):
             inputs.attend,
         )
         normed = modulated_norm(tokens_BLD, part(3), part(4, plus_one=True), self.eps)
-        return gated_residual(tokens_BLD, self.ffn(normed), part(5))
+        return gated_residual(tokens_BLD, self._feed_forward(normed), part(5))
+
+    def _feed_forward(self, normed_BLD: Tensor) -> Tensor:
+        parts = normed_BLD.chunk(self.feed_forward_chunks, dim=1)
+        if len(parts) == 1:
+            whole: Tensor = self.ffn(normed_BLD)
+            return whole
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(self.ffn, part, use_reentrant=False) for part in parts], 1)
+        return torch.cat([self.ffn(part) for part in parts], 1)

@@ -114,13 +114,19 @@ class WanTransformer(nn.Module):
             initialise(self, torch.Generator().manual_seed(seed))
 
     @property
-    def gradient_checkpointing(self) -> bool:
-        """Keep only block inputs for the backward and recompute the rest."""
+    def gradient_checkpointing(self) -> bool | int:
+        """Keep only block inputs for the backward and recompute the rest; k: of every k-th."""
         return self.blocks.gradient_checkpointing
 
     @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
+    def gradient_checkpointing(self, value: bool | int) -> None:
         self.blocks.gradient_checkpointing = value
+
+    def set_feed_forward_chunks(self, num: int) -> None:
+        """Compute the blocks' feed-forward in `num` parts of the tokens (`WanBlock`)."""
+        for block in self.blocks:
+            cast(WanBlock, block).feed_forward_chunks = num
+        self.blocks.recomputes_inside = num > 1
 
     @property
     def dtype(self) -> torch.dtype:
