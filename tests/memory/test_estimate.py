@@ -18,9 +18,11 @@ from trainer.contract.memory_model import (
     GPUS,
     Circumstances,
     estimate,
+    find_fit,
     find_gpu,
     gpu_of_memory,
 )
+from trainer.contract.memory_model.fit import with_settings
 from trainer.contract.memory_model.result import PHASES
 from trainer.contract.memory_model.weights import num_parameters
 from trainer.contract.memory_model.workload import DEFAULT_RANK, workload_of
@@ -101,6 +103,54 @@ def test_a_higher_rank_takes_more(
         for number in (rank, rank + more)
     )
     assert low < high
+
+
+@given(variants, st.integers(0, 28), st.booleans())
+def test_more_swapped_blocks_take_no_more(variant: str, swapped: int, fp8: bool) -> None:
+    kind = {"weight_format": "fp8_scaled"} if fp8 else {}
+    none, some, more = (
+        training_bytes(variant=variant, memory={**kind, "blocks_to_swap": number})
+        for number in (0, swapped + 1, swapped + 2)
+    )
+    assert more <= some <= none + GIB  # the ring alone is worth two blocks
+    assert (more < some) == (swapped > 0)
+
+
+@given(variants, st.integers(1, 20), st.integers(2, 8))
+def test_offload_and_chunks_take_less(variant: str, quarters: int, chunks: int) -> None:
+    setting = {"variant": variant, "frames": 4 * quarters + 1}
+    plain = training_bytes(**setting)
+    parked = training_bytes(**setting, memory={"offload_checkpoints": True})
+    chunked = training_bytes(**setting, memory={"feed_forward_chunks": chunks})
+    assert parked < plain
+    assert chunked < plain
+    every, second = (
+        training_bytes(**setting, memory={"gradient_checkpointing": value}) for value in (True, 2)
+    )
+    assert every < second
+
+
+def test_swapped_blocks_wait_in_host_memory() -> None:
+    result = estimate(make_config("wan2.1-t2v-14b", memory={"blocks_to_swap": 40}))
+    training = result.phase("training").parts
+    block = result.host_parts["swapped blocks"] / 40
+    assert training["block swap"] == pytest.approx(2 * block, rel=0.001)
+    assert training["weights"] < block
+
+
+def test_a_14b_model_fits_a_24_gib_card_with_exact_settings() -> None:
+    fit = find_fit(make_config("wan2.1-t2v-14b", frames=81), find_gpu("RTX 4090"))
+    assert fit.found
+    assert {change.key for change in fit.changes} >= {"memory.blocks_to_swap"}
+    assert all(change.exact for change in fit.changes)
+    assert fit.changes[-1].peak_bytes == fit.after.peak_bytes
+    fewer = [
+        {change.key: change.value - (change.key == "memory.blocks_to_swap")}
+        for change in fit.changes
+    ]
+    settings = {key: value for change in fewer for key, value in change.items()}
+    config = with_settings(make_config("wan2.1-t2v-14b", frames=81), settings)
+    assert estimate(config, "RTX 4090").verdict != "fits"  # no block too many
 
 
 @given(variants, st.integers(2, 16), st.sampled_from([1, 2, 3]))

@@ -81,6 +81,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "feed-forward only": {"adapter": {"exclude": [r".*attn.*"]}},
     "last of three blocks": {"num_layers": 3, "adapter": {"exclude": [r"blocks\.[01]\..*"]}},
     "middle of three blocks": {"num_layers": 3, "adapter": {"exclude": [r"blocks\.[02]\..*"]}},
+    "every second block": {"num_layers": 6, "memory": {"gradient_checkpointing": 2}},
+    "every third block": {"num_layers": 7, "memory": {"gradient_checkpointing": 3}},
+    "chunks": {"memory": {"feed_forward_chunks": 4}},
+    "chunks, batch of two": {"batch": 2, "memory": {"feed_forward_chunks": 3}},
+    "chunks, all kept": {"memory": {"feed_forward_chunks": 4, "gradient_checkpointing": False}},
+    "chunks, full": {"full": True, "memory": {"feed_forward_chunks": 4}},
+    "chunks, fp8": {"memory": {**FP8, "feed_forward_chunks": 4}},
     "head, too": {"adapter": {"include": ["head.head"]}},
     "only the head": {"adapter": {"exclude": [".*"], "include": ["head.head"]}},
 }

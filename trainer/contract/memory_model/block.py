@@ -42,6 +42,8 @@ class BlockShape:
     """Bytes of an activation's element."""
     fp8: Fp8 = None
     """How the linear layers multiply where their weights are fp8."""
+    chunks: int = 1
+    """Parts of the tokens over which the feed-forward runs, each recomputed in the backward."""
 
     @property
     def rows(self) -> int:
@@ -191,7 +193,35 @@ class _Block:
         return out, backward
 
     def _feed_forward(self, x: Buffer, *, unused: bool) -> tuple[Buffer, Backward]:
-        op, drop, rows = self.operators, self.ledger.drop, self.shape.rows
+        chunks = self.shape.chunks
+        if chunks == 1:
+            return self._feed_part(x, self.shape.rows, unused=unused)
+        ledger, size = self.ledger, self.shape.tokens_bytes
+        rows = -(-self.shape.rows // chunks)
+        recording, ledger.recording = ledger.recording, False
+        # A recomputation ends where the last part's input is saved.
+        made = [self._feed_part(x, rows, unused=False)[0] for _ in range(chunks - unused)]
+        ledger.recording = recording
+        product = ledger.new(0 if unused else size)
+        ledger.drop(*made)
+        kept = ledger.keep(x)
+
+        def backward(grad: Buffer) -> Buffer:
+            grads = []
+            for number in range(chunks):
+                ledger.adding = number > 0
+                out, part = self._feed_part(Buffer(0), rows, unused=not self.trained.everything)
+                ledger.drop(out)
+                grads.append(part(Buffer(0)))
+            ledger.adding = False
+            given = ledger.new(size)
+            ledger.drop(grad, kept, *grads)
+            return given
+
+        return product, backward
+
+    def _feed_part(self, x: Buffer, rows: int, *, unused: bool) -> tuple[Buffer, Backward]:
+        op, drop = self.operators, self.ledger.drop
         hidden, up = op.linear(x, rows, self._layer("ffn.0"))
         active, activate = op.activation(hidden)
         drop(hidden)

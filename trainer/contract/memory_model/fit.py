@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -13,6 +13,7 @@ from trainer.contract.config_rules import check_rules
 from trainer.contract.memory_model.estimating import Circumstances, estimate
 from trainer.contract.memory_model.gpus import GIB, GPUS, Gpu
 from trainer.contract.memory_model.result import Estimate
+from trainer.contract.memory_model.workload import workload_of
 
 LOSSY_GAIN = 0.9
 """Settings that change the numbers are taken where they need less than this share of the time."""
@@ -22,6 +23,7 @@ _TILES = (None, 1024, 512, 256)
 
 Settings = Mapping[str, Any]
 """Key of the config -> value."""
+Judge = Callable[[Settings], Estimate]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,7 @@ def find_fit(config: RunConfig, gpu: Gpu, known: Circumstances | None = None) ->
     before = judge({})
     choices = [_Choice(settings, judge(settings)) for settings in _alternatives(config) if settings]
     best = _best([_Choice({}, before), *choices])
+    best = _fewest_swapped(best, judge)
     settings = {**best.settings, **_tiles(config, best.settings, judge)}
     changes, made = [], {}
     for key, value in settings.items():
@@ -167,13 +170,34 @@ def _best(choices: list[_Choice]) -> _Choice:
     return min(fitting, key=order)
 
 
+def _fewest_swapped(best: _Choice, judge: Judge) -> _Choice:
+    """Return the same with no more blocks swapped than it takes to fit."""
+    key = "memory.blocks_to_swap"
+    most = best.settings.get(key, 0)
+    if not best.fits():
+        return best
+    least = 0
+    while most - least > 1:
+        number = (least + most) // 2
+        settings = {**best.settings, key: number}
+        fewer = _Choice(settings, judge(settings))
+        if fewer.fits():
+            best, most = fewer, number
+        else:
+            least = number
+    return best
+
+
 def _alternatives(config: RunConfig) -> Iterator[Settings]:
     """Yield settings that keep the rules; values that are the config's own are left out."""
     memory = config.memory
     dimensions: list[list[Settings]] = [
-        [{"memory.gradient_checkpointing": value} for value in (True, False)],
+        [{"memory.gradient_checkpointing": value} for value in (True, 2, False)],
         [{"memory.keep_attention": value} for value in (False, True)],
         [{"memory.weight_format": value} for value in _formats(config)],
+        [{"memory.blocks_to_swap": value} for value in _swaps(config)],
+        [{"memory.offload_checkpoints": value} for value in (False, True)],
+        [{"memory.feed_forward_chunks": value} for value in _chunks(config)],
         list(_batches(config)),
     ]
     for parts in product(*dimensions):
@@ -188,6 +212,19 @@ def _alternatives(config: RunConfig) -> Iterator[Settings]:
 def _formats(config: RunConfig) -> tuple[str, ...]:
     own = config.memory.weight_format
     return (own, "fp8_scaled") if own == "bf16" and config.adapter.kind != "none" else (own,)
+
+
+def _swaps(config: RunConfig) -> tuple[int, ...]:
+    """Return numbers of blocks to swap; between two of them `_fewest_swapped` looks closer."""
+    own = config.memory.blocks_to_swap
+    if config.adapter.kind == "none":
+        return (own,)
+    blocks = workload_of(config).shape.num_layers
+    return tuple(sorted({own, *(blocks * quarter // 4 for quarter in range(5))}))
+
+
+def _chunks(config: RunConfig) -> tuple[int, ...]:
+    return tuple(sorted({config.memory.feed_forward_chunks, 1, 4}))
 
 
 def _batches(config: RunConfig) -> Iterator[Settings]:
@@ -208,7 +245,7 @@ def _batches(config: RunConfig) -> Iterator[Settings]:
         factor *= 2
 
 
-def _tiles(config: RunConfig, settings: Settings, judge: Any) -> Settings:
+def _tiles(config: RunConfig, settings: Settings, judge: Judge) -> Settings:
     """Return the largest VAE tile with which encoding and decoding fit, if it must be changed."""
     own = config.memory.vae_tile
     smallest: Settings = {}

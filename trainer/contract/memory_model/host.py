@@ -22,6 +22,9 @@ def host_parts(work: Workload) -> dict[str, int]:
         parts["weights while loading"] = world * work.weight_bytes
     if work.swapped:  # one pinned copy, shared by the processes of a machine
         parts["swapped blocks"] = work.swapped * work.block_bytes
+    if work.config.memory.offload_checkpoints:
+        tokens = work.block_shape().tokens_bytes
+        parts["parked activations"] = world * work.recomputed * tokens
     # A copy of the trained weights on the way to a file.
     parts["saving"] = work.trained_parameters * 4.0
     sampling = work.config.sampling

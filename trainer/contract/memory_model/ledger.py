@@ -26,6 +26,7 @@ class Ledger:
         peak: the largest `now` since `start_peak`.
         gradients: bytes of parameters' gradients made so far, part of `now`.
         recording: whether operators keep what their backward needs.
+        adding: gradients are added to those that are there.
     """
 
     def __init__(self, *, recording: bool = True) -> None:
@@ -33,6 +34,7 @@ class Ledger:
         self.peak = 0.0
         self.gradients = 0.0
         self.recording = recording
+        self.adding = False
 
     def start_peak(self) -> None:
         """Forget the peak so far."""
@@ -72,6 +74,9 @@ class Ledger:
 
     def gradient(self, size: float) -> None:
         """Make a parameter's gradient, which stays."""
+        if self.adding:
+            self.touch(size)
+            return
         self.now += size
         self.gradients += size
         self.peak = max(self.peak, self.now)

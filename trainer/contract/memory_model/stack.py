@@ -19,8 +19,17 @@ from trainer.contract.memory_model.block import (
 class StackOptions:
     """How activations are kept."""
 
-    checkpointing: bool = True
+    every: int = 1
+    """Every so many blocks one is recomputed in the backward, from the first on; 0: none."""
+    last_too: bool = False
+    """The last block is no exception."""
     keep_attention: bool = False
+    offload: bool = False
+    """What is kept of recomputed blocks, their input, waits in host memory."""
+
+    def recomputes(self, index: int, last: int) -> bool:
+        """Return whether a block keeps only its input."""
+        return bool(self.every) and index % self.every == 0 and (index < last or self.last_too)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +75,8 @@ def training_peak(
     tokens, last = shape.tokens_bytes, len(blocks) - 1
     modes = [
         _Mode(
-            checkpointed=options.checkpointing and index < last,
+            checkpointed=options.recomputes(index, last),
+            offload=options.offload,
             keep_attention=options.keep_attention,
             idle=index < first,
             first=index == first and not blocks[index].everything,
@@ -81,13 +91,19 @@ def training_peak(
         kept += profile.kept + (tokens if mode.keeps_input else 0)
         # A variable of the transformer's forward holds the first block's input.
         held = 0 if modes[0].keeps_input else tokens
-    peak = _larger(peak, kept + tokens, 0, head)
+    lowest_parked = next((i for i, mode in enumerate(modes) if mode.is_parked), len(modes))
+    parked = tokens if lowest_parked < len(modes) else 0
+    peak = _larger(peak, kept + parked + tokens, 0, head)
     gradients = 0.0
-    for mode, profile in zip(reversed(modes), reversed(profiles), strict=True):
+    for index, mode, profile in reversed(
+        list(zip(range(len(modes)), modes, profiles, strict=True))
+    ):
         if mode.idle:
             break
         kept -= profile.kept
-        peak = _larger(peak, kept, gradients, profile.backward_peak)
+        # Of what waits in host memory a block's own is here, and the next one arrives.
+        back = tokens * (mode.is_parked + lowest_parked < index)
+        peak = _larger(peak, kept + back, gradients, profile.backward_peak)
         gradients += profile.gradients * gradient_share
         kept -= tokens if mode.keeps_input else 0
     return peak
@@ -95,7 +111,7 @@ def training_peak(
 
 def forward_peak(shape: BlockShape) -> float:
     """Return the peak of a forward that nothing follows."""
-    profile = forward_only(shape, Trained())
+    profile = _profile(shape, Trained(), _IDLE)
     return 2 * shape.tokens_bytes + profile.forward_peak  # the first block's input is held, too
 
 
@@ -108,13 +124,23 @@ class _Mode:
     first: bool
     """Nothing in front of it is trained: its input needs no gradient."""
 
+    offload: bool
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether the block's input waits in host memory."""
+        return self.offload and self.checkpointed and not self.idle
+
     @property
     def keeps_input(self) -> bool:
-        """Whether the block's input lives on after its forward."""
-        return not self.idle and (self.checkpointed or not self.first)
+        """Whether the block's input lives on, on the device, after its forward."""
+        return not self.idle and not self.is_parked and (self.checkpointed or not self.first)
 
 
-@lru_cache(maxsize=256)
+_IDLE = _Mode(checkpointed=False, keep_attention=False, idle=True, first=False, offload=False)
+
+
+@lru_cache(maxsize=1024)
 def _profile(shape: BlockShape, trained: Trained, mode: _Mode) -> BlockProfile:
     if mode.idle:
         return forward_only(shape, trained)

@@ -10,6 +10,8 @@ POINTWISE_BYTES = 500
 """Bytes read and written a token and channel in a block and step, in bf16, beside products."""
 FP8_GAIN = 1.75
 """How much faster fp8 products are than bf16 ones, quantising included."""
+COPY_COST = 0.1
+"""Share of the time of a copy beside the computation that the computation loses."""
 MEMORY_SHARE = 0.88
 """Share of the named memory bandwidth that is reached."""
 _ATTENTION_BACKWARD = 2.5
@@ -35,15 +37,17 @@ def step_parts(work: Workload, gpu: Gpu) -> dict[str, float]:
         for name in block.targets
     )
     attention = 4.0 * rows * (work.tokens + shape.text_len) * shape.dim
-    again = 1 if memory.gradient_checkpointing else 0
+    again = work.recomputed / shape.num_layers
     passes = (3 if work.full else 2) + again
     repeats = work.config.training.gradient_accumulation_steps
     blocks = shape.num_layers * repeats
     seen_again = 0 if memory.keep_attention else again
+    feed_forward = 4.0 * rows * shape.dim * shape.ffn_dim
+    matmul_again = feed_forward if memory.feed_forward_chunks > 1 else 0.0
     gain = FP8_GAIN if work.fp8 == "products" and gpu.fp8_tflops else 1.0
     forward_share, backward_share = gpu.attention_forward, gpu.attention_backward
     parts = {
-        "products": blocks * matmul * passes / (peak * gpu.matmul * gain),
+        "products": blocks * (matmul * passes + matmul_again) / (peak * gpu.matmul * gain),
         "LoRA": repeats * lora * (3 + again) / (peak * gpu.matmul),
         "attention": blocks
         * attention
@@ -61,10 +65,13 @@ def step_parts(work: Workload, gpu: Gpu) -> dict[str, float]:
         # Reads a byte and writes two an element, and twice more to put the scales in.
         elements = block_linear_parameters(shape) * (2 + again)
         parts["fp8 to bf16"] = blocks * elements * 7 / (gpu.memory_gb_s * 1e9 * MEMORY_SHARE)
-    if work.swapped:
-        transfer = repeats * work.swapped * work.block_bytes / (gpu.host_gb_s * 1e9)
+    copied = work.swapped * work.block_bytes
+    if memory.offload_checkpoints:
+        copied += work.recomputed * work.block_shape().tokens_bytes
+    if copied:
+        transfer = repeats * copied / (gpu.host_gb_s * 1e9)
         forward = blocks * (matmul / gpu.matmul + attention / forward_share) / peak
         backward = sum(parts.values()) - parts["update"] - forward
-        waits = max(0.0, transfer - forward), max(0.0, transfer - backward)
-        parts["waiting for swapped blocks"] = sum(waits)
+        waits = max(0.0, transfer - forward) + max(0.0, transfer - backward)
+        parts["copies from and to RAM"] = waits + COPY_COST * 2 * transfer
     return {name: seconds for name, seconds in parts.items() if seconds}

@@ -77,7 +77,7 @@ def step_peak(work: Workload) -> tuple[Parts, float]:
     stack = training_peak(
         work.block_shape(),
         work.targets.blocks,
-        _options(work),
+        stack_options(work),
         first=work.targets.first,
         drawn=2 * work.latent_bytes,
         head=_head(work),
@@ -91,10 +91,14 @@ def step_peak(work: Workload) -> tuple[Parts, float]:
     return parts, _update_bytes(work, total)
 
 
-def _options(work: Workload) -> StackOptions:
+def stack_options(work: Workload) -> StackOptions:
+    """Return how the config keeps activations."""
     memory = work.config.memory
     return StackOptions(
-        checkpointing=memory.gradient_checkpointing, keep_attention=memory.keep_attention
+        every=int(memory.gradient_checkpointing),
+        last_too=work.swapped > 0 and memory.feed_forward_chunks > 1,
+        keep_attention=memory.keep_attention,
+        offload=memory.offload_checkpoints,
     )
 
 

@@ -44,13 +44,19 @@ class Workload:
     """What is trained."""
     world_size: int
     zero_stage: int
-    swapped: int = 0
+    swapped: int
     """Blocks whose frozen weights stay in host memory."""
 
     @property
     def full(self) -> bool:
         """Whether the model's own weights are trained."""
         return self.config.adapter.kind == "none"
+
+    @cached_property
+    def recomputed(self) -> int:
+        """Blocks that run once more in the backward."""
+        every, last = int(self.config.memory.gradient_checkpointing), self.shape.num_layers - 1
+        return len(range(0, last, every)) if every else 0
 
     @property
     def element(self) -> int:
@@ -145,6 +151,7 @@ class Workload:
             image_tokens=images * shape.image_tokens if shape.image_dim else 0,
             element=self.element,
             fp8=self.fp8,
+            chunks=self.config.memory.feed_forward_chunks,
         )
 
 
@@ -171,6 +178,7 @@ def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
         targets=_trained(config, shape),
         world_size=config.distributed.num_processes or num_gpus,
         zero_stage=config.distributed.zero_stage,
+        swapped=min(config.memory.blocks_to_swap, shape.num_layers),
     )
 
 
