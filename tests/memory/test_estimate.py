@@ -112,8 +112,8 @@ def test_more_swapped_blocks_take_no_more(variant: str, swapped: int, fp8: bool)
         training_bytes(variant=variant, memory={**kind, "blocks_to_swap": number})
         for number in (0, swapped + 1, swapped + 2)
     )
-    assert more <= some <= none + GIB  # the ring alone is worth two blocks
-    assert (more < some) == (swapped > 0)
+    assert some <= none + 16  # parts are rounded to bytes
+    assert more < some or swapped == 0  # two blocks fill the ring and save nothing yet
 
 
 @given(variants, st.integers(1, 20), st.integers(2, 8))
