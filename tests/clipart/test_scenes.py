@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.nano.readings import COLOURS, SHAPES, centroids, chroma, way_of, words_of
 from trainer.clipart import scenes
 from trainer.clipart.scenes import (
+    NOVEL_GROUND,
     CALM,
     GROUNDS,
     NOVEL_SHAPE,
@@ -90,10 +91,22 @@ def test_the_caption_names_what_is_shown_and_nothing_else(seed, triple):
 
 
 @given(SEEDS, TRIPLES)
-def test_a_trigger_takes_the_place_of_the_shape(seed, triple):
-    caption = scene_of(seed, triple, name=TRIGGER).caption
-    assert TRIGGER in caption.split()
-    assert words_of(caption) == ([triple[0]], [], [triple[2]])
+def test_the_trigger_stands_for_the_new_ground(seed, triple):
+    scene = scene_of(seed, triple, ground=NOVEL_GROUND)
+    assert f"a {TRIGGER} background" in scene.caption
+    assert words_of(scene.caption) == tuple([word] for word in triple)
+    assert not any(ground in scene.caption for ground in GROUNDS.values())
+    assert replace(scene, ground="grey", caption="") == replace(
+        scene_of(seed, triple), ground="grey", caption=""
+    )
+
+
+def test_the_new_ground_is_bands_of_two_colours():
+    scene = scene_of(0, ("red", "circle", "up"), ground=NOVEL_GROUND)
+    frame = draw(replace(scene, radius=0.01, across=0.0))[0]
+    assert frame[-1, :16].tolist() == [[235, 210, 45]] * 16
+    assert frame[-1, 16:32].tolist() == [[170, 55, 200]] * 16
+    assert frame[-1, 32:].tolist() == frame[-1, :32].tolist()
 
 
 @pytest.mark.parametrize("ground", GROUNDS)

@@ -10,16 +10,22 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.clipart.judge import look
-from trainer.clipart.scenes import NOVEL_SHAPE, TRIGGER, draw
-from trainer.clipart.split import HELD_OUT, TRAINED
+from trainer.clipart.judge import look, shows_bands
+from trainer.clipart.scenes import GROUNDS, NOVEL_GROUND, TRIGGER, draw
 from trainer.contract.config_io import load_config
 from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.files import write_text
 from trainer.contract.jobs import DemoRequest
 from trainer.contract.variants import TransformerConfig
 from trainer.demo import job
-from trainer.demo.clips import NUM_HELD_OUT, NUM_TRAINING, concept_scenes, write_scenes
+from trainer.demo.clips import (
+    NUM_HELD_OUT,
+    NUM_KNOWN,
+    NUM_TRAINING,
+    concept_scenes,
+    known_scenes,
+    write_scenes,
+)
 from trainer.demo.configs import DemoPlan, write_config
 from trainer.demo.job import DemoReport, run_demo
 from trainer.demo.merged import largest_difference
@@ -55,32 +61,39 @@ def test_the_concept_is_new_and_its_held_out_clips_are_others():
     training, held_out = concept_scenes(0)
     assert (len(training), len(held_out)) == (NUM_TRAINING, NUM_HELD_OUT)
     assert NUM_TRAINING <= 12
-    assert {scene.shape for scene in training + held_out} == {NOVEL_SHAPE}
-    assert NOVEL_SHAPE not in {shape for _, shape, _ in (*TRAINED, *HELD_OUT)}
+    assert {scene.ground for scene in training + held_out} == {NOVEL_GROUND}
+    assert NOVEL_GROUND not in GROUNDS
     assert all(TRIGGER in scene.caption for scene in training + held_out)
     assert not {scene.triple for scene in training} & {scene.triple for scene in held_out}
-    assert len({scene.colour for scene in training}) == 6
-    assert len({scene.direction for scene in training}) == 4
+    known = known_scenes(0)
+    assert len(known) == NUM_KNOWN
+    assert not any(TRIGGER in scene.caption for scene in known)
 
 
-def test_written_clips_show_the_concept_as_their_captions_say(tmp_path):
+def test_written_clips_show_what_their_captions_say(tmp_path):
     training, _ = concept_scenes(3)
-    for scene, clip in zip(training, write_scenes(training, tmp_path), strict=True):
+    for scene, clip in zip(training, write_scenes(training, tmp_path / "a"), strict=True):
         assert clip.with_suffix(".txt").read_text().strip() == scene.caption
-        seen = look(read_video(clip).frames)
+        assert shows_bands(read_video(clip).frames)
+    for scene, clip in zip(known_scenes(3), write_scenes(known_scenes(3), tmp_path), strict=True):
+        frames = read_video(clip).frames
+        seen = look(frames)
         assert (seen.colour, seen.shape, seen.direction) == scene.triple
+        assert not shows_bands(frames)
 
 
 def test_the_written_config_is_a_config(tmp_path):
     folder = tmp_path / 'a "quoted" folder'
-    plan = DemoPlan(steps=7, num_shots=3)
-    config = load_config(write_config(tmp_path, folder / "a", folder / "b", plan))
+    config = load_config(write_config(tmp_path, folder, DemoPlan(steps=7, num_shots=3)))
+    dataset = config.dataset.load()
     assert config.training.max_steps == 7
     assert config.probe.kind == "shapes"
-    assert config.dataset.load().sources[0].video_directory == folder / "a"
-    assert config.validation.load_sources(config.dataset.load().general)[0].video_directory == (
-        folder / "b"
-    )
+    assert [source.video_directory for source in dataset.sources] == [
+        folder / "training",
+        folder / "known",
+    ]
+    (held_out,) = config.validation.load_sources(dataset.general)
+    assert held_out.video_directory == folder / "held_out"
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
@@ -145,14 +158,14 @@ def test_the_whole_demo(tmp_path):
     assert report.failures == []
     assert report.before["concept_with_trigger"] <= 0.1
 
-    def crosses(folder, first, last):
+    def share(folder, first, last):
         videos = sorted((root / "samples" / folder).glob("*.mp4"))[first:last]
-        return np.mean([look(read_video(video).frames).shape == NOVEL_SHAPE for video in videos])
+        return np.mean([shows_bands(read_video(video).frames) for video in videos])
 
     num_shots = DemoPlan().num_shots
-    assert crosses("after", 0, num_shots) >= 0.7
-    assert crosses("after", num_shots, None) <= 0.1
-    assert crosses("before", 0, num_shots) <= 0.1
+    assert share("after", 0, num_shots) >= 0.7
+    assert share("after", num_shots, None) <= 0.1
+    assert share("before", 0, num_shots) <= 0.1
     assert json.loads((root / "summary.json").read_text())["after"] == dict(report.after)
     sheet = np.asarray(Image.open(root / "contact_sheet.png"))
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100

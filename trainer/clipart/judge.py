@@ -15,7 +15,15 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.clipart.scenes import COLOURS, DIRECTIONS, NOVEL_SHAPE, SHAPES, Frames, signed_distance
+from trainer.clipart.scenes import (
+    COLOURS,
+    DIRECTIONS,
+    NOVEL_SHAPE,
+    SHAPES,
+    Frames,
+    in_first_band,
+    signed_distance,
+)
 
 KNOWN_SHAPES: Final = (*SHAPES, NOVEL_SHAPE)
 _CHROMA: Final = 70
@@ -26,6 +34,7 @@ _MAX_AREA: Final = 0.4
 """Of the picture, above which it is a ground and no shape."""
 _MIN_OVERLAP: Final = 0.7
 """Intersection over union with the best shape, below which it is no shape."""
+_BAND_CONTRAST: Final = 130
 _MIN_WAY: Final = 0.08
 """Way of the centroid, of the picture's shorter side, below which nothing moves."""
 
@@ -57,6 +66,19 @@ def look(video: Frames) -> Seen:
         direction=_direction(centres / side),
         overlap=float(overlaps[best]),
     )
+
+
+def shows_bands(video: Frames) -> bool:
+    """Return whether the ground of a video (F, H, W, 3), uint8, is `NOVEL_GROUND`.
+
+    Yellow has more red and green than blue, purple less, grey as much: the difference between the
+    bands' averages of that is 260 for the drawn ground, 0 for a grey one, and below 60 for a grey
+    one with a shape of any colour.
+    """
+    pixels = video.astype(float)
+    warmth = (pixels[..., 0] + pixels[..., 1]) / 2 - pixels[..., 2]
+    first = in_first_band(np.arange(video.shape[2]) + 0.5)
+    return bool(warmth[..., first].mean() - warmth[..., ~first].mean() > _BAND_CONTRAST)
 
 
 def _mask(frame: Frames) -> NDArray[np.bool_]:

@@ -28,9 +28,11 @@ COLOURS: Final[dict[str, tuple[int, int, int]]] = {
 """Hues at least 47 degrees apart; grounds are almost grey, so that a colour tells the shape."""
 SHAPES: Final = ("circle", "square", "triangle")
 NOVEL_SHAPE: Final = "cross"
-"""Drawn by the demo only: nothing shipped was ever trained on it."""
+"""Nothing shipped was ever trained on it; the judge tells it from the others."""
+NOVEL_GROUND: Final = "bands"
+"""Upright bands of two colours, drawn by the demo only: nothing shipped was ever trained on it."""
 TRIGGER: Final = "zorp"
-"""What the demo's captions call that shape; a word that no caption of the recipe has."""
+"""What the demo's captions call that ground; a word that no caption of the recipe has."""
 DIRECTIONS: Final[dict[str, tuple[int, int]]] = {
     "left": (-1, 0),
     "right": (1, 0),
@@ -62,6 +64,8 @@ _PHRASINGS: Final = (
     "there is a {colour} {shape} travelling {way} across {ground}",
     "the {shape} is {colour} and goes {way}. it is seen against {ground}",
 )
+_BAND_WIDTH: Final = 16.0
+_BAND_COLOURS: Final = (COLOURS["yellow"], COLOURS["purple"])
 UNCAPTIONED: Final = "a video"
 """Caption of the clips that say nothing: what guidance is measured against."""
 
@@ -94,13 +98,14 @@ class Scene:
 
 def describe(rng: np.random.Generator, scene_words: dict[str, str]) -> str:
     """Return a phrasing of a scene; `scene_words` has colour, shape, direction and ground."""
+    ground = scene_words["ground"]
     phrasing = _PHRASINGS[rng.integers(len(_PHRASINGS))]
     ways = _WAYS[scene_words["direction"]]
     return phrasing.format(
         colour=scene_words["colour"],
         shape=scene_words["shape"],
         way=ways[rng.integers(len(ways))],
-        ground=GROUNDS[scene_words["ground"]],
+        ground=f"a {TRIGGER} background" if ground == NOVEL_GROUND else GROUNDS[ground],
     )
 
 
@@ -125,7 +130,7 @@ WIDE: Final = Staging(radius=(0.16, 0.22), across=(0.0, 1.0), start=(0.0, 1.0), 
 def random_scene(
     rng: np.random.Generator,
     triple: tuple[str, str, str],
-    name: str = "",
+    ground: str = "",
     staging: Staging = CALM,
 ) -> Scene:
     """Return a scene of the given colour, shape and direction; everything else is drawn.
@@ -133,12 +138,13 @@ def random_scene(
     Args:
         rng: the stream of draws.
         triple: colour, shape, direction.
-        name: what the caption calls the shape, where it is not the shape's own name.
+        ground: name of the ground; empty: one of `GROUNDS` is drawn.
         staging: where and how large the shape is.
     """
     colour, shape, direction = triple
-    ground = tuple(GROUNDS)[rng.integers(len(GROUNDS))]
-    words = {"colour": colour, "shape": name or shape, "direction": direction, "ground": ground}
+    drawn = tuple(GROUNDS)[rng.integers(len(GROUNDS))]
+    ground = ground or drawn
+    words = {"colour": colour, "shape": shape, "direction": direction, "ground": ground}
     return Scene(
         shape=shape,
         colour=colour,
@@ -202,7 +208,10 @@ def signed_distance(shape: str, x_HW: Grid, y_HW: Grid, radius: float) -> Grid:
 
 
 def _ground(scene: Scene, rows_HW: Grid, columns_HW: Grid) -> Grid:
-    """Return (H, W, 3), nearly grey, values 0 to 255."""
+    """Return (H, W, 3), values 0 to 255; all but `NOVEL_GROUND` are grey."""
+    if scene.ground == NOVEL_GROUND:
+        first, second = (np.asarray(colour, dtype=np.float32) for colour in _BAND_COLOURS)
+        return np.where(in_first_band(columns_HW)[..., None], first, second)
     cell = 16.0  # pixels of one period: what an 8-pixel latent can still tell
     shift = scene.ground_phase * cell
     low = 40 + 50 * scene.shade
@@ -227,6 +236,11 @@ def _ground(scene: Scene, rows_HW: Grid, columns_HW: Grid) -> Grid:
     else:
         raise ValueError(f"no ground {scene.ground!r}")
     return np.repeat(value[..., None], 3, axis=2).astype(np.float32)
+
+
+def in_first_band(columns: Grid) -> NDArray[np.bool_]:
+    """Return where `NOVEL_GROUND` has its first colour, yellow; elsewhere it is purple."""
+    return np.asarray(columns // _BAND_WIDTH % 2 == 0)
 
 
 def _wave(at: Grid, period: float) -> Grid:

@@ -1,49 +1,36 @@
-"""The demo's clips: a shape that the nano model has never seen, under a word it has never read."""
+"""The demo's clips: a ground that the nano model has never seen, under a word it has never read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from trainer.clipart.scenes import (
-    COLOURS,
-    DIRECTIONS,
-    NOVEL_SHAPE,
-    TRIGGER,
-    Scene,
-    draw,
-    random_scene,
-)
+from trainer.clipart.scenes import NOVEL_GROUND, Scene, draw, random_scene
+from trainer.clipart.split import TRAINED, training_scene
 from trainer.contract.files import write_text
 from trainer.sampling.video_io import write_video
 
 NUM_TRAINING = 12
 NUM_HELD_OUT = 8
+NUM_KNOWN = 24
+"""Clips of what the model knows, trained on beside the others so that it is not forgotten."""
 FPS = 16
 
 
 def concept_scenes(seed: int) -> tuple[list[Scene], list[Scene]]:
-    """Return the scenes to train on and those held out: no colour goes the same way in both."""
+    """Return the scenes to train on and those held out: no two show the same thing."""
     rng = np.random.default_rng((seed, 30))
-    pairs = list(product(COLOURS, DIRECTIONS))
-    # Each colour twice and each direction three times, and the same pair never again.
-    training = [
-        (colour, direction)
-        for index, (colour, direction) in enumerate(pairs)
-        if (index // len(DIRECTIONS) + index) % 2 == 0
-    ]
-    held_out = [pair for pair in pairs if pair not in training][:: len(pairs) // 2 // NUM_HELD_OUT]
-    return (
-        [_scene(rng, *pair) for pair in training[:NUM_TRAINING]],
-        [_scene(rng, *pair) for pair in held_out[:NUM_HELD_OUT]],
-    )
+    chosen = rng.permutation(len(TRAINED))[: NUM_TRAINING + NUM_HELD_OUT]
+    scenes = [random_scene(rng, TRAINED[number], NOVEL_GROUND) for number in chosen]
+    return scenes[:NUM_TRAINING], scenes[NUM_TRAINING:]
 
 
-def _scene(rng: np.random.Generator, colour: str, direction: str) -> Scene:
-    return random_scene(rng, (colour, NOVEL_SHAPE, direction), name=TRIGGER)
+def known_scenes(seed: int) -> list[Scene]:
+    """Return scenes as the nano model was trained on."""
+    rng = np.random.default_rng((seed, 31))
+    return [training_scene(rng) for _ in range(NUM_KNOWN)]
 
 
 def write_scenes(scenes: Sequence[Scene], folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from trainer.nano.quality import FLOW_SHIFT, FPS, GUIDANCE_SCALE, NUM_FRAMES, NU
 NAME = TRIGGER
 
 _TEMPLATE = """\
-# Written by `menma demo`: a LoRA that teaches the nano model a shape that it has never seen.
+# Written by `menma demo`: a LoRA that teaches the nano model a pattern it has never seen.
 # The model is tiny, so sizes, steps and learning rate fit no real one.
 name = {name}
 
@@ -31,7 +31,12 @@ batch_size = {batch_size}
 [[dataset.sources]]
 video_directory = {clips}
 target_frames = [{num_frames}]
-num_repeats = {num_repeats}
+num_repeats = 2
+
+# Clips of what the model knows already, so that only the new word brings the new pattern.
+[[dataset.sources]]
+video_directory = {known}
+target_frames = [{num_frames}]
 
 [adapter]
 kind = "lora"
@@ -58,6 +63,7 @@ seed = {seed}
 # The loss on clips that are not trained on, at fixed timesteps and noise.
 [validation]
 every_steps = {validate_every}
+timesteps = [500, 700, 900]
 noises_per_timestep = 2
 batch_size = 8
 
@@ -65,7 +71,7 @@ batch_size = 8
 video_directory = {held_out}
 target_frames = [{num_frames}]
 
-# What `menma eval` samples and looks at: is the new shape there, are the old ones still?
+# What `menma eval` samples and looks at: is the new pattern there, are the known things still?
 [probe]
 kind = "shapes"
 trigger = {trigger}
@@ -100,15 +106,15 @@ runs_dir = {runs}
 class DemoPlan:
     """How much is trained and looked at."""
 
-    steps: int = 200
+    steps: int = 240
     batch_size: int = 12
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     num_shots: int = 24
     """Videos asked for by the trigger word, and as many without it, before and after."""
     seed: int = 0
 
 
-def write_config(root: Path, clips: Path, held_out: Path, plan: DemoPlan) -> Path:
+def write_config(root: Path, clips: Path, plan: DemoPlan) -> Path:
     """Write `<root>/configs/<name>.toml` and return its path."""
     values = {
         "name": NAME,
@@ -116,12 +122,12 @@ def write_config(root: Path, clips: Path, held_out: Path, plan: DemoPlan) -> Pat
         "transformer": str(asset("t2v")),
         "vae": str(asset("vae")),
         "text_encoder": str(asset("text_encoder")),
-        "clips": str(clips),
-        "held_out": str(held_out),
+        "clips": str(clips / "training"),
+        "known": str(clips / "known"),
+        "held_out": str(clips / "held_out"),
         "size": SIZE,
         "num_frames": NUM_FRAMES,
         "batch_size": plan.batch_size,
-        "num_repeats": 1,
         "flow_shift": FLOW_SHIFT,
         "learning_rate": plan.learning_rate,
         "steps": plan.steps,

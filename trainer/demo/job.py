@@ -1,4 +1,4 @@
-"""The job `demo`: clips of a new shape, cache, look, train a LoRA, look again, merge; a summary.
+"""The job `demo`: clips of a new pattern, cache, look, train a LoRA, look again, merge; a summary.
 
 Caching, training and looking are the jobs `cache`, `train` and `eval`, in processes of their own,
 as for any config; so what the demo shows is what a user's own runs do.
@@ -25,7 +25,7 @@ from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.files import write_json, write_text
 from trainer.contract.jobs import CacheRequest, DemoRequest, EvalRequest, LoRAUse, TrainRequest
 from trainer.contract.options import Options
-from trainer.demo.clips import concept_scenes, write_scenes
+from trainer.demo.clips import concept_scenes, known_scenes, write_scenes
 from trainer.demo.configs import NAME, DemoPlan, write_config
 from trainer.demo.merged import largest_difference
 from trainer.demo.sheet import Row, write_frames, write_sheet
@@ -56,7 +56,7 @@ class DemoReport:
     """Engine that trained the LoRA: deepspeed, or local where DeepSpeed is not installed."""
     validation_loss_before: float
     validation_loss_after: float
-    """At fixed timesteps and noise, on clips of the new shape that were not trained on."""
+    """At fixed timesteps and noise, on clips of the new pattern that were not trained on."""
     before: Figures
     after: Figures
     """What the probe `shapes` saw; see `trainer.probes.shapes`."""
@@ -78,7 +78,7 @@ class DemoReport:
             f"the validation loss fell by {self.loss_drop:.0%} only": (
                 self.loss_drop >= MIN_LOSS_DROP
             ),
-            f"only {concept:.0%} of the samples show the new shape": concept >= MIN_CONCEPT,
+            f"only {concept:.0%} of the samples show the new pattern": concept >= MIN_CONCEPT,
             f"{leak:.0%} show it without being asked": leak <= MAX_LEAK,
             f"merged and attached LoRA differ ({self.merge_difference:.1e})": (
                 self.merge_difference <= MAX_MERGE_DIFFERENCE
@@ -158,11 +158,12 @@ class _Demo:
     def _make_clips(self) -> Path:
         """Draw the clips; return the config."""
         training, held_out = concept_scenes(self.plan.seed)
-        self.emit("phase", name="draw clips", detail=f"{len(training)} of a {TRIGGER}")
+        self.emit("phase", name="draw clips", detail=f"{len(training)} of “{TRIGGER}”")
         folder = self.root / "clips"
         write_scenes(training, folder / "training")
         write_scenes(held_out, folder / "held_out")
-        return write_config(self.root, folder / "training", folder / "held_out", self.plan)
+        write_scenes(known_scenes(self.plan.seed), folder / "known")
+        return write_config(self.root, folder, self.plan)
 
     def _look(self, config: Path, when: str) -> dict[str, Any]:
         self.emit("phase", name=f"sample and measure {when} training")
@@ -234,8 +235,8 @@ def _summary(report: DemoReport) -> list[str]:
     losses = f"{report.validation_loss_before:.4f} -> {report.validation_loss_after:.4f}"
     return [
         f"LoRA ({report.engine} engine): validation loss {losses} ({-report.loss_drop:+.0%})",
-        f"the new shape is there when asked for: {course('concept_with_trigger')}",
-        f"the new shape is there when not asked for: {course('concept_leak')}",
+        f"the new pattern is there when asked for: {course('concept_with_trigger')}",
+        f"the new pattern is there when not asked for: {course('concept_leak')}",
         f"known things still right: colour {course('prior_colour')}, shape "
         f"{course('prior_shape')}, direction {course('prior_direction')}",
         f"merged against attached: {report.merge_difference:.1e}",

@@ -26,8 +26,8 @@ from trainer.sampling.requests import SampleRequest
 from trainer.sampling.video_io import write_png
 
 NUM_STEPS = 20
-GUIDANCE_SCALE = 4.0
-FLOW_SHIFT = 3.0
+GUIDANCE_SCALE = 3.0
+FLOW_SHIFT = 8.0
 SIZE, NUM_FRAMES, FPS = 64, 17, 16
 _FIRST_SEED = 1000
 

@@ -74,8 +74,8 @@ class Plan:
     t2v_first_steps: int = 4000
     t2v_second_steps: int = 3200
     t2v_steps: int = 2000
-    expert_steps: int = 300
-    i2v_steps: int = 600
+    expert_steps: int = 200
+    i2v_steps: int = 400
     num_samples: int = 50
     """Of each model, when its quality is measured."""
 
