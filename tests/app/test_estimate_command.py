@@ -155,4 +155,3 @@ def test_check_says_whether_this_machine_s_gpu_is_large_enough(menma, sized, mon
     assert answer.code == 0
     assert "it does not fit" in answer.err
     assert "--fit" in answer.err
-

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tests.nano.readings import COLOURS, SHAPES, centroids, chroma, way_of, words_of
 from trainer.clipart import scenes
 from trainer.clipart.scenes import (
-    NOVEL_GROUND,
     CALM,
     GROUNDS,
+    NOVEL_GROUND,
     NOVEL_SHAPE,
     TRIGGER,
     WIDE,

@@ -34,7 +34,7 @@ def probe_of(**options: object) -> Shapes:
 def drawn_from(
     prompt: str, *, shape: str = "", colour: str = "", direction: str = "", ground: str = ""
 ) -> Frames:
-    """Draw what a prompt says, the trigger as the new ground; a word given here replaces its own."""
+    """Draw what a prompt says, the trigger as the new ground; a word given replaces its own."""
     colours, shapes, directions = words_of(prompt)
     scene = Scene(
         colour=colour or colours[0],
