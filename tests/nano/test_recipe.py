@@ -36,7 +36,8 @@ from trainer.nano.recipe import Plan, Recipe, widened_for_images
 from trainer.nano.vae_training import Phase, VAEFit
 from trainer.sampling.video_io import read_video
 
-STAGES = ["text_encoder", "vae", "clips", "t2v", "low_noise", "high_noise", "i2v", "export"]
+STAGES = ["text_encoder", "vae", "clips", "t2v_first", "t2v_second", "t2v", "low_noise"]
+STAGES += ["high_noise", "i2v", "export"]
 PLAN = Plan(
     num_clips=12,
     text_steps=3,
@@ -160,7 +161,7 @@ def test_clips_are_a_function_of_the_seed(tmp_path):
         Recipe(tmp_path / name, replace(PLAN, num_clips=2, seed=seed), recording([])).clips()
     kind = CLIP_KINDS[0].name
     content = {
-        name: (tmp_path / name / "clips" / kind / "00000.mp4").read_bytes()
+        name: read_video(tmp_path / name / "clips" / kind / "00000.mp4").frames.tobytes()
         for name in ("one", "again", "other")
     }
     assert content["one"] == content["again"] != content["other"]
@@ -253,15 +254,15 @@ def test_the_whole_recipe_interrupted_and_continued(small, jobs, tmp_path):
     stop_at_high = recording(events, lambda fields: fields == {"name": "high_noise"})
     with pytest.raises(Interruption):
         Recipe(tmp_path, PLAN, stop_at_high).run()
-    assert begun(events) == STAGES[2:6]
-    assert jobs == ["cache", "train"] * 2
+    assert begun(events) == STAGES[2:8]
+    assert jobs == ["cache", "train"] * 4
     second = times(models)
     assert first.items() <= second.items()
 
     events.clear()
     Recipe(tmp_path, PLAN, recording(events)).run()
-    assert begun(events) == STAGES[5:]
-    assert jobs == ["cache", "train"] * 4
+    assert begun(events) == STAGES[7:]
+    assert jobs == ["cache", "train"] * 6
     assert second["t2v.safetensors"] == times(models)["t2v.safetensors"]
     check_models(models)
     check_files(tmp_path / "assets")
@@ -273,7 +274,7 @@ def test_the_whole_recipe_interrupted_and_continued(small, jobs, tmp_path):
     last = times(models)
     Recipe(tmp_path, PLAN, recording(events)).run()
     assert begun(events) == []
-    assert len(jobs) == 8
+    assert len(jobs) == 12
     assert times(models) == last
 
 

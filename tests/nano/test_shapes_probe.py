@@ -125,9 +125,7 @@ def test_colour_and_direction_are_counted_apart(probe, prompts, right):
     assert probe.judge(videos) == {
         **dict.fromkeys(NAMES, 1.0),
         "concept_leak": 0.0,
-        "direction_with_trigger": pytest.approx(10 / 12),
         "prior_direction": pytest.approx(11 / 12),
-        "colour_with_trigger": pytest.approx(11 / 12),
         "prior_colour": pytest.approx(10 / 12),
     }
 

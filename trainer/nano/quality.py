@@ -27,6 +27,8 @@ from trainer.sampling.video_io import write_png
 
 NUM_STEPS = 20
 GUIDANCE_SCALE = 3.0
+IMAGE_GUIDANCE_SCALE = 1.5
+"""Of image to video: guidance by the text pulls the first frame away from the picture."""
 FLOW_SHIFT = 8.0
 SIZE, NUM_FRAMES, FPS = 64, 17, 16
 _FIRST_SEED = 1000
@@ -128,14 +130,15 @@ class Studio:
         return Shares.of(scenes, [look(video) for video in videos])
 
     def measure_from_images(self, scenes: Sequence[Scene]) -> tuple[Shares, float]:
-        """Sample from captions and first frames; return what is seen and the worst first frame.
+        """Sample from captions and first frames; return what is seen, and how close they stay.
 
-        The second is the smallest peak signal-to-noise ratio of a first frame to the image, in dB.
+        The second is the mean peak signal-to-noise ratio of first frame and image, in dB.
         """
         images = [draw(scene)[0] for scene in scenes]
-        videos = self.shoot([scene.caption for scene in scenes], images=images)
+        captions = [scene.caption for scene in scenes]
+        videos = self.shoot(captions, images=images, guidance_scale=IMAGE_GUIDANCE_SCALE)
         shares = Shares.of(scenes, [look(video) for video in videos])
-        return shares, min(first_frame_psnr(videos, images))
+        return shares, float(np.mean(first_frame_psnr(videos, images)))
 
 
 def _generate(
@@ -195,4 +198,4 @@ def measure(folder: Path, num_samples: int) -> dict[str, float]:
     ).measure_from_images(scenes)
     for attribute, share in asdict(shares).items():
         figures[f"i2v_{attribute}"] = share
-    return figures | {"i2v_worst_first_frame_psnr_db": round(psnr_db, 2)}
+    return figures | {"i2v_first_frame_psnr_db": round(psnr_db, 2)}
