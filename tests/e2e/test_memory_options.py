@@ -26,7 +26,7 @@ SAMPLES = {
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> VariantProject:
     folder = tmp_path_factory.mktemp("streamed")
-    model = write_models(folder, "wan2.2-t2v-14b", "comfy")
+    model = write_models(folder, "wan2.2-t2v-a14b", "comfy")
     model["expert"] = "low_noise"
     write_clips(folder / "clips", 2, 5, 32, 32)
     sources = [{"video_directory": "clips", "target_frames": [5]}]

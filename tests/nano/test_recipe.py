@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -161,10 +162,12 @@ def test_clips_are_a_function_of_the_seed(tmp_path):
         Recipe(tmp_path / name, replace(PLAN, num_clips=2, seed=seed), recording([])).clips()
     kind = CLIP_KINDS[0].name
     content = {
-        name: read_video(tmp_path / name / "clips" / kind / "00000.mp4").frames.tobytes()
+        name: read_video(tmp_path / name / "clips" / kind / "00000.mp4").frames.astype(float)
         for name in ("one", "again", "other")
     }
-    assert content["one"] == content["again"] != content["other"]
+    # The encoder is not the same to the last bit each time.
+    assert np.abs(content["one"] - content["again"]).mean() < 0.1
+    assert np.abs(content["one"] - content["other"]).mean() > 5
 
 
 @pytest.mark.parametrize("folder", ["plain", 'with "quotes" and ümläuts'])
