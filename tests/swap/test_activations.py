@@ -121,7 +121,12 @@ class Widest(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.shape[-1:] == (CONFIG.ffn_dim,):
+        weight = (CONFIG.dim, CONFIG.ffn_dim)  # of the second layer: no activation
+        if (
+            isinstance(result, torch.Tensor)
+            and result.shape[-1:] == (CONFIG.ffn_dim,)
+            and result.shape != weight
+        ):
             self.rows = max(self.rows, result.numel() // CONFIG.ffn_dim)
         return result
 
