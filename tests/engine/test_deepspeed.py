@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from trainer.contract.errors import ConfigError, ModelFileError, NonFiniteError,
 from trainer.core.seams import Engine
 from trainer.engine.deepspeed import DeepSpeedEngine
 from trainer.engine.local import LocalEngine
+from trainer.engine.process_group import join, leave
 
 LR = 1e-2
 LINEAR = torch.nn.functional.linear
@@ -289,3 +291,13 @@ def test_closing_leaves_torch_as_it_was(world, make, stage):
         terms = module(make_batch(1))
         sum(terms.values()).backward()
         assert all(p.grad is not None for p in module.trainable().values())
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_an_engine_works_in_a_group_after_another_one(world, make, stage):
+    for _ in range(2):
+        leave()
+        join("cpu", timeout_s=60)
+        engine = make("lora", stage, gradient_accumulation_steps=1)
+        loss, _ = train(engine, range(1), 1)[0]
+        assert math.isfinite(loss)

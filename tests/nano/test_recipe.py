@@ -71,7 +71,9 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Run jobs in this process, and return the list of those that were run."""
     run: list[str] = []
 
-    def run_here(name: str, request: Options, request_file: Path, emit: Any) -> None:
+    def run_here(
+        name: str, request: Options, request_file: Path, emit: Any, *, threads: int | None
+    ) -> None:
         run.append(name)
         JOBS.load(name)(request, emit)  # type: ignore[operator]
 
@@ -165,8 +167,8 @@ def test_clips_are_a_function_of_the_seed(tmp_path):
         name: read_video(tmp_path / name / "clips" / kind / "00000.mp4").frames.astype(float)
         for name in ("one", "again", "other")
     }
-    # The encoder is not the same to the last bit each time.
-    assert np.abs(content["one"] - content["again"]).mean() < 0.1
+    # The encoder's threads do not give the same bits each time, but much the same picture.
+    assert np.abs(content["one"] - content["again"]).mean() < 1
     assert np.abs(content["one"] - content["other"]).mean() > 5
 
 

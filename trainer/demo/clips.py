@@ -10,13 +10,13 @@ import numpy as np
 from trainer.clipart.scenes import NOVEL_GROUND, Scene, draw, random_scene
 from trainer.clipart.split import TRAINED, training_scene
 from trainer.contract.files import write_text
+from trainer.nano.quality import FPS
 from trainer.sampling.video_io import write_video
 
 NUM_TRAINING = 12
 NUM_HELD_OUT = 8
 NUM_KNOWN = 24
 """Clips of what the model knows, trained on beside the others so that it is not forgotten."""
-FPS = 16
 
 
 def concept_scenes(seed: int) -> tuple[list[Scene], list[Scene]]:

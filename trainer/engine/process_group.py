@@ -8,6 +8,7 @@ is alone, and nothing opens a port.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -147,8 +148,8 @@ def leave() -> None:
     """Take down the process group, if there is one, after the last collective call of all ranks."""
     if not dist.is_initialized():
         return
-    dist.destroy_process_group()
-    # DeepSpeed keeps references to groups, so gloo's threads outlive this. One that still holds
+    _destroy()
+    # References to groups may be left, so gloo's threads outlive this. One that still holds
     # the last tensor when the interpreter shuts down aborts the process (exit code 134); given
     # the interpreter lock for a moment, it lets go.
     time.sleep(_DRAIN_S)
@@ -161,7 +162,16 @@ def _give_up() -> None:
         # Destroying waits for collectives that a dead peer will never join.
         dist.distributed_c10d._abort_process_group()
     else:
-        dist.destroy_process_group()
+        _destroy()
+
+
+def _destroy() -> None:
+    dist.destroy_process_group()
+    # DeepSpeed keeps groups made of this one for the life of the process; with them no engine
+    # could be made in a later group.
+    groups = sys.modules.get("deepspeed.utils.groups")
+    if groups is not None:
+        groups._release_process_group_references()
 
 
 def _place(device: str, environment: Mapping[str, str]) -> World:

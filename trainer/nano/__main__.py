@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    recipe = Recipe(options.work, Plan(), emit_to_stdout)
+    recipe = Recipe(options.work, Plan(), emit_to_stdout, options.threads)
     return run_guarded(recipe.run, emit_to_stdout)
 
 

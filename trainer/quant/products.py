@@ -103,7 +103,7 @@ def fp8_products_problem(device: torch.device) -> str | None:
     try:
         Fp8Products().output(x_NI, x_NI.to(_E4M3), None, None)
     except (RuntimeError, NotImplementedError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         return f"torch {torch.__version__} cannot multiply fp8 on {device.type}: {reason}"
     return None
 
