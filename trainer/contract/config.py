@@ -170,6 +170,8 @@ class MemorySection(Options):
     """With gradient checkpointing: what is kept of each block waits for the backward in RAM."""
     feed_forward_chunks: int = Field(1, ge=1, le=64)
     """Compute each block's feed-forward in so many parts of the tokens, recomputed one by one."""
+    attention_chunks: int = Field(1, ge=1, le=64)
+    """Make each block's attention inputs in so many parts of the tokens, recomputed one by one."""
     compile_blocks: bool = False
     """Compile the blocks with torch.compile. Faster after a slow first step; needs a C compiler."""
     blocks_to_swap: int = Field(0, ge=0)
@@ -192,8 +194,18 @@ class DistributedSection(Options):
     """`auto` is DeepSpeed where it is installed (Linux), else the plain one-process engine."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 weights too."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """ZeRO 1 to 3: where the optimizer's state and fp32 masters wait, and where it steps (CPU)."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """ZeRO 3: where weights wait that no layer needs right now."""
+    nvme_path: Path | None = None
+    """Folder on a local SSD for what is offloaded to `nvme`."""
     num_processes: int | None = Field(None, ge=1)
     """Training processes on this machine; empty: one a visible GPU, or one on a CPU."""
+    sequence_parallel: int = Field(1, ge=1)
+    """So many processes share the tokens of each clip (Ulysses); for clips too long for one GPU."""
+    hostfile: Path | None = None
+    """Several machines: a file with a line `HOST slots=N` for each; see docs/clusters.md."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to train; `auto` is cuda where there is one."""
     timeout_s: float = Field(1800.0, gt=0)
