@@ -131,8 +131,12 @@ if [ -n "$demo" ]; then
   "$venv/bin/menma" demo
 fi
 if [ -n "$test" ]; then
-  say "running: $venv/bin/python -m pytest ${pytest_arguments[*]-}"
-  exec "$venv/bin/python" -m pytest ${pytest_arguments[@]+"${pytest_arguments[@]}"}
+  # A worker a core, four at most: each of them is a torch of its own. By file: what a file's tests
+  # share is made once.
+  pytest=("$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile)
+  pytest+=(${pytest_arguments[@]+"${pytest_arguments[@]}"})
+  say "running: ${pytest[*]}"
+  exec "${pytest[@]}"
 fi
 
 say "done. Next:"

@@ -46,7 +46,8 @@ PLAN = Plan(
     t2v_first_steps=3,
     t2v_second_steps=3,
     t2v_steps=3,
-    expert_steps=2,
+    low_noise_steps=2,
+    high_noise_steps=2,
     i2v_steps=2,
     num_samples=1,
 )

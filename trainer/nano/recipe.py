@@ -73,8 +73,9 @@ class Plan:
     t2v_first_steps: int = 4000
     t2v_second_steps: int = 3200
     t2v_steps: int = 2000
-    expert_steps: int = 200
-    i2v_steps: int = 400
+    low_noise_steps: int = 300
+    high_noise_steps: int = 200
+    i2v_steps: int = 1600
     num_samples: int = 50
     """Of each model, when its quality is measured."""
 
@@ -176,11 +177,11 @@ class Recipe:
 
     def low_noise(self) -> None:
         """Fine-tune the model below the boundary of Wan 2.2."""
-        self._expert("low_noise")
+        self._expert("low_noise", self.plan.low_noise_steps)
 
     def high_noise(self) -> None:
         """Fine-tune the model at the boundary of Wan 2.2 and above."""
-        self._expert("high_noise")
+        self._expert("high_noise", self.plan.high_noise_steps)
 
     def i2v(self) -> None:
         """Widen the model by first-frame and image channels and fine-tune it."""
@@ -247,7 +248,7 @@ class Recipe:
         )
         self._train(training, self.models / f"{name}.safetensors")
 
-    def _expert(self, expert: str) -> None:
+    def _expert(self, expert: str, steps: int) -> None:
         start = self.models / "expert_start.safetensors"
         base = load_transformer(self.models / "t2v.safetensors")
         base.variant_name = EXPERT_VARIANT
@@ -261,7 +262,7 @@ class Recipe:
                 "expert": expert,
                 **self._encoders(),
             },
-            steps=self.plan.expert_steps,
+            steps=steps,
             learning_rate=3e-4,
         )
         self._train(training, self.models / f"{expert}.safetensors")
