@@ -17,7 +17,7 @@ def complete_config(path: Path, overrides: Sequence[str], job: JobName) -> RunCo
     Raises:
         ConfigError: everything that is wrong or missing, at once, with file, line and key.
     """
-    loaded = load_config_with_sources(path, overrides)
+    loaded = load_config_with_sources(path, overrides, jobs=[job])
     if problems := check_files(loaded.config, job):
         raise ConfigError(problems=place_problems(problems, loaded.sources))
     return loaded.config

@@ -54,8 +54,21 @@ def test_header_says_how_it_was_trained():
 
 
 def test_nothing_private_is_written():
-    text = json.dumps(training_metadata(config(), FACTS, variant="wan2.1-t2v-1.3b"))
-    for private in ("someone", "secret/", "private words", "clips.toml", "/x/"):
+    elsewhere = config(
+        validation={"sources": [{"video_directory": "/home/someone/held_out"}], "batch_size": 2},
+        distributed={"hostfile": "/x/hosts", "nvme_path": "/x/nvme", "zero_stage": 2},
+    )
+    text = json.dumps(training_metadata(elsewhere, FACTS, variant="wan2.1-t2v-1.3b"))
+    assert all(word in text for word in ("batch_size", "zero_stage"))
+    for private in (
+        "someone",
+        "secret/",
+        "private words",
+        "clips.toml",
+        "/x/",
+        "held_out",
+        "hosts",
+    ):
         assert private not in text
     assert "low.safetensors" in text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -292,3 +293,54 @@ def test_a_config_can_be_dumped_to_mean_the_same_from_anywhere(tmp_path: Path) -
     (prompt,) = config.sampling.prompts
     assert (prompt.prompt, prompt.image) == ("clips", base / "a.png")
     assert config.run_dir == base / "runs" / "lora"
+
+
+def test_a_plug_in_chosen_above_does_not_inherit_options_of_the_one_below(tmp_path: Path) -> None:
+    text = MINIMAL + (
+        '\n[probe]\nkind = "shapes"\ntrigger = "zorp"\n'
+        '[objective]\ntimestep_sampler = "logit_normal"\nlogit_mean = 1.0\nloss = "mse"\n'
+    )
+    path = write(tmp_path, text)
+    chosen = ["probe.kind=none", "objective.timestep_sampler=uniform"]
+    loaded = load_config_with_sources(path, chosen, environ={})
+    assert loaded.config.probe.options("kind") == {}
+    assert loaded.config.objective.options("timestep_sampler") == {}
+    assert not {"probe.trigger", "objective.logit_mean"} & set(loaded.sources)
+    environment = {"MENMA__PROBE__KIND": "none"}
+    assert load_config(path, environ=environment).probe.kind == "none"
+    # The same kind again, or another slot's, leaves everything as it is.
+    same = load_config(path, ["probe.kind=shapes", "objective.loss=mse"], environ={})
+    assert same.probe.options("kind")["trigger"] == "zorp"
+    assert same.objective.options("timestep_sampler")["logit_mean"] == 1.0
+
+
+def test_options_beside_a_kind_in_one_place_are_judged(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    for overrides in itertools.permutations(("adapter.kind=none", "adapter.rank=4")):
+        assert any("adapter.rank: unknown key" in found for found in problems_of(path, *overrides))
+    path = write(tmp_path, MINIMAL + "\n[adapter]\nrank = 4\n")
+    assert ["unknown adapter 'x'" in found for found in problems_of(path, "adapter.kind=x")] == [
+        True
+    ]
+
+
+def test_an_override_that_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
+    found = problems_of(write(tmp_path, MINIMAL), "foo", "training.max_stepz=5", "=1")
+    assert len(found) == 3
+    assert any("max_stepz" in problem for problem in found)
+
+
+def test_missing_files_are_told_beside_other_mistakes(tmp_path: Path) -> None:
+    text = (
+        '[model]\ntransformer = "gone.safetensors"\nvae = 3\n[training]\nmax_steps = "x"\nsed = 1\n'
+    )
+    path = write(tmp_path, MINIMAL + text)
+    with pytest.raises(ConfigError) as caught:
+        load_config_with_sources(path, environ={}, jobs=["train", "cache"])
+    problems = {problem.key: problem for problem in caught.value.problems}
+    assert {"training.max_steps", "training.sed", "model.vae", "model.transformer"} <= set(problems)
+    assert len(problems) == len(caught.value.problems)
+    assert problems["model.transformer"].line == 3
+    with pytest.raises(ConfigError) as caught:
+        load_config_with_sources(path, environ={})
+    assert "model.transformer" not in {problem.key for problem in caught.value.problems}

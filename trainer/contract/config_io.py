@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,8 @@ from pydantic import BaseModel, ValidationError
 
 from trainer.contract.catalog import PLUGIN_KINDS
 from trainer.contract.config import PluginSection, RunConfig
-from trainer.contract.config_rules import check_rules
+from trainer.contract.config_layers import Layer, Source, plugin_sections, stacked
+from trainer.contract.config_rules import JobName, check_files, check_rules
 from trainer.contract.dataset_config import MEDIA_KEYS, GeneralOptions
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.plugin_options import option_model, option_names
@@ -30,18 +31,6 @@ ENVIRONMENT_PREFIX = "MENMA__"
 """`MENMA__TRAINING__SEED=7` sets `training.seed`."""
 _SOURCE_PATHS = (*MEDIA_KEYS, "cache_directory")
 PRESETS_DIR = Path(__file__).parents[2] / "presets"
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a value came from."""
-
-    name: str
-    file: Path | None = None
-    line: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.name}:{self.line}" if self.line else self.name
 
 
 @dataclass(slots=True)
@@ -76,24 +65,36 @@ def load_config_with_sources(
     overrides: Iterable[str] = (),
     *,
     environ: Mapping[str, str] | None = None,
+    jobs: Iterable[JobName] = (),
 ) -> LoadedConfig:
-    """Like `load_config`, and also say where every value came from."""
-    merged: dict[str, Any] = {}
-    sources: dict[str, Source] = {}
-    own, own_sources = read_toml(Path(path))
-    preset = own.get("preset")
+    """Like `load_config`, and also say where every value came from.
+
+    Args:
+        path: as there.
+        overrides: as there.
+        environ: as there.
+        jobs: where something is wrong, what these jobs miss of its files is told with it.
+    """
+    problems: list[Problem] = []
+    own = Layer(*read_toml(Path(path)))
+    layers = [own]
+    preset = own.values.get("preset")
     if isinstance(preset, str):
-        values, preset_sources = read_toml(find_preset(preset, sources=own_sources))
-        values.pop("preset", None)
-        _merge(merged, values, sources, preset_sources)
-    _merge(merged, own, sources, own_sources)
-    for values, source in _environment(os.environ if environ is None else environ):
-        _merge(merged, values, sources, dict.fromkeys(_leaves(values), source))
-    for text in overrides:
-        values = parse_override(text)
-        source = Source(f"--set {text}")
-        _merge(merged, values, sources, dict.fromkeys(_leaves(values), source))
-    return LoadedConfig(_validate(merged, sources), sources)
+        below = Layer(*read_toml(find_preset(preset, sources=own.sources)))
+        below.values.pop("preset", None)
+        layers.insert(0, below)
+    environment = _environment(os.environ if environ is None else environ)
+    given = ((text, Source(f"--set {text}")) for text in overrides)
+    layers += [_layer_of(environment, problems), _layer_of(given, problems)]
+    merged = stacked(layers)
+    try:
+        config = _validate(merged.values, problems)
+    except ConfigError as error:
+        told = {problem.key for problem in error.problems}
+        missing = [one for one in _missing_files(merged.values, jobs) if one.key not in told]
+        found = place_problems([*error.problems, *missing], merged.sources)
+        raise ConfigError(problems=found) from error
+    return LoadedConfig(config, merged.sources)
 
 
 def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, Source]]:
@@ -194,42 +195,51 @@ def _parse_value(text: str) -> Any:
         return text
 
 
-def _environment(environ: Mapping[str, str]) -> Iterator[tuple[dict[str, Any], Source]]:
+def _environment(environ: Mapping[str, str]) -> Iterator[tuple[str, Source]]:
     for name in sorted(environ):
         if name.startswith(ENVIRONMENT_PREFIX):
             key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
-            yield parse_override(f"{key}={environ[name]}"), Source(f"environment {name}")
+            yield f"{key}={environ[name]}", Source(f"environment {name}")
 
 
-def _merge(
-    target: dict[str, Any],
-    values: Mapping[str, Any],
-    sources: dict[str, Source],
-    new_sources: Mapping[str, Source],
-) -> None:
-    _deep_update(target, values)
-    sources |= new_sources
+def _layer_of(texts: Iterable[tuple[str, Source]], problems: list[Problem]) -> Layer:
+    """Return the values of `section.key=value` texts; those that cannot be read are noted."""
+    layer = Layer()
+    for text, source in texts:
+        try:
+            layer.add(parse_override(text), source)
+        except ConfigError as error:
+            problems += error.problems
+    return layer
 
 
-def _deep_update(target: dict[str, Any], values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
-            _deep_update(target[key], value)
+def _missing_files(content: Mapping[str, Any], jobs: Iterable[JobName]) -> list[Problem]:
+    """Return what a config with mistakes misses of its files, as far as it can be read."""
+    readable = _complete_plugin_sections(content, [])
+    for _ in range(2):  # an unknown key can hide a wrong value beside it
+        try:
+            config = RunConfig.model_validate(readable)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                _drop(readable, detail["loc"])
         else:
-            target[key] = dict(value) if isinstance(value, Mapping) else value
+            return list(dict.fromkeys(p for job in jobs for p in check_files(config, job)))
+    return []
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{name}.")
-        else:
-            yield name
+def _drop(values: Any, place: Sequence[str | int]) -> None:
+    """Remove the value at `place`, or the closest one around it."""
+    for part in place:
+        inside = values.get(part) if isinstance(values, dict) else None
+        if not isinstance(inside, dict) or part == place[-1]:
+            if isinstance(values, dict):
+                values.pop(part, None)
+            return
+        values[part] = values = dict(inside)
 
 
-def _validate(content: dict[str, Any], sources: Mapping[str, Source]) -> RunConfig:
-    problems: list[Problem] = []
+def _validate(content: dict[str, Any], found: Iterable[Problem]) -> RunConfig:
+    problems = list(found)
     completed = _complete_plugin_sections(content, problems)
     config: RunConfig | None = None
     try:
@@ -242,7 +252,7 @@ def _validate(content: dict[str, Any], sources: Mapping[str, Source]) -> RunConf
             problems += _dataset_problems(config)
         problems += _validation_problems(config)
     if problems or config is None:
-        raise ConfigError(problems=place_problems(problems, sources))
+        raise ConfigError(problems=problems)
     return config
 
 
@@ -293,17 +303,15 @@ def _complete_plugin_sections(
 ) -> dict[str, Any]:
     """Check the plug-in options of every section and fill in their defaults."""
     completed = dict(content)
-    for name, info in RunConfig.model_fields.items():
-        annotation = info.annotation
-        if isinstance(annotation, type) and issubclass(annotation, PluginSection):
-            raw = content.get(name, {})
-            if isinstance(raw, Mapping):
-                completed[name] = _complete(annotation, raw, name, problems)
+    for name, section in plugin_sections():
+        raw = content.get(name, {})
+        if isinstance(raw, Mapping):
+            completed[name] = _complete(section, raw, name, problems)
     raw_techniques = content.get("techniques", [])
     if isinstance(raw_techniques, list):
-        section = _technique_section()
+        technique = _technique_section()
         completed["techniques"] = [
-            _complete(section, raw, f"techniques[{index}]", problems)
+            _complete(technique, raw, f"techniques[{index}]", problems)
             if isinstance(raw, Mapping)
             else raw
             for index, raw in enumerate(raw_techniques)

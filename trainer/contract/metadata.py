@@ -19,7 +19,12 @@ from trainer.contract.config_rules import trained_timesteps
 from trainer.contract.variants import VARIANTS
 
 IMPLEMENTATION = "https://github.com/Wan-Video/Wan2.1"
-_PRIVATE_SECTIONS = {"dataset", "sampling", "output", "logging", "preset"}
+_PRIVATE: Any = {
+    **dict.fromkeys(("dataset", "sampling", "output", "logging", "preset"), True),
+    "validation": {"sources"},
+    "distributed": {"nvme_path", "hostfile"},
+}
+"""Sections and fields that tell of the user's disk, network or words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +166,7 @@ def _with_options(name: str, options: Mapping[str, Any]) -> str:
 
 
 def _public_config(config: RunConfig) -> Any:
-    sections = config.model_dump(mode="python", exclude=_PRIVATE_SECTIONS, exclude_defaults=True)
+    sections = config.model_dump(mode="python", exclude=_PRIVATE, exclude_defaults=True)
     return _names_only(sections)
 
 

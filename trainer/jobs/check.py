@@ -37,7 +37,7 @@ def run(request: CheckRequest, emit: Emit) -> None:
     Raises:
         ConfigError: with every problem at once.
     """
-    loaded = load_config_with_sources(request.config, request.set)
+    loaded = load_config_with_sources(request.config, request.set, jobs=["cache", "train"])
     config = loaded.config
     problems = [*_file_problems(config), *_weight_problems(config)]
     variant = _variant(config, problems)

@@ -16,7 +16,7 @@ def read_config(request: ConfigRequest, job: JobName) -> RunConfig:
     Raises:
         ConfigError: everything that is wrong with it, or missing for this job, at once.
     """
-    loaded = load_config_with_sources(request.config, request.set)
+    loaded = load_config_with_sources(request.config, request.set, jobs=[job])
     problems = check_files(loaded.config, job)
     if job != "cache":
         problems += memory_problems(loaded.config, trains=job == "train")

@@ -25,10 +25,10 @@ def check(config: Config, overrides: Overrides = None, as_json: Json = False) ->
 
     Lists everything that is wrong at once; nothing is written.
     """
-    from trainer.contract.config_io import load_config
+    from trainer.contract.config_io import load_config_with_sources
 
     try:
-        checked = load_config(config, overrides or ())
+        checked = load_config_with_sources(config, overrides or (), jobs=("cache", "train")).config
     except ConfigError as error:
         if as_json:
             _report([_problem(problem) for problem in error.problems])
