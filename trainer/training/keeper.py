@@ -52,7 +52,8 @@ class Identity:
     """Fingerprint of the cached items."""
     seed: int
     stream: Mapping[str, int] = field(default_factory=dict)
-    """What decides which microbatches a step takes: processes and accumulation."""
+    """What decides which microbatches a step takes: processes (those that share clips count as
+    one) and accumulation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
