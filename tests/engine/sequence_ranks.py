@@ -58,6 +58,10 @@ GRIDS = {"even": (2, 4, 4), "odd": (3, 6, 6), "one": (1, 2, 2), "seven": (7, 2, 
 """Latent frames, height, width: 8, 27, 1 and 7 tokens."""
 
 
+def untouched(model: WanTransformer) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Model:
     """A model and how it is called: a row of the table of single steps."""
@@ -67,7 +71,7 @@ class Model:
     shape: TransformerConfig = SHAPE
     per_token: bool = False
     lora: bool = False
-    prepare: Callable[[WanTransformer], None] = lambda model: None
+    prepare: Callable[[WanTransformer], None] = untouched
 
 
 def checkpointed(model: WanTransformer) -> None:
@@ -125,6 +129,11 @@ MODELS = {
     "LoRA, compiled": Model(grid="odd", lora=True, prepare=compiled),
     "LoRA on fp8": Model(grid="odd", lora=True, prepare=in_fp8),
 }
+
+
+def rows(num_processes: int) -> dict[str, Model]:
+    """Return the rows for so many processes: ways to save memory are tried with two only."""
+    return {n: m for n, m in MODELS.items() if num_processes == 2 or m.prepare is untouched}
 
 
 def build(shape: TransformerConfig = SHAPE) -> WanTransformer:
@@ -216,7 +225,7 @@ def far_apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 def case_single(world: World, folder: Path) -> dict[str, Any]:
     """One step of every row: output and gradients against the same model on its own."""
     seen = {}
-    for name, row in MODELS.items():
+    for name, row in rows(world.world_size).items():
         alone, shared = make_pair(row)
         shared.share_tokens(world.sequence)
         seed = 7 + world.data_rank
@@ -363,11 +372,11 @@ def case_train(world: World, folder: Path) -> dict[str, Any]:
 
 
 def _dropout(world: World) -> list[float]:
-    """The losses with dropout, which falls on each part as it likes, and the masks of rank 0."""
+    """The loss with dropout, and where this rank's random stream has come to by then."""
     engine, step = make_engine("lora", 0, world, dropout=0.5)
     curve = train(engine, range(1), world.data_rank, world.data_size)
     step(microbatch(1))
-    drawn = float(torch.rand(()))  # where this rank's random stream has come to
+    drawn = float(torch.rand(()))
     engine.close()
     return [curve[0][0], drawn]
 
@@ -406,7 +415,7 @@ def validate(model: WanTransformer, world: World, folder: Path) -> Any:
     settings = ValidationSettings(timesteps=(100.0, 900.0), batch_size=1)
     folder = folder / "items"
     if world.rank == 0:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         items(folder)
     world.barrier()
     return Validator(model, items(folder), settings, world).measure()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.sequence_ranks import MODELS, make_step, train, validate
+from tests.engine.sequence_ranks import make_step, rows, train, validate
 from tests.engine.toy import AdamWFactory
 from trainer.engine.local import LocalEngine
 from trainer.engine.process_group import World
@@ -26,9 +26,9 @@ def results(case: str, num: int, size: int, folder: Path) -> list[dict[str, Any]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
+    arguments = (case, str(num), str(size), str(folder))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.sequence_ranks"]
-        + [case, str(num), str(size), str(folder)],
+        [sys.executable, "-m", "tests.engine.sequence_ranks", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -46,7 +46,7 @@ def single(request, tmp_path_factory):
 
 def test_output_and_gradients_are_those_of_one_process(single):
     ranks, _ = single
-    for name in MODELS:
+    for name in rows(len(ranks)):
         for seen in ranks:
             assert seen[name]["size"] > 1, name
             assert seen[name]["output"] <= 1e-5, name

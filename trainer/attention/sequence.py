@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -51,7 +52,7 @@ class SequenceGroup:
 
     def attention(self, attend: AttentionBackend, num_tokens: int) -> AttentionBackend:
         """Return attention among all tokens of a clip, to be given this process's part."""
-        return _SharedAttention(self, attend, num_tokens)
+        return _SharedAttention(self, attend, num_tokens, _uncompiled_exchange())
 
     def gather(self, part_BME: Tensor, num_tokens: int) -> Tensor:
         """Return what the processes have of each token, (B, L, E), on all. A collective call."""
@@ -64,10 +65,17 @@ class _SharedAttention:
 
     takes_bias = False
 
-    def __init__(self, group: SequenceGroup, attend: AttentionBackend, num_tokens: int) -> None:
+    def __init__(
+        self,
+        group: SequenceGroup,
+        attend: AttentionBackend,
+        num_tokens: int,
+        exchange: Callable[[Tensor, SequenceGroup], Tensor],
+    ) -> None:
         self._group = group
         self._attend = attend
         self._num_tokens = num_tokens
+        self._exchange = exchange
 
     def __call__(
         self, q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, bias_BS: Tensor | None = None
@@ -84,7 +92,7 @@ class _SharedAttention:
         size = self._group.size
         cut = part_BMNK.reshape(batch, part, size, heads // size, width)
         by_reader = cut.permute(2, 0, 1, 3, 4)
-        return _side_by_side(_exchange(by_reader, self._group))[:, : self._num_tokens]
+        return _side_by_side(self._exchange(by_reader, self._group))[:, : self._num_tokens]
 
     def _all_heads(self, seen_BLHK: Tensor) -> Tensor:
         """(B, L, H, K), a part of the heads, to (B, M, N, K), a part of the tokens."""
@@ -95,7 +103,7 @@ class _SharedAttention:
             filling = seen_BLHK.new_zeros(batch, missing, *rest)
             seen_BLHK = torch.cat((seen_BLHK, filling), dim=1)
         by_reader = seen_BLHK.reshape(batch, size, -1, *rest).transpose(0, 1)
-        return _exchange(by_reader, self._group).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        return self._exchange(by_reader, self._group).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 class _Exchange(torch.autograd.Function):
@@ -141,7 +149,15 @@ def _side_by_side(parts_PBM: Tensor) -> Tensor:
     return parts_PBM.transpose(0, 1).flatten(1, 2)
 
 
-# Compiled blocks break off here: a compiler must not move a call that other processes wait for.
-_disable = cast("Callable[[Any], Callable[..., Tensor]]", torch.compiler.disable)
-_exchange = _disable(_Exchange.apply)
-_gather = _disable(_Gather.apply)
+_gather = cast("Callable[..., Tensor]", _Gather.apply)
+
+
+@cache
+def _uncompiled_exchange() -> Callable[..., Tensor]:
+    """Return the exchange as a function that compiled blocks break off at.
+
+    A compiler must not move a call that other processes wait for. Not made on import: that would
+    load the compiler.
+    """
+    disable: Any = torch.compiler.disable
+    return cast("Callable[..., Tensor]", disable(_Exchange.apply))
