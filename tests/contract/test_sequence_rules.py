@@ -24,8 +24,16 @@ def problems_of(variant: str = "auto", **distributed: Any) -> list[Any]:
     ("given", "message", "hint"),
     [
         ({"sequence_parallel": 2, "engine": "local"}, "the local engine", 'engine = "deepspeed"'),
-        ({"sequence_parallel": 4, "num_processes": 6}, "6 processes cannot", "one of 1, 2, 3, 6"),
-        ({"sequence_parallel": 2, "num_processes": 1}, "1 processes cannot", "a multiple of 2"),
+        (
+            {"sequence_parallel": 4, "num_processes": 6},
+            "num_processes = 6",
+            "one of 1, 2, 3, 6",
+        ),
+        (
+            {"sequence_parallel": 2, "num_processes": 1},
+            "num_processes = 1",
+            "a multiple of 2",
+        ),
         (
             {"sequence_parallel": 8, "variant": "wan2.1-t2v-1.3b"},
             "the 12 attention heads",

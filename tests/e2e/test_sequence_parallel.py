@@ -103,7 +103,7 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_loaded(project: Pro
 
     deepspeed = ("engine=deepspeed",)
     words = refused("check", *deepspeed, "num_processes=3", "sequence_parallel=2")
-    assert "distributed.sequence_parallel: 3 processes cannot be cut into groups of 2" in words
+    assert "sequence_parallel: num_processes = 3 cannot be cut into groups of 2" in words
     # The variant has 12 heads, this file has 2.
     words = refused("check", *deepspeed, "num_processes=4", "sequence_parallel=4")
     assert "4 processes cannot share the 2 attention heads of this model evenly" in words

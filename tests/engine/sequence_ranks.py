@@ -21,11 +21,12 @@ from tests.engine.toy import AdamWFactory
 from trainer.adapters.full import FullFineTune
 from trainer.adapters.lora import LoRA
 from trainer.attention.base import AttentionBackend
+from trainer.attention.flex import FlexAttention
 from trainer.attention.sequence import SequenceGroup
 from trainer.contract.errors import ConfigError
 from trainer.contract.variants import VARIANTS, TransformerConfig
-from trainer.core.seams import BuildContext
-from trainer.core.types import Batch
+from trainer.core.seams import BuildContext, Technique
+from trainer.core.types import Batch, LossTerm
 from trainer.data.buckets import Bucket
 from trainer.data.entries import write_entry
 from trainer.data.items import TrainingItem
@@ -271,11 +272,32 @@ def _without_gradients(world: World) -> dict[str, float]:
         plain = velocity(shared, row, 7) - velocity(alone, row, 7)
     with torch.inference_mode():
         inference = velocity(shared, row, 7) - velocity(alone, row, 7)
-    return {"no_grad": float(plain.abs().max()), "inference": float(inference.abs().max())}
+    shared.attend = alone.attend = FlexAttention()
+    with torch.no_grad():
+        flex = velocity(shared, row, 7) - velocity(alone, row, 7)
+    found = {"no_grad": plain, "inference": inference, "another backend": flex}
+    return {name: float(difference.abs().max()) for name, difference in found.items()}
 
 
-def make_step(kind: str, world: World | None, dropout: float = 0.0) -> tuple[TrainStep, Any]:
-    """Return the step that an engine trains, and the adapter."""
+class Judge(Technique):
+    """Trains a layer of its own on what the transformer predicts, which every process has whole."""
+
+    def __init__(self) -> None:
+        self.layer = nn.Linear(16, 1)
+        nn.init.constant_(self.layer.weight, 0.1)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"judge": self.layer}
+
+    def loss_terms(self, batch: Any, noisy: Any, prediction: Tensor, predict: Any) -> list[Any]:
+        judged = self.layer(prediction.flatten(2).mean(-1))
+        return [LossTerm(name="judge", value=(judged - 1).square().mean())]
+
+
+def make_step(
+    kind: str, world: World | None, dropout: float = 0.0
+) -> tuple[TrainStep, dict[str, nn.Parameter]]:
+    """Return the step that an engine trains, and what of it is trained."""
     model = build()
     model.gradient_checkpointing = True
     adapter: Any = FullFineTune(FullFineTune.Config(), BUILD)
@@ -293,8 +315,9 @@ def make_step(kind: str, world: World | None, dropout: float = 0.0) -> tuple[Tra
         sigmas=SigmaRange(),
     )
     part = 0 if group is None else group.rank
-    step = TrainStep(model, objective, (), 11, model.blocks.suspended, part=part)
-    return step.train(), adapter
+    step = TrainStep(model, objective, (Judge(),), 11, model.blocks.suspended, part=part)
+    extra = {f"extra.{name}": value for name, value in step.extra.named_parameters()}
+    return step.train(), {**adapter.trainable(), **extra}
 
 
 def microbatch(number: int) -> Batch:
@@ -319,10 +342,10 @@ def make_engine(
     kind: str, stage: int, world: World, **options: Any
 ) -> tuple[DeepSpeedEngine, TrainStep]:
     """Return an engine that keeps no parameter whole in stage 3."""
-    step, adapter = make_step(kind, world, options.pop("dropout", 0.0))
+    step, trainable = make_step(kind, world, **options)
     engine = DeepSpeedEngine(
         step,
-        adapter.trainable(),
+        trainable,
         AdamWFactory(),
         world=world,
         max_grad_norm=0.5,

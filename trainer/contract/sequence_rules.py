@@ -44,7 +44,7 @@ def sequence_rule(config: RunConfig) -> Iterator[Problem]:
     # With a host file there are more processes than these; the run itself counts them.
     if processes is not None and distributed.hostfile is None and processes % size:
         yield Problem(
-            f"{processes} processes cannot be cut into groups of {size} that share clips",
+            f"num_processes = {processes} cannot be cut into groups of {size} that share clips",
             SEQUENCE_KEY,
             hint=f"set distributed.num_processes to a multiple of {size}, or sequence_parallel to "
             f"one of {', '.join(map(str, divisors(processes)))}",
