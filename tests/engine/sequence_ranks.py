@@ -285,6 +285,7 @@ class Judge(Technique):
     def __init__(self) -> None:
         self.layer = nn.Linear(16, 1)
         nn.init.constant_(self.layer.weight, 0.1)
+        nn.init.zeros_(self.layer.bias)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"judge": self.layer}
