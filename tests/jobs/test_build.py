@@ -14,6 +14,7 @@ from trainer.contract.variants import VARIANTS
 from trainer.core.seams import BuildContext
 from trainer.jobs import build
 from trainer.jobs.build import build_objective, build_techniques, num_processes, pick_device
+from trainer.techniques.contrastive_flow import ContrastiveFlow
 
 
 def config_of(tmp_path: Path, text: str) -> RunConfig:
@@ -61,6 +62,18 @@ def test_a_technique_that_compares_samples_needs_more_than_one(tmp_path: Path) -
         build_techniques(config, context(), largest_batch=1)
     (technique,) = build_techniques(config, context(), largest_batch=2)
     assert technique.config.weight == 0.05  # type: ignore[attr-defined]
+
+
+def test_a_technique_that_works_on_tokens_needs_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = '[distributed]\nsequence_parallel = 2\n[[techniques]]\nname = "contrastive_flow"\n'
+    config = config_of(tmp_path, text)
+    assert len(build_techniques(config, context(), largest_batch=2)) == 1
+    monkeypatch.setattr(ContrastiveFlow, "block_hooks", lambda self: ())
+    with pytest.raises(ConfigError, match="each process has a part") as refused:
+        build_techniques(config, context(), largest_batch=2)
+    assert "distributed.sequence_parallel = 1" in refused.value.hint
 
 
 def test_devices_that_are_not_there_are_refused(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from trainer.adapters.lora import LoRA
+from trainer.attention.sequence import SequenceGroup
 from trainer.contract.config import RunConfig
 from trainer.contract.variants import VARIANTS, TransformerConfig
 from trainer.core.seams import BuildContext, Technique
 from trainer.core.types import Batch, LossTerm
+from trainer.data import loader
 from trainer.data.buckets import Bucket
-from trainer.data.items import TrainingItem
+from trainer.data.items import CachedDataset, TrainingItem
 from trainer.data.loader import TrainingSteps
 from trainer.data.order import BatchOrder
 from trainer.engine.local import LocalEngine
-from trainer.jobs.train_parts import Session, TrainedModel, TrainingData, output_metadata
+from trainer.engine.process_group import World
+from trainer.jobs import train_parts
+from trainer.jobs.run_items import RunItems
+from trainer.jobs.train_parts import (
+    Session,
+    TrainedModel,
+    TrainingData,
+    open_data,
+    output_metadata,
+)
 from trainer.losses.mse import MSE
 from trainer.models.wan.transformer import WanTransformer
 from trainer.optimizers.adamw import AdamW
@@ -99,9 +110,8 @@ def test_layers_of_a_technique_are_trained_and_kept_and_stay_out_of_the_adapter(
     assert all(torch.equal(back[name], after[name]) for name in after)
 
 
-@pytest.mark.parametrize(("step", "epoch"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)])
-def test_outputs_say_how_far_they_were_trained(step: int, epoch: int) -> None:
-    items = [
+def make_items(num: int, **changes: Any) -> list[TrainingItem]:
+    return [
         TrainingItem(
             key=f"0/clip{number}",
             name=f"clip{number}",
@@ -113,11 +123,38 @@ def test_outputs_say_how_far_they_were_trained(step: int, epoch: int) -> None:
             latents_key="k",
             context=Path("y"),
             context_key="c",
-            num_repeats=4,
-            batch_size=2,
+            **({"num_repeats": 1, "batch_size": 1} | changes),
         )
-        for number in range(6)
+        for number in range(num)
     ]
+
+
+def test_processes_that_share_clips_get_the_same_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = make_items(6)
+    empty = (Path("z"), "e")
+    cached = CachedDataset(items=tuple(items), empty_caption=empty, problems=(), fingerprint="")
+    monkeypatch.setattr(train_parts, "load_run_items", lambda *_: RunItems(cached, (), 0))
+    monkeypatch.setattr(loader, "load_batch", lambda draws, **_: [draw.item.name for draw in draws])
+    config = RunConfig.model_validate({"training": {"gradient_accumulation_steps": 2, "epochs": 1}})
+    seen = []
+    for rank in range(4):
+        group = SequenceGroup(rank % 2, 2, None)
+        world = World(rank, 4, rank, torch.device("cpu"), group)
+        data = open_data(config, BUILD.variant, world, "x.toml")
+        assert data.total_steps == 2, "four microbatches a step, of six"
+        with closing(data.steps.starting_at(0)) as steps:  # type: ignore[type-var]
+            seen.append(next(steps))
+        said = output_metadata(config, BUILD.variant, data, Session(), 1)
+        assert said["menma.world_size"] == "2"
+    assert seen[0] == seen[1]
+    assert seen[2] == seen[3]
+    names = [name for micro in (*seen[0], *seen[2]) for name in micro]
+    assert len(set(names)) == 4
+
+
+@pytest.mark.parametrize(("step", "epoch"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)])
+def test_outputs_say_how_far_they_were_trained(step: int, epoch: int) -> None:
+    items = make_items(6, num_repeats=4, batch_size=2)
     order = BatchOrder(items, seed=0)  # 24 items, 12 batches, of which a step takes 6
     steps = TrainingSteps(order, rank=1, world_size=2, gradient_accumulation_steps=3)
     data = TrainingData(None, order, steps, total_steps=7)  # type: ignore[arg-type]

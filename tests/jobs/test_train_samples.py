@@ -11,20 +11,22 @@ import pytest
 import torch
 from torch import nn
 
+from trainer.attention.sequence import SequenceGroup
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import NonFiniteError
 from trainer.contract.variants import VARIANTS
+from trainer.engine.process_group import World
 from trainer.jobs import train_samples
 from trainer.jobs.train_samples import TrainingSamples
 from trainer.sampling.conditions import Conditions
 
 
-@dataclass
-class FakeWorld:
+@dataclass(frozen=True)
+class FakeWorld(World):
     """One of two ranks; `other` is what the other one says."""
 
-    rank: int
     world_size: int = 2
+    local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     other: list[str] = field(default_factory=list)
 
@@ -69,7 +71,11 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setattr(train_samples, "decode_frames", lambda vae, latents, tile: latents)
 
     def samples(
-        *prompts: str, rank: int = 0, zero_stage: int = 0, other: tuple[str, ...] = ()
+        *prompts: str,
+        rank: int = 0,
+        zero_stage: int = 0,
+        other: tuple[str, ...] = (),
+        together: bool = False,
     ) -> tuple[Encoded, list[str]]:
         content = {
             "sampling": {"prompts": [{"prompt": prompt} for prompt in prompts], "seed": 7},
@@ -77,7 +83,8 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         }
         said: list[str] = []
         config = RunConfig.model_validate(content)
-        world: Any = FakeWorld(rank, other=list(other))
+        sequence = SequenceGroup(rank, 2, None) if together else None
+        world = FakeWorld(rank, sequence=sequence, other=list(other))
         variant = VARIANTS["wan2.1-t2v-1.3b"]
         return Encoded(config, variant, world, tmp_path / "samples", said.append), said
 
@@ -98,6 +105,27 @@ def test_prompts_are_dealt_out_and_come_back_in_their_order(make: Make) -> None:
     assert names(second(5)) == ["step00000005_01_8.mp4"]
     assert [path.read_text() for path in paths] == ["7.0", "8.0", "9.0"]
     assert said == []
+
+
+def test_ranks_that_share_clips_make_each_sample_together(make: Make) -> None:
+    first, _ = make("a", "b", together=True)
+    assert names(first(5)) == ["step00000005_00_7.mp4", "step00000005_01_8.mp4"]
+    second, _ = make("a", "b", rank=1, together=True)
+    made: list[int] = []
+
+    def generate(index: int, request: Any) -> torch.Tensor:
+        made.append(index)
+        return torch.zeros(1)
+
+    second._generate = generate  # type: ignore[method-assign]
+    assert second(5) == [], "the first of them has decoded and written it"
+    assert made == [0, 1]
+
+
+def test_out_of_memory_in_a_forward_that_others_wait_in_ends_the_run(make: Make) -> None:
+    samples, _ = make("large", "b", together=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        samples(5)
 
 
 def test_with_sharded_weights_every_rank_takes_part_and_rank_0_writes(make: Make) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trainer.attention.sequence import SequenceGroup
 from trainer.contract.errors import DataError, NonFiniteError
 from trainer.contract.variants import TransformerConfig
 from trainer.core.seams import BlockState
@@ -73,20 +74,16 @@ class Ranks:
 
     left: list[Tensor] = field(default_factory=list)
 
-    def world(self, rank: int, world_size: int) -> Any:
+    def world(self, rank: int, world_size: int, share: int = 1) -> World:
         ranks = self
 
-        @dataclass
-        class Place:
-            rank: int
-            world_size: int
-            device: str = "cpu"
-
+        class Place(World):
             def gather(self, values: Tensor) -> Tensor:
                 ranks.left.append(values.flatten().clone())
                 return torch.stack(ranks.left)
 
-        return Place(rank, world_size)
+        sequence = SequenceGroup(rank % share, share, None) if share > 1 else None
+        return Place(rank, world_size, rank, torch.device("cpu"), sequence)
 
 
 def measure(model: nn.Module, items: list[TrainingItem], **changes: Any) -> Any:
@@ -123,9 +120,11 @@ def test_the_batch_size_does_not_change_it(model, items, batch_size) -> None:
     assert other.by_timestep == pytest.approx(one.by_timestep, rel=1e-5)
 
 
-@pytest.mark.parametrize(("world_size", "batch_size"), [(2, 1), (3, 3), (7, 1)])
+@pytest.mark.parametrize(
+    ("world_size", "batch_size", "share"), [(2, 1, 1), (3, 3, 1), (7, 1, 1), (4, 1, 2), (2, 2, 2)]
+)
 def test_any_number_of_ranks_finds_the_very_same_and_runs_as_often(
-    model, items, world_size, batch_size
+    model, items, world_size, batch_size, share
 ) -> None:
     settings = replace(SETTINGS, batch_size=batch_size)
     alone = Validator(model, items, settings, World.alone()).measure()
@@ -133,7 +132,7 @@ def test_any_number_of_ranks_finds_the_very_same_and_runs_as_often(
     for rank in range(world_size):
         calls: list[int] = []
         handle = model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        world = ranks.world(rank, world_size)
+        world = ranks.world(rank, world_size, share)
         last = Validator(model, items[::-1], settings, world).measure()
         handle.remove()
         forwards.append(len(calls))

@@ -11,6 +11,7 @@ from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.memory_rules import activations_rule, compile_rule, streaming_rule
 from trainer.contract.registry import nearest
+from trainer.contract.sequence_rules import sequence_rule
 from trainer.contract.variants import VARIANTS
 
 JobName = Literal["cache", "train", "sample", "eval"]
@@ -347,6 +348,7 @@ _RULES: tuple[Rule, ...] = (
     _sampling,
     _validation,
     _distributed,
+    sequence_rule,
     _full_finetune,
     streaming_rule,
     activations_rule,

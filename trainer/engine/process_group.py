@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.attention.sequence import SequenceGroup
 from trainer.contract.errors import ConfigError, RunError
 from trainer.engine.launch import RENDEZVOUS_VARIABLE
 
@@ -34,6 +35,23 @@ class World:
     world_size: int
     local_rank: int
     device: torch.device
+    sequence: SequenceGroup | None = None
+    """The processes that share this one's clips; None: no two do."""
+
+    @property
+    def data_size(self) -> int:
+        """How many different microbatches are computed at a time."""
+        return self.world_size // (self.sequence.size if self.sequence else 1)
+
+    @property
+    def data_rank(self) -> int:
+        """Whose turn of those microbatches is this process's, from 0."""
+        return self.rank // (self.sequence.size if self.sequence else 1)
+
+    @property
+    def counts(self) -> bool:
+        """Whether this is the first of the processes that compute the same clips."""
+        return self.sequence is None or self.sequence.rank == 0
 
     @classmethod
     def alone(cls, device: torch.device | str = "cpu") -> World:

@@ -82,8 +82,18 @@ def build_techniques(
                 f"{section.name} reads whole gradients, which ZeRO-2 and 3 cut into shards",
                 hint="set distributed.zero_stage to 0 or 1",
             )
+        if config.distributed.sequence_parallel > 1 and _hooks_blocks(technique):
+            raise ConfigError(
+                f"{section.name} works on the tokens between the blocks, of which each process "
+                "has a part only",
+                hint="set distributed.sequence_parallel = 1, or remove the technique",
+            )
         techniques.append(technique)
     return tuple(techniques)
+
+
+def _hooks_blocks(technique: Technique) -> bool:
+    return type(technique).block_hooks is not Technique.block_hooks
 
 
 def trained_transformer_file(config: RunConfig) -> tuple[Path, str]:

@@ -14,6 +14,8 @@ from trainer.contract.catalog import ATTENTION
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, MenmaError, Problem
 from trainer.contract.memory_rules import too_many_blocks
+from trainer.contract.sequence_rules import uneven_heads
+from trainer.contract.variants import TransformerConfig
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.build import fp8_spec, pick_device, weights_dtype
 from trainer.models.wan.detect import official_tensors, recognise
@@ -33,6 +35,8 @@ def memory_problems(config: RunConfig, *, trains: bool) -> list[Problem]:
         trains: judge for training; otherwise for sampling and measuring alone.
     """
     problems = [*_fp8_files(config), *_blocks(config)]
+    if trains:
+        problems += _heads(config)
     if config.memory.compile_blocks and (missing := compiler_problem()) is not None:
         problems.append(missing)
     if config.memory.fp8_matmul or config.memory.attention != "sdpa":
@@ -75,18 +79,33 @@ def _blocks(config: RunConfig) -> Iterator[Problem]:
     """Yield what the weight files say of the number of blocks to swap."""
     if not config.memory.blocks_to_swap:
         return
+    for shape in _shapes(config):
+        problem = too_many_blocks(config.memory.blocks_to_swap, shape.num_layers)
+        if problem is not None:
+            yield problem
+            return
+
+
+def _heads(config: RunConfig) -> Iterator[Problem]:
+    """Yield what the weight files say of dealing out their heads."""
+    if config.distributed.sequence_parallel == 1:
+        return
+    for shape in _shapes(config):
+        problem = uneven_heads(shape.num_heads, config.distributed.sequence_parallel)
+        if problem is not None:
+            yield problem
+            return
+
+
+def _shapes(config: RunConfig) -> Iterator[TransformerConfig]:
     for field in _TRANSFORMERS:
         path: Path | None = getattr(config.model, field)
         if path is None or not path.exists():
             continue
         try:
-            shape = recognise(open_weights(path), "auto", dict(config.model.shape)).config
+            yield recognise(open_weights(path), "auto", dict(config.model.shape)).config
         except MenmaError:
             continue  # the files' own faults are told with the key of the file
-        problem = too_many_blocks(config.memory.blocks_to_swap, shape.num_layers)
-        if problem is not None:
-            yield problem
-            return
 
 
 def _attention(config: RunConfig, device: torch.device, *, trains: bool) -> Iterator[Problem]:

@@ -24,6 +24,7 @@ from trainer.engine import process_group
 from trainer.engine.failures import failing_together
 from trainer.engine.launch import run_workers
 from trainer.engine.process_group import World
+from trainer.engine.sequence import sharing_clips
 from trainer.jobs.base import INTERRUPTED, Emit, Stopped, explain
 from trainer.jobs.build import DTYPES, num_processes, pick_device, trained_transformer_file
 from trainer.jobs.components import settle_variant, with_variant
@@ -108,7 +109,10 @@ class TrainingRun:
             raise Stopped
 
     def _train(self) -> End:
-        config, world = self.config, self.world
+        config, distributed = self.config, self.config.distributed
+        self.world = world = sharing_clips(
+            self.world, distributed.sequence_parallel, distributed.timeout_s
+        )
         # Whatever can be wrong is found in the order of its cost: headers, caches, then weights.
         variant = settle_variant(config)
         data = open_data(config, variant, world, str(self.request.config))
@@ -183,7 +187,7 @@ class TrainingRun:
                 dataset=data.cached.fingerprint,
                 seed=config.training.seed,
                 stream={
-                    "processes": self.world.world_size,
+                    "processes": self.world.data_size,
                     "accumulation": config.training.gradient_accumulation_steps,
                 },
             ),
@@ -249,6 +253,9 @@ class TrainingRun:
             num_trained=trained,
             num_parameters=everything,
         )
+        if self.world.sequence is not None:
+            message = f"{self.world.sequence.size} processes share the tokens of each clip"
+            self.emit("log", message=message)
         if model.transformer.quantisation is not None:
             self.emit("log", message=model.transformer.quantisation.in_words())
         for kind, message in validation_notes(self.config, variant, data):

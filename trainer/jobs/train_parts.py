@@ -90,11 +90,11 @@ def open_data(config: RunConfig, variant: Variant, world: World, config_name: st
     cached = items.training
     order = BatchOrder(cached.items, config.training.seed)
     accumulation = config.training.gradient_accumulation_steps
-    require_full_step(order, world_size=world.world_size, gradient_accumulation_steps=accumulation)
+    require_full_step(order, world_size=world.data_size, gradient_accumulation_steps=accumulation)
     steps = TrainingSteps(
         order,
-        rank=world.rank,
-        world_size=world.world_size,
+        rank=world.data_rank,
+        world_size=world.data_size,
         gradient_accumulation_steps=accumulation,
         pin_memory=world.device.type == "cuda",
     )
@@ -119,11 +119,18 @@ def build_model(
     # ZeRO-3 shards weights one by one on their way to the device; whole they might not fit it.
     device = torch.device("cpu") if config.distributed.zero_stage == 3 else world.device
     transformer = load_base(config, path, device=device)
+    if world.sequence is not None:
+        transformer.share_tokens(world.sequence)
     adapter.inject(transformer, config.training.seed)
     for technique in techniques:
         transformer.blocks.add_hooks(technique.block_hooks())
     step = TrainStep(
-        transformer, objective, techniques, config.training.seed, transformer.blocks.suspended
+        transformer,
+        objective,
+        techniques,
+        config.training.seed,
+        transformer.blocks.suspended,
+        part=0 if world.sequence is None else world.sequence.rank,
     )
     return TrainedModel(transformer, adapter, techniques, step.train())
 

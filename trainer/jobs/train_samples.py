@@ -16,6 +16,7 @@ from trainer.contract.variants import Variant
 from trainer.engine.process_group import World
 from trainer.jobs.build import freeze, load_base
 from trainer.jobs.components import lazy_image_encoder, lazy_text_encoder, lazy_vae
+from trainer.models.wan.transformer import WanTransformer
 from trainer.models.wan.vae import WanVAE
 from trainer.sampling.conditions import Conditions, encode_files, encode_texts
 from trainer.sampling.pipeline import Expert, SamplingModels, decode_frames, generate
@@ -29,7 +30,8 @@ class TrainingSamples:
 
     Prompts and images are encoded once, before the transformer is loaded, and their encoders are
     let go; the VAE waits in RAM between samples. With weights sharded by ZeRO-3 every rank takes
-    part in every forward; else the prompts are dealt out to the ranks.
+    part in every forward; else the prompts are dealt out to the ranks. Ranks that share clips make
+    a sample together, too, and the first of them decodes it.
     """
 
     def __init__(
@@ -56,11 +58,11 @@ class TrainingSamples:
         self._warn = warn
         self._requests = requests_of(prompts, variant, sampling)
         self._together = config.distributed.zero_stage == 3
-        self._trained: nn.Module | None = None
+        self._trained: WanTransformer | None = None
         self._other: nn.Module | None = None
         self._encode()
 
-    def use(self, transformer: nn.Module) -> None:
+    def use(self, transformer: WanTransformer) -> None:
         """Sample with this transformer from now on."""
         self._trained = transformer
 
@@ -70,19 +72,20 @@ class TrainingSamples:
         mine = [
             (index, request)
             for index, request in enumerate(self._requests)
-            if self._together or index % world.world_size == world.rank
+            if self._together or index % world.data_size == world.data_rank
         ]
+        collective = self._together or world.sequence is not None
         latents: list[tuple[int, SampleRequest, torch.Tensor]] = []
         failed: list[str] = []
         for index, request in mine:
-            with self._preview(index, failed, collective=self._together):
+            with self._preview(index, failed, collective=collective):
                 latents.append((index, request, self._generate(index, request)))
         if self._other is not None:
             self._other.to("cpu")
         written: list[Path] = []
-        if not self._together or world.rank == 0:
+        if world.rank == 0 or (world.counts and not self._together):
             written = self._write(step, latents, failed)
-        # In ZeRO-3 every rank has met the same failures.
+        # Ranks that sample together have met the same failures.
         for line in dict.fromkeys(self._lines_of_all_ranks(failed)):
             self._warn(f"step {step}, {line}")
         return sorted(
@@ -157,7 +160,10 @@ class TrainingSamples:
         path = model.transformer_high_noise if expert == "high_noise" else model.transformer
         if path is None:
             raise RuntimeError("checked with the config")
-        return load_base(self._config, path, device=self._world.device)
+        other = load_base(self._config, path, device=self._world.device)
+        if self._world.sequence is not None:
+            other.share_tokens(self._world.sequence)
+        return other
 
     def _encode(self) -> None:
         device = self._world.device

@@ -32,7 +32,11 @@ _MAY_CHANGE = {
     "techniques": ("the list of techniques", "with another loss"),
     "dataset": ("the clips or captions", _ORDER),
     "seed": ("the seed", _ORDER),
-    "stream": ("the number of processes or gradient_accumulation_steps", _ORDER),
+    "stream": (
+        "the number of processes (those that share clips count as one) or "
+        "gradient_accumulation_steps",
+        _ORDER,
+    ),
 }
 """Facts of a checkpoint: what changed, and what is otherwise then."""
 
@@ -52,7 +56,8 @@ class Identity:
     """Fingerprint of the cached items."""
     seed: int
     stream: Mapping[str, int] = field(default_factory=dict)
-    """What decides which microbatches a step takes: processes and accumulation."""
+    """What decides which microbatches a step takes: processes (those that share clips count as
+    one) and accumulation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,6 +67,8 @@ class TrainStep(nn.Module):
         techniques: optional behaviour, in config order.
         seed: the run's seed.
         suspended_hooks: switches the transformer's block hooks off for an extra forward.
+        part: which part of each clip's tokens this process has, from 0. Dropout masks of different
+            parts are drawn independently, like those of different tokens.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class TrainStep(nn.Module):
         techniques: Sequence[Technique],
         seed: int,
         suspended_hooks: Callable[[], AbstractContextManager[None]],
+        *,
+        part: int = 0,
     ) -> None:
         super().__init__()
         self.transformer = transformer
@@ -90,10 +94,11 @@ class TrainStep(nn.Module):
         self.techniques = tuple(techniques)
         self.seed = seed
         self.suspended_hooks = suspended_hooks
+        self._dropout = ("dropout", part) if part else ("dropout",)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return each loss term, float32, shape ()."""
-        torch.manual_seed(derive_seed(self.seed, "dropout", *batch.item_seeds))
+        torch.manual_seed(derive_seed(self.seed, *self._dropout, *batch.item_seeds))
         for index, technique in enumerate(self.techniques):
             batch = technique.edit_batch(batch, self._technique_random(index, "batch", batch))
         noisy = self.make_noisy(batch)

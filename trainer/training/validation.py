@@ -60,7 +60,7 @@ class Validator:
     The noise of an item depends on the seed, the item's content, the timestep and the number of
     the noise: not on batches, ranks, steps or other items. Nothing is drawn from torch's own
     random streams. Items are dealt out to the ranks; each rank runs the same number of forwards,
-    as weights sharded by ZeRO-3 need it.
+    as weights sharded by ZeRO-3 need it. Ranks that share clips get the same items.
     """
 
     def __init__(
@@ -106,15 +106,15 @@ class Validator:
         noises = self._settings.noises_per_timestep
         losses_ITN = torch.zeros(len(self._items), len(self._timesteps), noises)
         world = self._world
-        rounds = -(-len(self._batches) // world.world_size)
+        rounds = -(-len(self._batches) // world.data_size)
         with evaluating(self._transformer), torch.no_grad():
             for number in range(rounds):
-                place = number * world.world_size + world.rank
+                place = number * world.data_size + world.data_rank
                 # Past the end: run what another rank runs, too, and do not count it.
                 rows = self._batches[min(place, len(self._batches) - 1)]
                 batch = load_batch([Draw(self._items[row], 0, 0, 0) for row in rows])
                 losses_BTN = self._losses(batch.to(world.device), rows)
-                if place < len(self._batches):
+                if place < len(self._batches) and world.counts:
                     losses_ITN[rows] = losses_BTN
         # Each entry is zero on all ranks but one, so that this sum is exact.
         losses_ITN = world.gather(losses_ITN).sum(dim=0).cpu().view_as(losses_ITN).double()

@@ -7,7 +7,7 @@ P parts of a modulation (6 in a block, 2 in the head).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -94,7 +94,10 @@ _frozen_gate = cast("Callable[..., Tensor]", _FrozenGate.apply)
 
 @dataclass(frozen=True, slots=True)
 class BlockInputs:
-    """What every block is given beside the tokens."""
+    """What every block is given beside the tokens.
+
+    `attend_to_tokens` is the attention among the video tokens, where it is not `attend`.
+    """
 
     time: TimeModulation
     rope_LK: Tensor
@@ -102,21 +105,13 @@ class BlockInputs:
     context_bias_BT: Tensor | None
     image_BSD: Tensor | None
     attend: AttentionBackend
+    attend_to_tokens: AttentionBackend | None = None
 
     def at(self, kept_L: Tensor | None) -> tuple[BlockInputs]:
         """Return the inputs for the tokens at the positions `kept_L` (None: all)."""
         if kept_L is None:
             return (self,)
-        return (
-            BlockInputs(
-                self.time.at(kept_L),
-                self.rope_LK[kept_L],
-                self.context_BTD,
-                self.context_bias_BT,
-                self.image_BSD,
-                self.attend,
-            ),
-        )
+        return (replace(self, time=self.time.at(kept_L), rope_LK=self.rope_LK[kept_L]),)
 
 
 class WanBlock(nn.Module):
@@ -146,7 +141,8 @@ class WanBlock(nn.Module):
         """Return the tokens after this block, (B, L, D)."""
         part = Modulation(self.modulation, inputs.time, tokens_BLD.dtype).part
         normed = modulated_norm(tokens_BLD, part(0), part(1, plus_one=True), self.eps)
-        update = self.self_attn(normed, inputs.rope_LK, inputs.attend)
+        attend = inputs.attend_to_tokens or inputs.attend
+        update = self.self_attn(normed, inputs.rope_LK, attend)
         tokens_BLD = gated_residual(tokens_BLD, update, part(2))
         tokens_BLD = tokens_BLD + self.cross_attn(
             self.norm3(tokens_BLD),

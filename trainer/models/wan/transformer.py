@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import cast
 
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 from trainer.attention.base import AttentionBackend
 from trainer.attention.sdpa import TorchAttention
+from trainer.attention.sequence import SequenceGroup
 from trainer.contract.errors import ConfigError, DataError
+from trainer.contract.sequence_rules import uneven_heads
 from trainer.contract.variants import TransformerConfig
 from trainer.models.block_stack import BlockStack
 from trainer.models.wan.block import (
@@ -71,6 +74,7 @@ class WanTransformer(nn.Module):
         variant_name: entry of `trainer.contract.variants.VARIANTS`, "" if of no released size.
         attend: computes all attention; exchange it for another backend.
         quantisation: what is known of the blocks' layers where they are fp8, else None.
+        sequence: the processes that compute each clip together; None: this one alone does.
     """
 
     def __init__(self, config: TransformerConfig, *, seed: int | None = 0) -> None:
@@ -89,6 +93,7 @@ class WanTransformer(nn.Module):
         self.variant_name = ""
         self.attend: AttentionBackend = TorchAttention()
         self.quantisation: Quantisation | None = None
+        self.sequence: SequenceGroup | None = None
         # Few: at 720p a table takes 40 MB. Own: a model on fake tensors keeps its to itself.
         self._rope_table = lru_cache(maxsize=4)(rope_table)
         dim = config.dim
@@ -127,6 +132,19 @@ class WanTransformer(nn.Module):
         for block in self.blocks:
             cast(WanBlock, block).feed_forward_chunks = num
         self.blocks.recomputes_inside = num > 1
+
+    def share_tokens(self, sequence: SequenceGroup) -> None:
+        """Compute each clip together with the other processes of a group from now on.
+
+        All of them must be given the same input; all get the whole velocity.
+
+        Raises:
+            ConfigError: the heads cannot be dealt out evenly.
+        """
+        problem = uneven_heads(self.config.num_heads, sequence.size)
+        if problem is not None:
+            raise ConfigError(problems=[problem])
+        self.sequence = sequence
 
     @property
     def dtype(self) -> torch.dtype:
@@ -181,11 +199,32 @@ class WanTransformer(nn.Module):
             image_BSD=None if image_context is None else self.img_emb(image_context.to(self.dtype)),
             attend=self.attend,
         )
+        shared = self.sequence
+        if shared is not None:
+            whole = tokens_BLD.shape[1]
+            tokens_BLD, given, time_head = self._own_part(shared, tokens_BLD, given, time_head)
         tokens_BLD = self.blocks(tokens_BLD, given.at)
-        if reference is not None:
-            tokens_BLD = tokens_BLD[:, h * w :]
-        patches = self.head(tokens_BLD, time_head).to(latents_BCFHW.dtype)
-        return self._unpatch(patches, batch, size)
+        first = 0 if reference is None else h * w
+        if shared is None:
+            patches = self.head(tokens_BLD[:, first:], time_head)
+        else:
+            patches = shared.gather(self.head(tokens_BLD, time_head), whole)[:, first:]
+        return self._unpatch(patches.to(latents_BCFHW.dtype), batch, size)
+
+    def _own_part(
+        self,
+        shared: SequenceGroup,
+        tokens_BLD: Tensor,
+        given: BlockInputs,
+        time_head: TimeModulation,
+    ) -> tuple[Tensor, BlockInputs, TimeModulation]:
+        """Return this process's part of the tokens, and of what goes with each token."""
+        num_tokens = tokens_BLD.shape[1]
+        own_M = shared.positions(num_tokens, tokens_BLD.device)
+        (own,) = given.at(own_M)
+        own = replace(own, attend_to_tokens=shared.attention(self.attend, num_tokens))
+        # A copy, so that the whole can be freed before the first block runs.
+        return tokens_BLD.index_select(1, own_M), own, time_head.at(own_M)
 
     def _embed_time(self, timestep: Tensor) -> tuple[TimeModulation, TimeModulation]:
         rows_U, row_BL = distinct_timesteps(timestep)
