@@ -76,7 +76,8 @@ def take_place(environ: MutableMapping[str, str]) -> Place | None:
     if not world_size.isdecimal() or (int(world_size) > 1 and not rank.isdecimal()):
         raise UserError(
             f"RANK is {rank!r} and WORLD_SIZE {world_size!r} in the environment",
-            hint="both are numbers where srun or torchrun starts several processes; else unset them",
+            hint="they are numbers where srun or torchrun starts several processes; else unset "
+            "them",
         )
     if int(world_size) < 2:
         return None

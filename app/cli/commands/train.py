@@ -79,7 +79,7 @@ def train(
     if place is not None and not place.is_first:
         place.work(config, settings, resume)
     run, text = RunDir(loaded.run_dir.absolute()), dump_config(loaded, base=Path.cwd())
-    if _nothing_to_do(run, text, resume) and place is None:
+    if _nothing_to_do(run, text, resume, others_wait=place is not None):
         return
     lock = launch.claim(run)
     offset = run.events.stat().st_size if run.events.exists() else 0
@@ -109,8 +109,11 @@ def _settings(gpus: int | None, hostfile: Path | None) -> Iterator[str]:
         yield f"distributed.hostfile={json.dumps(str(hostfile.absolute()))}"
 
 
-def _nothing_to_do(run: RunDir, text: str, resume: str) -> bool:
-    """Look at an earlier run of this name; return whether it is finished as it stands."""
+def _nothing_to_do(run: RunDir, text: str, resume: str, *, others_wait: bool) -> bool:
+    """Look at an earlier run of this name; return whether it is finished as it stands.
+
+    Where the trainers of other ranks wait for this one, the trainer has to tell them so.
+    """
     from app.runs import launch
     from app.runs.state import State, is_run_dir, read_state
 
@@ -129,7 +132,8 @@ def _nothing_to_do(run: RunDir, text: str, resume: str) -> bool:
     if earlier.state.is_live:
         return False  # claiming it says who holds it
     changes = _changes(run, text)
-    if earlier.state is State.DONE and not changes and resume == "auto":
+    finished = earlier.state is State.DONE and not changes and resume == "auto"
+    if finished and not others_wait:
         output.say(f"{run.root.name} is finished (step {earlier.step}): {run.output}")
         output.say("To train longer raise training.max_steps; to start over add --resume never.")
         return True
