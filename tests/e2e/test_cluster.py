@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,6 +125,41 @@ def test_machines_that_do_not_share_the_run_directory_are_refused(open_project, 
     assert pair.pids(pair.second) == []
 
 
+@needs_namespaces
+@pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="openssh-server is not installed")
+def test_over_openssh(open_project, pair, tmp_path):
+    server = pair.open_sshd(tmp_path / "sshd")
+    hosts = pair.hostfile(open_project.folder)
+    arguments = ("train", open_project.config, "--hostfile", hosts, *OPTIONS)
+    process = pair.start(open_project, *arguments, *ENDLESS)
+    try:
+        wait_until(lambda: len(open_project.events("step")) >= 2, "two steps")
+        assert len(pair.trainers(pair.second)) == 2  # the one that trains, and its starter
+        process.send_signal(signal.SIGINT)
+        _, words = process.communicate(timeout=60)
+        assert process.returncode == 130, words
+        assert open_project.checkpoints() == [open_project.events("step")[-1]["step"]]
+        assert pair.trainers(pair.second) == []
+
+        # The launcher is gone without a word: sshd closes the other end.
+        before = len(open_project.events("step"))
+        process = pair.start(open_project, *arguments, *ENDLESS)
+        wait_until(lambda: len(open_project.events("step")) >= before + 2, "two steps")
+        os.kill(open_project.trainer_pid(), signal.SIGKILL)
+        _, words = process.communicate(timeout=60)
+        assert process.returncode == 1, words
+        wait_until(lambda: not pair.trainers(pair.second), "the other machine's end", 20)
+
+        # A machine that does not let us in is named.
+        server.kill()
+        outcome = pair.menma(open_project, *arguments, *ENDLESS)
+        assert outcome.code == 1, outcome
+        assert f"{pair.second.address} cannot be reached by ssh: ssh: connect" in outcome.words
+    finally:
+        process.kill()
+        server.kill()
+
+
 def tasks_of_srun(project: Project, *arguments: str) -> list[subprocess.Popen[str]]:
     """Start two copies of the command as srun does."""
     common = {
@@ -189,16 +225,18 @@ def test_options_that_contradict_srun_are_refused(open_project):
     assert not open_project.run.root.exists()
 
 
-def test_torchrun_starts_the_trainer(open_project, tmp_path):
+@pytest.mark.parametrize("program", ["trainer", "app"])
+def test_torchrun_starts_the_processes(open_project, tmp_path, program):
     local = two_local_processes(open_project, tmp_path / "local", *STEPS)
     request = tmp_path / "request.json"
-    options = [text for text in (*OPTIONS, *STEPS) if text != "--set"]
-    request.write_text(json.dumps({"config": str(open_project.config), "set": options}))
-    launcher = [command([])[0], "-m", "torch.distributed.run", "--master_port", str(free_port())]
+    settings = [text for text in (*OPTIONS, *STEPS) if text != "--set"]
+    request.write_text(json.dumps({"config": str(open_project.config), "set": settings}))
+    what = [str(request)] if program == "trainer" else [str(open_project.config), *OPTIONS, *STEPS]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--master_port", str(free_port())]
     launcher += ["--master_addr", "127.0.0.1", "--nproc_per_node", "1", "--nnodes", "2"]
     nodes = [
         subprocess.Popen(
-            [*launcher, "--node_rank", rank, "-m", "trainer", "train", str(request)],
+            [*launcher, "--node_rank", rank, "-m", program, "train", *what],
             cwd=open_project.folder,
             env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
             stdout=subprocess.PIPE,

@@ -71,6 +71,30 @@ class Pair:
         said = _ip(["netns", "pids", machine.namespace])
         return [int(pid) for pid in said.split()]
 
+    def trainers(self, machine: Machine) -> list[int]:
+        """Return those of them that belong to a run."""
+        return [pid for pid in self.pids(machine) if b"-m\0trainer" in _command_line(pid)]
+
+    def open_sshd(self, folder: Path) -> subprocess.Popen[bytes]:
+        """Start OpenSSH's server on the second machine and take its client for the first."""
+        folder.mkdir(mode=0o700)
+        for name in ("host_key", "key"):
+            _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)])
+        (folder / "sshd_config").write_text(
+            f"ListenAddress {self.second.address}:2222\nHostKey {folder}/host_key\n"
+            f"AuthorizedKeysFile {folder}/key.pub\nPidFile none\nUsePAM no\nStrictModes no\n"
+            "PermitRootLogin yes\nPasswordAuthentication no\n"
+        )
+        (folder / "ssh_config").write_text(
+            f"Host {self.second.address}\n  Port 2222\n  IdentityFile {folder}/key\n"
+            f"  UserKnownHostsFile {folder}/known\n  StrictHostKeyChecking accept-new\n"
+        )
+        client, server = shutil.which("ssh"), shutil.which("sshd", path="/usr/sbin:/usr/bin")
+        (self.ssh / "ssh").write_text(f'#!/bin/sh\nexec {client} -F {folder}/ssh_config "$@"\n')
+        Path("/run/sshd").mkdir(exist_ok=True)
+        line = f"exec {server} -D -e -f {folder}/sshd_config"
+        return subprocess.Popen(self.second.shell(line), stdin=subprocess.DEVNULL)
+
 
 def obstacle() -> str:
     """Return why namespaces cannot be made here; empty when they can."""
@@ -122,8 +146,17 @@ def two_machines(folder: Path) -> Iterator[Pair]:
             _ip(["netns", "del", machine.namespace])
 
 
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def _ip(arguments: Sequence[str]) -> str:
-    done = subprocess.run(
-        ["ip", *arguments], capture_output=True, text=True, check=True, timeout=20
-    )
+    return _run(["ip", *arguments])
+
+
+def _run(command: Sequence[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     return done.stdout
