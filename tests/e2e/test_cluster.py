@@ -121,7 +121,8 @@ def test_machines_that_do_not_share_the_run_directory_are_refused(open_project, 
     outcome = pair.menma(open_project, *arguments)
     assert outcome.code == 2, outcome
     console = (tmp_path / "elsewhere" / "tiny" / "console.log").read_text()
-    assert pair.second.namespace in console or pair.second.address in console
+    assert f"error: {pair.second.namespace} does not see {tmp_path}/elsewhere/tiny/" in console
+    assert "Traceback" not in console
     assert pair.pids(pair.second) == []
 
 

@@ -62,6 +62,7 @@ while True:
 
 LAUNCHER = """
 import sys
+from pathlib import Path
 from trainer.contract.errors import MenmaError
 from trainer.contract.hostfile import Host
 from trainer.engine.cluster import run_cluster
@@ -69,7 +70,8 @@ folder, mode, here, other, grace = sys.argv[1:6]
 command = [sys.executable, "-c", open(folder + "/worker.py").read(), folder, mode]
 hosts = [Host(here, 2, 1), Host(other, 2, 2)]
 try:
-    sys.exit(run_cluster(command, hosts, failure_grace_s=0.5, stop_grace_s=float(grace)))
+    needed = Path(folder) / "worker.py"
+    sys.exit(run_cluster(command, hosts, needed, failure_grace_s=0.5, stop_grace_s=float(grace)))
 except MenmaError as error:
     sys.stderr.write(f"error: {error}")
     sys.exit(error.exit_code)
@@ -93,6 +95,13 @@ def launch(folder: Path, mode: str, *, other: str = "node2", grace_s: float = 60
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def job_in(folder: str, needed: str) -> node.NodeJob:
+    return node.NodeJob(
+        command=["x"], folder=folder, needed=needed, environment={}, first_rank=0, slots=1,
+        world_size=1, address="a", port=1, failure_grace_s=1, stop_grace_s=1,
+    )  # fmt: skip
 
 
 def start(folder: Path, mode: str, **options):
@@ -237,11 +246,18 @@ def test_an_agent_that_hears_nothing_gives_up(monkeypatch):
     os.close(reading)
 
 
+def test_what_a_machine_does_not_see_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(node, "SEEN_WITHIN_S", 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").touch()
+    assert node._enter(job_in(str(tmp_path), needed=str(tmp_path / "here"))) is None
+    missing = str(tmp_path / "missing")
+    assert node._enter(job_in(str(tmp_path), needed=missing)) == missing
+    assert node._enter(job_in(missing, needed=str(tmp_path / "here"))) == missing
+
+
 def test_a_signal_before_the_job_is_kept():
-    job = node.NodeJob(
-        command=["x"], folder="/", environment={}, first_rank=0, slots=1, world_size=1,
-        address="a", port=1, failure_grace_s=1, stop_grace_s=1,
-    )  # fmt: skip
+    job = job_in("/", needed="/x")
     reading, writing = os.pipe()
     os.write(writing, b"15\n" + job.to_line())
     assert node._read_job(node.Lines(reading)) == (job, [b"15"])
@@ -288,4 +304,4 @@ def test_without_ssh_it_says_so(monkeypatch):
 
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(RunError, match="ssh is not on the PATH"):
-        run_cluster(["x"], [Host(HERE, 1, 1), Host("node2", 1, 2)])
+        run_cluster(["x"], [Host(HERE, 1, 1), Host("node2", 1, 2)], Path("x"))

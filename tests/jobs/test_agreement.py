@@ -72,8 +72,8 @@ def test_a_shared_folder_is_seen_and_left_clean(tmp_path: Path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_one_machine_shares_its_folders_anyway(tmp_path: Path):
-    require_shared_folder(Others(0, [str, str]), ["a", "a"], tmp_path / "run")
+def test_alone_nobody_else_has_to_see(tmp_path: Path):
+    require_shared_folder(World.alone(), ["a"], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -14,6 +14,7 @@ from trainer.contract.errors import ConfigError
 from trainer.jobs import start
 
 HERE = socket.gethostname()
+FILE = Path("c.toml")
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def started(monkeypatch) -> list[tuple[str, object]]:
     calls: list[tuple[str, object]] = []
     for name in ("run_workers", "run_cluster"):
         monkeypatch.setattr(
-            start, name, lambda command, where, name=name: calls.append((name, where)) or 0
+            start, name, lambda command, where, *_, name=name: calls.append((name, where)) or 0
         )
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     return calls
@@ -46,15 +47,15 @@ def with_gpus(monkeypatch, number: int) -> None:
 
 
 def test_one_process_is_this_one(config_of, started):
-    assert start.run_elsewhere(config_of("", "distributed.num_processes=1")) is None
-    assert start.run_elsewhere(config_of(f"{HERE} slots=1")) is None
+    assert start.run_elsewhere(config_of("", "distributed.num_processes=1"), FILE) is None
+    assert start.run_elsewhere(config_of(f"{HERE} slots=1"), FILE) is None
     assert started == []
 
 
 def test_several_are_started(config_of, started):
-    assert start.run_elsewhere(config_of("", "distributed.num_processes=2")) == 0
-    assert start.run_elsewhere(config_of(f"{HERE} slots=3")) == 0
-    assert start.run_elsewhere(config_of(f"{HERE} slots=2\nother slots=2")) == 0
+    assert start.run_elsewhere(config_of("", "distributed.num_processes=2"), FILE) == 0
+    assert start.run_elsewhere(config_of(f"{HERE} slots=3"), FILE) == 0
+    assert start.run_elsewhere(config_of(f"{HERE} slots=2\nother slots=2"), FILE) == 0
     (name, hosts) = started.pop()
     assert started == [("run_workers", 2), ("run_workers", 3)]
     assert name == "run_cluster"
@@ -63,15 +64,15 @@ def test_several_are_started(config_of, started):
 
 def test_a_hostfile_of_another_machine_alone_is_refused(config_of, started):
     with pytest.raises(ConfigError, match=r"the only machine, no-such\.invalid, is not this one"):
-        start.run_elsewhere(config_of("no-such.invalid slots=2"))
+        start.run_elsewhere(config_of("no-such.invalid slots=2"), FILE)
 
 
 def test_one_of_several_starts_nobody_and_counts_them(config_of, started, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert start.run_elsewhere(config_of("", "distributed.num_processes=2")) is None
-    assert start.run_elsewhere(config_of("a slots=2\nb slots=2")) is None
+    assert start.run_elsewhere(config_of("", "distributed.num_processes=2"), FILE) is None
+    assert start.run_elsewhere(config_of("a slots=2\nb slots=2"), FILE) is None
     with pytest.raises(ConfigError, match="names 2 processes, and 4 were started"):
-        start.run_elsewhere(config_of("a slots=1\nb slots=1"))
+        start.run_elsewhere(config_of("a slots=1\nb slots=1"), FILE)
     assert started == []
 
 

@@ -56,6 +56,7 @@ _OWN_TO_A_MACHINE = {"CUDA_VISIBLE_DEVICES", RENDEZVOUS_VARIABLE}
 def run_cluster(
     command: Sequence[str],
     hosts: Sequence[Host],
+    needed: Path,
     *,
     environment: Mapping[str, str] | None = None,
     failure_grace_s: float = 15.0,
@@ -67,7 +68,8 @@ def run_cluster(
     `launch.run_workers`, over all machines: the code is that of the first process that failed.
     What other machines print comes out on stderr, each line behind the machine's name.
 
-    It must be called from the main thread. MASTER_PORT in the environment is kept; without it a
+    `needed` is a file of the run that every machine must see before anything is started there. It
+    must be called from the main thread. MASTER_PORT in the environment is kept; without it a
     free port is taken.
 
     Raises:
@@ -84,7 +86,7 @@ def run_cluster(
             cluster.connect(hosts[1:])
             if cluster.local.signals_seen:
                 return INTERRUPTED
-            cluster.start(command, hosts, base)
+            cluster.start(command, hosts, needed, base)
             while cluster.watch():
                 cluster.wait()
             return cluster.local.exit_code()
@@ -148,7 +150,11 @@ class _Cluster:
             self.wait()
 
     def start(
-        self, command: Sequence[str], hosts: Sequence[Host], environment: Mapping[str, str]
+        self,
+        command: Sequence[str],
+        hosts: Sequence[Host],
+        needed: Path,
+        environment: Mapping[str, str],
     ) -> None:
         """Start all processes."""
         port = int(environment.get("MASTER_PORT") or free_port())
@@ -157,6 +163,7 @@ class _Cluster:
             job = NodeJob(
                 command=list(command),
                 folder=str(Path.cwd()),
+                needed=str(needed.absolute()),
                 environment=dict(environment) if index == 0 else shared,
                 first_rank=first_rank,
                 slots=host.slots,

@@ -18,14 +18,18 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from trainer.contract.errors import UserError
 from trainer.engine.addresses import interface_towards
 from trainer.engine.launch import POLL_S, Workers, signals_to
 
 HEARTBEAT_S = 10.0
 SILENCE_S = 180.0
 """So long without a sign of life from the first machine, and it is taken for dead."""
+SEEN_WITHIN_S = 30.0
+"""Network file systems may remember for a while that a file was not there."""
 _CHUNK = 1 << 16
 
 
@@ -36,6 +40,8 @@ class NodeJob:
     command: list[str]
     folder: str
     """Where the processes work: that of the first machine's launcher."""
+    needed: str
+    """A file of the run that this machine must see."""
     environment: dict[str, str]
     """Variables of the first machine that count here, too."""
     first_rank: int
@@ -123,15 +129,14 @@ def _run(job: NodeJob, lines: Lines, waiting: list[bytes]) -> int:
     group = Workers(failure_grace_s=job.failure_grace_s, stop_grace_s=job.stop_grace_s)
     with signals_to(group.on_signal):
         try:
-            try:
-                os.chdir(job.folder)
-            except OSError as error:
+            unseen = _enter(job)
+            if unseen is not None:
                 sys.stderr.write(
-                    f"error: the folder {job.folder} of the first machine cannot be entered here: "
-                    f"{error.strerror}; several machines need a shared folder\n"
+                    f"error: {socket.gethostname()} does not see {unseen} of the first machine; "
+                    "several machines need a shared folder, see docs/clusters.md\n"
                 )
-                _say(ended=2)
-                return 2
+                _say(ended=UserError.exit_code)
+                return UserError.exit_code
             interface = interface_towards(job.address)
             for index in range(job.slots):
                 own = job.worker_environment(index, interface)
@@ -141,6 +146,23 @@ def _run(job: NodeJob, lines: Lines, waiting: list[bytes]) -> int:
             group.kill()
     _say(ended=group.exit_code())
     return group.exit_code()
+
+
+def _enter(job: NodeJob) -> str | None:
+    """Go to the job's folder; return what of it cannot be seen here."""
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while True:
+        try:
+            os.chdir(job.folder)
+        except OSError:
+            unseen = job.folder
+        else:
+            if Path(job.needed).exists():
+                return None
+            unseen = job.needed
+        if time.monotonic() > deadline:
+            return unseen
+        time.sleep(0.5)
 
 
 def _watch(group: Workers, lines: Lines, waiting: list[bytes]) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -29,8 +30,10 @@ def take_place() -> None:
     slurm.adopt(os.environ)
 
 
-def run_elsewhere(config: RunConfig) -> int | None:
+def run_elsewhere(config: RunConfig, file: Path) -> int | None:
     """Start the processes that `config` asks for, wait, and return the exit code of the run.
+
+    `file` is where the config was read from; other machines have to see it, too.
 
     None: this process itself is the run, or one of its processes.
 
@@ -49,7 +52,7 @@ def run_elsewhere(config: RunConfig) -> int | None:
         return None
     command = [sys.executable, "-m", "trainer", *sys.argv[1:]]
     if len(hosts) > 1:
-        return run_cluster(command, hosts)
+        return run_cluster(command, hosts, file)
     if hosts and not is_this_machine(hosts[0].name):
         raise ConfigError(
             f"{KEY}: the only machine, {hosts[0].name}, is not this one",

@@ -63,7 +63,7 @@ def run(request: TrainRequest, emit: Emit) -> None:
     """
     take_place()
     config = read_config(request, "train")
-    code = run_elsewhere(config)
+    code = run_elsewhere(config, request.config)
     if code == INTERRUPTED:
         raise Stopped
     if code:
