@@ -245,6 +245,36 @@ def test_gpus_and_settings_reach_the_trainer(run, config, tmp_path):
     ]  # fmt: skip
 
 
+def test_a_hostfile_reaches_the_trainer(run, config, tmp_path):
+    (tmp_path / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
+    arguments = ("--hostfile", "hosts", "--detach")
+    code, _, err = menma_answer("finish", "train", config, *arguments, cwd=tmp_path)
+    assert code == 0, err
+    assert f'hostfile = "{tmp_path}/hosts"' in run.config.read_text()
+    assert json.loads((run.root / "request.json").read_text())["set"] == [
+        f'distributed.hostfile="{tmp_path}/hosts"'
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--hostfile", "hosts", "--gpus", "2"), "distributed.num_processes: the hostfile says"),
+        (("--hostfile", "nowhere"), "distributed.hostfile: no such file"),
+        (("--hostfile", "unequal"), "distributed.hostfile: the machines run unequal numbers"),
+        (("--hostfile", "wrong"), "wrong:2: slots is 'two'"),
+    ],
+)
+def test_a_hostfile_that_does_not_do_makes_no_run(run, config, tmp_path, options, words):
+    (tmp_path / "hosts").write_text("node1 slots=2\n")
+    (tmp_path / "unequal").write_text("node1 slots=2\nnode2 slots=1\n")
+    (tmp_path / "wrong").write_text("node1 slots=2\nnode2 slots=two\n")
+    code, _, err = menma_answer("finish", "train", config, *options, cwd=tmp_path)
+    assert code == 2
+    assert words in err
+    assert not run.root.exists()
+
+
 def test_a_config_that_is_wrong_makes_no_run(run, config, tmp_path):
     code, _, err = menma_answer(
         "finish", "train", config, "--set", "training.seed=-1", cwd=tmp_path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.toy import AdamWFactory, FullStep, LoraStep, RawAdamWFactory, make_batch
-from trainer.contract.errors import ModelFileError
+from trainer.contract.errors import DiskError, ModelFileError
 from trainer.engine import state_files
 from trainer.engine.local import LocalEngine
-from trainer.engine.state_files import EngineState, Piece, read_layout
+from trainer.engine.state_files import EngineState, Piece, await_parts, read_layout
 from trainer.io.mapped_load import open_weights
 
 SHAPES = {"b": (5,), "a.weight": (3, 4), "s": ()}
@@ -160,3 +161,18 @@ def test_damage_is_refused(folder):
         refused_without_hint.load_state(folder)
     (folder / "engine.json").unlink()
     refused(make_engine(steps=0), folder, "is missing")
+
+
+def test_the_parts_of_all_ranks_are_waited_for(tmp_path):
+    layout = {"engine": "deepspeed", "world_size": 2, "zero_stage": 1}
+    (tmp_path / "engine.json").write_text(json.dumps(layout))
+    (tmp_path / "rank-00000.safetensors").touch()
+    with pytest.raises(DiskError, match=r"rank-00001\.safetensors was written and is not"):
+        await_parts(tmp_path, within_s=0)
+    late = threading.Timer(0.3, (tmp_path / "rank-00001.safetensors").touch)
+    late.start()
+    await_parts(tmp_path, within_s=30)
+    # Replicas are written once.
+    (tmp_path / "engine.json").write_text(json.dumps(layout | {"zero_stage": 0}))
+    (tmp_path / "rank-00001.safetensors").unlink()
+    await_parts(tmp_path, within_s=0)

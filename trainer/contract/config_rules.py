@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.contract.catalog import ATTENTION, SOLVERS
+from trainer.contract.cluster_rules import cluster_rule, hostfile_problems
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.memory_rules import activations_rule, compile_rule, streaming_rule
@@ -47,6 +48,8 @@ def check_files(config: RunConfig, job: JobName) -> list[Problem]:
         for key, path in named
         if path is not None and not path.exists()
     ]
+    if job == "train":
+        problems += hostfile_problems(config)
     has_validation = bool(config.validation.split or config.validation.sources)
     if job in {"cache", "train"} or (job == "eval" and has_validation):
         problems += _dataset_files(config)
@@ -349,6 +352,7 @@ _RULES: tuple[Rule, ...] = (
     _validation,
     _distributed,
     sequence_rule,
+    cluster_rule,
     _full_finetune,
     streaming_rule,
     activations_rule,

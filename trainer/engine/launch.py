@@ -14,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from trainer.contract.errors import ConfigError
 
@@ -26,7 +27,7 @@ RENDEZVOUS_VARIABLE = "MENMA_RENDEZVOUS"
 """Environment variable with the address where the processes meet, e.g. file:///tmp/x/store."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_POLL_S = 0.05
+POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1
 
 
@@ -53,27 +54,42 @@ def run_workers(
     Raises:
         ConfigError: several processes were asked for on a system that cannot run them.
     """
+    refuse_windows()
+    folder = Path(tempfile.mkdtemp(prefix="menma-"))
+    group = Workers(failure_grace_s=failure_grace_s, stop_grace_s=stop_grace_s)
+    # The handlers come first: a signal between two starts must reach those already running.
+    with signals_to(group.on_signal):
+        try:
+            base = {**(os.environ if environment is None else environment)}
+            for rank in range(num_processes):
+                own = worker_environment(rank, num_processes, folder / "store")
+                group.start(command, base | own)
+            while group.watch():
+                time.sleep(POLL_S)
+            return group.exit_code()
+        finally:
+            group.kill()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_windows() -> None:
+    """Raise ConfigError on a system that cannot run several training processes."""
     if os.name == "nt":
         raise ConfigError(
             "several training processes need Linux: DeepSpeed does not run on Windows",
             hint="use WSL2, or distributed.num_processes = 1",
         )
-    folder = Path(tempfile.mkdtemp(prefix="menma-"))
-    group = _Workers(failure_grace_s=failure_grace_s, stop_grace_s=stop_grace_s)
-    previous: dict[signal.Signals, Any] = {}
+
+
+@contextmanager
+def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let SIGTERM and SIGINT call `handler` for the duration of a block, in the main thread."""
+    previous = {number: signal.signal(number, handler) for number in _SIGNALS}
     try:
-        # The handlers come first: a signal between two starts must reach those already running.
-        previous = {number: signal.signal(number, group.on_signal) for number in _SIGNALS}
-        base = {**(os.environ if environment is None else environment)}
-        for rank in range(num_processes):
-            own = worker_environment(rank, num_processes, folder / "store")
-            group.start(command, base | own)
-        return group.wait()
+        yield
     finally:
-        group.kill()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        shutil.rmtree(folder, ignore_errors=True)
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
 
 
 def worker_environment(rank: int, world_size: int, store: Path) -> dict[str, str]:
@@ -91,8 +107,8 @@ def worker_environment(rank: int, world_size: int, store: Path) -> dict[str, str
 
 
 @dataclass(slots=True)
-class _Workers:
-    """The processes, and what has happened to them so far."""
+class Workers:
+    """Processes of this machine that end together, and what has happened to them so far."""
 
     failure_grace_s: float
     stop_grace_s: float
@@ -101,21 +117,29 @@ class _Workers:
     first_failure: int | None = None
     deadline: float = float("inf")
 
-    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def start(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        stdout: IO[Any] | None = None,
+    ) -> None:
+        """Start one more; `stdout` None: it writes to ours."""
         process = subprocess.Popen(
             list(command),
             env=dict(environment),
             stdin=subprocess.DEVNULL,
+            stdout=stdout,
             start_new_session=True,
             # The kernel's promise is the only one that survives a SIGKILL of this process. The
             # function makes two system calls and takes no lock, so threads here do no harm.
-            preexec_fn=_die_with_parent(),  # noqa: PLW1509
+            preexec_fn=die_with_parent(),  # noqa: PLW1509
         )
         self.processes.append(process)
         if self.signals_seen:
             self._send(process, signal.SIGTERM)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Pass a signal on; the third kills."""
         self.signals_seen += 1
         if self.signals_seen == 1:
             self._shorten(self.stop_grace_s)
@@ -123,13 +147,29 @@ class _Workers:
         for process in self.processes:
             self._send(process, signal.SIGKILL if final else signal.Signals(number))
 
-    def wait(self) -> int:
-        while any(_exit_code(process) is None for process in self.processes):
-            self._note_failures()
-            if time.monotonic() > self.deadline:
-                self.kill()
-            time.sleep(_POLL_S)
-        self._note_failures()
+    def watch(self) -> bool:
+        """Look after the processes once; return whether some still run."""
+        running = any(_exit_code(process) is None for process in self.processes)
+        for process in self.processes:
+            code = _exit_code(process)
+            if code:
+                self.note_failure(code)
+        if running and self.is_late():
+            self.kill()
+        return running
+
+    def note_failure(self, code: int) -> None:
+        """Note that one failed (-n: of signal n); the first says how the run ended."""
+        if self.first_failure is None:
+            self.first_failure = code
+            self._shorten(self.failure_grace_s)
+
+    def is_late(self) -> bool:
+        """Tell whether who still runs has had its time."""
+        return time.monotonic() > self.deadline
+
+    def exit_code(self) -> int:
+        """Return the exit code of the run, once all are gone."""
         if self.first_failure is None:
             return 0
         if self.first_failure < 0:
@@ -142,13 +182,6 @@ class _Workers:
             self._send(process, signal.SIGKILL)
         for process in self.processes:
             process.wait()
-
-    def _note_failures(self) -> None:
-        for process in self.processes:
-            code = _exit_code(process)
-            if code and self.first_failure is None:
-                self.first_failure = code
-                self._shorten(self.failure_grace_s)
 
     def _shorten(self, grace_s: float) -> None:
         self.deadline = min(self.deadline, time.monotonic() + grace_s)
@@ -177,7 +210,8 @@ def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
     return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
 
 
-def _die_with_parent() -> Callable[[], None] | None:
+def die_with_parent() -> Callable[[], None] | None:
+    """Return what a child does before its program starts, so that it dies when we do (Linux)."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)  # loaded before the fork: afterwards only system calls are safe

@@ -213,7 +213,8 @@ def _place(device: str, environment: Mapping[str, str]) -> World:
         if local_rank >= visible:
             raise ConfigError(
                 f"process {local_rank} of this machine has no GPU: {visible} are visible",
-                hint="start at most as many processes as there are GPUs (--gpus)",
+                hint="start at most as many processes as there are GPUs (--gpus); with SLURM "
+                "ask for --gpus-per-node, not --gpus-per-task",
             )
         return World(rank, world_size, local_rank, torch.device("cuda", local_rank))
     return World(rank, world_size, local_rank, torch.device("cpu"))

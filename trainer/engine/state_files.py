@@ -14,6 +14,7 @@ keyed `raw|flat|key`; those fit the same engine, number of processes and stage o
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.contract.errors import ModelFileError
+from trainer.contract.errors import DiskError, ModelFileError
 from trainer.contract.files import write_json
 from trainer.io.atomic_save import save_safetensors
 from trainer.io.mapped_load import WeightFiles, open_weights, read_json
@@ -138,6 +139,26 @@ def read_layout(folder: Path) -> dict[str, Any]:
     """
     info = read_json(folder / _INFO)
     return {key: info[key] for key in ("engine", "world_size", "zero_stage")}
+
+
+def await_parts(folder: Path, within_s: float = 90.0) -> None:
+    """Wait until this machine sees the part of every rank in `folder`, after all have written it.
+
+    A network file system may list for up to a minute what the folder held before.
+
+    Raises:
+        DiskError: a part did not appear within `within_s` seconds; names it.
+    """
+    info = read_json(folder / _INFO)
+    wanted = [_rank_file(folder, rank) for rank in range(_writers(info)) if _writers(info) > 1]
+    deadline = time.monotonic() + within_s
+    while missing := sorted(set(wanted) - set(_rank_files(folder))):
+        if time.monotonic() > deadline:
+            raise DiskError(
+                f"{missing[0]} was written and is not to be seen on this machine",
+                hint="all machines must share the run directory; earlier checkpoints are intact",
+            )
+        time.sleep(0.2)
 
 
 class _RankFile:

@@ -21,6 +21,7 @@ from trainer.jobs.base import MAX_LISTED, Emit
 from trainer.jobs.components import require_vae, settle_variant, with_variant
 from trainer.jobs.memory_checks import memory_notes, memory_problems
 from trainer.jobs.run_items import holdout_of
+from trainer.jobs.start import machine_problems
 from trainer.models.wan.detect import recognise
 from trainer.sampling.prompts import read_prompts
 from trainer.sampling.requests import requests_of
@@ -39,7 +40,11 @@ def run(request: CheckRequest, emit: Emit) -> None:
     """
     loaded = load_config_with_sources(request.config, request.set, jobs=["cache", "train"])
     config = loaded.config
-    problems = [*_file_problems(config), *_weight_problems(config)]
+    problems = [
+        *_file_problems(config),
+        *_weight_problems(config),
+        *machine_problems(config),
+    ]
     variant = _variant(config, problems)
     if variant is not None:
         problems += _file_problems(with_variant(config, variant))

@@ -8,6 +8,7 @@ from trainer.contract.config_rules import JobName, check_files
 from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import ConfigRequest
 from trainer.jobs.memory_checks import memory_problems
+from trainer.jobs.start import machine_problems
 
 
 def read_config(request: ConfigRequest, job: JobName) -> RunConfig:
@@ -20,6 +21,8 @@ def read_config(request: ConfigRequest, job: JobName) -> RunConfig:
     problems = check_files(loaded.config, job)
     if job != "cache":
         problems += memory_problems(loaded.config, trains=job == "train")
+    if job == "train":
+        problems += machine_problems(loaded.config)
     if problems:
         raise ConfigError(problems=place_problems(problems, loaded.sources))
     return loaded.config

@@ -12,6 +12,11 @@ from typing import Any
 import psutil
 import torch
 
+from trainer.contract.config import RunConfig
+from trainer.contract.config_io import dump_config
+from trainer.data.fingerprint import digest, model_identity
+from trainer.jobs.build import trained_transformer_file
+
 _PACKAGES = (
     "menma",
     "torch",
@@ -51,6 +56,20 @@ def describe_environment(*, world_size: int, dataset_fingerprint: str) -> dict[s
         "world_size": world_size,
         "git": _git_commit(),
         "dataset": dataset_fingerprint,
+    }
+
+
+def ground(config: RunConfig) -> dict[str, str]:
+    """Return what all processes of a run must have alike: versions, settings, weights.
+
+    Raises:
+        ModelFileError: the weights cannot be read.
+    """
+    versions = {name: _version(name) or "" for name in ("menma", "torch", "deepspeed")}
+    return {
+        **versions,
+        "the config": digest(dump_config(config, base=Path.cwd())),
+        "the weights": model_identity(trained_transformer_file(config)[0]),
     }
 
 

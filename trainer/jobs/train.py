@@ -22,14 +22,15 @@ from trainer.core.seams import BuildContext, Engine
 from trainer.data.fingerprint import model_identity
 from trainer.engine import process_group
 from trainer.engine.failures import failing_together
-from trainer.engine.launch import run_workers
 from trainer.engine.process_group import World
 from trainer.engine.sequence import sharing_clips
+from trainer.jobs.agreement import require_same, require_shared_folder
 from trainer.jobs.base import INTERRUPTED, Emit, Stopped, explain
-from trainer.jobs.build import DTYPES, num_processes, pick_device, trained_transformer_file
+from trainer.jobs.build import DTYPES, pick_device, trained_transformer_file
 from trainer.jobs.components import settle_variant, with_variant
 from trainer.jobs.config_job import read_config
-from trainer.jobs.environment import describe_environment
+from trainer.jobs.environment import describe_environment, ground
+from trainer.jobs.start import run_elsewhere, take_place
 from trainer.jobs.train_parts import (
     Session,
     TrainedModel,
@@ -55,20 +56,20 @@ _CONSOLE_INTERVAL_S = 10.0
 
 
 def run(request: TrainRequest, emit: Emit) -> None:
-    """Train in this process, or start one process a GPU and wait for them.
+    """Train in this process, or start one process a GPU, here or on several machines, and wait.
 
     Raises:
         Stopped: a signal or a request ended the run early; its state is saved.
         MenmaError: the config, the data, the weights or the machine do not do.
     """
+    take_place()
     config = read_config(request, "train")
-    processes = num_processes(config)
-    if processes > 1 and not process_group.in_group():
-        code = run_workers([sys.executable, "-m", "trainer", *sys.argv[1:]], processes)
-        if code == INTERRUPTED:
-            raise Stopped
-        if code:
-            raise SystemExit(code)  # the process that failed has said why
+    code = run_elsewhere(config, request.config)
+    if code == INTERRUPTED:
+        raise Stopped
+    if code:
+        raise SystemExit(code)  # the process that failed has said why
+    if code is not None:
         return
     device = pick_device(config)
     with process_group.joined(device.type, config.distributed.timeout_s) as world:
@@ -115,7 +116,10 @@ class TrainingRun:
         )
         # Whatever can be wrong is found in the order of its cost: headers, caches, then weights.
         variant = settle_variant(config)
+        hosts = require_same(world, ground(config))
+        require_shared_folder(world, hosts, self.run_dir.root)
         data = open_data(config, variant, world, str(self.request.config))
+        require_same(world, {"dataset": data.cached.fingerprint})
         store = CheckpointStore(
             self.run_dir.checkpoints,
             config.checkpoint.keep_last,

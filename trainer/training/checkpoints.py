@@ -27,7 +27,7 @@ from typing import Any
 from trainer.contract.errors import DiskError, ModelFileError
 from trainer.contract.files import disk_errors, fsync, write_json
 from trainer.core.seams import Engine
-from trainer.engine.state_files import read_layout
+from trainer.engine.state_files import await_parts, read_layout
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -175,6 +175,7 @@ class CheckpointStore:
 
     def _finish(self, partial: Path, step: int, progress: dict[str, Any], world_size: int) -> None:
         write_json(partial / _PROGRESS, progress)
+        await_parts(partial)
         names = sorted(_files_in(partial))
         for name in names:
             fsync(partial / name)

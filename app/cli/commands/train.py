@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +47,14 @@ def train(
         int | None,
         typer.Option("--gpus", min=1, help="Train with this many GPUs of this machine."),
     ] = None,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option(
+            "--hostfile",
+            metavar="FILE",
+            help="Train on several machines, this one first: a line `HOST slots=N` for each.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write the run's events as JSON lines to stdout.")
     ] = False,
@@ -58,12 +68,18 @@ def train(
     from app.domain.complete import complete_config
     from app.runs import launch
     from app.runs.child import trainer_command
+    from app.runs.scheduled import take_place
     from trainer.contract.config_io import dump_config
 
-    settings = [*(overrides or ()), *([f"distributed.num_processes={gpus}"] if gpus else ())]
+    settings = [*(overrides or ()), *_settings(gpus, hostfile)]
+    place = take_place(os.environ)
+    if place is not None:
+        place.refuse(gpus=gpus, hostfile=hostfile, detach=detach)
     loaded = complete_config(config, settings, "train")
+    if place is not None and not place.is_first:
+        place.work(config, settings, resume)
     run, text = RunDir(loaded.run_dir.absolute()), dump_config(loaded, base=Path.cwd())
-    if _nothing_to_do(run, text, resume):
+    if _nothing_to_do(run, text, resume, others_wait=place is not None):
         return
     lock = launch.claim(run)
     offset = run.events.stat().st_size if run.events.exists() else 0
@@ -85,8 +101,19 @@ def train(
     _follow(run, offset, as_json=as_json)
 
 
-def _nothing_to_do(run: RunDir, text: str, resume: str) -> bool:
-    """Look at an earlier run of this name; return whether it is finished as it stands."""
+def _settings(gpus: int | None, hostfile: Path | None) -> Iterator[str]:
+    """Yield what the options mean in the config."""
+    if gpus is not None:
+        yield f"distributed.num_processes={gpus}"
+    if hostfile is not None:
+        yield f"distributed.hostfile={json.dumps(str(hostfile.absolute()))}"
+
+
+def _nothing_to_do(run: RunDir, text: str, resume: str, *, others_wait: bool) -> bool:
+    """Look at an earlier run of this name; return whether it is finished as it stands.
+
+    Where the trainers of other ranks wait for this one, the trainer has to tell them so.
+    """
     from app.runs import launch
     from app.runs.state import State, is_run_dir, read_state
 
@@ -105,7 +132,8 @@ def _nothing_to_do(run: RunDir, text: str, resume: str) -> bool:
     if earlier.state.is_live:
         return False  # claiming it says who holds it
     changes = _changes(run, text)
-    if earlier.state is State.DONE and not changes and resume == "auto":
+    finished = earlier.state is State.DONE and not changes and resume == "auto"
+    if finished and not others_wait:
         output.say(f"{run.root.name} is finished (step {earlier.step}): {run.output}")
         output.say("To train longer raise training.max_steps; to start over add --resume never.")
         return True

@@ -9,6 +9,7 @@ from functools import cached_property
 from trainer.contract.config import RunConfig
 from trainer.contract.config_rules import is_fp8
 from trainer.contract.errors import ConfigError
+from trainer.contract.hostfile import world_size_of
 from trainer.contract.memory_model.block import BlockShape, Trained
 from trainer.contract.memory_model.clips import Clip, training_clips
 from trainer.contract.memory_model.header import variant_of_file
@@ -160,7 +161,7 @@ def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
 
     Args:
         config: checked.
-        num_gpus: processes where `distributed.num_processes` is left open.
+        num_gpus: processes where neither a hostfile nor `distributed.num_processes` says it.
 
     Raises:
         ConfigError: the variant cannot be told, or the dataset cannot be read.
@@ -176,7 +177,7 @@ def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
         shape=shape,
         clip=max(clips, key=lambda clip: clip.batch * clip.tokens(variant)),
         targets=_trained(config, shape),
-        world_size=config.distributed.num_processes or num_gpus,
+        world_size=world_size_of(config, num_gpus),
         zero_stage=config.distributed.zero_stage,
         swapped=min(config.memory.blocks_to_swap, shape.num_layers),
     )
