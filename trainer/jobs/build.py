@@ -144,9 +144,7 @@ def load_base(config: RunConfig, path: Path, *, device: torch.device) -> WanTran
     return make_base(config, read, device=device)
 
 
-def make_base(
-    config: RunConfig, weights: WeightsSource, *, device: torch.device
-) -> WanTransformer:
+def make_base(config: RunConfig, weights: WeightsSource, *, device: torch.device) -> WanTransformer:
     """Return a transformer of weights from anywhere, set up as `[memory]` says.
 
     Args:
