@@ -58,9 +58,7 @@ def test_fp8_is_made_layer_by_layer(monkeypatch):
 
     monkeypatch.setattr(random_weights, "quantise", noting)
     shape = small("wan2.1-t2v-1.3b", num_layers=5)
-    model = random_transformer(
-        shape, dtype=torch.bfloat16, device="cpu", fp8=Fp8Spec(scaled=True)
-    )
+    model = random_transformer(shape, dtype=torch.bfloat16, device="cpu", fp8=Fp8Spec(scaled=True))
     assert len(seen) == 10  # the layers of one block; the others are copies
     linears = [n for n, p in model.named_parameters() if is_block_linear(n, p.shape)]
     assert len(linears) == 50
