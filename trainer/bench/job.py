@@ -23,7 +23,7 @@ BENCHMARKS: Registry[Any] = Registry(
     Entry(
         "load_fp8_14b",
         "trainer.bench.load_fp8_14b",
-        "the same of a 14B model (writes 13.5 GiB, takes 17 GiB of RAM)",
+        "the same of a 14B model (writes 13.5 GiB)",
     ),
     Entry("help", "trainer.bench.help", "time of menma --help"),
     Entry("estimate", "trainer.bench.estimate", "time of one estimate"),
