@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,15 @@ import torch
 
 from trainer.bench import config_job, stopwatch
 from trainer.contract.config_io import load_config
-from trainer.contract.errors import ConfigError
+from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.jobs import BenchConfigRequest
 from trainer.contract.memory_model import estimate, find_gpu
 from trainer.contract.memory_model.flops import step_flops
 from trainer.contract.memory_model.workload import workload_of
 from trainer.contract.variants import VARIANTS
 from trainer.engine.process_group import World
+from trainer.models.wan.loading import save_transformer
+from trainer.models.wan.transformer import WanTransformer
 from trainer.training.step import TrainStep
 
 CONFIG = """\
@@ -238,11 +241,32 @@ def test_what_cannot_be_measured_is_refused_as_in_training(config, overrides, sa
         measure(config, *overrides)
 
 
-def test_weights_that_are_not_there_and_those_that_are_make_no_difference(config, tmp_path):
-    """A file that could not be trained is not looked at."""
+def test_a_weight_file_that_is_there_tells_variant_and_shape(config, tmp_path):
+    shape = replace(
+        VARIANTS["wan2.1-t2v-1.3b"].transformer,
+        dim=96,
+        ffn_dim=160,
+        num_heads=3,
+        num_layers=2,
+        text_dim=24,
+    )
+    transformer = WanTransformer(shape)
+    transformer.variant_name = "wan2.1-t2v-1.3b"
+    save_transformer(transformer, tmp_path / "own.safetensors")
+    source = '{video_directory="c", resolution=[64, 64], target_frames=[9]}'
+    text = f'model.transformer = "own.safetensors"\ndataset.sources = [{source}]\n'
+    config.write_text(text, encoding="utf-8")
+    read = config_job.read(BenchConfigRequest(config=config, set=(LOCAL,)))
+    assert read.model.variant == "wan2.1-t2v-1.3b"
+    assert read.model.transformer is None
+    assert workload_of(read).shape == shape
+    assert measure(config, LOCAL)["variant"] == "wan2.1-t2v-1.3b"
+
+
+def test_a_weight_file_that_is_damaged_is_told(config, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
-    found = measure(config, LOCAL, 'model.transformer="broken.safetensors"')
-    assert found["loss"] == measure(config, LOCAL)["loss"]
+    with pytest.raises(ModelFileError, match="broken"):
+        measure(config, LOCAL, 'model.transformer="broken.safetensors"')
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,14 +22,17 @@ from trainer.contract.memory_model import Circumstances, Gpu, estimate, gpu_of_m
 from trainer.contract.memory_model.flops import StepFlops, step_flops
 from trainer.contract.memory_model.workload import Workload, workload_of
 from trainer.contract.memory_rules import too_many_blocks
+from trainer.contract.variants import get_variant
 from trainer.engine import process_group
 from trainer.engine.failures import failing_together
 from trainer.engine.launch import run_workers
 from trainer.engine.process_group import World
+from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import INTERRUPTED, Emit, Stopped, explain
 from trainer.jobs.build import engine_kind, num_processes, pick_device
 from trainer.jobs.components import with_variant
 from trainer.jobs.memory_checks import memory_problems
+from trainer.models.wan.detect import recognise
 
 GIB = 2**30
 _WEIGHT_FILES = ("transformer", "transformer_high_noise")
@@ -65,12 +69,16 @@ def run(request: BenchConfigRequest, emit: Emit) -> None:
 def read(request: BenchConfigRequest) -> RunConfig:
     """Return the config to be measured: its variant named, its weight files left out.
 
+    Where there is a weight file, its header tells variant and shape, as in training.
+
     Raises:
         ConfigError: everything that is wrong with it, or cannot work here.
+        ModelFileError: the weight file is there and cannot be used.
     """
     loaded = load_config_with_sources(request.config, request.set)
-    work = workload_of(loaded.config)
-    config = with_variant(loaded.config, work.variant)
+    config = _in_shape_of_its_file(loaded.config)
+    work = workload_of(config)
+    config = with_variant(config, work.variant)
     model = config.model.model_copy(update=dict.fromkeys(_WEIGHT_FILES))
     config = config.model_copy(update={"model": model})
     problems = memory_problems(config, trains=True)
@@ -139,6 +147,25 @@ def figures(config: RunConfig, work: Workload, world: World, measured: Measured)
             "peak": _error(peak_gib, measured.peak_reserved_gib),
         },
     }
+
+
+def _in_shape_of_its_file(config: RunConfig) -> RunConfig:
+    """Return the config with the sizes of its weight file that are not the released model's."""
+    model = config.model
+    high = model.expert == "high_noise"
+    path = model.transformer_high_noise if high else model.transformer
+    if path is None or not path.exists():
+        return config
+    file = recognise(open_weights(path), model.variant, dict(model.shape))
+    released = get_variant(file.variant_name).transformer
+    sizes = {field.name: getattr(file.config, field.name) for field in fields(file.config)}
+    own = {
+        name: size
+        for name, size in sizes.items()
+        if size != getattr(released, name) and isinstance(size, int | float)
+    }
+    update = {"variant": file.variant_name, "shape": {**model.shape, **own}}
+    return config.model_copy(update={"model": model.model_copy(update=update)})
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
