@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from trainer.bench import job, load, load_fp8, step
+from trainer.bench import job, load, load_fp8, load_fp8_14b, step
 from trainer.bench.result import Measurement, timed_in_turns
 from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.jobs import BenchRequest
@@ -118,27 +118,46 @@ def test_what_is_not_installed_is_said(monkeypatch, named):
         assert events.of("output") == []
 
 
-def test_the_gpu_benchmark_runs_the_released_step(monkeypatch):
+def test_the_large_benchmark_runs_when_it_is_named_only():
+    assert "load_fp8_14b" in job.BENCHMARKS.names
+    assert set(job.usual()) == set(job.BENCHMARKS.names) - {"load_fp8_14b"}
+
+
+@pytest.mark.parametrize("free", ["disk", "ram"])
+def test_the_large_benchmark_looks_for_room_before_it_writes(monkeypatch, tmp_path, free):
+    from types import SimpleNamespace
+
+    size = load_fp8_14b.file_bytes("wan2.1-t2v-14b")
+    assert 14.2e9 < size < 14.8e9
+    plenty = SimpleNamespace(free=10**12, available=10**12)
+    little = SimpleNamespace(free=size, available=size)
+    disk, ram = (little, plenty) if free == "disk" else (plenty, little)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: disk)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: ram)
+    with pytest.raises(RunError, match="file takes" if free == "disk" else "of RAM"):
+        load_fp8_14b.measure(folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_size_of_the_file_is_known_before_it_is_written(monkeypatch, tmp_path):
     from dataclasses import replace
 
-    from trainer.bench import gpu
-
-    tiny = TransformerConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=2, text_dim=16)
+    tiny = TransformerConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=16)
     small = replace(VARIANTS["wan2.1-t2v-1.3b"], transformer=tiny)
     monkeypatch.setitem(VARIANTS, "small", small)
-    shapes = [gpu.Shape("small", 64, 32, 9), gpu.Shape("small", 64, 32, 9, swap_all=True)]
-    found = gpu.measure(shapes=shapes, device="cpu", repeats=1)
-    assert found.figures["shapes"]["small 64x32x9"]["tokens"] == 3 * 4 * 2
-    assert found.figures["shapes"]["small 64x32x9 all blocks swapped"]["step_s"] > 0
-    assert found.value > 0
-    assert found.fine
-    model = gpu.random_transformer(small, gpu.torch.device("cpu"))
-    assert model.time_embedding[0].weight.dtype == gpu.torch.float32
-    assert model.blocks[0].ffn[0].weight.dtype == gpu.torch.bfloat16
+    path = tmp_path / "model.safetensors"
+    load.write_random_model(path, "small", fp8=True)
+    header = int.from_bytes(path.read_bytes()[:8], "little") + 8
+    assert load_fp8_14b.file_bytes("small") + 2 == path.stat().st_size - header
 
 
-def test_without_a_gpu_its_benchmark_is_left_out_or_says_so(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "gpu" not in job._possible_here()
-    with pytest.raises(RunError, match="needs a CUDA GPU"):
-        job.run(BenchRequest(names=("gpu",)), Events())
+def test_a_file_in_memory_needs_room_twice(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**12))
+    there = SimpleNamespace(available=int(2e9))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: there)
+    load_fp8_14b.check_room(10**9, tmp_path)
+    monkeypatch.setattr(load_fp8_14b, "_file_system", lambda folder: "tmpfs")
+    with pytest.raises(RunError, match="of RAM"):
+        load_fp8_14b.check_room(10**9, tmp_path)

@@ -19,6 +19,7 @@ LIMIT = 1.1
 
 def measure(
     *,
+    name: str = "load_fp8",
     variant: str = "wan2.1-t2v-1.3b",
     folder: Path | None = None,
     stored: Literal["fp8_scaled", "bf16"] = "fp8_scaled",
@@ -26,6 +27,7 @@ def measure(
     """Return (peak of a loading process - interpreter - one block) / the fp8 model's size.
 
     Args:
+        name: of the benchmark.
         variant: whose shapes the file has.
         folder: where the file is made; None: a temporary folder.
         stored: precision of the file.
@@ -39,7 +41,7 @@ def measure(
         found = load_in_a_process(path, fp8=True)
     used, size = found["peak"] - found["before"], found["model"]
     return Measurement(
-        name="load_fp8",
+        name=name,
         what="peak RAM of loading into fp8 / fp8 model",
         value=(used - found["block"]) / size,
         unit="ratio",

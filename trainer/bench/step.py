@@ -22,7 +22,7 @@ from trainer.io.formats.diffusers_names import to_diffusers_name
 from trainer.models.wan.fan_in import init_fan_in
 from trainer.models.wan.transformer import WanTransformer
 
-LIMIT = 0.9
+LIMIT = 0.75
 RANK = 16
 CONFIG = TransformerConfig(dim=256, ffn_dim=1024, num_heads=2, num_layers=4)
 GRID = (6, 32, 32)

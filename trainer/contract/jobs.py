@@ -132,6 +132,26 @@ class BenchRequest(Options):
     """Benchmarks to run; empty: all."""
 
 
+class BenchConfigRequest(ConfigRequest):
+    """Time a config's training step on random weights and batches, and measure its memory."""
+
+    steps: int = Field(3, ge=1)
+    """Steps that are timed."""
+    warmup_steps: int = Field(1, ge=0)
+    """Steps before them."""
+
+
+class BenchGridRequest(Options):
+    """Time a fixed grid of configs, each in a process of its own."""
+
+    only: tuple[str, ...] = ()
+    """Rows whose name has one of these words in it; empty: all."""
+    steps: int = Field(3, ge=1)
+    """Steps that are timed, a row."""
+    warmup_steps: int = Field(1, ge=0)
+    """Steps before them."""
+
+
 class SchemaRequest(Options):
     """Regenerate `schema.json`."""
 
@@ -151,6 +171,8 @@ JOBS: Registry[object] = Registry(
     Entry("inspect", "trainer.jobs.lora_tools:run_inspect", "describe a LoRA file"),
     Entry("demo", "trainer.demo.job:run", "the whole pipeline on a tiny model"),
     Entry("bench", "trainer.bench.job:run", "speed and memory as ratios"),
+    Entry("bench_config", "trainer.bench.config_job:run", "time and memory of a config's step"),
+    Entry("bench_grid", "trainer.bench.grid:run", "time and memory of a grid of configs"),
     Entry("schema", "trainer.jobs.schema:run", "regenerate schema.json"),
 )
 """Each target is `run(request, emit) -> None`; `request` is the class named in `REQUESTS`."""
@@ -166,5 +188,7 @@ REQUESTS: dict[str, type[Options]] = {
     "inspect": InspectRequest,
     "demo": DemoRequest,
     "bench": BenchRequest,
+    "bench_config": BenchConfigRequest,
+    "bench_grid": BenchGridRequest,
     "schema": SchemaRequest,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,8 @@ from trainer.training.step import Objective, SigmaRange
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ExpertName = Literal["low_noise", "high_noise"]
+WeightsSource = Callable[[torch.device], WanTransformer]
+"""Makes a transformer on a device: from a file, or from random numbers."""
 
 
 def build_plugin(section: PluginSection, slot: str, build: BuildContext, *, where: str) -> Any:
@@ -138,16 +141,34 @@ def load_base(config: RunConfig, path: Path, *, device: torch.device) -> WanTran
     """
     from trainer.models import load_transformer
 
+    def read(on: torch.device) -> WanTransformer:
+        return load_transformer(
+            path,
+            variant=config.model.variant,
+            dtype=weights_dtype(config),
+            device=on,
+            config=dict(config.model.shape) or None,
+            fp8=fp8_spec(config),
+        )
+
+    return make_base(config, read, device=device)
+
+
+def make_base(config: RunConfig, weights: WeightsSource, *, device: torch.device) -> WanTransformer:
+    """Return a transformer of weights from anywhere, set up as `[memory]` says.
+
+    Args:
+        config: of the run.
+        weights: makes the transformer, in `weights_dtype` and `fp8_spec` of the config.
+        device: where it computes.
+
+    Raises:
+        ConfigError: it has fewer blocks than are to be swapped.
+        RunError: the RAM for swapped blocks cannot be locked.
+    """
     num_streamed = config.memory.blocks_to_swap
-    transformer = load_transformer(
-        path,
-        variant=config.model.variant,
-        dtype=weights_dtype(config),
-        # Streamed blocks never are on the device all at once, so it may be too small for them.
-        device="cpu" if num_streamed else device,
-        config=dict(config.model.shape) or None,
-        fp8=fp8_spec(config),
-    )
+    # Streamed blocks never are on the device all at once, so it may be too small for them.
+    transformer = weights(torch.device("cpu") if num_streamed else device)
     transformer.attend = ATTENTION.load(config.memory.attention)()
     transformer.gradient_checkpointing = config.memory.gradient_checkpointing
     transformer.blocks.keep_attention = config.memory.keep_attention

@@ -40,7 +40,10 @@ def run_job(
         assert job.stdout is not None
         try:
             for line in job.stdout:
-                event: dict[str, Any] = json.loads(line)
+                event = _event(line)
+                if event is None:
+                    sys.stderr.write(line)  # a library that prints where only events belong
+                    continue
                 fields = {key: value for key, value in event.items() if key not in _OWN}
                 if event["type"] == "end":
                     end = fields
@@ -54,6 +57,14 @@ def run_job(
             hint=f"try it alone: {' '.join(command)}",
         )
     return end
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and "type" in content else None
 
 
 _OWN = frozenset({"v", "time", "type"})

@@ -22,11 +22,13 @@ from trainer.engine.deepspeed import DeepSpeedEngine
 from trainer.engine.local import LocalEngine
 from trainer.engine.process_group import World
 from trainer.jobs.build import (
+    WeightsSource,
     build_objective,
     build_plugin,
     build_techniques,
     engine_kind,
     load_base,
+    make_base,
     trained_transformer_file,
 )
 from trainer.jobs.environment import menma_version
@@ -104,21 +106,34 @@ def open_data(config: RunConfig, variant: Variant, world: World, config_name: st
 
 
 def build_model(
-    config: RunConfig, build: BuildContext, world: World, largest_batch: int
+    config: RunConfig,
+    build: BuildContext,
+    world: World,
+    largest_batch: int,
+    weights: WeightsSource | None = None,
 ) -> TrainedModel:
     """Load the transformer, add what is trained, and make the step.
+
+    Args:
+        config: of the run.
+        build: for plug-ins.
+        world: this process's place.
+        largest_batch: items of the largest microbatch.
+        weights: makes the transformer; None: from the config's file.
 
     Raises:
         ConfigError: adapter or techniques do not fit the model or the data.
         ModelFileError: the weights cannot be used.
     """
-    path, _ = trained_transformer_file(config)
     techniques = build_techniques(config, build, largest_batch)
     objective = build_objective(config, build)
     adapter: Adapter = build_plugin(config.adapter, "kind", build, where="adapter")
     # ZeRO-3 shards weights one by one on their way to the device; whole they might not fit it.
     device = torch.device("cpu") if config.distributed.zero_stage == 3 else world.device
-    transformer = load_base(config, path, device=device)
+    if weights is None:
+        transformer = load_base(config, trained_transformer_file(config)[0], device=device)
+    else:
+        transformer = make_base(config, weights, device=device)
     if world.sequence is not None:
         transformer.share_tokens(world.sequence)
     adapter.inject(transformer, config.training.seed)

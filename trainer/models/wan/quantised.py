@@ -6,7 +6,7 @@ Embeddings, norms, modulations, biases, the time embedding and the head keep the
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,20 +85,25 @@ def plan_quantisation(
         found = {weights[stored.name].dtype for stored in coarse.values()}
         if found != {spec.dtype}:
             problems.append(_other_kind(weights, found))
-    if spec.matmul:
-        odd = [n for n, s in linears.items() if any(w % MULTIPLE for w in weights[s.name].shape)]
-        if odd:
-            problems.append(
-                Problem(
-                    f"fp8 products need widths that are multiples of {MULTIPLE}; {odd[0]} is "
-                    f"{weights[linears[odd[0]].name].shape}",
-                    "memory.fp8_matmul",
-                    hint="set fp8_matmul = false",
-                )
-            )
+    problems += widths_problems({n: weights[s.name].shape for n, s in linears.items()}, spec)
     if problems:
         raise ConfigError(problems=problems)
     return Quantisation(spec, from_fp8=bool(coarse))
+
+
+def widths_problems(shapes: Mapping[str, Sequence[int]], spec: Fp8Spec) -> list[Problem]:
+    """Return what is wrong with layers of these (O, I) shapes for how `spec` multiplies."""
+    odd = [name for name, shape in shapes.items() if any(width % MULTIPLE for width in shape)]
+    if not spec.matmul or not odd:
+        return []
+    return [
+        Problem(
+            f"fp8 products need widths that are multiples of {MULTIPLE}; {odd[0]} is "
+            f"{tuple(shapes[odd[0]])}",
+            "memory.fp8_matmul",
+            hint="set fp8_matmul = false",
+        )
+    ]
 
 
 def put_fp8_layer(
@@ -133,12 +138,19 @@ def put_fp8_layer(
         quantised = quantise(weights.read(stored.name), spec, device)
         weights.release(stored.name)
         quantisation.errors[layer_name] = quantised.relative_error or 0.0
+    replace_layer(model, layer_name, quantised, spec)
+    return True
+
+
+def replace_layer(
+    model: nn.Module, layer_name: str, quantised: QuantisedWeight, spec: Fp8Spec
+) -> None:
+    """Put an fp8 layer in the place of a linear layer, whose bias it takes over."""
     parent_name, _, child = layer_name.rpartition(".")
     parent = model.get_submodule(parent_name)
     bias = getattr(parent, child).bias
     products = Fp8Products() if spec.matmul else None
     setattr(parent, child, Fp8Linear(quantised, bias, products))
-    return True
 
 
 def _other_format(weights: WeightFiles, *, is_scaled: bool) -> Problem:
