@@ -28,7 +28,7 @@ def streaming_rule(config: RunConfig) -> Iterator[Problem]:
     if not wanted:
         return
     known = VARIANTS.get(config.model.variant)
-    if known is not None and "num_layers" not in config.model.shape:
+    if known is not None and wanted != "auto" and "num_layers" not in config.model.shape:
         problem = too_many_blocks(wanted, known.transformer.num_layers)
         if problem is not None:
             yield problem

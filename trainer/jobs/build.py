@@ -128,7 +128,7 @@ def load_base(config: RunConfig, path: Path, *, device: torch.device) -> WanTran
     """
     from trainer.models import load_transformer
 
-    num_streamed = config.memory.blocks_to_swap
+    num_streamed = config.memory.swapped_blocks
     transformer = load_transformer(
         path,
         variant=config.model.variant,
@@ -139,7 +139,7 @@ def load_base(config: RunConfig, path: Path, *, device: torch.device) -> WanTran
         fp8=fp8_spec(config),
     )
     transformer.attend = ATTENTION.load(config.memory.attention)()
-    transformer.gradient_checkpointing = config.memory.gradient_checkpointing
+    transformer.gradient_checkpointing = config.memory.checkpointed_every
     transformer.blocks.keep_attention = config.memory.keep_attention
     transformer.set_feed_forward_chunks(config.memory.feed_forward_chunks)
     if num_streamed or config.memory.offload_checkpoints:

@@ -13,6 +13,7 @@ from trainer.attention.base import AttentionNeeds, find_obstacle
 from trainer.contract.catalog import ATTENTION
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, MenmaError, Problem
+from trainer.contract.memory_model import resolve_memory
 from trainer.contract.memory_rules import too_many_blocks
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.build import fp8_spec, pick_device, weights_dtype
@@ -47,12 +48,17 @@ def memory_problems(config: RunConfig, *, trains: bool) -> list[Problem]:
 
 def memory_notes(config: RunConfig) -> Iterator[str]:
     """Yield what works here and is likely not meant."""
-    if config.memory.blocks_to_swap:
-        try:
-            device = pick_device(config)
-        except ConfigError:
-            return  # told as an error, or this is not the machine that trains
-        if device.type == "cpu":
+    memory = config.memory
+    if not memory.blocks_to_swap and not memory.automatic:
+        return
+    try:
+        device = pick_device(config)
+    except ConfigError:
+        return  # told as an error, or this is not the machine that trains
+    if device.type == "cpu":
+        if memory.automatic:
+            yield resolve_memory(config, None).in_words()
+        if memory.blocks_to_swap not in {0, "auto"}:
             yield (
                 "memory.blocks_to_swap saves nothing here: training on the CPU, device memory is "
                 "RAM, and each block is copied within it"
@@ -73,7 +79,8 @@ def compiler_problem() -> Problem | None:
 
 def _blocks(config: RunConfig) -> Iterator[Problem]:
     """Yield what the weight files say of the number of blocks to swap."""
-    if not config.memory.blocks_to_swap:
+    wanted = config.memory.blocks_to_swap
+    if not wanted or wanted == "auto":
         return
     for field in _TRANSFORMERS:
         path: Path | None = getattr(config.model, field)
@@ -83,7 +90,7 @@ def _blocks(config: RunConfig) -> Iterator[Problem]:
             shape = recognise(open_weights(path), "auto", dict(config.model.shape)).config
         except MenmaError:
             continue  # the files' own faults are told with the key of the file
-        problem = too_many_blocks(config.memory.blocks_to_swap, shape.num_layers)
+        problem = too_many_blocks(wanted, shape.num_layers)
         if problem is not None:
             yield problem
             return

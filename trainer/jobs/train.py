@@ -24,6 +24,7 @@ from trainer.engine import process_group
 from trainer.engine.failures import failing_together
 from trainer.engine.launch import run_workers
 from trainer.engine.process_group import World
+from trainer.jobs.automatic_memory import memory_values, resolve_for_training
 from trainer.jobs.base import INTERRUPTED, Emit, Stopped, explain
 from trainer.jobs.build import DTYPES, num_processes, pick_device, trained_transformer_file
 from trainer.jobs.components import settle_variant, with_variant
@@ -108,9 +109,10 @@ class TrainingRun:
             raise Stopped
 
     def _train(self) -> End:
-        config, world = self.config, self.world
+        world = self.world
         # Whatever can be wrong is found in the order of its cost: headers, caches, then weights.
-        variant = settle_variant(config)
+        variant = settle_variant(self.config)
+        self.config = config = resolve_for_training(self.config, variant, world, self.emit)
         data = open_data(config, variant, world, str(self.request.config))
         store = CheckpointStore(
             self.run_dir.checkpoints,
@@ -256,7 +258,9 @@ class TrainingRun:
         for problem in data.cached.problems:
             self.emit("warning", message=f"not used: {problem}")
         environment = describe_environment(
-            world_size=self.world.world_size, dataset_fingerprint=data.cached.fingerprint
+            world_size=self.world.world_size,
+            dataset_fingerprint=data.cached.fingerprint,
+            memory=memory_values(self.config),
         )
         write_json(self.run_dir.environment, environment)
 
