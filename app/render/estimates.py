@@ -73,13 +73,16 @@ def fit_lines(fit: Fit) -> Iterator[str]:
         yield f"  {change.override}: {moved}{'' if change.exact else '; less exact'}"
         peak, time, host = change.peak_bytes, change.step_seconds, change.host_bytes
     if not fit.found:
-        short = fit.after.deciding
+        short = fit.after.only(*fit.phases).deciding
         yield (
             f"No settings fit with the margin: {short.name} needs {gib(short.peak_bytes)} GiB. "
             "Smaller clips (resolution, target_frames, batch_size of the dataset) need less."
         )
         return
     yield "Use: " + " ".join(f"--set {_quoted(change.override)}" for change in fit.changes)
+    if fit.after.verdict != "fits":
+        needs = gib(fit.after.phase("sampling").peak_bytes)
+        yield f"`menma sample` of the whole model takes {needs} GiB: more than this GPU has."
 
 
 def gib(size: float) -> str:

@@ -13,7 +13,7 @@ from trainer.contract.config_rules import check_rules
 from trainer.contract.memory_model.automatic import resolve_memory
 from trainer.contract.memory_model.estimating import Circumstances, estimate_resolved
 from trainer.contract.memory_model.gpus import GIB, Gpu
-from trainer.contract.memory_model.result import Estimate
+from trainer.contract.memory_model.result import PHASES, Estimate
 from trainer.contract.memory_model.search import (
     LOSSY,
     Choice,
@@ -65,11 +65,13 @@ class Fit:
     after: Estimate
     """With all changes; the smallest that there is where nothing fits."""
     changes: tuple[Change, ...]
+    phases: tuple[str, ...] = PHASES
+    """Those that have to fit."""
 
     @property
     def found(self) -> bool:
         """Whether it fits now, margin included."""
-        return self.after.verdict == "fits"
+        return self.after.only(*self.phases).verdict == "fits"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; memory in GiB."""
@@ -114,7 +116,8 @@ def find_fit(config: RunConfig, gpu: Gpu, known: Circumstances | None = None) ->
     choices = [Choice(one, judge_training(one)) for one in ({}, *_alternatives(config))]
     best = fewest_swapped(best_choice(choices), judge_training)
     before = judge({})
-    settings = {**best.settings, **_tiles(config, best.settings, judge)}
+    phases = _phases(config)
+    settings = {**best.settings, **_tiles(config, best.settings, judge, phases)}
     changes, made = [], {}
     for key, value in settings.items():
         made[key] = value
@@ -129,7 +132,15 @@ def find_fit(config: RunConfig, gpu: Gpu, known: Circumstances | None = None) ->
                 exact=key not in LOSSY,
             )
         )
-    return Fit(before=before, after=judge(settings), changes=tuple(changes))
+    return Fit(before=before, after=judge(settings), changes=tuple(changes), phases=phases)
+
+
+def _phases(config: RunConfig) -> tuple[str, ...]:
+    """Return what has to fit; a whole model can be sampled where it was not trained."""
+    sampling = config.sampling
+    if config.adapter.kind != "none" or sampling.every_steps or sampling.at_start:
+        return PHASES
+    return tuple(phase for phase in PHASES if phase != "sampling")
 
 
 def _alternatives(config: RunConfig) -> Iterator[Settings]:
@@ -208,7 +219,9 @@ def _batches(config: RunConfig) -> Iterator[Settings]:
         factor *= 2
 
 
-def _tiles(config: RunConfig, settings: Settings, judge: Judge) -> Settings:
+def _tiles(
+    config: RunConfig, settings: Settings, judge: Judge, phases: tuple[str, ...]
+) -> Settings:
     """Return the largest VAE tile with which encoding and decoding fit, if it must be changed."""
     own = config.memory.vae_tile
     smallest: Settings = {}
@@ -217,7 +230,8 @@ def _tiles(config: RunConfig, settings: Settings, judge: Judge) -> Settings:
         result: Estimate = judge({**settings, **smallest})
         assert result.gpu is not None
         share = 1 + result.margin_bytes / max(result.peak_bytes, 1)
-        worst = max(result.phase(name).peak_bytes for name in ("latents", "sampling"))
+        tiled = [name for name in ("latents", "sampling") if name in phases]
+        worst = max(result.phase(name).peak_bytes for name in tiled)
         if worst * share <= result.gpu.memory_bytes:
             return smallest
     return smallest

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.contract.config import RunConfig
-from trainer.contract.errors import MenmaError
+from trainer.contract.errors import ConfigError, MenmaError
 from trainer.contract.memory_model.estimating import Circumstances, estimate_resolved
 from trainer.contract.memory_model.gpus import GIB
+from trainer.contract.memory_model.workload import variant_of
 from trainer.contract.run_dir import RunDir
 
 MOST_RUNS = 20
@@ -37,17 +38,21 @@ def measured_correction(config: RunConfig) -> Correction:
     most (`peaks.json`), divided by the estimate for the run's own config without CUDA's context;
     what was `auto` in it counts as what it became (`environment.json`). The factor is their median.
     """
-    ratios = list(_ratios(config))
+    try:
+        kind = _kind(config)
+    except ConfigError:  # the estimate says so
+        return Correction()
+    ratios = list(_ratios(config.output.runs_dir, kind))
     if not ratios:
         return Correction()
     return Correction(statistics.median(ratios), len(ratios))
 
 
-def _ratios(config: RunConfig) -> Iterator[float]:
+def _ratios(runs_dir: Path, kind: tuple[str, str]) -> Iterator[float]:
     from trainer.contract.config_io import load_config  # reads what this module is part of
 
     files = sorted(
-        config.output.runs_dir.glob("*/peaks.json"),
+        runs_dir.glob("*/peaks.json"),
         key=lambda path: path.stat().st_mtime_ns,
         reverse=True,
     )
@@ -59,7 +64,7 @@ def _ratios(config: RunConfig) -> Iterator[float]:
         environment = _read(run.environment)
         try:
             theirs = _as_it_ran(load_config(run.config, environ={}), environment)
-            if theirs is None or _kind(theirs) != _kind(config):
+            if theirs is None or _kind(theirs) != kind:
                 continue
             known = Circumstances(num_gpus=_world_size(environment))
             estimated = estimate_resolved(theirs, None, known)
@@ -85,7 +90,7 @@ def _as_it_ran(config: RunConfig, environment: dict[str, Any]) -> RunConfig | No
 
 
 def _kind(config: RunConfig) -> tuple[str, str]:
-    return config.model.variant, config.memory.weight_format
+    return variant_of(config).name, config.memory.weight_format
 
 
 def _world_size(environment: dict[str, Any]) -> int:

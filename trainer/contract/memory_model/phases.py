@@ -151,6 +151,7 @@ _LASTING = {
     "adapter",
     "fp32 masters",
     "optimizer",
+    "offload buffers",
     "ZeRO buckets",
     "text encoder",
     "VAE",

@@ -186,7 +186,7 @@ def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
     Raises:
         ConfigError: the variant cannot be told, or the dataset cannot be read.
     """
-    variant = _variant(config)
+    variant = variant_of(config)
     known = {field.name for field in fields(TransformerConfig)}
     file = _weight_file(config)
     told = {} if file is None else sizes_of_file(file)
@@ -205,7 +205,12 @@ def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
     )
 
 
-def _variant(config: RunConfig) -> Variant:
+def variant_of(config: RunConfig) -> Variant:
+    """Return the config's variant; where it is `auto` the weight file's header tells.
+
+    Raises:
+        ConfigError: it does not.
+    """
     model = config.model
     if model.variant != "auto":
         return get_variant(model.variant)
