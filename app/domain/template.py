@@ -176,10 +176,12 @@ def _choices(key: str, annotation: Any) -> tuple[str, ...]:
         return SOLVERS.names
     if key == "variant":
         return ("auto", *VARIANTS)
-    for part in (annotation, *get_args(annotation)):
-        if get_origin(part) is Literal:
-            return tuple(str(choice) for choice in get_args(part))
-    return ()
+    parts = (annotation, *get_args(annotation))
+    found = [part for part in parts if get_origin(part) is Literal]
+    others = [part for part in parts[1:] if part not in found and part is not type(None)]
+    if found and (found[0] is annotation or not others):
+        return tuple(str(choice) for choice in get_args(found[0]))
+    return ()  # a word among numbers: the option's own text says so
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trainer.contract.memory_model import Estimate, Fit
+from trainer.contract.memory_model import Estimate, Fit, automatic_words
 
 GIB = 2**30
 
@@ -37,6 +37,7 @@ def summary(result: Estimate) -> Iterator[str]:
     """Yield what follows the table: verdict, time, host memory, disk."""
     clips = f"{result.clip}, batch {result.clip.batch}, {result.tokens:,} tokens a clip"
     yield f"{result.variant}, largest batch {clips}."
+    yield from automatic_lines(result)
     yield verdict_line(result)
     if result.measured_runs:
         yield (
@@ -51,26 +52,37 @@ def summary(result: Estimate) -> Iterator[str]:
     yield f"Disk: {disk}."
 
 
+def automatic_lines(result: Estimate) -> Iterator[str]:
+    """Yield what `auto` became for this GPU, if anything was."""
+    if result.automatic and result.gpu is not None:
+        yield f"For {result.gpu.name}: {automatic_words(result.automatic, result.num_blocks)}."
+
+
 def fit_lines(fit: Fit) -> Iterator[str]:
     """Yield what was changed, what each change costs, and the options that make it."""
     if not fit.changes and fit.found:
         yield "Nothing has to be changed: it fits, and no setting makes it faster."
         return
-    peak, time = fit.before.peak_bytes, fit.before.step_seconds
+    peak, time, host = fit.before.peak_bytes, fit.before.step_seconds, fit.before.host_bytes
     for change in fit.changes:
         moved = f"{gib(peak)} -> {gib(change.peak_bytes)} GiB"
         if change.step_seconds is not None and time is not None:
             moved += f", {seconds(time)} -> {seconds(change.step_seconds)} an update"
+        if abs(change.host_bytes - host) > 0.05 * GIB:
+            moved += f", RAM {gib(host)} -> {gib(change.host_bytes)} GiB"
         yield f"  {change.override}: {moved}{'' if change.exact else '; less exact'}"
-        peak, time = change.peak_bytes, change.step_seconds
+        peak, time, host = change.peak_bytes, change.step_seconds, change.host_bytes
     if not fit.found:
-        short = fit.after.deciding
+        short = fit.after.only(*fit.phases).deciding
         yield (
             f"No settings fit with the margin: {short.name} needs {gib(short.peak_bytes)} GiB. "
             "Smaller clips (resolution, target_frames, batch_size of the dataset) need less."
         )
         return
     yield "Use: " + " ".join(f"--set {_quoted(change.override)}" for change in fit.changes)
+    if fit.after.verdict != "fits":
+        needs = gib(fit.after.phase("sampling").peak_bytes)
+        yield f"`menma sample` of the whole model takes {needs} GiB: more than this GPU has."
 
 
 def gib(size: float) -> str:

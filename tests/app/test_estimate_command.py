@@ -155,3 +155,73 @@ def test_check_says_whether_this_machine_s_gpu_is_large_enough(menma, sized, mon
     assert answer.code == 0
     assert "it does not fit" in answer.err
     assert "--fit" in answer.err
+
+
+AUTO = [
+    "--set",
+    "memory.blocks_to_swap=auto",
+    "--set",
+    "memory.gradient_checkpointing=auto",
+]
+
+
+def test_auto_is_shown_as_what_it_becomes_on_that_card(menma, sized):
+    words = ["estimate", sized, "--set", FOURTEEN, *AUTO]
+    large = menma(*words, "--gpu", "H200")
+    assert "For H200: memory.blocks_to_swap = auto: 0 of 40, memory.grad" in large.err
+    found = json.loads(menma(*words, "--gpu", "L40S", "--json").out)
+    became = found["automatic"]
+    assert found["verdict"] == "fits"
+    assert became["blocks_to_swap"] > 0
+    given = [f"memory.{field}={json.dumps(value)}" for field, value in became.items()]
+    options = [part for text in given for part in ("--set", text)]
+    plain = json.loads(
+        menma("estimate", sized, "--set", FOURTEEN, "--gpu", "L40S", "--json", *options).out
+    )
+    assert (plain["peak_gib"], plain["automatic"]) == (found["peak_gib"], {})
+    short = menma(*words, "--vram", "6")
+    assert "it does not fit" in short.err
+    assert "--fit" in short.err
+    assert menma(*words).code == 2  # no GPU here, and none is named
+
+
+def test_fit_says_what_each_change_costs(menma, sized):
+    full = ["adapter.kind=none", "distributed.zero_stage=2", "output.layout=comfy"]
+    options = [part for text in full for part in ("--set", text)]
+    words = ["estimate", sized, "--gpu", "H100 80GB", "--fit", "--set", FOURTEEN, *options]
+    answer = menma(*words)
+    assert answer.code == 0
+    (line,) = [line for line in answer.err.splitlines() if "offload_optimizer" in line][:1]
+    assert "GiB" in line
+    assert "an update" in line
+    assert "RAM" in line
+    assert "--set 'distributed.offload_optimizer=\"cpu\"'" in answer.err
+    text = sized.read_text(encoding="utf-8").replace("[1, 81]", "[1]")
+    sized.write_text(text, encoding="utf-8")  # of images, swapping takes longer than fp8
+    images = menma("estimate", sized, "--gpu", "RTX 4090", "--fit", "--set", FOURTEEN)
+    assert "less exact" in images.err
+
+
+def test_a_run_with_auto_counts_as_what_it_became(menma, sized, monkeypatch):
+    became = {"blocks_to_swap": 12, "gradient_checkpointing": 2}
+    values = [f"memory.{field}={value}" for field, value in became.items()]
+    for name in ("told", "silent"):
+        write_run(Path("runs") / name, sized, factor=1.06, overrides=values)
+        text = sized.read_text(encoding="utf-8").replace("[memory]", "")
+        text += "\n[memory]\n" + "".join(f'{field} = "auto"\n' for field in became)
+        (Path("runs") / name / "config.toml").write_text(text, encoding="utf-8")
+    record = json.dumps({"world_size": 1, "memory": became})
+    Path("runs/told/environment.json").write_text(record, encoding="utf-8")
+    monkeypatch.setattr(cards, "gpus", lambda: [listed("NVIDIA GeForce RTX 4090", 23.6)])
+    found = json.loads(menma("estimate", sized, "--json").out)
+    assert (found["measured_runs"], found["correction"]) == (1, 1.06)
+
+
+def test_check_says_what_auto_becomes(menma, sized, monkeypatch):
+    end = {"type": "end", "reason": "done", "variant": "wan2.1-t2v-14b", "clips": 3}
+    monkeypatch.setenv("FAKE_EVENTS", json.dumps([end]))
+    monkeypatch.setattr(cards, "gpus", lambda: [listed("NVIDIA L40S", 44.7)])
+    answer = menma("check", sized, *AUTO)
+    assert answer.code == 0
+    assert "For NVIDIA L40S: memory.blocks_to_swap = auto: " in answer.err
+    assert "it fits" in answer.err

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.test_training_options import assert_same, losses, trained
-from tests.e2e.variant_project import VariantProject, base_config, write_clips, write_models
+from tests.e2e.variant_project import (
+    HEADS,
+    VariantProject,
+    base_config,
+    write_clips,
+    write_models,
+)
+from trainer.contract.config_io import load_config
+from trainer.contract.memory_model import estimate, gpu_of_memory
+from trainer.jobs import automatic_memory
 
 pytestmark = pytest.mark.slow
 
@@ -48,3 +59,129 @@ def test_streaming_with_two_experts_and_samples_changes_nothing(project, engine,
     samples = [Path(e["path"]).name for e in streamed.of("sample")]
     assert samples == [Path(e["path"]).name for e in plain.of("sample")]
     assert samples
+
+
+AUTO = {"memory__blocks_to_swap": "auto", "memory__gradient_checkpointing": "auto"}
+TRUE = {"blocks_to_swap": 0, "gradient_checkpointing": True}
+
+
+def recorded(project: VariantProject, name: str) -> dict[str, object]:
+    """Return what a run has written down of `[memory]`."""
+    found: dict[str, object] = json.loads(project.run(name).environment.read_text())["memory"]
+    return found
+
+
+def test_auto_on_a_cpu_is_said_recorded_and_changes_nothing(project) -> None:
+    plain = project.train("said-plain")
+    auto = project.train("said-auto", **AUTO)
+    assert losses(auto) == losses(plain)
+    assert_same(trained(project, "said-auto"), trained(project, "said-plain"))
+    (said,) = [event for event in auto.of("log") if "= auto" in event["message"]]
+    assert "CPU" in said["message"]
+    assert said["memory"] == TRUE
+    assert recorded(project, "said-auto") == TRUE
+    written = tomllib.loads(project.run("said-auto").config.read_text())["memory"]
+    assert written["blocks_to_swap"] == written["gradient_checkpointing"] == "auto"
+    checked = project.job("check", config=project.write("auto.toml", **AUTO))
+    assert [said["message"] in event["message"] for event in checked.of("warning")] == [True]
+
+
+@pytest.mark.parametrize(("gib", "swaps"), [(40.0, False), (0.0, True)])
+def test_auto_trains_as_the_values_that_it_became(project, monkeypatch, gib, swaps) -> None:
+    """The card is made up; the blocks really are swapped, from RAM to RAM."""
+    config = load_config(project.folder / project.write("sizes.toml", **ALL))
+    smallest = estimate(config).phase("training").peak_bytes / 2**30
+    # With the margin, what all blocks swapped take just fits.
+    card = gpu_of_memory(gib or smallest + 0.26)
+    monkeypatch.setattr(automatic_memory, "usable_gpu", lambda *_, **__: card)
+    name = f"card-{swaps}"
+    auto = project.train(name, **AUTO, memory__offload_checkpoints=swaps)
+    became = recorded(project, name)
+    if not swaps:
+        assert became == {"blocks_to_swap": 0, "gradient_checkpointing": False}
+    assert losses(auto) == losses(project.train(f"{name}-plain"))
+    sampled = project.sample(config=project.write("s.toml", **AUTO, **SAMPLES))
+    assert "memory.blocks_to_swap = auto: 0 of 2" in sampled.of("log")[0]["message"]
+
+
+def test_nothing_is_loaded_where_no_value_fits(project, monkeypatch) -> None:
+    monkeypatch.setattr(automatic_memory, "usable_gpu", lambda *_, **__: gpu_of_memory(0.1))
+    done = project.train("too-small", may_fail=True, **AUTO)
+    assert done.code == 1
+    assert "no value of memory.blocks_to_swap" in done.words
+    assert "--fit" in done.words
+    assert done.of("phase") == []
+    sampled = project.job(
+        "sample", may_fail=True, config=project.write("s.toml", **AUTO, **SAMPLES), output="out"
+    )
+    assert sampled.code == 1
+    assert "sampling takes" in sampled.words
+
+
+def test_a_run_with_auto_resumes_with_other_values(project, monkeypatch) -> None:
+    """What `auto` becomes may change between two starts; the numbers do not."""
+    whole = project.train("whole", checkpoint__every_steps=1)
+    cards = {"large": gpu_of_memory(40.0), "cpu": None}
+    monkeypatch.setattr(automatic_memory, "usable_gpu", lambda *_, **__: cards["large"])
+    project.train("resumed", **AUTO, checkpoint__every_steps=1, training__max_steps=1)
+    first = recorded(project, "resumed")
+    monkeypatch.setattr(automatic_memory, "usable_gpu", lambda *_, **__: cards["cpu"])
+    again = project.train("resumed", **AUTO, checkpoint__every_steps=1)
+    assert first != recorded(project, "resumed")
+    assert losses(again)[-2:] == losses(whole)[-2:]
+    assert_same(trained(project, "resumed"), trained(project, "whole"))
+
+
+def test_eval_measures_with_auto(project) -> None:
+    held = {"validation__split": 0.5, "training__max_steps": 1}
+    project.train("measured", **held)
+    config = project.write("measured.toml", name="measured", **held, **AUTO)
+    done = project.job("eval", config=config)
+    assert [event["memory"] for event in done.of("log")] == [TRUE]
+
+
+REFUSED = [
+    ({"memory__blocks_to_swap": 3}, "memory.blocks_to_swap", "the model has 2", "2 or less"),
+    (
+        {"memory__blocks_to_swap": 41, "model__shape": {"num_heads": HEADS}},
+        "memory.blocks_to_swap",
+        "the model has 40",
+        "40 or less",
+    ),
+    (
+        {"memory__blocks_to_swap": 1, "memory__gradient_checkpointing": False},
+        "memory.blocks_to_swap",
+        "activations",
+        "gradient_checkpointing = true",
+    ),
+    (
+        {"memory__blocks_to_swap": "auto", "memory__gradient_checkpointing": False},
+        "memory.blocks_to_swap",
+        "activations",
+        "gradient_checkpointing = true",
+    ),
+    (
+        {"memory__blocks_to_swap": 1, "adapter": {"kind": "none"}},
+        "memory.blocks_to_swap",
+        "frozen",
+        'kind = "lora"',
+    ),
+    ({"memory__blocks_to_swap": -1}, "memory.blocks_to_swap", "number of blocks", "auto"),
+    ({"memory__gradient_checkpointing": "all"}, "memory.gradient_checkpointing", "true", "auto"),
+    ({"memory__attention": "sage"}, "memory.attention", "no backward", "sdpa"),
+]
+
+
+@pytest.mark.parametrize(("changes", "key", "words", "hint"), REFUSED)
+@pytest.mark.parametrize("job", ["check", "train"])
+def test_what_cannot_work_is_refused_with_key_line_and_way_out(
+    project, job, changes, key, words, hint
+) -> None:
+    config = project.write("refused.toml", name="refused", **changes)
+    done = project.job(job, config=config, may_fail=True)
+    assert done.code == 2
+    assert f"{key}: " in done.words
+    assert "refused.toml:" in done.words
+    assert words in done.words
+    assert hint in done.words
+    assert not project.run("refused").root.exists()

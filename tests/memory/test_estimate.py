@@ -335,8 +335,10 @@ def test_the_variant_is_read_from_the_file_s_header(variant: str, tmp_path: Path
     shape = VARIANTS[variant].transformer
     layers = {
         "model.patch_embedding.weight": {"shape": [shape.dim, shape.in_channels, 1, 2, 2]},
-        "blocks.0.self_attn.q.weight": {"shape": [shape.dim, shape.dim]},
+        "model.blocks.0.ffn.0.weight": {"shape": [shape.ffn_dim, shape.dim]},
     }
+    for index in range(shape.num_layers):
+        layers[f"model.blocks.{index}.self_attn.q.weight"] = {"shape": [shape.dim, shape.dim]}
     if shape.image_dim:
         layers["img_emb.proj.0.weight"] = {"shape": [shape.image_dim]}
         layers["img_emb.emb_pos"] = {"shape": [1, 514, shape.image_dim]}

@@ -27,7 +27,9 @@ from trainer.engine import process_group
 from trainer.engine.failures import failing_together
 from trainer.engine.launch import run_workers
 from trainer.engine.process_group import World
+from trainer.engine.sequence import sharing_clips
 from trainer.io.mapped_load import open_weights
+from trainer.jobs.automatic_memory import resolve_for_training
 from trainer.jobs.base import INTERRUPTED, Emit, Stopped, explain
 from trainer.jobs.build import engine_kind, num_processes, pick_device
 from trainer.jobs.components import with_variant
@@ -56,10 +58,13 @@ def run(request: BenchConfigRequest, emit: Emit) -> None:
             raise SystemExit(code)  # the process that failed has said why
         return
     device = pick_device(config)
-    with process_group.joined(device.type, config.distributed.timeout_s) as world:
-        work = workload_of(config, num_gpus=world.world_size)
-        tell = emit if world.rank == 0 else _silent
-        with failing_together(world, explain):
+    with process_group.joined(device.type, config.distributed.timeout_s) as place:
+        tell = emit if place.rank == 0 else _silent
+        with failing_together(place, explain):
+            distributed = config.distributed
+            world = sharing_clips(place, distributed.sequence_parallel, distributed.timeout_s)
+            config = resolve_for_training(config, get_variant(config.model.variant), world, tell)
+            work = workload_of(config, num_gpus=world.world_size)
             measured = measure_steps(
                 config, work, world, tell, steps=request.steps, warmup_steps=request.warmup_steps
             )
@@ -82,7 +87,8 @@ def read(request: BenchConfigRequest) -> RunConfig:
     model = config.model.model_copy(update=dict.fromkeys(_WEIGHT_FILES))
     config = config.model_copy(update={"model": model})
     problems = memory_problems(config, trains=True)
-    if (blocks := too_many_blocks(config.memory.blocks_to_swap, work.shape.num_layers)) is not None:
+    wanted = config.memory.blocks_to_swap
+    if wanted != "auto" and (blocks := too_many_blocks(wanted, work.shape.num_layers)) is not None:
         problems.append(blocks)
     if config.distributed.hostfile is not None:
         problems.append(

@@ -6,11 +6,12 @@ plug-ins chosen in it. Reading, merging and checking is `config_io`'s work.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from trainer.contract.options import Options
 from trainer.contract.plugin_options import option_names
@@ -161,9 +162,9 @@ class MemorySection(Options):
     attention: str = "sdpa"
     """How attention is computed: `sdpa`, `flash2`, `flash3`, `xformers`, `flex`, or `sage`, which
     is for sampling only. All but `sdpa` and `flex` need a package of their own."""
-    gradient_checkpointing: bool | Annotated[int, Field(ge=2)] = True
+    gradient_checkpointing: Literal["auto"] | bool | Annotated[int, Field(ge=2)] = True
     """Recompute blocks in the backward pass instead of keeping their activations: `true` each one,
-    `2` every second one, `3` every third one."""
+    `2` every second one, `3` every third one; `auto`: as few as the estimate lets fit the GPU."""
     keep_attention: bool = False
     """With gradient checkpointing: keep attention outputs, too. Faster; twice its memory."""
     offload_checkpoints: bool = False
@@ -174,9 +175,10 @@ class MemorySection(Options):
     """Make each block's attention inputs in so many parts of the tokens, recomputed one by one."""
     compile_blocks: bool = False
     """Compile the blocks with torch.compile. Faster after a slow first step; needs a C compiler."""
-    blocks_to_swap: int = Field(0, ge=0)
+    blocks_to_swap: Literal["auto"] | Annotated[int, Field(ge=0)] = 0
     """So many of the transformer's blocks stay in RAM and are copied to the device when their turn
-    comes; 0: all are on the device. For LoRA, not for full fine-tunes."""
+    comes; 0: all are on the device; `auto`: as few as the estimate lets fit the GPU. For LoRA, not
+    for full fine-tunes."""
     vae_dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the VAE. Norms are computed in fp32 either way."""
     vae_tile: int | None = Field(None, ge=128, multiple_of=32)
@@ -185,6 +187,45 @@ class MemorySection(Options):
     """Precision of the text encoder."""
     cache_dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of cached latents and text embeddings."""
+
+    @property
+    def automatic(self) -> tuple[str, ...]:
+        """Fields that are `auto` and wait for `memory_model.resolve_memory`."""
+        fields = ("blocks_to_swap", "gradient_checkpointing")
+        return tuple(field for field in fields if getattr(self, field) == "auto")
+
+    @property
+    def swapped_blocks(self) -> int:
+        """`blocks_to_swap` as a number.
+
+        Raises:
+            ValueError: it still is `auto`.
+        """
+        if self.blocks_to_swap == "auto":
+            raise ValueError("memory.blocks_to_swap = auto has not been resolved")
+        return self.blocks_to_swap
+
+    @property
+    def checkpointed_every(self) -> int:
+        """Every so many blocks one is recomputed; 0: none, 1: each.
+
+        Raises:
+            ValueError: it still is `auto`.
+        """
+        if self.gradient_checkpointing == "auto":
+            raise ValueError("memory.gradient_checkpointing = auto has not been resolved")
+        return int(self.gradient_checkpointing)
+
+    @field_validator("blocks_to_swap", "gradient_checkpointing", mode="wrap")
+    @classmethod
+    def _one_message(cls, value: Any, check: Callable[[Any], Any], info: ValidationInfo) -> Any:
+        try:
+            return check(value)
+        except ValidationError:  # it has a message for each kind of value that would do
+            numbers = "a number of blocks, 0 or more"
+            if info.field_name == "gradient_checkpointing":
+                numbers = "true, false, or a number of 2 or more"
+            raise PydanticCustomError("choice", f'should be {numbers}, or "auto"') from None
 
 
 class DistributedSection(Options):

@@ -28,7 +28,7 @@ def streaming_rule(config: RunConfig) -> Iterator[Problem]:
     if not wanted:
         return
     known = VARIANTS.get(config.model.variant)
-    if known is not None and "num_layers" not in config.model.shape:
+    if known is not None and wanted != "auto" and "num_layers" not in config.model.shape:
         problem = too_many_blocks(wanted, known.transformer.num_layers)
         if problem is not None:
             yield problem
@@ -49,7 +49,8 @@ def streaming_rule(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "swapped blocks are frozen, and a full fine-tune trains all of them",
             SWAP_KEY,
-            hint='set adapter.kind = "lora", or shard the weights: distributed.zero_stage = 3',
+            hint='set adapter.kind = "lora", or blocks_to_swap = 0 and distributed.zero_stage = 3, '
+            "which shards the weights",
         )
 
 

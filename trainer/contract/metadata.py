@@ -108,7 +108,7 @@ def _run(config: RunConfig, facts: TrainingFacts) -> dict[str, Any]:
         "ss_num_epochs": training.epochs,
         "ss_max_train_steps": facts.total_steps,
         "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "ss_gradient_checkpointing": bool(config.memory.gradient_checkpointing),
+        "ss_gradient_checkpointing": config.memory.checkpointed_every > 0,
         "ss_seed": training.seed,
         "ss_learning_rate": optimizer.learning_rate,
         "ss_lr_scheduler": config.lr_schedule.kind,

@@ -166,11 +166,11 @@ def make_base(config: RunConfig, weights: WeightsSource, *, device: torch.device
         ConfigError: it has fewer blocks than are to be swapped.
         RunError: the RAM for swapped blocks cannot be locked.
     """
-    num_streamed = config.memory.blocks_to_swap
+    num_streamed = config.memory.swapped_blocks
     # Streamed blocks never are on the device all at once, so it may be too small for them.
     transformer = weights(torch.device("cpu") if num_streamed else device)
     transformer.attend = ATTENTION.load(config.memory.attention)()
-    transformer.gradient_checkpointing = config.memory.gradient_checkpointing
+    transformer.gradient_checkpointing = config.memory.checkpointed_every
     transformer.blocks.keep_attention = config.memory.keep_attention
     transformer.set_feed_forward_chunks(config.memory.feed_forward_chunks)
     if num_streamed or config.memory.offload_checkpoints:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,13 @@ def menma_version() -> str:
     return _version("menma") or ""
 
 
-def describe_environment(*, world_size: int, dataset_fingerprint: str) -> dict[str, Any]:
-    """Return versions, GPUs, memory, git commit and the dataset's fingerprint."""
+def describe_environment(
+    *, world_size: int, dataset_fingerprint: str, memory: Mapping[str, bool | int]
+) -> dict[str, Any]:
+    """Return versions, GPUs, memory, git commit and the dataset's fingerprint.
+
+    `memory` has what the run uses of the keys of `[memory]` that its config may have as `auto`.
+    """
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -54,6 +60,7 @@ def describe_environment(*, world_size: int, dataset_fingerprint: str) -> dict[s
         "host_memory_gib": round(psutil.virtual_memory().total / 2**30, 2),
         "cpu_cores": psutil.cpu_count(logical=False),
         "world_size": world_size,
+        "memory": dict(memory),
         "git": _git_commit(),
         "dataset": dataset_fingerprint,
     }

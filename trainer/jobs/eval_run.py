@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from trainer.adapters import load_adapter
 from trainer.contract.config import RunConfig, ValidationSection
 from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import EvalRequest
+from trainer.contract.memory_model import Clip
 from trainer.contract.run_dir import RunDir
 from trainer.contract.variants import Variant
 from trainer.core.seams import BuildContext, Probe
 from trainer.io.mapped_load import open_weights
+from trainer.jobs.automatic_memory import clip_of, resolve_for_forwards
 from trainer.jobs.base import Emit
 from trainer.jobs.build import build_plugin, freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
@@ -40,6 +42,7 @@ from trainer.jobs.run_items import load_run_items, validation_settings
 from trainer.jobs.sample import SampleLoaders
 from trainer.jobs.sample_run import newest_output
 from trainer.sampling.pipeline import Expert
+from trainer.sampling.requests import SampleRequest
 from trainer.training.reporter import peaks_gib
 from trainer.training.validation import ValidationResult
 
@@ -60,6 +63,8 @@ def run(request: EvalRequest, emit: Emit) -> None:
     build = BuildContext(variant=variant, seed=config.training.seed, device=device, total_steps=0)
     probe: Probe = build_plugin(config.probe, "kind", build, where="probe")
     shots = shot_requests(probe.shots(), variant, config.sampling, probe=config.probe.kind)
+    clips = _clips(config, validation, shots)
+    config = resolve_for_forwards(config, variant, device, clips, emit) if clips else config
     tile = config.memory.vae_tile
     measured = measure(
         EvalParts(
@@ -100,6 +105,19 @@ def run(request: EvalRequest, emit: Emit) -> None:
         evaluation={"seconds": round(time.monotonic() - started, 3), **_peaks(peaks_gib(device))},
         notes=notes,
     )
+
+
+def _clips(
+    config: RunConfig, validation: ValidationSet | None, shots: Sequence[SampleRequest]
+) -> list[Clip]:
+    """Return all that the transformer works on; empty: it is not loaded."""
+    buckets = {item.bucket for item in validation.items} if validation is not None else set()
+    batch = config.validation.batch_size
+    measured = [
+        Clip(width=one.width, height=one.height, num_frames=one.num_frames, batch=batch)
+        for one in sorted(buckets)
+    ]
+    return measured + [clip_of(request) for request in shots]
 
 
 def _trained(

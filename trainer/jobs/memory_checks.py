@@ -13,6 +13,7 @@ from trainer.attention.base import AttentionNeeds, find_obstacle
 from trainer.contract.catalog import ATTENTION
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, MenmaError, Problem
+from trainer.contract.memory_model import resolve_memory
 from trainer.contract.memory_rules import too_many_blocks
 from trainer.contract.sequence_rules import uneven_heads
 from trainer.contract.variants import TransformerConfig
@@ -51,12 +52,17 @@ def memory_problems(config: RunConfig, *, trains: bool) -> list[Problem]:
 
 def memory_notes(config: RunConfig) -> Iterator[str]:
     """Yield what works here and is likely not meant."""
-    if config.memory.blocks_to_swap:
-        try:
-            device = pick_device(config)
-        except ConfigError:
-            return  # told as an error, or this is not the machine that trains
-        if device.type == "cpu":
+    memory = config.memory
+    if not memory.blocks_to_swap and not memory.automatic:
+        return
+    try:
+        device = pick_device(config)
+    except ConfigError:
+        return  # told as an error, or this is not the machine that trains
+    if device.type == "cpu":
+        if memory.automatic:
+            yield resolve_memory(config, None).in_words()
+        if memory.blocks_to_swap not in {0, "auto"}:
             yield (
                 "memory.blocks_to_swap saves nothing here: training on the CPU, device memory is "
                 "RAM, and each block is copied within it"
@@ -77,10 +83,11 @@ def compiler_problem() -> Problem | None:
 
 def _blocks(config: RunConfig) -> Iterator[Problem]:
     """Yield what the weight files say of the number of blocks to swap."""
-    if not config.memory.blocks_to_swap:
+    wanted = config.memory.blocks_to_swap
+    if not wanted or wanted == "auto":
         return
     for shape in _shapes(config):
-        problem = too_many_blocks(config.memory.blocks_to_swap, shape.num_layers)
+        problem = too_many_blocks(wanted, shape.num_layers)
         if problem is not None:
             yield problem
             return

@@ -11,6 +11,7 @@ from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import LoRAUse, SampleJobRequest
 from trainer.contract.run_dir import RunDir
 from trainer.contract.variants import Variant
+from trainer.jobs.automatic_memory import clip_of, resolve_for_forwards
 from trainer.jobs.base import Emit
 from trainer.jobs.build import freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
@@ -39,6 +40,9 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     variant = settle_variant(config)
     prompts = _prompts(request, config)
     device = pick_device(config)
+    requests = requests_of(prompts, variant, config.sampling)
+    clips = [clip_of(request) for request in requests]
+    config = resolve_for_forwards(config, variant, device, clips, emit)
     files = transformer_files(config, variant)
     loras = list(request.loras)
     if request.run_dir is not None:
@@ -54,7 +58,7 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
         )
 
     samples = run_sample(
-        requests_of(prompts, variant, config.sampling),
+        requests,
         variant,
         _loaders(config, variant, files, device),
         request.output,

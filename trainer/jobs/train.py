@@ -25,6 +25,7 @@ from trainer.engine.failures import failing_together
 from trainer.engine.process_group import World
 from trainer.engine.sequence import sharing_clips
 from trainer.jobs.agreement import require_same, require_shared_folder
+from trainer.jobs.automatic_memory import memory_values, resolve_for_training
 from trainer.jobs.base import INTERRUPTED, Emit, Stopped, explain
 from trainer.jobs.build import DTYPES, pick_device, trained_transformer_file
 from trainer.jobs.components import settle_variant, with_variant
@@ -110,14 +111,15 @@ class TrainingRun:
             raise Stopped
 
     def _train(self) -> End:
-        config, distributed = self.config, self.config.distributed
+        distributed = self.config.distributed
         self.world = world = sharing_clips(
             self.world, distributed.sequence_parallel, distributed.timeout_s
         )
         # Whatever can be wrong is found in the order of its cost: headers, caches, then weights.
-        variant = settle_variant(config)
-        hosts = require_same(world, ground(config))
+        variant = settle_variant(self.config)
+        hosts = require_same(world, ground(self.config))
         require_shared_folder(world, hosts, self.run_dir.root)
+        self.config = config = resolve_for_training(self.config, variant, world, self.emit)
         data = open_data(config, variant, world, str(self.request.config))
         require_same(world, {"dataset": data.cached.fingerprint})
         store = CheckpointStore(
@@ -267,7 +269,9 @@ class TrainingRun:
         for problem in data.cached.problems:
             self.emit("warning", message=f"not used: {problem}")
         environment = describe_environment(
-            world_size=self.world.world_size, dataset_fingerprint=data.cached.fingerprint
+            world_size=self.world.world_size,
+            dataset_fingerprint=data.cached.fingerprint,
+            memory=memory_values(self.config),
         )
         write_json(self.run_dir.environment, environment)
 

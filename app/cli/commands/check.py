@@ -86,11 +86,13 @@ def _show_dataset(end: Mapping[str, Any]) -> None:
 def _show_estimate(config: RunConfig, variant: str) -> None:
     """Say whether this machine's GPU is large enough, where there is one."""
     from app.domain.cards import estimate_here
-    from app.render.estimates import verdict_line
+    from app.render.estimates import automatic_lines, verdict_line
 
     result = estimate_here(config, variant)
     if result is None:
         return
+    for line in automatic_lines(result):
+        output.say(line)
     line = f"{verdict_line(result)} More: menma estimate"
     if result.verdict == "fits":
         output.say(line)

@@ -5,22 +5,36 @@
 parts, the margin and how exact it is.
 """
 
-from trainer.contract.memory_model.estimating import Circumstances, estimate
+from trainer.contract.memory_model.automatic import (
+    Automatic,
+    automatic_words,
+    estimate,
+    resolve_memory,
+)
+from trainer.contract.memory_model.clips import Clip
+from trainer.contract.memory_model.estimating import Circumstances
 from trainer.contract.memory_model.fit import Change, Fit, find_fit
 from trainer.contract.memory_model.gpus import GPUS, Gpu, find_gpu, gpu_of_memory
+from trainer.contract.memory_model.measured import Correction, measured_correction
 from trainer.contract.memory_model.result import Estimate, Phase, Verdict
 
 __all__ = [
     "GPUS",
+    "Automatic",
     "Change",
     "Circumstances",
+    "Clip",
+    "Correction",
     "Estimate",
     "Fit",
     "Gpu",
     "Phase",
     "Verdict",
+    "automatic_words",
     "estimate",
     "find_fit",
     "find_gpu",
     "gpu_of_memory",
+    "measured_correction",
+    "resolve_memory",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.contract.config import RunConfig
-from trainer.contract.memory_model.gpus import Gpu, find_gpu
+from trainer.contract.memory_model.clips import Clip
+from trainer.contract.memory_model.gpus import Gpu
 from trainer.contract.memory_model.host import disk_parts, host_parts
-from trainer.contract.memory_model.phases import phases
+from trainer.contract.memory_model.phases import inference_phase, phases
 from trainer.contract.memory_model.result import Estimate
 from trainer.contract.memory_model.timing import step_parts
 from trainer.contract.memory_model.workload import workload_of
@@ -25,23 +27,16 @@ class Circumstances:
     """How many runs the correction comes from; they narrow the margin."""
 
 
-def estimate(
-    config: RunConfig,
-    gpu: Gpu | str | None = None,
-    known: Circumstances | None = None,
+def estimate_resolved(
+    config: RunConfig, card: Gpu | None, known: Circumstances | None = None
 ) -> Estimate:
-    """Return what `config` takes on each GPU.
+    """Return what a config without `auto` in `[memory]` takes on each GPU; see `estimate`.
 
     Args:
-        config: checked; where `model.variant` is `auto`, the weight file's header tells.
-        gpu: the card, or its name; None: no verdict and no step time.
+        config: checked, and resolved.
+        card: None: no verdict and no step time.
         known: number of GPUs, and what was measured; left out: one GPU, nothing.
-
-    Raises:
-        ConfigError: the variant cannot be told, or the dataset cannot be read.
-        UserError: there is no GPU of that name.
     """
-    card = find_gpu(gpu) if isinstance(gpu, str) else gpu
     known = known or Circumstances()
     work = workload_of(config, num_gpus=known.num_gpus)
     seconds = {} if card is None else step_parts(work, card)
@@ -49,6 +44,7 @@ def estimate(
         variant=work.variant.name,
         clip=work.clip,
         tokens=work.tokens,
+        num_blocks=work.shape.num_layers,
         world_size=work.world_size,
         gpu=card,
         phases=phases(work, known.correction),
@@ -56,6 +52,35 @@ def estimate(
         disk_parts=disk_parts(work),
         step_seconds=sum(seconds.values()) if seconds else None,
         step_parts=seconds,
+        correction=known.correction,
+        measured_runs=known.measured_runs,
+    )
+
+
+def estimate_inference(
+    config: RunConfig, clips: Sequence[Clip], card: Gpu, known: Circumstances | None = None
+) -> Estimate:
+    """Return what forwards alone take: sampling, or measuring a loss. One phase, `sampling`.
+
+    Args:
+        config: checked, and resolved.
+        clips: what the transformer works on, whole batches.
+        card: the GPU.
+        known: as in `estimate`.
+    """
+    known = known or Circumstances()
+    work = workload_of(config)
+    return Estimate(
+        variant=work.variant.name,
+        clip=work.clip,
+        tokens=work.tokens,
+        num_blocks=work.shape.num_layers,
+        world_size=1,
+        gpu=card,
+        phases=(inference_phase(work, clips, known.correction),),
+        host_parts={},
+        disk_parts={},
+        step_seconds=None,
         correction=known.correction,
         measured_runs=known.measured_runs,
     )

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from trainer.contract.config import RunConfig
 from trainer.contract.config_rules import check_rules
-from trainer.contract.memory_model.estimating import Circumstances, estimate
-from trainer.contract.memory_model.gpus import GIB, GPUS, Gpu
-from trainer.contract.memory_model.result import Estimate
+from trainer.contract.memory_model.automatic import resolve_memory
+from trainer.contract.memory_model.estimating import Circumstances, estimate_resolved
+from trainer.contract.memory_model.gpus import GIB, Gpu
+from trainer.contract.memory_model.result import PHASES, Estimate
+from trainer.contract.memory_model.search import (
+    LOSSY,
+    Choice,
+    Judge,
+    Settings,
+    best_choice,
+    fewest_swapped,
+    paced,
+    with_settings,
+)
 from trainer.contract.memory_model.workload import workload_of
 
-LOSSY_GAIN = 0.9
-"""Settings that change the numbers are taken where they need less than this share of the time."""
-_PACE = GPUS["RTX 4090"]
-"""Orders settings by time on a card whose arithmetic is not known."""
+_PLACES = (
+    (2, "none", "none"),
+    (3, "none", "none"),
+    (2, "cpu", "none"),
+    (3, "cpu", "none"),
+    (3, "cpu", "cpu"),
+)
+"""ZeRO stage, place of the optimizer's state, place of the weights; from the GPU to RAM."""
 _TILES = (None, 1024, 512, 256)
-
-Settings = Mapping[str, Any]
-"""Key of the config -> value."""
-Judge = Callable[[Settings], Estimate]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +46,8 @@ class Change:
     peak_bytes: int
     """Highest peak once it is made."""
     step_seconds: float | None
+    host_bytes: int
+    """Host memory of all processes of a machine once it is made."""
     exact: bool
     """The numbers stay those of the config."""
 
@@ -52,11 +65,13 @@ class Fit:
     after: Estimate
     """With all changes; the smallest that there is where nothing fits."""
     changes: tuple[Change, ...]
+    phases: tuple[str, ...] = PHASES
+    """Those that have to fit."""
 
     @property
     def found(self) -> bool:
         """Whether it fits now, margin included."""
-        return self.after.verdict == "fits"
+        return self.after.only(*self.phases).verdict == "fits"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; memory in GiB."""
@@ -67,6 +82,7 @@ class Fit:
                     "set": change.override,
                     "peak_gib": round(change.peak_bytes / GIB, 3),
                     "step_seconds": change.step_seconds,
+                    "host_gib": round(change.host_bytes / GIB, 3),
                     "exact": change.exact,
                 }
                 for change in self.changes
@@ -82,21 +98,26 @@ def find_fit(config: RunConfig, gpu: Gpu, known: Circumstances | None = None) ->
     Faster settings are tried as well as smaller ones. Settings that change what is computed (fp8
     weights) are taken only where the exact ones do not fit, or take clearly longer.
 
+    `auto` is resolved first, so that changes are told from what it becomes.
+
     Args:
         config: checked.
         gpu: the card.
         known: as in `estimate`.
     """
+    config = resolve_memory(config, gpu, known).config
 
     def judge(settings: Settings) -> Estimate:
-        card = gpu if gpu.bf16_tflops else replace(_PACE, name=gpu.name, memory_gib=gpu.memory_gib)
-        return estimate(with_settings(config, settings), card, known)
+        return estimate_resolved(with_settings(config, settings), paced(gpu), known)
 
+    def judge_training(settings: Settings) -> Estimate:
+        return judge(settings).only("training")  # the other phases know other settings
+
+    choices = [Choice(one, judge_training(one)) for one in ({}, *_alternatives(config))]
+    best = fewest_swapped(best_choice(choices), judge_training)
     before = judge({})
-    choices = [_Choice(settings, judge(settings)) for settings in _alternatives(config) if settings]
-    best = _best([_Choice({}, before), *choices])
-    best = _fewest_swapped(best, judge)
-    settings = {**best.settings, **_tiles(config, best.settings, judge)}
+    phases = _phases(config)
+    settings = {**best.settings, **_tiles(config, best.settings, judge, phases)}
     changes, made = [], {}
     for key, value in settings.items():
         made[key] = value
@@ -107,105 +128,41 @@ def find_fit(config: RunConfig, gpu: Gpu, known: Circumstances | None = None) ->
                 value=value,
                 peak_bytes=step.peak_bytes,
                 step_seconds=step.step_seconds if gpu.bf16_tflops else None,
-                exact=key not in _LOSSY,
+                host_bytes=step.host_bytes,
+                exact=key not in LOSSY,
             )
         )
-    return Fit(before=before, after=judge(settings), changes=tuple(changes))
+    return Fit(before=before, after=judge(settings), changes=tuple(changes), phases=phases)
 
 
-def with_settings(config: RunConfig, settings: Settings) -> RunConfig:
-    """Return the config with some values changed, not checked."""
-    sections: dict[str, dict[str, Any]] = {}
-    for key, value in settings.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    update: dict[str, Any] = {}
-    for section, values in sections.items():
-        old = getattr(config, section)
-        if section == "dataset":  # only its general batch size
-            general = {**old.general, "batch_size": values["general.batch_size"]}
-            update[section] = old.model_copy(update={"general": general})
-        else:
-            update[section] = old.model_copy(update=values)
-    return config.model_copy(update=update)
-
-
-_LOSSY = {"memory.weight_format", "memory.fp8_matmul"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    settings: Settings
-    result: Estimate
-
-    @property
-    def exact(self) -> bool:
-        return not self.settings.keys() & _LOSSY
-
-    @property
-    def training_bytes(self) -> int:
-        return self.result.phase("training").peak_bytes
-
-    @property
-    def seconds(self) -> float:
-        return self.result.step_seconds or 0.0
-
-    def fits(self) -> bool:
-        """Whether training fits, margin included; the other phases know other settings."""
-        gpu = self.result.gpu
-        assert gpu is not None
-        share = 1 + self.result.margin_bytes / max(self.result.peak_bytes, 1)
-        return self.training_bytes * share <= gpu.memory_bytes
-
-
-def _best(choices: list[_Choice]) -> _Choice:
-    fitting = [choice for choice in choices if choice.fits()]
-    if not fitting:
-        return min(choices, key=lambda one: (one.training_bytes, len(one.settings)))
-
-    def order(choice: _Choice) -> tuple[float, int]:
-        seconds = choice.seconds if choice.exact else choice.seconds / LOSSY_GAIN
-        return seconds, len(choice.settings)
-
-    return min(fitting, key=order)
-
-
-def _fewest_swapped(best: _Choice, judge: Judge) -> _Choice:
-    """Return the same with no more blocks swapped than it takes to fit."""
-    key = "memory.blocks_to_swap"
-    most = best.settings.get(key, 0)
-    if not best.fits():
-        return best
-    least = 0
-    while most - least > 1:
-        number = (least + most) // 2
-        settings = {**best.settings, key: number}
-        fewer = _Choice(settings, judge(settings))
-        if fewer.fits():
-            best, most = fewer, number
-        else:
-            least = number
-    return best
+def _phases(config: RunConfig) -> tuple[str, ...]:
+    """Return what has to fit; a whole model can be sampled where it was not trained."""
+    sampling = config.sampling
+    if config.adapter.kind != "none" or sampling.every_steps or sampling.at_start:
+        return PHASES
+    return tuple(phase for phase in PHASES if phase != "sampling")
 
 
 def _alternatives(config: RunConfig) -> Iterator[Settings]:
     """Yield settings that keep the rules; values that are the config's own are left out."""
     memory = config.memory
+    checkpointing = dict.fromkeys((memory.gradient_checkpointing, True, 2, False))
     dimensions: list[list[Settings]] = [
-        [{"memory.gradient_checkpointing": value} for value in (True, 2, False)],
+        [{"memory.gradient_checkpointing": value} for value in checkpointing],
         [{"memory.keep_attention": value} for value in (False, True)],
         [{"memory.weight_format": value} for value in _formats(config)],
         [{"memory.blocks_to_swap": value} for value in _swaps(config)],
         [{"memory.offload_checkpoints": value} for value in (False, True)],
         [{"memory.feed_forward_chunks": value} for value in _chunks(config)],
         list(_batches(config)),
+        list(_offloads(config)),
     ]
     for parts in product(*dimensions):
         wanted = {key: value for part in parts for key, value in part.items()}
         settings = {key: value for key, value in wanted.items() if value != _value(config, key)}
         if memory.fp8_matmul and wanted["memory.weight_format"] != memory.weight_format:
             continue
-        if not check_rules(with_settings(config, settings)):
+        if settings and not check_rules(with_settings(config, settings)):
             yield settings
 
 
@@ -215,8 +172,8 @@ def _formats(config: RunConfig) -> tuple[str, ...]:
 
 
 def _swaps(config: RunConfig) -> tuple[int, ...]:
-    """Return numbers of blocks to swap; between two of them `_fewest_swapped` looks closer."""
-    own = config.memory.blocks_to_swap
+    """Return numbers of blocks to swap; between two of them `fewest_swapped` looks closer."""
+    own = config.memory.swapped_blocks
     if config.adapter.kind == "none":
         return (own,)
     blocks = workload_of(config).shape.num_layers
@@ -225,6 +182,23 @@ def _swaps(config: RunConfig) -> tuple[int, ...]:
 
 def _chunks(config: RunConfig) -> tuple[int, ...]:
     return tuple(sorted({config.memory.feed_forward_chunks, 1, 4}))
+
+
+def _offloads(config: RunConfig) -> Iterator[Settings]:
+    """Yield where a full fine-tune may keep its state; `auto` engines are DeepSpeed here."""
+    yield {}
+    distributed = config.distributed
+    if config.adapter.kind != "none" or distributed.engine == "local":
+        return
+    for stage, optimizer, parameters in _PLACES:
+        wanted = {
+            "distributed.zero_stage": stage,
+            "distributed.offload_optimizer": optimizer,
+            "distributed.offload_parameters": parameters,
+        }
+        changed = {key: value for key, value in wanted.items() if value != _value(config, key)}
+        if changed:
+            yield changed
 
 
 def _batches(config: RunConfig) -> Iterator[Settings]:
@@ -245,7 +219,9 @@ def _batches(config: RunConfig) -> Iterator[Settings]:
         factor *= 2
 
 
-def _tiles(config: RunConfig, settings: Settings, judge: Judge) -> Settings:
+def _tiles(
+    config: RunConfig, settings: Settings, judge: Judge, phases: tuple[str, ...]
+) -> Settings:
     """Return the largest VAE tile with which encoding and decoding fit, if it must be changed."""
     own = config.memory.vae_tile
     smallest: Settings = {}
@@ -254,7 +230,8 @@ def _tiles(config: RunConfig, settings: Settings, judge: Judge) -> Settings:
         result: Estimate = judge({**settings, **smallest})
         assert result.gpu is not None
         share = 1 + result.margin_bytes / max(result.peak_bytes, 1)
-        worst = max(result.phase(name).peak_bytes for name in ("latents", "sampling"))
+        tiled = [name for name in ("latents", "sampling") if name in phases]
+        worst = max(result.phase(name).peak_bytes for name in tiled)
         if worst * share <= result.gpu.memory_bytes:
             return smallest
     return smallest

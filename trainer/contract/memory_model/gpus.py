@@ -29,6 +29,10 @@ class Gpu:
     memory_gb_s: float = 0.0
     host_gb_s: float = 0.0
     """Host to device from pinned memory, as measured, not as named."""
+    link_gb_s: float = 0.0
+    """To the other GPUs of the machine, one way: NVLink where it has it, else as `host_gb_s`."""
+    host_memory_gb_s: float = 0.0
+    """RAM of the machine that it is mostly found in: a guess, 200 for servers, 60 for desktops."""
     matmul: float = 0.80
     """Share of the peak that large products reach; attention forward and backward follow."""
     attention_forward: float = 0.63
@@ -40,14 +44,19 @@ class Gpu:
         return round(self.memory_gib * GIB)
 
 
-def _server(name: str, memory: float, bf16: float, fp8: float, memory_gb_s: float) -> Gpu:
+def _server(  # a row of the table below, in the order of its columns
+    name: str, memory: float, bf16: float, fp8: float, memory_gb_s: float, link: float = 0.0
+) -> Gpu:
+    host = 50.0 if fp8 else 25.0
     return Gpu(
         name=name,
         memory_gib=memory,
         bf16_tflops=bf16,
         fp8_tflops=fp8,
         memory_gb_s=memory_gb_s,
-        host_gb_s=25.0 if not fp8 else 50.0,
+        host_gb_s=host,
+        link_gb_s=link or host,
+        host_memory_gb_s=200.0,
     )
 
 
@@ -61,6 +70,8 @@ def _desktop(  # a row of the table below, in the order of its columns
         fp8_tflops=fp8,
         memory_gb_s=memory_gb_s,
         host_gb_s=host,
+        link_gb_s=host,
+        host_memory_gb_s=60.0,
         matmul=0.90,
         attention_forward=0.85,
         attention_backward=0.69,
@@ -68,13 +79,14 @@ def _desktop(  # a row of the table below, in the order of its columns
 
 
 _TABLE = (
-    # Memory in GiB; bf16 and fp8 in TFLOP/s; bandwidths of memory and from the host in GB/s.
-    _server("A100 40GB", 39.4, 312, 0, 1555),
-    _server("A100 80GB", 79.2, 312, 0, 2039),
+    # Memory in GiB; bf16 and fp8 in TFLOP/s; bandwidths in GB/s: memory, then for servers NVLink
+    # (nine tenths of what the maker names one way), for others from the host.
+    _server("A100 40GB", 39.4, 312, 0, 1555, 270),
+    _server("A100 80GB", 79.2, 312, 0, 2039, 270),
     _server("H100 PCIe", 79.6, 756, 1513, 2039),
-    _server("H100 80GB", 79.6, 989, 1979, 3350),
-    _server("H200", 139.8, 989, 1979, 4800),
-    _server("B200", 178.4, 2250, 4500, 8000),
+    _server("H100 80GB", 79.6, 989, 1979, 3350, 410),
+    _server("H200", 139.8, 989, 1979, 4800, 410),
+    _server("B200", 178.4, 2250, 4500, 8000, 810),
     _desktop("A10G", 22.1, 70, 0, 600),
     _desktop("A10", 22.1, 125, 0, 600),
     _desktop("L4", 22.2, 121, 242, 300),

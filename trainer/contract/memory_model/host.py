@@ -6,6 +6,7 @@ import math
 
 from trainer.contract.memory_model.clips import Clip
 from trainer.contract.memory_model.gpus import GIB
+from trainer.contract.memory_model.offload import offloaded_disk_parts, offloaded_host_parts
 from trainer.contract.memory_model.workload import ELEMENT, Workload
 
 PROCESS_BYTES = 2.5 * GIB
@@ -25,6 +26,7 @@ def host_parts(work: Workload) -> dict[str, int]:
     if work.config.memory.offload_checkpoints:
         tokens = work.block_shape().tokens_bytes
         parts["parked activations"] = world * work.recomputed * tokens
+    parts |= offloaded_host_parts(work)
     # A copy of the trained weights on the way to a file.
     parts["saving"] = work.trained_parameters * 4.0
     sampling = work.config.sampling
@@ -68,4 +70,5 @@ def disk_parts(work: Workload) -> dict[str, int]:
         # One more while the newest is being written.
         "checkpoints": round(state * (min(kept, saves + 1) + 1)),
         "outputs": round(outputs * trained * ELEMENT[config.output.dtype]),
+        **{name: round(size) for name, size in offloaded_disk_parts(work).items()},
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from trainer.contract.config import Prompt, SamplingSection
 from trainer.contract.memory_model import encoders
@@ -30,9 +30,9 @@ def phases(work: Workload, correction: float = 1.0) -> tuple[Phase, ...]:
         "captions": _captions(work),
         "latents": _latents(work),
         "training": training_parts(work),
-        "sampling": _sampling(work),
     }
-    return tuple(_phase(name, parts, work, correction) for name, parts in found.items())
+    cached = tuple(_phase(name, parts, work, correction) for name, parts in found.items())
+    return (*cached, _sampling(work, correction))
 
 
 def training_parts(work: Workload) -> Parts:
@@ -87,35 +87,62 @@ def _latents(work: Workload) -> Parts:
     return parts
 
 
-def _sampling(work: Workload) -> Parts:
+def inference_phase(work: Workload, clips: Sequence[Clip], correction: float = 1.0) -> Phase:
+    """Return the phase of forwards without an optimizer: `menma sample`, or a loss measured.
+
+    Args:
+        work: the config's.
+        clips: what the transformer works on, whole batches.
+        correction: multiplies everything but the context.
+    """
+    standing = {"weights": work.resident_bytes, "block swap": work.ring_bytes}
+    if not work.full:
+        standing["adapter"] = work.trained_parameters * work.element
+    most: Parts = {}
+    for clip in clips:
+        # `menma sample` lets the transformer go before it decodes.
+        parts = [{**standing, **_forwarding(work, clip)}, _decoding(work, clip)]
+        most = max(most, *parts, key=_total)
+    return _phase("sampling", most, work, correction)
+
+
+def _sampling(work: Workload, correction: float) -> Phase:
     """Samples during training if the config wants them; else those of `menma sample`."""
-    config, variant = work.config, work.variant
-    memory, sampling = config.memory, config.sampling
+    variant, sampling = work.variant, work.config.sampling
     clip = sampling_clip(sampling, variant)
-    during = bool(sampling.every_steps or sampling.at_start)
-    if during:
-        standing = {name: size for name, size in standing_parts(work).items() if name != "inputs"}
-    else:
-        standing = {"weights": work.resident_bytes, "block swap": work.ring_bytes}
-        if not work.full:
-            standing["adapter"] = work.trained_parameters * work.element
-    forward: Parts = {"live block": forward_peak(work.block_shape(clip))}
-    if during and variant.experts:
+    if not sampling.every_steps and not sampling.at_start:
+        return inference_phase(work, (clip,), correction)
+    standing = {name: size for name, size in standing_parts(work).items() if name != "inputs"}
+    forward = _forwarding(work, clip)
+    if variant.experts:
         forward["other expert"] = work.resident_bytes + work.ring_bytes
+    most = max(({**standing, **parts} for parts in (forward, _decoding(work, clip))), key=_total)
+    return _phase("sampling", most, work, correction)
+
+
+def _forwarding(work: Workload, clip: Clip) -> Parts:
+    variant = work.variant
     latents = SAMPLING_LATENTS * 4 * variant.latent_channels * clip.latent_frames(variant)
     latents = latents * clip.width * clip.height // variant.vae_stride[1] ** 2
-    forward["latents"] = latents
+    return {
+        "live block": forward_peak(work.block_shape(clip)),
+        "latents": clip.batch * latents,
+    }
+
+
+def _decoding(work: Workload, clip: Clip) -> Parts:
+    memory, variant = work.config.memory, work.variant
     element = ELEMENT[memory.vae_dtype]
-    decoding: Parts = {
+    return {
         "VAE": encoders.vae_bytes(variant, element),
         "decoding": encoders.vae_work_bytes(
             variant, clip, "decode", element=element, tile=memory.vae_tile
         ),
     }
-    # `menma sample` lets the transformer go before it decodes.
-    forwarding = {**standing, **forward}
-    decoded = {**standing, **decoding} if during else decoding
-    return max(forwarding, decoded, key=lambda parts: sum(parts.values()))
+
+
+def _total(parts: Parts) -> float:
+    return sum(parts.values())
 
 
 _LASTING = {
@@ -124,6 +151,7 @@ _LASTING = {
     "adapter",
     "fp32 masters",
     "optimizer",
+    "offload buffers",
     "ZeRO buckets",
     "text encoder",
     "VAE",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from trainer.contract.memory_model.clips import Clip
@@ -58,6 +58,10 @@ class Estimate:
     """Measured / estimated peaks of earlier runs, by which phases were multiplied; 1: none."""
     measured_runs: int = 0
     """Runs behind `correction`."""
+    num_blocks: int = 0
+    """Of the transformer."""
+    automatic: Mapping[str, bool | int] = field(default_factory=dict)
+    """What `auto` became: fields of `[memory]` -> values that were chosen for this GPU."""
 
     @property
     def deciding(self) -> Phase:
@@ -105,6 +109,10 @@ class Estimate:
                 return phase
         raise KeyError(name)
 
+    def only(self, *names: str) -> Estimate:
+        """Return the same for some of the phases; peak, margin and verdict are then theirs."""
+        return replace(self, phases=tuple(self.phase(name) for name in names))
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values; memory in GiB."""
         return {
@@ -133,6 +141,7 @@ class Estimate:
             "step_parts_s": {name: round(value, 3) for name, value in self.step_parts.items()},
             "correction": round(self.correction, 4),
             "measured_runs": self.measured_runs,
+            "automatic": dict(self.automatic),
         }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from trainer.contract.memory_model.flops import ATTENTION_BACKWARD, step_flops
 from trainer.contract.memory_model.gpus import Gpu
+from trainer.contract.memory_model.offload import optimizer_place
+from trainer.contract.memory_model.traffic import Pace, traffic_parts
 from trainer.contract.memory_model.weights import block_linear_parameters
 from trainer.contract.memory_model.workload import Workload
 
@@ -11,8 +13,6 @@ POINTWISE_BYTES = 500
 """Bytes read and written a token and channel in a block and step, in bf16, beside products."""
 FP8_GAIN = 1.75
 """How much faster fp8 products are than bf16 ones, quantising included."""
-COPY_COST = 0.1
-"""Share of the time of a copy beside the computation that the computation loses."""
 MEMORY_SHARE = 0.88
 """Share of the named memory bandwidth that is reached."""
 
@@ -22,7 +22,7 @@ def step_parts(work: Workload, gpu: Gpu) -> dict[str, float]:
     if not gpu.bf16_tflops or not gpu.memory_gb_s:
         return {}
     peak = gpu.bf16_tflops * 1e12 * (1.0 if work.element == 2 else 0.25)
-    shape, memory = work.shape, work.config.memory
+    shape = work.shape
     flops = step_flops(work)
     repeats = work.config.training.gradient_accumulation_steps
     blocks = shape.num_layers * repeats
@@ -41,19 +41,20 @@ def step_parts(work: Workload, gpu: Gpu) -> dict[str, float]:
         * work.rows
         * shape.dim
         / (gpu.memory_gb_s * 1e9 * MEMORY_SHARE),
-        "update": work.trained_parameters * 28.0 / (gpu.memory_gb_s * 1e9 * MEMORY_SHARE),
+        "update": _updated_here(work) * 28.0 / (gpu.memory_gb_s * 1e9 * MEMORY_SHARE),
     }
     if work.fp8 == "dequantised":
         # Reads a byte and writes two an element, and twice more to put the scales in.
         elements = block_linear_parameters(shape) * (2 + flops.again)
         parts["fp8 to bf16"] = blocks * elements * 7 / (gpu.memory_gb_s * 1e9 * MEMORY_SHARE)
-    copied = work.swapped * work.block_bytes
-    if memory.offload_checkpoints:
-        copied += work.recomputed * work.block_shape().tokens_bytes
-    if copied:
-        transfer = repeats * copied / (gpu.host_gb_s * 1e9)
-        forward = (flops.matmul / gpu.matmul + flops.attention / forward_share) / peak
-        backward = sum(parts.values()) - parts["update"] - forward
-        waits = max(0.0, transfer - forward) + max(0.0, transfer - backward)
-        parts["copies from and to RAM"] = waits + COPY_COST * 2 * transfer
+    forward = (flops.matmul / gpu.matmul + flops.attention / forward_share) / peak
+    backward = sum(parts.values()) - parts["update"] - forward
+    parts |= traffic_parts(work, gpu, Pace(forward=forward, backward=backward))
     return {name: seconds for name, seconds in parts.items() if seconds}
+
+
+def _updated_here(work: Workload) -> float:
+    """Return the parameters that the GPU updates."""
+    if optimizer_place(work) != "none":
+        return 0.0
+    return work.trained_parameters / (work.world_size if work.zero_stage else 1)

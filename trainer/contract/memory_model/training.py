@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from trainer.contract.memory_model.offload import (
+    FLOAT32,
+    gpu_buffers,
+    optimizer_place,
+    weights_on_gpu,
+)
 from trainer.contract.memory_model.optimizers import optimizer_memory
 from trainer.contract.memory_model.stack import StackOptions, training_peak
 from trainer.contract.memory_model.workload import Workload
 
 Parts = dict[str, float]
 
-FLOAT32 = 4
 LOSS_LATENTS = 7
 """Copies of the latents while the loss is computed: noise, its mixture with the latents, the
 prediction in two orders, the target, their difference and its square."""
@@ -16,6 +21,9 @@ BUCKET_ELEMENTS = 50_000_000
 """Most gradients that ZeRO reduces together; `engine.deepspeed_config` sets it."""
 REDUCED_TOGETHER = 500_000_000
 """Most gradients that DeepSpeed reduces together without ZeRO."""
+EXCHANGED_TOKENS = 2
+"""Copies of a rank's tokens while they are exchanged with those that share the clip: what is sent,
+and what arrives."""
 GATHERED_ELEMENTS = 1_000_000_000
 """Weights that ZeRO-3 keeps gathered: DeepSpeed's `stage3_max_live_parameters`."""
 
@@ -26,18 +34,20 @@ def standing_parts(work: Workload) -> Parts:
     trained, world = work.trained_parameters, work.world_size
     stage = work.zero_stage
     sharded_optimizer = world if stage >= 1 else 1
-    parts: Parts = {"weights": work.resident_bytes / (world if stage == 3 else 1)}
+    parts: Parts = {"weights": weights_on_gpu(work)}
     if work.swapped:
         parts["block swap"] = work.ring_bytes
     if not work.full:
         parts["adapter"] = trained * FLOAT32
-    masters = stage >= 1 or (work.full and work.element != FLOAT32)
-    if masters:
-        parts["fp32 masters"] = trained * FLOAT32 / sharded_optimizer
-    parts["optimizer"] = trained * memory.state / sharded_optimizer
+    if optimizer_place(work) == "none":
+        if stage >= 1 or (work.full and work.element != FLOAT32):
+            parts["fp32 masters"] = trained * FLOAT32 / sharded_optimizer
+        parts["optimizer"] = trained * memory.state / sharded_optimizer
+    else:
+        parts["offload buffers"] = gpu_buffers(work)
     if stage and world >= 1:
         buckets = 1 if stage == 1 else 2  # with overlap one is filled while one is sent
-        parts["ZeRO buckets"] = buckets * min(BUCKET_ELEMENTS, trained) * _gradient_element(work)
+        parts["ZeRO buckets"] = buckets * min(BUCKET_ELEMENTS, trained) * work.gradient_element
     if stage == 3:
         gathered = min(GATHERED_ELEMENTS, work.shape.num_layers * work.block_bytes / work.element)
         parts["ZeRO-3 gathered weights"] = gathered * work.element
@@ -63,10 +73,13 @@ def inputs_bytes(work: Workload) -> float:
 
 def step_peak(work: Workload) -> tuple[Parts, float]:
     """Return what a step takes at its peak, and the peak of the weights' update."""
-    gradient = _gradient_element(work)
+    gradient = work.gradient_element
     total = work.trained_parameters * gradient
     stage, world = work.zero_stage, work.world_size
+    offloads = optimizer_place(work) != "none"
     share = 1 / world if stage >= 2 else 1.0
+    if stage >= 2 and offloads:
+        share = 0.0  # a rank's own part goes to RAM
     waiting = 0.0
     if work.config.training.gradient_accumulation_steps > 1:
         # Those of the microbatches before are there from the start.
@@ -88,6 +101,8 @@ def step_peak(work: Workload) -> tuple[Parts, float]:
         "activations": stack.activations,
         "live block": stack.live_block,
     }
+    if work.sequence_ranks > 1:
+        parts["sequence exchange"] = EXCHANGED_TOKENS * work.block_shape().tokens_bytes
     return parts, _update_bytes(work, total)
 
 
@@ -95,7 +110,7 @@ def stack_options(work: Workload) -> StackOptions:
     """Return how the config keeps activations."""
     memory = work.config.memory
     return StackOptions(
-        every=int(memory.gradient_checkpointing),
+        every=memory.checkpointed_every,
         last_too=work.swapped > 0 and memory.feed_forward_chunks > 1,
         keep_attention=memory.keep_attention,
         offload=memory.offload_checkpoints,
@@ -106,11 +121,9 @@ def _head(work: Workload) -> float:
     """Return what head and loss take at most, beside the tokens."""
     shape = work.block_shape()
     normed = 1 if work.clip.batch == 1 else 2
-    return (normed + 1) * shape.tokens_bytes + LOSS_LATENTS * work.latent_bytes
-
-
-def _gradient_element(work: Workload) -> int:
-    return work.element if work.full else FLOAT32
+    # Of a clip that is shared each rank predicts a part, gets the others', and has the whole loss.
+    gathered = work.latent_bytes if work.sequence_ranks > 1 else 0
+    return (normed + 1) * shape.tokens_bytes + LOSS_LATENTS * work.latent_bytes + gathered
 
 
 def _adds_in_float32(work: Workload) -> bool:
@@ -127,6 +140,8 @@ def _update_bytes(work: Workload, total: float) -> float:
             return trained * (FLOAT32 + memory.temporary)
         reduced = min(trained, REDUCED_TOGETHER) * FLOAT32 if world > 1 else 0.0
         return total + max(reduced, trained * memory.temporary)
+    if optimizer_place(work) != "none":
+        return total if stage == 1 else 0.0
     # ZeRO updates its shard in float32, from a float32 copy of its gradients.
     copy = trained / world * (FLOAT32 + memory.temporary)
     return (total if stage == 1 else total / world) + copy

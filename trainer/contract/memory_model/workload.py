@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 
 from trainer.contract.config import RunConfig
 from trainer.contract.config_rules import is_fp8
@@ -12,7 +13,7 @@ from trainer.contract.errors import ConfigError
 from trainer.contract.hostfile import world_size_of
 from trainer.contract.memory_model.block import BlockShape, Trained
 from trainer.contract.memory_model.clips import Clip, training_clips
-from trainer.contract.memory_model.header import variant_of_file
+from trainer.contract.memory_model.header import sizes_of_file, variant_of_file
 from trainer.contract.memory_model.operators import Fp8
 from trainer.contract.memory_model.weights import (
     Targets,
@@ -56,7 +57,7 @@ class Workload:
     @cached_property
     def recomputed(self) -> int:
         """Blocks that run once more in the backward."""
-        every, last = int(self.config.memory.gradient_checkpointing), self.shape.num_layers - 1
+        every, last = self.config.memory.checkpointed_every, self.shape.num_layers - 1
         return len(range(0, last, every)) if every else 0
 
     @property
@@ -70,9 +71,19 @@ class Workload:
         return self.clip.tokens(self.variant)
 
     @property
+    def sequence_ranks(self) -> int:
+        """Processes that share the tokens of each clip."""
+        return self.config.distributed.sequence_parallel
+
+    @property
+    def own_tokens(self) -> int:
+        """Video tokens of one sample that this process works on."""
+        return -(-self.tokens // self.sequence_ranks)
+
+    @property
     def rows(self) -> int:
-        """Video tokens of a batch."""
-        return self.clip.batch * self.tokens
+        """Video tokens of a batch that this process works on."""
+        return self.clip.batch * self.own_tokens
 
     @property
     def latent_bytes(self) -> int:
@@ -90,6 +101,11 @@ class Workload:
         return self.targets.outer_parameters + sum(
             lora_parameters(shape, block) for block in self.targets.blocks
         )
+
+    @property
+    def gradient_element(self) -> int:
+        """Bytes of a gradient's element: that of the trained weights."""
+        return self.element if self.full else 4
 
     @cached_property
     def block_bytes(self) -> float:
@@ -139,7 +155,12 @@ class Workload:
         return "products" if self.config.memory.fp8_matmul else "dequantised"
 
     def block_shape(self, clip: Clip | None = None) -> BlockShape:
-        """Return the sizes of a block that works on `clip` (left out: the training batch)."""
+        """Return the sizes of a block.
+
+        Args:
+            clip: what it works on, whole; left out: this process's share of the training batch.
+        """
+        tokens = self.own_tokens if clip is None else clip.tokens(self.variant)
         clip, shape = clip or self.clip, self.shape
         images = 2 if shape.image_position_embedding else 1
         return BlockShape(
@@ -147,7 +168,7 @@ class Workload:
             ffn_dim=shape.ffn_dim,
             heads=shape.num_heads,
             batch=clip.batch,
-            tokens=clip.tokens(self.variant),
+            tokens=tokens,
             text_tokens=shape.text_len,
             image_tokens=images * shape.image_tokens if shape.image_dim else 0,
             element=self.element,
@@ -166,10 +187,12 @@ def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
     Raises:
         ConfigError: the variant cannot be told, or the dataset cannot be read.
     """
-    variant = _variant(config)
+    variant = variant_of(config)
     known = {field.name for field in fields(TransformerConfig)}
+    file = _weight_file(config)
+    told = {} if file is None else sizes_of_file(file)
     changed = {key: value for key, value in config.model.shape.items() if key in known}
-    shape = replace(variant.transformer, **changed)  # type: ignore[arg-type]  # checked by config
+    shape = replace(variant.transformer, **{**told, **changed})
     clips = training_clips(config, variant)
     return Workload(
         config=config,
@@ -179,15 +202,20 @@ def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
         targets=_trained(config, shape),
         world_size=world_size_of(config, num_gpus),
         zero_stage=config.distributed.zero_stage,
-        swapped=min(config.memory.blocks_to_swap, shape.num_layers),
+        swapped=min(config.memory.swapped_blocks, shape.num_layers),
     )
 
 
-def _variant(config: RunConfig) -> Variant:
+def variant_of(config: RunConfig) -> Variant:
+    """Return the config's variant; where it is `auto` the weight file's header tells.
+
+    Raises:
+        ConfigError: it does not.
+    """
     model = config.model
     if model.variant != "auto":
         return get_variant(model.variant)
-    path = model.transformer or model.transformer_high_noise
+    path = _weight_file(config)
     found = None if path is None else variant_of_file(path)
     if found is None:
         raise ConfigError(
@@ -195,6 +223,12 @@ def _variant(config: RunConfig) -> Variant:
             hint='name it, e.g. --set model.variant="wan2.1-t2v-14b"',
         )
     return found
+
+
+def _weight_file(config: RunConfig) -> Path | None:
+    """Return the file that is trained, else the one that is given."""
+    low, high = config.model.transformer, config.model.transformer_high_noise
+    return (high or low) if config.model.expert == "high_noise" else (low or high)
 
 
 def _trained(config: RunConfig, shape: TransformerConfig) -> Targets:

@@ -1,0 +1,108 @@
+"""What ZeRO-Offload and ZeRO-Infinity leave on the GPU, and what they put into RAM and on an SSD.
+
+Read from DeepSpeed 0.19.8 (`stage_1_and_2.py`, `stage3.py`, `swap_tensor/`), with its defaults for
+what Menma does not set. Nothing here has been measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from trainer.contract.memory_model.optimizers import optimizer_memory
+from trainer.contract.memory_model.weights import (
+    block_layers,
+    block_other_parameters,
+    outer_layers,
+)
+from trainer.contract.memory_model.workload import Workload
+
+Parts = dict[str, float]
+
+FLOAT32 = 4
+SUB_GROUP_ELEMENTS = 1_000_000_000
+"""Of a rank's share so many are updated together: `sub_group_size`."""
+OPTIMIZER_BUFFERS = 4
+"""Pinned float32 buffers of one such group on the way from and to an SSD: `buffer_count`."""
+PARAMETER_BUFFERS = 5 * 100_000_000
+"""Elements of the pinned buffers for weights on the way from an SSD: `buffer_count` times
+`buffer_size`."""
+PARAMETERS_IN_RAM = 1_000_000_000
+"""Trained elements that each rank keeps in RAM though they are on an SSD: `max_in_cpu`."""
+
+
+def optimizer_place(work: Workload) -> str:
+    """Return where the optimizer's state is: none (on the GPU), cpu or nvme."""
+    place = work.config.distributed.offload_optimizer
+    if work.zero_stage == 0:
+        return "none"
+    return "cpu" if place == "nvme" and work.zero_stage < 3 else place
+
+
+def parameters_place(work: Workload) -> str:
+    """Return where weights wait: none (on the GPU), cpu or nvme."""
+    return work.config.distributed.offload_parameters if work.zero_stage == 3 else "none"
+
+
+def weights_on_gpu(work: Workload) -> float:
+    """Return the bytes of weights that stay on each GPU."""
+    world = work.world_size
+    if parameters_place(work) == "none":
+        return work.resident_bytes / (world if work.zero_stage == 3 else 1)
+    # Biases, norms and modulations are smaller than ZeRO-3 parts.
+    return work.shape.num_layers * block_other_parameters(work.shape) * work.element
+
+
+def gpu_buffers(work: Workload) -> float:
+    """Return what stages 1 and 2 hold on the GPU to add gradients up that wait in RAM."""
+    if optimizer_place(work) == "none" or work.zero_stage == 3:
+        return 0.0
+    return _largest_trained(work) * work.gradient_element
+
+
+def offloaded_host_parts(work: Workload) -> Parts:
+    """Return what waits in the RAM of a machine that runs all processes."""
+    parts: Parts = {}
+    trained, world = work.trained_parameters, work.world_size
+    repeated = work.config.training.gradient_accumulation_steps > 1
+    place = optimizer_place(work)
+    if place == "cpu":
+        # Masters and float32 gradients, both pinned, and the optimizer's own state.
+        state = 2 * FLOAT32 + optimizer_memory(work.config.optimizer.kind).state
+        parts["offloaded optimizer"] = trained * state
+    elif place == "nvme":
+        group = min(SUB_GROUP_ELEMENTS, trained / world)
+        parts["offload buffers"] = world * (OPTIMIZER_BUFFERS + 1) * FLOAT32 * group
+    if place != "none":
+        if work.zero_stage == 3:  # what gradients are added up in
+            copies = 1.0 * trained * (FLOAT32 if repeated else work.gradient_element)
+        else:  # weights on the way back to the GPU, and gradients of the microbatches before
+            copies = 1.0 * trained * work.gradient_element * (2 if repeated else 1)
+            copies += world * _largest_trained(work) * work.gradient_element
+        parts["gradients and weights in transit"] = copies
+    place = parameters_place(work)
+    if place == "cpu":
+        parts["offloaded weights"] = work.weight_bytes
+    elif place == "nvme":
+        kept = min(PARAMETERS_IN_RAM, trained / world) if work.full else 0.0
+        parts["offloaded weights"] = world * (PARAMETER_BUFFERS + kept) * work.element
+    return parts
+
+
+def offloaded_disk_parts(work: Workload) -> Parts:
+    """Return what is on the SSD of `distributed.nvme_path` while a run trains."""
+    parts: Parts = {}
+    if optimizer_place(work) == "nvme":  # masters, gradients, moments
+        state = 2 * FLOAT32 + optimizer_memory(work.config.optimizer.kind).state
+        parts["optimizer on NVMe"] = work.trained_parameters * state
+    if parameters_place(work) == "nvme":
+        parts["weights on NVMe"] = work.weight_bytes
+    return parts
+
+
+def _largest_trained(work: Workload) -> float:
+    """Return the elements of the largest trained tensor."""
+    layers = block_layers(work.shape)
+    if work.full:
+        return max(i * o for i, o in (*layers.values(), *outer_layers(work.shape).values()))
+    return max(
+        (block.rank * max(layers[name]) for block in work.targets.blocks for name in block.targets),
+        default=0,
+    )

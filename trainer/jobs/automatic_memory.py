@@ -1,0 +1,158 @@
+"""What `auto` in `[memory]` becomes on this machine: once, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from trainer.contract.config import DatasetSection, RunConfig
+from trainer.contract.errors import ConfigError, MenmaError, RunError
+from trainer.contract.memory_model import (
+    Automatic,
+    Circumstances,
+    Clip,
+    Gpu,
+    gpu_of_memory,
+    measured_correction,
+    resolve_memory,
+)
+from trainer.contract.memory_model.gpus import GIB
+from trainer.contract.memory_model.phases import COMMUNICATION_BYTES, CONTEXT_BYTES
+from trainer.contract.variants import Variant
+from trainer.engine.process_group import World
+from trainer.jobs.base import Emit
+from trainer.jobs.components import with_variant
+from trainer.sampling.requests import SampleRequest
+
+_MAX_CHARS = 1500
+
+
+def usable_gpu(device: torch.device, *, world_size: int = 1) -> Gpu | None:
+    """Return the GPU with the memory that this process can have now; None for a CPU.
+
+    That is what is free, and what this process holds already: torch's own, the context and, with
+    several processes, NCCL's buffers, which the estimate counts.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device) + CONTEXT_BYTES
+    if world_size > 1:
+        held += COMMUNICATION_BYTES
+    name = torch.cuda.get_device_name(device)
+    return gpu_of_memory(min(total, free + held) / GIB, name)
+
+
+def resolve_for_training(
+    config: RunConfig, variant: Variant, world: World, emit: Emit
+) -> RunConfig:
+    """Return the config with values in the place of `auto`, the same on every rank.
+
+    Rank 0 decides for the smallest card of all, and tells the others. Nothing is decided, asked
+    or said where nothing is `auto`.
+
+    Args:
+        config: what the user wrote.
+        variant: what `model.variant` was found to be.
+        world: this process's place. Calls are collective.
+        emit: told of the decision.
+
+    Raises:
+        RunError: it fits with no value, on every rank.
+        ConfigError: the model or the dataset cannot be read, on every rank.
+    """
+    if not config.memory.automatic:
+        return config
+    card = usable_gpu(world.device, world_size=world.world_size)
+    own = "" if card is None else json.dumps([card.memory_gib, card.name])
+    cards = [json.loads(text) for text in world.gather_texts(own) if text]
+    decision: dict[str, Any] = {}
+    if world.rank == 0:
+        smallest = gpu_of_memory(*min(cards)) if cards else None
+        decision = _decide(with_variant(config, variant), smallest, world.world_size)
+    decision = json.loads(world.text_of_rank_0(json.dumps(decision)))
+    if "error" in decision:
+        kind = ConfigError if decision["mistake"] else RunError
+        raise kind(decision["error"], hint=decision["hint"])
+    emit("log", message=decision["words"], memory=decision["values"])
+    if decision["warning"]:
+        emit("warning", message=decision["warning"])
+    return _with_values(config, decision["values"])
+
+
+def resolve_for_forwards(
+    config: RunConfig,
+    variant: Variant,
+    device: torch.device,
+    clips: Sequence[Clip],
+    emit: Emit,
+) -> RunConfig:
+    """Return the config with values in the place of `auto`, for sampling or measuring alone.
+
+    Args:
+        config: what the user wrote.
+        variant: what `model.variant` was found to be.
+        device: where it runs.
+        clips: what the transformer will work on, whole batches.
+        emit: told of the decision.
+
+    Raises:
+        RunError: it fits with no value.
+    """
+    if not config.memory.automatic:
+        return config
+    # The clips of the dataset may not be here any more, and do not matter.
+    bare = with_variant(config, variant).model_copy(update={"dataset": DatasetSection()})
+    known = _circumstances(bare, 1)
+    resolved = resolve_memory(bare, usable_gpu(device), known, forwards=clips)
+    warning = resolved.require_fit()
+    emit("log", message=resolved.in_words(), memory=dict(resolved.values))
+    if warning:
+        emit("warning", message=warning)
+    return _with_values(config, resolved.values)
+
+
+def clip_of(request: SampleRequest) -> Clip:
+    """Return the size of a sample."""
+    return Clip(width=request.width, height=request.height, num_frames=request.num_frames)
+
+
+def memory_values(config: RunConfig) -> dict[str, bool | int]:
+    """Return what a resolved config has of the fields that may be `auto`, for the run's records."""
+    memory = config.memory
+    every = memory.checkpointed_every
+    return {
+        "blocks_to_swap": memory.swapped_blocks,
+        "gradient_checkpointing": every if every > 1 else bool(every),
+    }
+
+
+def _decide(config: RunConfig, gpu: Gpu | None, world_size: int) -> dict[str, Any]:
+    try:
+        resolved: Automatic = resolve_memory(config, gpu, _circumstances(config, world_size))
+        return {
+            "values": dict(resolved.values),
+            "words": resolved.in_words()[:_MAX_CHARS],
+            "warning": resolved.require_fit()[:_MAX_CHARS],
+        }
+    except MenmaError as error:  # all ranks have to end with it
+        return {
+            "error": error.message[:_MAX_CHARS],
+            "hint": error.hint[:_MAX_CHARS],
+            "mistake": isinstance(error, ConfigError),
+        }
+
+
+def _circumstances(config: RunConfig, world_size: int) -> Circumstances:
+    correction = measured_correction(config)
+    return Circumstances(
+        num_gpus=world_size, correction=correction.factor, measured_runs=correction.runs
+    )
+
+
+def _with_values(config: RunConfig, values: Any) -> RunConfig:
+    memory = config.memory.model_copy(update=dict(values))
+    return config.model_copy(update={"memory": memory})
