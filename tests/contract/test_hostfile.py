@@ -118,6 +118,21 @@ def test_all_machines_count(tmp_path):
     assert world_size_of(two, 3) == 2
 
 
+def test_the_estimate_counts_all_machines(tmp_path):
+    from trainer.contract.memory_model.workload import workload_of
+
+    more = """zero_stage = 2
+[model]
+variant = "wan2.1-t2v-1.3b"
+[dataset.general]
+resolution = [64, 64]
+[[dataset.sources]]
+video_directory = "clips"
+target_frames = [5]
+"""
+    assert workload_of(config_of(tmp_path, "a slots=4\nb slots=4\n", more)).world_size == 8
+
+
 def test_unequal_machines_are_refused(tmp_path):
     (problem,) = problems(config_of(tmp_path, "a slots=4\nb slots=2\n"))
     assert "distributed.hostfile: the machines run unequal numbers" in problem
