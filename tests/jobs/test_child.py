@@ -58,6 +58,18 @@ def test_events_pass_through_without_the_fields_of_the_codec(play, tmp_path):
     assert end == {"reason": "done"}
 
 
+def test_what_a_library_prints_among_the_events_goes_to_the_words(play, tmp_path, capsys):
+    play(
+        "print('12 warnings')\n"
+        "print('7')\n"
+        'print(\'{"v": 1, "time": 2.5, "type": "end", "reason": "done"}\')'
+    )
+    events: Events = []
+    assert run_job(**request(tmp_path), emit=recording(events)) == {"reason": "done"}
+    assert events == [("end", {"reason": "done"})]
+    assert capsys.readouterr().err == "12 warnings\n7\n"
+
+
 @pytest.mark.parametrize(("threads", "expected"), [(None, None), (3, "3")])
 def test_the_number_of_threads_is_passed_on(play, tmp_path, monkeypatch, threads, expected):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
