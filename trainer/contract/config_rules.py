@@ -10,6 +10,7 @@ from trainer.contract.catalog import ATTENTION, SOLVERS
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.memory_rules import activations_rule, compile_rule, streaming_rule
+from trainer.contract.offload_rules import offload_rule
 from trainer.contract.registry import nearest
 from trainer.contract.variants import VARIANTS
 
@@ -347,6 +348,7 @@ _RULES: tuple[Rule, ...] = (
     _sampling,
     _validation,
     _distributed,
+    offload_rule,
     _full_finetune,
     streaming_rule,
     activations_rule,

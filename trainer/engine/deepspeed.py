@@ -18,6 +18,7 @@ from trainer.core.types import Batch
 from trainer.engine.deepspeed_config import PERSISTENCE_THRESHOLD, build_deepspeed_config
 from trainer.engine.finite import gradient_error
 from trainer.engine.local import clip_gradients, whole_pieces
+from trainer.engine.offload import NO_OFFLOAD, Offload
 from trainer.engine.process_group import World
 from trainer.engine.state_files import EngineState, Piece
 from trainer.engine.stepping import SteppingEngine, fill_missing_gradients, parameter_groups
@@ -45,6 +46,7 @@ class DeepSpeedEngine(SteppingEngine):
         full_finetune_bf16: every parameter becomes bf16, those trained have fp32 masters.
         lr_scales: factor of the learning rate by canonical name, 1 where absent.
         persistence_threshold: stage 3 keeps parameters with fewer elements whole.
+        offload: what waits outside the GPU.
 
     Raises:
         ConfigError: DeepSpeed is missing, or the combination trains wrongly.
@@ -63,9 +65,10 @@ class DeepSpeedEngine(SteppingEngine):
         full_finetune_bf16: bool = False,
         lr_scales: Mapping[str, float] | None = None,
         persistence_threshold: int = PERSISTENCE_THRESHOLD,
+        offload: Offload = NO_OFFLOAD,
     ) -> None:
         super().__init__(module, trainable, world, gradient_accumulation_steps)
-        config = build_deepspeed_config(
+        self.config = build_deepspeed_config(
             zero_stage=zero_stage,
             gradient_accumulation_steps=gradient_accumulation_steps,
             max_grad_norm=max_grad_norm,
@@ -73,17 +76,19 @@ class DeepSpeedEngine(SteppingEngine):
             elementwise_optimizer=optimizer_factory.elementwise,
             num_trained=sum(value.numel() for value in trainable.values()),
             persistence_threshold=persistence_threshold,
+            offload=offload,
         )
         if not full_finetune_bf16:
             _require_float32(trainable)
         self._stage = zero_stage
         self._bf16 = full_finetune_bf16
+        self._offload = offload
         self._max_grad_norm = max_grad_norm
         self._state_names = optimizer_factory.state_names
         self._shapes = {name: tuple(value.shape) for name, value in trainable.items()}
         self._used: list[set[int]] = [set()]
         self._deepspeed = _import_deepspeed(world.device)
-        self._engine = self._initialize(module, optimizer_factory, lr_scales or {}, config)
+        self._engine = self._initialize(module, optimizer_factory, lr_scales or {}, self.config)
         self._watches = self._watch_use() if zero_stage else []
 
     def full_parameters(self) -> dict[str, Tensor]:
@@ -151,7 +156,7 @@ class DeepSpeedEngine(SteppingEngine):
             fill_missing_gradients(self._trainable.values())
             return
         used, self._used = self._used, [set()]
-        if self._stage == 3:
+        if self._keeps_gradients:
             self._refuse_idle(set().union(*used))
         if self.world_size > 1:
             self._refuse_divergence(used)
@@ -241,13 +246,19 @@ class DeepSpeedEngine(SteppingEngine):
             for index, parameter in enumerate(self._trainable.values())
         ]
 
+    @property
+    def _keeps_gradients(self) -> bool:
+        """Whether a parameter that gets no gradient would be updated with its last one."""
+        return self._stage == 3 or self._offload.optimizer != "none"
+
     def _refuse_idle(self, used: set[int]) -> None:
         idle = [name for i, name in enumerate(self._trainable) if i not in used]
         if idle:
             raise RunError(
                 f"{len(idle)} trained parameters took no part in this step, e.g. {idle[0]}; "
-                "ZeRO stage 3 would update them with an old gradient",
-                hint="set distributed.zero_stage = 2, or do not train them",
+                "ZeRO stage 3 and an offloaded optimizer would update them with an old gradient",
+                hint="set distributed.zero_stage = 2 and offload_optimizer = 'none', or do not "
+                "train them",
             )
 
     def _refuse_divergence(self, used: list[set[int]]) -> None:

@@ -278,11 +278,12 @@ def _create_state(state: EngineState) -> None:
     rates = [group["lr"] for group in groups]
     for group in groups:
         group["lr"] = 0.0
+    buffers = [flat.grad for flat in state.flats]  # DeepSpeed's own, where it offloads
     for flat in state.flats:
-        flat.grad = torch.zeros_like(flat)
+        flat.grad = torch.zeros_like(flat) if flat.grad is None else flat.grad.zero_()
     state.inner_step()
-    for flat in state.flats:
-        flat.grad = None
+    for flat, buffer in zip(state.flats, buffers, strict=True):
+        flat.grad = buffer
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
 
