@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -27,6 +28,25 @@ from trainer.engine.stepping import SteppingEngine, fill_missing_gradients, para
 def is_installed() -> bool:
     """Tell whether DeepSpeed can be imported, without importing it."""
     return importlib.util.find_spec("deepspeed") is not None
+
+
+def async_io_obstacle(device: torch.device) -> str | None:
+    """Return why offload to `nvme` cannot work here; None where its module can be built.
+
+    DeepSpeed compiles it in the first run that needs it, for minutes.
+    """
+    _import_deepspeed(device)
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils import cpp_extension
+
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler})"
+    if device.type == "cuda" and cpp_extension.CUDA_HOME is None:
+        return "there is no CUDA toolkit (nvcc)"
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        return "the headers of libaio are missing"
+    return None
 
 
 class DeepSpeedEngine(SteppingEngine):

@@ -19,6 +19,7 @@ from trainer.data.checks import DatasetCheck, check_dataset
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import MAX_LISTED, Emit
 from trainer.jobs.components import require_vae, settle_variant, with_variant
+from trainer.jobs.distributed_checks import distributed_problems
 from trainer.jobs.memory_checks import memory_notes, memory_problems
 from trainer.jobs.run_items import holdout_of
 from trainer.models.wan.detect import recognise
@@ -39,7 +40,11 @@ def run(request: CheckRequest, emit: Emit) -> None:
     """
     loaded = load_config_with_sources(request.config, request.set)
     config = loaded.config
-    problems = [*_file_problems(config), *_weight_problems(config)]
+    problems = [
+        *_file_problems(config),
+        *_weight_problems(config),
+        *distributed_problems(config),
+    ]
     variant = _variant(config, problems)
     if variant is not None:
         problems += _file_problems(with_variant(config, variant))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +29,7 @@ from trainer.jobs.build import (
     load_base,
     trained_transformer_file,
 )
+from trainer.jobs.deepspeed_settings import deepspeed_settings
 from trainer.jobs.environment import menma_version
 from trainer.jobs.run_items import load_run_items, validation_settings
 from trainer.loop import Plan
@@ -113,12 +114,30 @@ def build_model(
         ModelFileError: the weights cannot be used.
     """
     path, _ = trained_transformer_file(config)
+    # ZeRO-3 shards weights one by one on their way to the device; whole they might not fit it.
+    device = torch.device("cpu") if config.distributed.zero_stage == 3 else world.device
+    return assemble_model(
+        config, build, largest_batch, lambda: load_base(config, path, device=device)
+    )
+
+
+def assemble_model(
+    config: RunConfig,
+    build: BuildContext,
+    largest_batch: int,
+    load: Callable[[], WanTransformer],
+) -> TrainedModel:
+    """Put together the step around the transformer that `load` returns.
+
+    It is loaded when nothing else can be wrong any more, since that takes longest.
+
+    Raises:
+        ConfigError: adapter or techniques do not fit the model or the data.
+    """
     techniques = build_techniques(config, build, largest_batch)
     objective = build_objective(config, build)
     adapter: Adapter = build_plugin(config.adapter, "kind", build, where="adapter")
-    # ZeRO-3 shards weights one by one on their way to the device; whole they might not fit it.
-    device = torch.device("cpu") if config.distributed.zero_stage == 3 else world.device
-    transformer = load_base(config, path, device=device)
+    transformer = load()
     adapter.inject(transformer, config.training.seed)
     for technique in techniques:
         transformer.blocks.add_hooks(technique.block_hooks())
@@ -137,8 +156,6 @@ def build_engine(
         ConfigError: DeepSpeed is asked for and missing, or several processes without it.
     """
     factory: OptimizerFactory = build_plugin(config.optimizer, "kind", build, where="optimizer")
-    norm = config.optimizer.max_grad_norm
-    accumulation = config.training.gradient_accumulation_steps
     if engine_kind(config) == "local":
         if world.world_size > 1 or config.distributed.zero_stage:
             raise ConfigError(
@@ -150,19 +167,11 @@ def build_engine(
             model.trainable,
             factory,
             device=world.device,
-            max_grad_norm=norm,
-            gradient_accumulation_steps=accumulation,
+            max_grad_norm=config.optimizer.max_grad_norm,
+            gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         )
-    return DeepSpeedEngine(
-        model.step,
-        model.trainable,
-        factory,
-        world=world,
-        max_grad_norm=norm,
-        gradient_accumulation_steps=accumulation,
-        zero_stage=config.distributed.zero_stage,
-        full_finetune_bf16=config.adapter.kind == "none" and config.memory.weight_format == "bf16",
-    )
+    settings = deepspeed_settings(config, world.device)
+    return DeepSpeedEngine(model.step, model.trainable, factory, world=world, **settings)
 
 
 def build_validator(
