@@ -7,7 +7,8 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from trainer.engine.finite import gradient_error
 from trainer.engine.local import clip_gradients, whole_pieces
 from trainer.engine.offload import NO_OFFLOAD, Offload
 from trainer.engine.process_group import World
-from trainer.engine.state_files import EngineState, Piece
+from trainer.engine.state_files import EngineState, Piece, always_there
 from trainer.engine.stepping import SteppingEngine, fill_missing_gradients, parameter_groups
+from trainer.engine.swapped import gather_masters, inner_step, remove_files, resident
 
 
 def is_installed() -> bool:
@@ -116,14 +118,20 @@ class DeepSpeedEngine(SteppingEngine):
 
         A collective call.
         """
-        sharded = self._stage == 3 or self._bf16
-        gather = self._deepspeed.utils.safe_get_full_fp32_param
         whole: dict[str, Tensor] = {}
-        for name, parameter in self._trainable.items():
-            value = gather(parameter) if sharded else parameter
+        for name, value in self._whole_parameters():
             if self.rank == 0:
                 whole[name] = value.detach().to("cpu", torch.float32, copy=True)
-        return whole
+        return {name: whole[name] for name in self._trainable if name in whole}
+
+    def _whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        if self._in_files:
+            yield from gather_masters(self._engine.optimizer, self._trainable)
+            return
+        sharded = self._stage == 3 or self._bf16
+        gather = self._deepspeed.utils.safe_get_full_fp32_param
+        for name, parameter in self._trainable.items():
+            yield name, gather(parameter) if sharded else parameter
 
     def close(self) -> None:
         """Free what DeepSpeed holds. The module stays usable, but stays sharded under stage 3."""
@@ -133,6 +141,8 @@ class DeepSpeedEngine(SteppingEngine):
         engine.module_forward_pre_hook.remove()
         engine.module_forward_post_hook.remove()
         engine.destroy()
+        if self._offload.nvme_path is not None:
+            remove_files(self._offload.nvme_path, self.rank)
         for parameter in self._trainable.values():
             parameter.grad = None
 
@@ -210,7 +220,15 @@ class DeepSpeedEngine(SteppingEngine):
             optimizer=optimizer.optimizer if self._stage else optimizer,
             state_names=self._state_names,
             inner_step=self._inner_step,
+            resident=self._resident if self._in_files else always_there,
         )
+
+    @property
+    def _in_files(self) -> bool:
+        return self._offload.optimizer == "nvme"
+
+    def _resident(self, index: int, changed: bool) -> AbstractContextManager[None]:
+        return resident(self._engine.optimizer, index, changed=changed)
 
     def _flats(self) -> list[Tensor]:
         if self._stage == 0:
@@ -239,6 +257,9 @@ class DeepSpeedEngine(SteppingEngine):
         if self._stage == 0:
             optimizer.step()
             return
+        if self._in_files:
+            inner_step(optimizer)
+            return
         if self._stage == 3:  # its groups are empty outside `step`
             optimizer._set_fp32_optimizer_param_groups()
         optimizer.optimizer.step()
@@ -252,7 +273,8 @@ class DeepSpeedEngine(SteppingEngine):
         elif self._stage == 3:
             optimizer._partition_all_parameters()
             for index in range(len(optimizer.fp16_groups)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+                with resident(optimizer, index, changed=False):
+                    optimizer._reassign_or_swap_out_partitioned_parameters(index)
             if optimizer.persistent_parameters:
                 first = optimizer.persistent_parameters[0]
                 first.all_gather(optimizer.persistent_parameters)

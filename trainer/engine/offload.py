@@ -30,6 +30,8 @@ class Offload:
     """Folder of what is on `nvme`."""
     pin_memory: bool = False
     """Lock the RAM, so that copies run beside the computation; has a meaning on CUDA only."""
+    swapped_elements: int = 100_000_000
+    """Of a rank's state on `nvme` that are in RAM at a time: 4 buffers of 4 bytes for each."""
 
 
 NO_OFFLOAD = Offload()
@@ -46,6 +48,10 @@ def offload_sections(offload: Offload) -> dict[str, Any]:
             sections[name] = {"device": place, "pin_memory": offload.pin_memory}
         if place == "nvme":
             sections[name]["nvme_path"] = str(offload.nvme_path)
+    if offload.optimizer == "nvme":
+        sections["sub_group_size"] = offload.swapped_elements
+    if offload.parameters == "nvme":
+        sections["offload_param"]["max_in_cpu"] = 0  # else up to 2 GB of them stay in RAM
     return sections
 
 
