@@ -31,9 +31,9 @@ def config_of(distributed: dict[str, Any], **sections: dict[str, Any]) -> RunCon
         ({"offload_parameters": "cpu", "zero_stage": 2}, PARAMETERS_KEY, "zero_stage is 2"),
         (NVME | {"nvme_path": None}, PATH_KEY, "not given"),
         (
-            {"offload_parameters": "nvme", "zero_stage": 3},
-            PATH_KEY,
-            "not given",
+            {"offload_parameters": "nvme", "zero_stage": 3, "nvme_path": "ssd"},
+            PARAMETERS_KEY,
+            "one dtype",
         ),
         ({"nvme_path": "ssd"}, PATH_KEY, "only where something is offloaded"),
         (
@@ -68,12 +68,25 @@ def test_8_bit_states_stay_on_the_gpu() -> None:
         {"offload_parameters": "cpu", "zero_stage": 3},
         {"offload_optimizer": "cpu", "offload_parameters": "cpu", "zero_stage": 3},
         NVME,
-        NVME | {"offload_parameters": "nvme"},
         NVME | {"offload_parameters": "cpu"},
     ],
 )
 def test_what_goes_together_is_taken(distributed: dict[str, Any]) -> None:
     assert check_rules(config_of(distributed)) == []
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"adapter": {"kind": "none"}},
+        {"memory": {"weight_format": "fp32"}},
+        {"adapter": {"kind": "none"}, "memory": {"weight_format": "fp32"}},
+    ],
+)
+def test_weights_of_one_dtype_may_lie_in_files(sections: dict[str, Any]) -> None:
+    assert check_rules(config_of(NVME | {"offload_parameters": "nvme"}, **sections)) == []
+    problems = check_rules(config_of({"offload_parameters": "nvme", "zero_stage": 3}, **sections))
+    assert [problem.key for problem in problems] == [PATH_KEY]
 
 
 def test_the_folder_has_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,14 @@ def offload_rule(config: RunConfig) -> Iterator[Problem]:
     elif key is not None:
         yield from _stage(distributed)
     yield from _path(distributed)
+    mixed = config.adapter.kind != "none" and config.memory.weight_format != "fp32"
+    if distributed.offload_parameters == "nvme" and mixed:
+        yield Problem(
+            "DeepSpeed reads all weights from nvme as one dtype, and an adapter is fp32 on a base "
+            f"in {config.memory.weight_format}",
+            PARAMETERS_KEY,
+            hint='set it to "cpu", or train the model\'s own weights: adapter.kind = "none"',
+        )
     if distributed.offload_optimizer != "none" and config.optimizer.kind == "adamw8bit":
         yield Problem(
             "an offloaded optimizer steps on the CPU, and the 8-bit states of bitsandbytes are "

@@ -102,6 +102,13 @@ class DeepSpeedEngine(SteppingEngine):
         )
         if not full_finetune_bf16:
             _require_float32(trainable)
+        if offload.parameters == "nvme" and not full_finetune_bf16:
+            _require_one_dtype(module)
+        if offload.optimizer == "nvme" and not optimizer_factory.state_names:
+            raise ConfigError(
+                "only state of one value a weight can be offloaded to nvme",
+                hint="use optimizer.kind = 'adamw'",
+            )
         self._stage = zero_stage
         self._bf16 = full_finetune_bf16
         self._offload = offload
@@ -329,6 +336,16 @@ def _require_float32(trainable: Mapping[str, nn.Parameter]) -> None:
         raise ValueError(
             f"{len(low)} trained parameters are not float32, e.g. {low[0]}; without "
             "full_finetune_bf16 they would have no fp32 masters"
+        )
+
+
+def _require_one_dtype(module: nn.Module) -> None:
+    kinds = {parameter.dtype for parameter in module.parameters()}
+    if len(kinds) > 1:
+        names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        raise ConfigError(
+            f"DeepSpeed reads all weights from nvme as one dtype, and these are {names}",
+            hint="set distributed.offload_parameters = 'cpu'",
         )
 
 

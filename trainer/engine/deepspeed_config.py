@@ -10,7 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.contract.errors import ConfigError, Problem
-from trainer.engine.offload import NO_OFFLOAD, Offload, offload_problems, offload_sections
+from trainer.engine.offload import (
+    NO_OFFLOAD,
+    SWAPPABLE_ELEMENTS,
+    Offload,
+    offload_problems,
+    offload_sections,
+)
 
 ZERO_STAGES = (0, 1, 2, 3)
 PERSISTENCE_THRESHOLD = 1_000_000
@@ -69,6 +75,8 @@ def build_deepspeed_config(
     if zero_stage:
         bucket = max(1, min(BUCKET_ELEMENTS, num_trained))
         zero |= {"reduce_bucket_size": bucket, "overlap_comm": zero_stage > 1}
+    if offload.parameters == "nvme":  # what stays whole must not have to come out of files
+        persistence_threshold = min(persistence_threshold, SWAPPABLE_ELEMENTS)
     if zero_stage == 3:
         zero |= {
             "memory_efficient_linear": False,

@@ -35,6 +35,8 @@ class Offload:
 
 
 NO_OFFLOAD = Offload()
+SWAPPABLE_ELEMENTS = 262_144
+"""A shard of 1 MiB: smaller ones stay in RAM, as no file is read in smaller steps."""
 
 
 def offload_sections(offload: Offload) -> dict[str, Any]:
@@ -52,6 +54,13 @@ def offload_sections(offload: Offload) -> dict[str, Any]:
         sections["sub_group_size"] = offload.swapped_elements
     if offload.parameters == "nvme":
         sections["offload_param"]["max_in_cpu"] = 0  # else up to 2 GB of them stay in RAM
+        # A gathered weight holds one of five buffers until it is given up, and gathering one more
+        # than there are is an assertion: nothing may be kept or fetched ahead.
+        sections |= {
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        }
     return sections
 
 

@@ -38,7 +38,7 @@ def resident(optimizer: Any, index: int, *, changed: bool) -> Iterator[None]:
 
 
 def inner_step(optimizer: Any) -> None:
-    """Let the inner optimizer step over every subgroup, with gradients of 0 where it is in files."""
+    """Let the inner optimizer step over every subgroup; what is in files gets gradients of 0."""
     for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
         with resident(optimizer, index, changed=True):
             if optimizer._swappable_optimizer_subgroup(index):
