@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.e2e.variant_project import Done, VariantProject, base_config, write_clips, write_models
+from tests.engine.test_nvme import needs_files
 from trainer.engine.deepspeed import DeepSpeedEngine
 from trainer.jobs import train_parts
 
@@ -84,6 +86,22 @@ def test_a_full_fine_tune_is_the_same_and_goes_on_with_or_without_offload(
     assert project.train(name, may_fail=True, **options).code == 130
     project.train(name, **options | PLACES[stage])
     assert_same(project, name, f"plain-{stage}")
+
+
+@needs_files
+def test_a_run_may_keep_its_state_and_weights_in_files(
+    project: VariantProject, tmp_path: Path
+) -> None:
+    options = {**FULL, "optimizer__max_grad_norm": 0.0, "distributed__zero_stage": 3}
+    whole = project.train("ram", **options)
+    places = {
+        "distributed__offload_optimizer": "nvme",
+        "distributed__offload_parameters": "nvme",
+        "distributed__nvme_path": str(tmp_path),
+    }
+    assert losses(project.train("files", **options | places)) == losses(whole)
+    assert_same(project, "files", "ram")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
