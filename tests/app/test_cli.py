@@ -16,7 +16,7 @@ from trainer.contract.jobs import REQUESTS
 
 GROUPS = {
     "presets": ["list", "show", "diff"],
-    "config": ["show"],
+    "config": ["show", "deepspeed"],
     "lora": ["inspect", "convert"],
     "runs": ["list", "show", "watch", "stop", "save", "sample"],
 }
@@ -188,6 +188,7 @@ def test_nothing_is_overwritten_without_force(menma, config):
     assert menma("merge", "--base", "b", "--lora", config, "-o", target).code == 2
     assert menma("lora", "convert", "in.safetensors", target, "--layout", "peft").code == 2
     assert menma("new", "-o", target).code == 2
+    assert menma("config", "deepspeed", config, "-o", target).code == 2
     assert target.read_bytes() == b"mine"
     assert (
         menma("lora", "convert", "in.safetensors", target, "--layout", "peft", "--force").code == 0
@@ -236,6 +237,18 @@ def test_config_show_says_where_values_come_from(menma, config, monkeypatch):
     monkeypatch.delenv("MENMA__OPTIMIZER__LEARNING_RATE")
     Path("again.toml").write_text(menma(*arguments).out)
     assert load_config("again.toml") == load_config(config, ["training.seed=7"])
+
+
+def test_config_deepspeed_shows_or_writes_what_the_job_says(menma, config, monkeypatch):
+    told = {"zero_optimization": {"stage": 3}}
+    event = {"type": "end", "reason": "done", "deepspeed": told}
+    monkeypatch.setenv("FAKE_EVENTS", json.dumps([event]))
+    arguments = ("config", "deepspeed", config, "--set", "distributed.zero_stage=3")
+    assert json.loads(menma(*arguments).out) == told
+    request = recorded("deepspeed")
+    assert (request.config, request.set) == (Path(config), ("distributed.zero_stage=3",))
+    assert menma(*arguments, "-o", "ds.json").out.strip() == "ds.json"
+    assert json.loads(Path("ds.json").read_text()) == told
 
 
 def test_doctor_reports_as_json(menma, monkeypatch):

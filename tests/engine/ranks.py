@@ -17,17 +17,20 @@ from typing import Any
 
 import torch
 
+from tests.engine.test_nvme import async_io_is_built
 from tests.engine.toy import (
     AdamWFactory,
     FullStep,
     LoraStep,
     RawAdamWFactory,
+    WideStep,
     batches_of_step,
     make_batch,
 )
 from trainer.contract.errors import DiskError, MenmaError, NonFiniteError, RunError
 from trainer.engine.deepspeed import DeepSpeedEngine
 from trainer.engine.launch import run_workers
+from trainer.engine.offload import Offload
 from trainer.engine.process_group import World, join, joined
 from trainer.training.checkpoints import CheckpointStore
 
@@ -133,6 +136,42 @@ def case_foreign(world: World, folder: Path) -> dict[str, Any]:
     return seen
 
 
+def case_offload(world: World, folder: Path) -> dict[str, Any]:
+    """Train with and without offload, and go on from what the one with offload saved."""
+    both = Offload(optimizer="cpu", parameters="cpu")
+    files = Offload(optimizer="nvme", parameters="nvme", nvme_path=folder / "swap")
+    seen: dict[str, Any] = {}
+    for name, stage, module, bf16, offload in [
+        ("lora1", 1, LoraStep, False, Offload(optimizer="cpu")),
+        ("lora2", 2, LoraStep, False, Offload(optimizer="cpu")),
+        ("full2", 2, lambda: FullStep(torch.bfloat16), True, Offload(optimizer="cpu")),
+        ("full3", 3, lambda: FullStep(torch.bfloat16), True, both),
+        *(
+            [("files3", 3, lambda: WideStep(torch.bfloat16, 3, 1536), True, files)]
+            if async_io_is_built()
+            else []
+        ),
+    ]:
+        options = {"full_finetune_bf16": bf16, "max_grad_norm": 0.0}
+        plain = build(world, stage, module(), **options)
+        engine = build(world, stage, module(), offload=offload, **options)
+        saved = folder / name
+        saved.mkdir(exist_ok=True)
+        losses = [train(each, range(3)) for each in (plain, engine)]
+        engine.save_state(saved)
+        world.barrier()
+        losses[0] += train(plain, range(3, 5))
+        losses[1] += train(engine, range(3, 5))
+        resumed = build(world, stage, module(), **options)
+        resumed.load_state(saved)
+        losses.append([*losses[1][:3], *train(resumed, range(3, 5))])
+        engines = (plain, engine, resumed)
+        seen[name] = [losses, [digest(each.full_parameters()) for each in engines]]
+        for each in engines:
+            each.close()
+    return seen
+
+
 def case_faults(world: World, folder: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for stage in range(4):
@@ -186,6 +225,14 @@ def error_of(action: Callable[[], Any], kind: type[MenmaError] = MenmaError) -> 
     return ""
 
 
+CASES = {
+    "train": case_train,
+    "foreign": case_foreign,
+    "offload": case_offload,
+    "faults": case_faults,
+}
+
+
 def main(case: str, folder: Path) -> None:
     rank = int(os.environ["RANK"])
     if case == "death":  # rank 1 is killed in the middle of a run
@@ -201,9 +248,7 @@ def main(case: str, folder: Path) -> None:
         join("cpu", timeout_s=5)
     with joined("cpu", timeout_s=90) as world:
         torch.set_num_threads(1)
-        seen = {"train": case_train, "foreign": case_foreign, "faults": case_faults}[case](
-            world, folder
-        )
+        seen = CASES[case](world, folder)
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
 
 

@@ -128,6 +128,17 @@ def test_two_processes_resume_what_one_wrote(tmp_path):
         assert "zero_stage 1 -> 2" in seen["raw_elsewhere"]
 
 
+def test_offload_changes_nothing_and_is_resumed_without_it(tmp_path):
+    first, second = results("offload", tmp_path)
+    assert {"lora1", "lora2", "full2", "full3"} <= first.keys()
+    for case, (losses, weights) in first.items():
+        assert losses[1] == losses[0], case
+        assert losses[2] == losses[0], case
+        assert len(set(weights)) == 1, case
+        assert second[case][0] == losses, "the ranks agree"
+    assert not list(tmp_path.rglob("*.swp"))
+
+
 def test_what_fails_on_one_rank_stops_both(tmp_path):
     for seen in results("faults", tmp_path):
         for stage in range(4):

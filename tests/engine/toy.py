@@ -80,6 +80,28 @@ class FullStep(nn.Module):
         return dict(self.named_parameters())
 
 
+class WideStep(nn.Module):
+    """Every weight is trained, in `dtype`; layers are large enough for DeepSpeed to use files."""
+
+    def __init__(self, dtype: torch.dtype, layers: int = 7, width: int = 768) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.dtype, self.width = dtype, width
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.to(dtype)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        clean = batch.latents_BCFHW.flatten(1)
+        wide = clean.repeat(1, self.width // clean.shape[1])
+        x = (wide * 0.5).to(self.dtype)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return {"loss": (x.float() - wide.roll(1, -1)).square().mean()}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self.named_parameters())
+
+
 class AdamWFactory:
     """The state is one value an element."""
 

@@ -11,7 +11,7 @@ from trainer.contract.config import RunConfig
 from trainer.contract.config_io import load_config
 from trainer.contract.errors import ConfigError
 from trainer.contract.variants import VARIANTS
-from trainer.core.seams import BuildContext
+from trainer.core.seams import BuildContext, Need
 from trainer.jobs import build
 from trainer.jobs.build import build_objective, build_techniques, num_processes, pick_device
 from trainer.techniques.contrastive_flow import ContrastiveFlow
@@ -54,6 +54,28 @@ def test_trained_sigmas_are_the_experts_unless_the_config_says_otherwise(
     assert min(drawn) >= low - 1e-6
     assert max(drawn) <= high + 1e-6
     assert max(drawn) - min(drawn) > 0.7 * (high - low)
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("zero_stage = 1\n", False),
+        ("zero_stage = 2\n", True),
+        ('zero_stage = 1\noffload_optimizer = "cpu"\n', True),
+    ],
+)
+def test_a_technique_that_reads_whole_gradients_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, refused: bool
+) -> None:
+    monkeypatch.setattr(ContrastiveFlow, "needs", frozenset({Need.FULL_GRADS}))
+    config = config_of(
+        tmp_path, f'[[techniques]]\nname = "contrastive_flow"\n[distributed]\n{text}'
+    )
+    if not refused:
+        assert len(build_techniques(config, context(), 2)) == 1
+        return
+    with pytest.raises(ConfigError, match="whole gradients"):
+        build_techniques(config, context(), 2)
 
 
 def test_a_technique_that_compares_samples_needs_more_than_one(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from trainer.contract.cluster_rules import cluster_rule, hostfile_problems
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.memory_rules import activations_rule, compile_rule, streaming_rule
+from trainer.contract.offload_rules import offload_rule
 from trainer.contract.registry import nearest
 from trainer.contract.sequence_rules import sequence_rule
 from trainer.contract.variants import VARIANTS
@@ -353,6 +354,7 @@ _RULES: tuple[Rule, ...] = (
     _distributed,
     sequence_rule,
     cluster_rule,
+    offload_rule,
     _full_finetune,
     streaming_rule,
     activations_rule,

@@ -77,6 +77,10 @@ class EvalRequest(ConfigRequest):
     """Folder for the videos that the probe looks at; nothing in it is overwritten."""
 
 
+class DeepSpeedRequest(ConfigRequest):
+    """Say what DeepSpeed would be told."""
+
+
 class MergeRequest(Options):
     """Bake LoRAs into a base model."""
 
@@ -166,6 +170,7 @@ JOBS: Registry[object] = Registry(
     Entry("train", "trainer.jobs.train:run", "train"),
     Entry("sample", "trainer.jobs.sample_run:run", "generate videos or images"),
     Entry("eval", "trainer.jobs.eval_run:run", "validation loss and figures of a probe"),
+    Entry("deepspeed", "trainer.jobs.deepspeed_export:run", "the DeepSpeed config of a run"),
     Entry("merge", "trainer.jobs.lora_tools:run_merge", "bake LoRAs into a base model"),
     Entry("convert", "trainer.jobs.lora_tools:run_convert", "rewrite a LoRA in another layout"),
     Entry("inspect", "trainer.jobs.lora_tools:run_inspect", "describe a LoRA file"),
@@ -183,6 +188,7 @@ REQUESTS: dict[str, type[Options]] = {
     "train": TrainRequest,
     "sample": SampleJobRequest,
     "eval": EvalRequest,
+    "deepspeed": DeepSpeedRequest,
     "merge": MergeRequest,
     "convert": ConvertRequest,
     "inspect": InspectRequest,

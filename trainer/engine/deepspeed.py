@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,14 +20,35 @@ from trainer.core.types import Batch
 from trainer.engine.deepspeed_config import PERSISTENCE_THRESHOLD, build_deepspeed_config
 from trainer.engine.finite import gradient_error
 from trainer.engine.local import clip_gradients, whole_pieces
+from trainer.engine.offload import NO_OFFLOAD, Offload
 from trainer.engine.process_group import World
-from trainer.engine.state_files import EngineState, Piece
+from trainer.engine.state_files import EngineState, Piece, always_there
 from trainer.engine.stepping import SteppingEngine, fill_missing_gradients, parameter_groups
+from trainer.engine.swapped import gather_masters, inner_step, remove_files, resident
 
 
 def is_installed() -> bool:
     """Tell whether DeepSpeed can be imported, without importing it."""
     return importlib.util.find_spec("deepspeed") is not None
+
+
+def async_io_obstacle(device: torch.device) -> str | None:
+    """Return why offload to `nvme` cannot work here; None where its module can be built.
+
+    DeepSpeed compiles it in the first run that needs it, for minutes.
+    """
+    _import_deepspeed(device)
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils import cpp_extension
+
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler})"
+    if device.type == "cuda" and cpp_extension.CUDA_HOME is None:
+        return "there is no CUDA toolkit (nvcc)"
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        return "the headers of libaio are missing"
+    return None
 
 
 class DeepSpeedEngine(SteppingEngine):
@@ -45,6 +68,7 @@ class DeepSpeedEngine(SteppingEngine):
         full_finetune_bf16: every parameter becomes bf16, those trained have fp32 masters.
         lr_scales: factor of the learning rate by canonical name, 1 where absent.
         persistence_threshold: stage 3 keeps parameters with fewer elements whole.
+        offload: what waits outside the GPU.
 
     Raises:
         ConfigError: DeepSpeed is missing, or the combination trains wrongly.
@@ -63,9 +87,10 @@ class DeepSpeedEngine(SteppingEngine):
         full_finetune_bf16: bool = False,
         lr_scales: Mapping[str, float] | None = None,
         persistence_threshold: int = PERSISTENCE_THRESHOLD,
+        offload: Offload = NO_OFFLOAD,
     ) -> None:
         super().__init__(module, trainable, world, gradient_accumulation_steps)
-        config = build_deepspeed_config(
+        self.config = build_deepspeed_config(
             zero_stage=zero_stage,
             gradient_accumulation_steps=gradient_accumulation_steps,
             max_grad_norm=max_grad_norm,
@@ -73,17 +98,26 @@ class DeepSpeedEngine(SteppingEngine):
             elementwise_optimizer=optimizer_factory.elementwise,
             num_trained=sum(value.numel() for value in trainable.values()),
             persistence_threshold=persistence_threshold,
+            offload=offload,
         )
         if not full_finetune_bf16:
             _require_float32(trainable)
+        if offload.parameters == "nvme" and not full_finetune_bf16:
+            _require_one_dtype(module)
+        if offload.optimizer == "nvme" and not optimizer_factory.state_names:
+            raise ConfigError(
+                "only state of one value a weight can be offloaded to nvme",
+                hint="use optimizer.kind = 'adamw'",
+            )
         self._stage = zero_stage
         self._bf16 = full_finetune_bf16
+        self._offload = offload
         self._max_grad_norm = max_grad_norm
         self._state_names = optimizer_factory.state_names
         self._shapes = {name: tuple(value.shape) for name, value in trainable.items()}
         self._used: list[set[int]] = [set()]
         self._deepspeed = _import_deepspeed(world.device)
-        self._engine = self._initialize(module, optimizer_factory, lr_scales or {}, config)
+        self._engine = self._initialize(module, optimizer_factory, lr_scales or {}, self.config)
         self._watches = self._watch_use() if zero_stage else []
 
     def full_parameters(self) -> dict[str, Tensor]:
@@ -91,14 +125,20 @@ class DeepSpeedEngine(SteppingEngine):
 
         A collective call.
         """
-        sharded = self._stage == 3 or self._bf16
-        gather = self._deepspeed.utils.safe_get_full_fp32_param
         whole: dict[str, Tensor] = {}
-        for name, parameter in self._trainable.items():
-            value = gather(parameter) if sharded else parameter
+        for name, value in self._whole_parameters():
             if self.rank == 0:
                 whole[name] = value.detach().to("cpu", torch.float32, copy=True)
-        return whole
+        return {name: whole[name] for name in self._trainable if name in whole}
+
+    def _whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        if self._in_files:
+            yield from gather_masters(self._engine.optimizer, self._trainable)
+            return
+        sharded = self._stage == 3 or self._bf16
+        gather = self._deepspeed.utils.safe_get_full_fp32_param
+        for name, parameter in self._trainable.items():
+            yield name, gather(parameter) if sharded else parameter
 
     def close(self) -> None:
         """Free what DeepSpeed holds. The module stays usable, but stays sharded under stage 3."""
@@ -108,6 +148,8 @@ class DeepSpeedEngine(SteppingEngine):
         engine.module_forward_pre_hook.remove()
         engine.module_forward_post_hook.remove()
         engine.destroy()
+        if self._offload.nvme_path is not None:
+            remove_files(self._offload.nvme_path, self.rank)
         for parameter in self._trainable.values():
             parameter.grad = None
 
@@ -151,7 +193,7 @@ class DeepSpeedEngine(SteppingEngine):
             fill_missing_gradients(self._trainable.values())
             return
         used, self._used = self._used, [set()]
-        if self._stage == 3:
+        if self._keeps_gradients:
             self._refuse_idle(set().union(*used))
         if self.world_size > 1:
             self._refuse_divergence(used)
@@ -185,7 +227,15 @@ class DeepSpeedEngine(SteppingEngine):
             optimizer=optimizer.optimizer if self._stage else optimizer,
             state_names=self._state_names,
             inner_step=self._inner_step,
+            resident=self._resident if self._in_files else always_there,
         )
+
+    @property
+    def _in_files(self) -> bool:
+        return self._offload.optimizer == "nvme"
+
+    def _resident(self, index: int, changed: bool) -> AbstractContextManager[None]:
+        return resident(self._engine.optimizer, index, changed=changed)
 
     def _flats(self) -> list[Tensor]:
         if self._stage == 0:
@@ -214,6 +264,9 @@ class DeepSpeedEngine(SteppingEngine):
         if self._stage == 0:
             optimizer.step()
             return
+        if self._in_files:
+            inner_step(optimizer)
+            return
         if self._stage == 3:  # its groups are empty outside `step`
             optimizer._set_fp32_optimizer_param_groups()
         optimizer.optimizer.step()
@@ -227,7 +280,8 @@ class DeepSpeedEngine(SteppingEngine):
         elif self._stage == 3:
             optimizer._partition_all_parameters()
             for index in range(len(optimizer.fp16_groups)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+                with resident(optimizer, index, changed=False):
+                    optimizer._reassign_or_swap_out_partitioned_parameters(index)
             if optimizer.persistent_parameters:
                 first = optimizer.persistent_parameters[0]
                 first.all_gather(optimizer.persistent_parameters)
@@ -241,13 +295,19 @@ class DeepSpeedEngine(SteppingEngine):
             for index, parameter in enumerate(self._trainable.values())
         ]
 
+    @property
+    def _keeps_gradients(self) -> bool:
+        """Whether a parameter that gets no gradient would be updated with its last one."""
+        return self._stage == 3 or self._offload.optimizer != "none"
+
     def _refuse_idle(self, used: set[int]) -> None:
         idle = [name for i, name in enumerate(self._trainable) if i not in used]
         if idle:
             raise RunError(
                 f"{len(idle)} trained parameters took no part in this step, e.g. {idle[0]}; "
-                "ZeRO stage 3 would update them with an old gradient",
-                hint="set distributed.zero_stage = 2, or do not train them",
+                "ZeRO stage 3 and an offloaded optimizer would update them with an old gradient",
+                hint="set distributed.zero_stage = 2 and offload_optimizer = 'none', or do not "
+                "train them",
             )
 
     def _refuse_divergence(self, used: list[set[int]]) -> None:
@@ -276,6 +336,16 @@ def _require_float32(trainable: Mapping[str, nn.Parameter]) -> None:
         raise ValueError(
             f"{len(low)} trained parameters are not float32, e.g. {low[0]}; without "
             "full_finetune_bf16 they would have no fp32 masters"
+        )
+
+
+def _require_one_dtype(module: nn.Module) -> None:
+    kinds = {parameter.dtype for parameter in module.parameters()}
+    if len(kinds) > 1:
+        names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        raise ConfigError(
+            f"DeepSpeed reads all weights from nvme as one dtype, and these are {names}",
+            hint="set distributed.offload_parameters = 'cpu'",
         )
 
 

@@ -10,6 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.contract.errors import ConfigError, Problem
+from trainer.engine.offload import (
+    NO_OFFLOAD,
+    SWAPPABLE_ELEMENTS,
+    Offload,
+    offload_problems,
+    offload_sections,
+)
 
 ZERO_STAGES = (0, 1, 2, 3)
 PERSISTENCE_THRESHOLD = 1_000_000
@@ -44,6 +51,7 @@ def build_deepspeed_config(
     elementwise_optimizer: bool = True,
     num_trained: int = BUCKET_ELEMENTS,
     persistence_threshold: int = PERSISTENCE_THRESHOLD,
+    offload: Offload = NO_OFFLOAD,
 ) -> dict[str, Any]:
     """Return the DeepSpeed config of a run.
 
@@ -58,6 +66,7 @@ def build_deepspeed_config(
         elementwise_optimizer: see `OptimizerFactory.elementwise`.
         num_trained: trained elements; no bucket is made larger, since it is allocated in full.
         persistence_threshold: stage 3 keeps parameters with fewer elements whole.
+        offload: what waits outside the GPU.
 
     Raises:
         ConfigError: the combination trains wrongly.
@@ -66,11 +75,14 @@ def build_deepspeed_config(
     if zero_stage:
         bucket = max(1, min(BUCKET_ELEMENTS, num_trained))
         zero |= {"reduce_bucket_size": bucket, "overlap_comm": zero_stage > 1}
+    if offload.parameters == "nvme":  # what stays whole must not have to come out of files
+        persistence_threshold = min(persistence_threshold, SWAPPABLE_ELEMENTS)
     if zero_stage == 3:
         zero |= {
             "memory_efficient_linear": False,
             "stage3_param_persistence_threshold": persistence_threshold,
         }
+    zero |= offload_sections(offload)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": gradient_accumulation_steps,
@@ -85,6 +97,9 @@ def build_deepspeed_config(
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
         if gradient_accumulation_steps > 1:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if offload.optimizer != "none":
+        # torch's AdamW steps on the CPU as it is, where DeepSpeed's own has to be compiled.
+        config["zero_force_ds_cpu_optimizer"] = False
     lint_deepspeed_config(config, elementwise_optimizer=elementwise_optimizer)
     return config
 
@@ -100,6 +115,7 @@ def lint_deepspeed_config(config: dict[str, Any], *, elementwise_optimizer: bool
         *_refused_keys(config),
         *_precision(config),
         *_stage(config, elementwise_optimizer),
+        *offload_problems(config),
     ]
     if problems:
         raise ConfigError(problems=problems)
@@ -161,12 +177,5 @@ def _stage(config: dict[str, Any], elementwise_optimizer: bool) -> Iterator[Prob
         yield Problem(
             "replaces torch.nn.functional.linear in the whole process and never restores it",
             key="zero_optimization.memory_efficient_linear",
-            hint="set it to false",
-        )
-    offload = zero.get("offload_optimizer", {}).get("device", "none")
-    if offload != "none" and config.get("zero_force_ds_cpu_optimizer", True):
-        yield Problem(
-            "an optimizer of torch cannot be offloaded while this is true",
-            key="zero_force_ds_cpu_optimizer",
             hint="set it to false",
         )

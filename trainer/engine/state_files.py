@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from trainer.contract.errors import DiskError, ModelFileError
 from trainer.contract.files import write_json
 from trainer.io.atomic_save import save_safetensors
 from trainer.io.mapped_load import WeightFiles, open_weights, read_json
+from trainer.io.stream_save import TensorSlot, stream_safetensors
 
 FORMAT = 1
 _INFO = "engine.json"
@@ -42,6 +44,11 @@ class Piece:
     numel: int
     flat: int
     offset: int
+
+
+def always_there(index: int, changed: bool) -> AbstractContextManager[None]:
+    """Say that flat `index` and its state are in memory all the time."""
+    return nullcontext()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +70,8 @@ class EngineState:
     state_names: tuple[str, ...]
     inner_step: Callable[[], None]
     """Let the inner optimizer step over `flats` as their `grad` says."""
+    resident: Callable[[int, bool], AbstractContextManager[None]] = always_there
+    """Have a flat and its state in memory for the duration of a block; True: keep its changes."""
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -92,17 +101,14 @@ def save(state: EngineState, folder: Path) -> None:
         write_json(folder / _INFO, info)
     if not state.own:
         return
-    tensors = {_key(_WEIGHT, piece): _cut(state.flats[piece.flat], piece) for piece in state.pieces}
-    if state.state_names:
-        tensors |= _state_pieces(state)
-        numbers = _step_numbers(state)
-    else:
-        raw, numbers = _raw_state(state)
-        tensors |= raw
     # The checkpoint's manifest holds a digest of the file, so reading it back here is not needed.
-    save_safetensors(
-        tensors, _rank_file(folder, state.rank), {"numbers": json.dumps(numbers)}, verify=False
-    )
+    path = _rank_file(folder, state.rank)
+    if state.state_names:
+        _stream_pieces(state, path)
+        return
+    tensors = {_key(_WEIGHT, piece): _cut(state.flats[piece.flat], piece) for piece in state.pieces}
+    raw, numbers = _raw_state(state)
+    save_safetensors(tensors | raw, path, {"numbers": json.dumps(numbers)}, verify=False)
 
 
 def load(state: EngineState, folder: Path) -> None:
@@ -118,9 +124,17 @@ def load(state: EngineState, folder: Path) -> None:
         pieces = _index(files)
         stepped = any(kind != _WEIGHT for kind, _ in pieces)
         _check_cover(state, pieces, (_WEIGHT, *(state.state_names if stepped else ())), folder)
-        _fill_weights(state, pieces)
-        if stepped or state.optimizer.state:
-            _fill_state(state, pieces, _merged_numbers(files))
+        numbers = _merged_numbers(files)
+        filled = stepped or bool(state.optimizer.state)
+        if filled:
+            _create_state(state)
+        with ExitStack() as stack:
+            residence = _Residence(state, stack, changed=True)
+            for piece in _by_flat(state):
+                residence.bring(piece.flat)
+                _fill_weight(state, piece, pieces)
+                if filled:
+                    _fill_state(state, piece, pieces, numbers)
     else:
         own = _rank_file(folder, state.rank if _writers(info) > 1 else 0)
         _check_layout(state, info, folder)
@@ -128,7 +142,8 @@ def load(state: EngineState, folder: Path) -> None:
         pieces = _index([file])
         _check_cover(state, pieces, (_WEIGHT,), folder)
         _fill_raw(state, file)
-        _fill_weights(state, pieces)
+        for piece in state.pieces:
+            _fill_weight(state, piece, pieces)
 
 
 def read_layout(folder: Path) -> dict[str, Any]:
@@ -216,13 +231,48 @@ def _state_of(state: EngineState, flat: Tensor) -> dict[str, Any]:
     return held
 
 
-def _state_pieces(state: EngineState) -> dict[str, Tensor]:
-    return {
-        _key(name, piece): _cut(held[name], piece)
-        for piece in state.pieces
-        if (held := _state_of(state, state.flats[piece.flat]))
-        for name in state.state_names
-    }
+class _Residence:
+    """Brings one flat after the other into memory."""
+
+    def __init__(self, state: EngineState, stack: ExitStack, *, changed: bool) -> None:
+        self._state, self._held = state, stack.enter_context(ExitStack())
+        self._changed = changed
+        self._index: int | None = None
+
+    def bring(self, index: int) -> None:
+        """Have flat `index` in memory until another one is asked for."""
+        if index != self._index:
+            self._index = None
+            self._held.close()
+            self._held.enter_context(self._state.resident(index, self._changed))
+            self._index = index
+
+
+def _by_flat(state: EngineState) -> list[Piece]:
+    return sorted(state.pieces, key=lambda piece: piece.flat)
+
+
+def _stream_pieces(state: EngineState, path: Path) -> None:
+    """Write piece after piece: a copy of all of them may be more than the memory holds."""
+    found: dict[str, tuple[Piece, str]] = {}
+    for piece in _by_flat(state):
+        stepped = bool(_state_of(state, state.flats[piece.flat]))
+        for kind in (_WEIGHT, *(state.state_names if stepped else ())):
+            found[_key(kind, piece)] = (piece, kind)
+    with ExitStack() as stack:
+        residence = _Residence(state, stack, changed=False)
+
+        def read(key: str) -> Tensor:
+            piece, kind = found[key]
+            residence.bring(piece.flat)
+            flat = state.flats[piece.flat]
+            return _cut(flat if kind == _WEIGHT else _state_of(state, flat)[kind], piece)
+
+        slots = {
+            key: TensorSlot((piece.numel,), torch.float32) for key, (piece, _) in found.items()
+        }
+        numbers = {"numbers": json.dumps(_step_numbers(state))}
+        stream_safetensors(slots, read, path, numbers, in_order=True, verify=False)
 
 
 def _step_numbers(state: EngineState) -> dict[str, dict[str, float]]:
@@ -247,20 +297,19 @@ def _raw_state(state: EngineState) -> tuple[dict[str, Tensor], dict[str, dict[st
     return tensors, numbers
 
 
-def _fill_weights(state: EngineState, pieces: _Index) -> None:
-    for piece in state.pieces:
-        _copy(_cut(state.flats[piece.flat], piece), piece, pieces[_WEIGHT, piece.name])
+def _fill_weight(state: EngineState, piece: Piece, pieces: _Index) -> None:
+    _copy(_cut(state.flats[piece.flat], piece), piece, pieces[_WEIGHT, piece.name])
 
 
-def _fill_state(state: EngineState, pieces: _Index, numbers: dict[str, dict[str, float]]) -> None:
-    _create_state(state)
-    for piece in state.pieces:
-        held = _state_of(state, state.flats[piece.flat])
-        for name in state.state_names:
-            target = _cut(held[name], piece).zero_()
-            _copy(target, piece, pieces.get((name, piece.name), []))
-        for key in held.keys() - set(state.state_names):
-            _set_number(held, key, numbers[piece.name].get(key, 0.0))
+def _fill_state(
+    state: EngineState, piece: Piece, pieces: _Index, numbers: dict[str, dict[str, float]]
+) -> None:
+    held = _state_of(state, state.flats[piece.flat])
+    for name in state.state_names:
+        target = _cut(held[name], piece).zero_()
+        _copy(target, piece, pieces.get((name, piece.name), []))
+    for key in held.keys() - set(state.state_names):
+        _set_number(held, key, numbers[piece.name].get(key, 0.0))
 
 
 def _fill_raw(state: EngineState, file: _RankFile) -> None:
@@ -299,11 +348,12 @@ def _create_state(state: EngineState) -> None:
     rates = [group["lr"] for group in groups]
     for group in groups:
         group["lr"] = 0.0
+    buffers = [flat.grad for flat in state.flats]  # DeepSpeed's own, where it offloads
     for flat in state.flats:
-        flat.grad = torch.zeros_like(flat)
+        flat.grad = torch.zeros_like(flat) if flat.grad is None else flat.grad.zero_()
     state.inner_step()
-    for flat in state.flats:
-        flat.grad = None
+    for flat, buffer in zip(state.flats, buffers, strict=True):
+        flat.grad = buffer
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
 

@@ -42,6 +42,8 @@ def stream_safetensors(
     metadata: Mapping[str, str] | None = None,
     *,
     on_tensor: Callable[[str], None] | None = None,
+    in_order: bool = False,
+    verify: bool = True,
 ) -> None:
     """Write a safetensors file, asking `read` for one tensor at a time.
 
@@ -55,12 +57,15 @@ def stream_safetensors(
         path: the file.
         metadata: of the header.
         on_tensor: called after each tensor was written.
+        in_order: keep the order of `slots`, which must fall in element size.
+        verify: read the file back.
 
     Raises:
         DiskError: the disk is full, read-only or gone, or what is read back differs.
     """
     path = Path(path)
-    order = sorted(slots, key=lambda name: (-slots[name].dtype.itemsize, name))
+    by_size = sorted(slots, key=lambda name: (-slots[name].dtype.itemsize, name))
+    order = list(slots) if in_order else by_size
     with atomic_path(path) as temporary:
         checksums: dict[str, int] = {}
         with temporary.open("wb") as file:
@@ -69,7 +74,8 @@ def stream_safetensors(
                 checksums[name] = _write_tensor(file, name, slots[name], read(name))
                 if on_tensor is not None:
                     on_tensor(name)
-        _verify(temporary, checksums, path)
+        if verify:
+            _verify(temporary, checksums, path)
 
 
 def _header(

@@ -80,10 +80,14 @@ def build_techniques(
                 f"{section.name} compares the samples of a batch, and every batch has one",
                 hint="set batch_size = 2 or more in the dataset, or remove the technique",
             )
-        if Need.FULL_GRADS in technique.needs and config.distributed.zero_stage > 1:
+        distributed = config.distributed
+        if Need.FULL_GRADS in technique.needs and (
+            distributed.zero_stage > 1 or distributed.offload_optimizer != "none"
+        ):
             raise ConfigError(
-                f"{section.name} reads whole gradients, which ZeRO-2 and 3 cut into shards",
-                hint="set distributed.zero_stage to 0 or 1",
+                f"{section.name} reads whole gradients, which ZeRO-2 and 3 cut into shards and an "
+                "offloaded optimizer takes away",
+                hint="set distributed.zero_stage to 0 or 1, and offload_optimizer = 'none'",
             )
         if config.distributed.sequence_parallel > 1 and _hooks_blocks(technique):
             raise ConfigError(

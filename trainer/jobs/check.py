@@ -19,6 +19,7 @@ from trainer.data.checks import DatasetCheck, check_dataset
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import MAX_LISTED, Emit
 from trainer.jobs.components import require_vae, settle_variant, with_variant
+from trainer.jobs.distributed_checks import distributed_problems
 from trainer.jobs.memory_checks import memory_notes, memory_problems
 from trainer.jobs.run_items import holdout_of
 from trainer.jobs.start import machine_problems
@@ -44,6 +45,7 @@ def run(request: CheckRequest, emit: Emit) -> None:
         *_file_problems(config),
         *_weight_problems(config),
         *machine_problems(config),
+        *distributed_problems(config),
     ]
     variant = _variant(config, problems)
     if variant is not None:

@@ -7,6 +7,7 @@ from trainer.contract.config_io import load_config_with_sources, place_problems
 from trainer.contract.config_rules import JobName, check_files
 from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import ConfigRequest
+from trainer.jobs.distributed_checks import distributed_problems
 from trainer.jobs.memory_checks import memory_problems
 from trainer.jobs.start import machine_problems
 
@@ -23,6 +24,7 @@ def read_config(request: ConfigRequest, job: JobName) -> RunConfig:
         problems += memory_problems(loaded.config, trains=job == "train")
     if job == "train":
         problems += machine_problems(loaded.config)
+        problems += distributed_problems(loaded.config)
     if problems:
         raise ConfigError(problems=place_problems(problems, loaded.sources))
     return loaded.config

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
+from trainer.attention.sequence import SequenceGroup
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError
 from trainer.contract.metadata import TrainingFacts, training_metadata
@@ -31,6 +32,7 @@ from trainer.jobs.build import (
     make_base,
     trained_transformer_file,
 )
+from trainer.jobs.deepspeed_settings import deepspeed_settings
 from trainer.jobs.environment import menma_version
 from trainer.jobs.run_items import load_run_items, validation_settings
 from trainer.loop import Plan
@@ -125,17 +127,45 @@ def build_model(
         ConfigError: adapter or techniques do not fit the model or the data.
         ModelFileError: the weights cannot be used.
     """
+    # ZeRO-3 shards weights one by one on their way to the device; whole they might not fit it.
+    device = torch.device("cpu") if config.distributed.zero_stage == 3 else world.device
+
+    def load() -> WanTransformer:
+        if weights is not None:
+            return make_base(config, weights, device=device)
+        return load_base(config, trained_transformer_file(config)[0], device=device)
+
+    return assemble_model(config, build, largest_batch, load, sequence=world.sequence)
+
+
+def assemble_model(
+    config: RunConfig,
+    build: BuildContext,
+    largest_batch: int,
+    load: Callable[[], WanTransformer],
+    *,
+    sequence: SequenceGroup | None = None,
+) -> TrainedModel:
+    """Put together the step around the transformer that `load` returns.
+
+    It is loaded when nothing else can be wrong any more, since that takes longest.
+
+    Args:
+        config: of the run.
+        build: what plug-ins are given.
+        largest_batch: items of the largest microbatch.
+        load: makes the transformer.
+        sequence: the processes that compute each clip together; None: this one alone does.
+
+    Raises:
+        ConfigError: adapter or techniques do not fit the model or the data.
+    """
     techniques = build_techniques(config, build, largest_batch)
     objective = build_objective(config, build)
     adapter: Adapter = build_plugin(config.adapter, "kind", build, where="adapter")
-    # ZeRO-3 shards weights one by one on their way to the device; whole they might not fit it.
-    device = torch.device("cpu") if config.distributed.zero_stage == 3 else world.device
-    if weights is None:
-        transformer = load_base(config, trained_transformer_file(config)[0], device=device)
-    else:
-        transformer = make_base(config, weights, device=device)
-    if world.sequence is not None:
-        transformer.share_tokens(world.sequence)
+    transformer = load()
+    if sequence is not None:
+        transformer.share_tokens(sequence)
     adapter.inject(transformer, config.training.seed)
     for technique in techniques:
         transformer.blocks.add_hooks(technique.block_hooks())
@@ -145,7 +175,7 @@ def build_model(
         techniques,
         config.training.seed,
         transformer.blocks.suspended,
-        part=0 if world.sequence is None else world.sequence.rank,
+        part=0 if sequence is None else sequence.rank,
     )
     return TrainedModel(transformer, adapter, techniques, step.train())
 
@@ -159,8 +189,6 @@ def build_engine(
         ConfigError: DeepSpeed is asked for and missing, or several processes without it.
     """
     factory: OptimizerFactory = build_plugin(config.optimizer, "kind", build, where="optimizer")
-    norm = config.optimizer.max_grad_norm
-    accumulation = config.training.gradient_accumulation_steps
     if engine_kind(config) == "local":
         if world.world_size > 1 or config.distributed.zero_stage:
             raise ConfigError(
@@ -172,19 +200,11 @@ def build_engine(
             model.trainable,
             factory,
             device=world.device,
-            max_grad_norm=norm,
-            gradient_accumulation_steps=accumulation,
+            max_grad_norm=config.optimizer.max_grad_norm,
+            gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         )
-    return DeepSpeedEngine(
-        model.step,
-        model.trainable,
-        factory,
-        world=world,
-        max_grad_norm=norm,
-        gradient_accumulation_steps=accumulation,
-        zero_stage=config.distributed.zero_stage,
-        full_finetune_bf16=config.adapter.kind == "none" and config.memory.weight_format == "bf16",
-    )
+    settings = deepspeed_settings(config, world.device)
+    return DeepSpeedEngine(model.step, model.trainable, factory, world=world, **settings)
 
 
 def build_validator(
