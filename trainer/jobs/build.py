@@ -142,6 +142,7 @@ def load_base(config: RunConfig, path: Path, *, device: torch.device) -> WanTran
     transformer.gradient_checkpointing = config.memory.gradient_checkpointing
     transformer.blocks.keep_attention = config.memory.keep_attention
     transformer.set_feed_forward_chunks(config.memory.feed_forward_chunks)
+    transformer.set_attention_chunks(config.memory.attention_chunks)
     if num_streamed or config.memory.offload_checkpoints:
         streams = streams_of(device)
         if num_streamed:

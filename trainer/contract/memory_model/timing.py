@@ -44,6 +44,8 @@ def step_parts(work: Workload, gpu: Gpu) -> dict[str, float]:
     seen_again = 0 if memory.keep_attention else again
     feed_forward = 4.0 * rows * shape.dim * shape.ffn_dim
     matmul_again = feed_forward if memory.feed_forward_chunks > 1 else 0.0
+    if memory.attention_chunks > 1:  # q, k, v, and of cross-attention q and o
+        matmul_again += 5 * 2.0 * rows * shape.dim**2
     gain = FP8_GAIN if work.fp8 == "products" and gpu.fp8_tflops else 1.0
     forward_share, backward_share = gpu.attention_forward, gpu.attention_backward
     parts = {

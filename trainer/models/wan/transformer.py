@@ -126,7 +126,12 @@ class WanTransformer(nn.Module):
         """Compute the blocks' feed-forward in `num` parts of the tokens (`WanBlock`)."""
         for block in self.blocks:
             cast(WanBlock, block).feed_forward_chunks = num
-        self.blocks.recomputes_inside = num > 1
+
+    def set_attention_chunks(self, num: int) -> None:
+        """Make what enters attention in `num` parts of the tokens (`SelfAttention`)."""
+        for block in self.blocks:
+            cast(WanBlock, block).self_attn.chunks = num
+            cast(WanBlock, block).cross_attn.chunks = num
 
     @property
     def dtype(self) -> torch.dtype:
