@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,9 @@ from trainer.contract.memory_rules import too_many_blocks
 from trainer.core.flow import NUM_TRAIN_TIMESTEPS
 from trainer.core.seams import BuildContext, Need, Technique
 from trainer.engine.deepspeed import is_installed
-from trainer.memory.block_swap import BlockSwap
+from trainer.memory.block_swap import BlockSwap, spread
 from trainer.memory.checkpoint_offload import CheckpointOffload
+from trainer.memory.host_share import HostShare
 from trainer.memory.streams import Streams, streams_of
 from trainer.models.wan.quantised import FP8_FORMATS
 from trainer.models.wan.transformer import WanTransformer
@@ -117,14 +119,23 @@ def fp8_spec(config: RunConfig) -> Fp8Spec | None:
     )
 
 
-def load_base(config: RunConfig, path: Path, *, device: torch.device) -> WanTransformer:
+def load_base(
+    config: RunConfig, path: Path, *, device: torch.device, share: HostShare | None = None
+) -> WanTransformer:
     """Load transformer weights in the precision that the config asks for.
+
+    Args:
+        config: the run.
+        path: file or folder of the weights.
+        device: where they compute.
+        share: the processes of this machine that load the same weights now: of the blocks that
+            are swapped they hold one copy, which the one that leads reads.
 
     Raises:
         ModelFileError: the file cannot be used, or is not what `model.variant` says.
         ConfigError: the file is in another fp8 format than asked for, or has fewer blocks than
             are to be swapped.
-        RunError: the RAM for swapped blocks cannot be locked.
+        RunError: the RAM for swapped blocks cannot be locked or shared.
     """
     from trainer.models import load_transformer
 
@@ -137,6 +148,7 @@ def load_base(config: RunConfig, path: Path, *, device: torch.device) -> WanTran
         device="cpu" if num_streamed else device,
         config=dict(config.model.shape) or None,
         fp8=fp8_spec(config),
+        held_elsewhere=partial(spread, num_streamed) if share and not share.leads else None,
     )
     transformer.attend = ATTENTION.load(config.memory.attention)()
     transformer.gradient_checkpointing = config.memory.gradient_checkpointing
@@ -146,7 +158,7 @@ def load_base(config: RunConfig, path: Path, *, device: torch.device) -> WanTran
     if num_streamed or config.memory.offload_checkpoints:
         streams = streams_of(device)
         if num_streamed:
-            _stream_blocks(transformer, num_streamed, streams)
+            _stream_blocks(transformer, num_streamed, streams, share)
         if config.memory.offload_checkpoints:
             transformer.blocks.offload = CheckpointOffload(streams)
     if config.memory.compile_blocks:
@@ -155,12 +167,14 @@ def load_base(config: RunConfig, path: Path, *, device: torch.device) -> WanTran
     return transformer
 
 
-def _stream_blocks(transformer: WanTransformer, num: int, streams: Streams) -> None:
+def _stream_blocks(
+    transformer: WanTransformer, num: int, streams: Streams, share: HostShare | None
+) -> None:
     problem = too_many_blocks(num, len(transformer.blocks))
     if problem is not None:
         raise ConfigError(problems=[problem])
     transformer.blocks.requires_grad_(requires_grad=False)
-    transformer.blocks.swap = BlockSwap(list(transformer.blocks), num, streams)
+    transformer.blocks.swap = BlockSwap(list(transformer.blocks), num, streams, share=share)
     transformer.to(streams.device)
 
 

@@ -30,6 +30,7 @@ from trainer.jobs.build import (
     trained_transformer_file,
 )
 from trainer.jobs.environment import menma_version
+from trainer.jobs.neighbours import neighbours
 from trainer.jobs.run_items import load_run_items, validation_settings
 from trainer.loop import Plan
 from trainer.models.wan.transformer import WanTransformer
@@ -118,7 +119,8 @@ def build_model(
     adapter: Adapter = build_plugin(config.adapter, "kind", build, where="adapter")
     # ZeRO-3 shards weights one by one on their way to the device; whole they might not fit it.
     device = torch.device("cpu") if config.distributed.zero_stage == 3 else world.device
-    transformer = load_base(config, path, device=device)
+    share = neighbours(world) if config.memory.blocks_to_swap else None
+    transformer = load_base(config, path, device=device, share=share)
     adapter.inject(transformer, config.training.seed)
     for technique in techniques:
         transformer.blocks.add_hooks(technique.block_hooks())

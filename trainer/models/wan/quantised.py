@@ -132,7 +132,8 @@ def put_fp8_layer(
     else:
         quantised = quantise(weights.read(stored.name), spec, device)
         weights.release(stored.name)
-        quantisation.errors[layer_name] = quantised.relative_error or 0.0
+        if quantised.relative_error is not None:
+            quantisation.errors[layer_name] = quantised.relative_error
     parent_name, _, child = layer_name.rpartition(".")
     parent = model.get_submodule(parent_name)
     bias = getattr(parent, child).bias
