@@ -124,6 +124,25 @@ def test_two_processes_train_on_fp8_as_one(cached_project, tmp_path, stage):
         torch.testing.assert_close(tensor, alone[name], rtol=0.02, atol=2e-3)
 
 
+def test_two_processes_share_swapped_blocks(cached_project, tmp_path):
+    outputs = []
+    for swapped in (0, 1):
+        project = copy_project(cached_project, tmp_path / str(swapped))
+        settings = {
+            "memory.weight_format": "fp8_scaled",
+            "memory.blocks_to_swap": swapped,
+            "distributed.engine": "deepspeed",
+            "distributed.num_processes": 2,
+        }
+        changes = [part for k, v in settings.items() for part in ("--set", f"{k}={v}")]
+        project.done("train", project.config, *changes)
+        outputs.append((project.events("step"), load_file(project.output)))
+    (one, plain), (two, streamed) = outputs
+    assert [e["loss"] for e in two] == [e["loss"] for e in one]
+    for name, tensor in streamed.items():
+        assert torch.equal(tensor, plain[name]), name
+
+
 @pytest.mark.parametrize("options", [{}, {"memory__fp8_format": "e5m2"}], ids=["e4m3", "e5m2"])
 def test_plain_fp8_trains(project, options):
     name = f"plain-{len(options)}"

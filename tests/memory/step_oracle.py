@@ -67,6 +67,7 @@ def _build_step(config: RunConfig, work: Workload) -> tuple[TrainStep, Any]:
     model.gradient_checkpointing = config.memory.gradient_checkpointing
     model.blocks.keep_attention = config.memory.keep_attention
     model.set_feed_forward_chunks(config.memory.feed_forward_chunks)
+    model.set_attention_chunks(config.memory.attention_chunks)
     objective = build_objective(config, build)
     return TrainStep(model, objective, (), 0, model.blocks.suspended).train(), adapter
 

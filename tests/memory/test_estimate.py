@@ -122,8 +122,11 @@ def test_offload_and_chunks_take_less(variant: str, quarters: int, chunks: int) 
     plain = training_bytes(**setting)
     parked = training_bytes(**setting, memory={"offload_checkpoints": True})
     chunked = training_bytes(**setting, memory={"feed_forward_chunks": chunks})
+    both = training_bytes(
+        **setting, memory={"feed_forward_chunks": chunks, "attention_chunks": chunks}
+    )
     assert parked < plain
-    assert chunked < plain
+    assert both < chunked < plain
     every, second = (
         training_bytes(**setting, memory={"gradient_checkpointing": value}) for value in (True, 2)
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.swap.ordered_streams import OrderedStreams, Watch
 from tests.swap.swapped_models import CONFIG, assert_equal, loss_of, make_model, train
@@ -89,57 +88,6 @@ def test_a_graph_may_be_walked_twice() -> None:
     first = torch.autograd.grad(loss, list(trainable.values()), retain_graph=True)
     again = torch.autograd.grad(loss, list(trainable.values()))
     assert_equal(list(again), list(first))
-
-
-@pytest.mark.parametrize("swap", [0, BLOCKS])
-@pytest.mark.parametrize("keep_attention", [False, True])
-@pytest.mark.parametrize("chunks", [2, 5])
-def test_chunked_feed_forward(chunks: int, keep_attention: bool, swap: int) -> None:
-    expected, _ = make_model()
-    model, _ = make_model(swap)
-    model.set_feed_forward_chunks(chunks)
-    model.blocks.keep_attention = keep_attention
-    losses = []
-    for each in (expected, model):
-        loss = loss_of(each, 0)
-        loss.backward()
-        losses.append(loss.detach())
-    # Products of other sizes may add up in another order.
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
-    wanted = {name: p.grad for name, p in expected.named_parameters() if p.requires_grad}
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
-
-
-class Widest(TorchDispatchMode):
-    """Notes the most rows of the feed-forward's width that one operator makes."""
-
-    rows = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        weight = (CONFIG.dim, CONFIG.ffn_dim)  # of the second layer: no activation
-        if (
-            isinstance(result, torch.Tensor)
-            and result.shape[-1:] == (CONFIG.ffn_dim,)
-            and result.shape != weight
-        ):
-            self.rows = max(self.rows, result.numel() // CONFIG.ffn_dim)
-        return result
-
-
-def test_chunks_never_hold_the_whole_width() -> None:
-    rows = []
-    for chunks in (1, 3):
-        model, _ = make_model()
-        model.set_feed_forward_chunks(chunks)
-        with Widest() as widest:
-            loss_of(model, 0).backward()
-        rows.append(widest.rows)
-    assert rows == [36, 12]
 
 
 @pytest.mark.slow

@@ -46,6 +46,11 @@ def config_of(**sections: dict[str, Any]) -> RunConfig:
             "hooks",
         ),
         (
+            {"memory": {"compile_blocks": True, "attention_chunks": 2}},
+            "memory.compile_blocks",
+            "what enters attention",
+        ),
+        (
             {"memory": {"compile_blocks": True, "feed_forward_chunks": 2}},
             "memory.compile_blocks",
             "plans the feed-forward",
@@ -64,6 +69,7 @@ def test_what_goes_together_is_not_refused() -> None:
         "gradient_checkpointing": 2,
         "offload_checkpoints": True,
         "feed_forward_chunks": 4,
+        "attention_chunks": 4,
         "keep_attention": True,
     }
     config = config_of(memory=memory, model={"variant": T2V}, distributed={"zero_stage": 2})
@@ -129,6 +135,7 @@ def test_the_options_reach_the_model(file) -> None:
         blocks_to_swap=4,
         offload_checkpoints=True,
         feed_forward_chunks=3,
+        attention_chunks=2,
         gradient_checkpointing=2,
     )
     model = load_base(config, file, device=torch.device("cpu"))
@@ -137,3 +144,5 @@ def test_the_options_reach_the_model(file) -> None:
     assert model.blocks.offload is not None
     assert model.gradient_checkpointing == 2
     assert {block.feed_forward_chunks for block in model.blocks} == {3}
+    assert {block.self_attn.chunks for block in model.blocks} == {2}
+    assert {block.cross_attn.chunks for block in model.blocks} == {2}

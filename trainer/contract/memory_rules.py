@@ -85,9 +85,13 @@ def compile_rule(config: RunConfig) -> Iterator[Problem]:
             key,
             hint="set distributed.zero_stage = 0, 1 or 2, or compile_blocks = false",
         )
-    if config.memory.feed_forward_chunks > 1:
-        yield Problem(
-            "the compiler plans the feed-forward itself; its parts cannot be recomputed one by one",
-            key,
-            hint="set memory.feed_forward_chunks = 1, or compile_blocks = false",
-        )
+    for field, part in (
+        ("feed_forward_chunks", "the feed-forward"),
+        ("attention_chunks", "what enters attention"),
+    ):
+        if getattr(config.memory, field) > 1:
+            yield Problem(
+                f"the compiler plans {part} itself; its parts cannot be recomputed one by one",
+                key,
+                hint=f"set memory.{field} = 1, or compile_blocks = false",
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,9 @@ from trainer.contract.memory_rules import too_many_blocks
 from trainer.core.flow import NUM_TRAIN_TIMESTEPS
 from trainer.core.seams import BuildContext, Need, Technique
 from trainer.engine.deepspeed import is_installed
-from trainer.memory.block_swap import BlockSwap
+from trainer.memory.block_swap import BlockSwap, spread
 from trainer.memory.checkpoint_offload import CheckpointOffload
+from trainer.memory.host_share import HostShare
 from trainer.memory.streams import Streams, streams_of
 from trainer.models.wan.quantised import FP8_FORMATS
 from trainer.models.wan.transformer import WanTransformer
@@ -134,16 +136,27 @@ def fp8_spec(config: RunConfig) -> Fp8Spec | None:
     )
 
 
-def load_base(config: RunConfig, path: Path, *, device: torch.device) -> WanTransformer:
+def load_base(
+    config: RunConfig, path: Path, *, device: torch.device, share: HostShare | None = None
+) -> WanTransformer:
     """Load transformer weights in the precision that the config asks for.
+
+    Args:
+        config: the run.
+        path: file or folder of the weights.
+        device: where they compute.
+        share: the processes of this machine that load the same weights now: of the blocks that
+            are swapped they hold one copy, which the one that leads reads.
 
     Raises:
         ModelFileError: the file cannot be used, or is not what `model.variant` says.
         ConfigError: the file is in another fp8 format than asked for, or has fewer blocks than
             are to be swapped.
-        RunError: the RAM for swapped blocks cannot be locked.
+        RunError: the RAM for swapped blocks cannot be locked or shared.
     """
     from trainer.models import load_transformer
+
+    num_streamed = config.memory.swapped_blocks
 
     def read(on: torch.device) -> WanTransformer:
         return load_transformer(
@@ -153,22 +166,30 @@ def load_base(config: RunConfig, path: Path, *, device: torch.device) -> WanTran
             device=on,
             config=dict(config.model.shape) or None,
             fp8=fp8_spec(config),
+            held_elsewhere=partial(spread, num_streamed) if share and not share.leads else None,
         )
 
-    return make_base(config, read, device=device)
+    return make_base(config, read, device=device, share=share)
 
 
-def make_base(config: RunConfig, weights: WeightsSource, *, device: torch.device) -> WanTransformer:
+def make_base(
+    config: RunConfig,
+    weights: WeightsSource,
+    *,
+    device: torch.device,
+    share: HostShare | None = None,
+) -> WanTransformer:
     """Return a transformer of weights from anywhere, set up as `[memory]` says.
 
     Args:
         config: of the run.
         weights: makes the transformer, in `weights_dtype` and `fp8_spec` of the config.
         device: where it computes.
+        share: as in `load_base`.
 
     Raises:
         ConfigError: it has fewer blocks than are to be swapped.
-        RunError: the RAM for swapped blocks cannot be locked.
+        RunError: the RAM for swapped blocks cannot be locked or shared.
     """
     num_streamed = config.memory.swapped_blocks
     # Streamed blocks never are on the device all at once, so it may be too small for them.
@@ -177,10 +198,11 @@ def make_base(config: RunConfig, weights: WeightsSource, *, device: torch.device
     transformer.gradient_checkpointing = config.memory.checkpointed_every
     transformer.blocks.keep_attention = config.memory.keep_attention
     transformer.set_feed_forward_chunks(config.memory.feed_forward_chunks)
+    transformer.set_attention_chunks(config.memory.attention_chunks)
     if num_streamed or config.memory.offload_checkpoints:
         streams = streams_of(device)
         if num_streamed:
-            _stream_blocks(transformer, num_streamed, streams)
+            _stream_blocks(transformer, num_streamed, streams, share)
         if config.memory.offload_checkpoints:
             transformer.blocks.offload = CheckpointOffload(streams)
     if config.memory.compile_blocks:
@@ -189,12 +211,14 @@ def make_base(config: RunConfig, weights: WeightsSource, *, device: torch.device
     return transformer
 
 
-def _stream_blocks(transformer: WanTransformer, num: int, streams: Streams) -> None:
+def _stream_blocks(
+    transformer: WanTransformer, num: int, streams: Streams, share: HostShare | None
+) -> None:
     problem = too_many_blocks(num, len(transformer.blocks))
     if problem is not None:
         raise ConfigError(problems=[problem])
     transformer.blocks.requires_grad_(requires_grad=False)
-    transformer.blocks.swap = BlockSwap(list(transformer.blocks), num, streams)
+    transformer.blocks.swap = BlockSwap(list(transformer.blocks), num, streams, share=share)
     transformer.to(streams.device)
 
 

@@ -34,6 +34,7 @@ from trainer.jobs.build import (
 )
 from trainer.jobs.deepspeed_settings import deepspeed_settings
 from trainer.jobs.environment import menma_version
+from trainer.jobs.neighbours import neighbours
 from trainer.jobs.run_items import load_run_items, validation_settings
 from trainer.loop import Plan
 from trainer.models.wan.transformer import WanTransformer
@@ -131,9 +132,11 @@ def build_model(
     device = torch.device("cpu") if config.distributed.zero_stage == 3 else world.device
 
     def load() -> WanTransformer:
+        share = neighbours(world) if config.memory.swapped_blocks else None
         if weights is not None:
-            return make_base(config, weights, device=device)
-        return load_base(config, trained_transformer_file(config)[0], device=device)
+            return make_base(config, weights, device=device, share=share)
+        path, _ = trained_transformer_file(config)
+        return load_base(config, path, device=device, share=share)
 
     return assemble_model(config, build, largest_batch, load, sequence=world.sequence)
 

@@ -9,6 +9,7 @@ diffusion-pipe found about one-way streaming; code and order of events are our o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.memory.flat_block import FlatBlock
-from trainer.memory.streams import Mark, Streams
+from trainer.memory.host_share import HostShare
+from trainer.memory.streams import PAGE, Mark, Streams
 
 RING = 2
 """Buffers on the device: one block computes while the next one arrives."""
@@ -61,7 +63,13 @@ class BlockSwap:
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], num: int, streams: Streams, *, ring: int = RING
+        self,
+        blocks: Sequence[nn.Module],
+        num: int,
+        streams: Streams,
+        *,
+        ring: int = RING,
+        share: HostShare | None = None,
     ) -> None:
         """Take `num` of the blocks over; they are on the host, and what trains is added later.
 
@@ -71,9 +79,12 @@ class BlockSwap:
                 copies time.
             streams: of the device.
             ring: buffers on the device, at least 2 unless a single block is streamed.
+            share: the processes of this machine that stream the same blocks: they hold them once,
+                filled by the one that leads; the others' streamed blocks may be on the meta
+                device. Then a collective call. None: memory of this process's own.
 
         Raises:
-            RunError: the host memory cannot be locked.
+            RunError: the host memory cannot be locked or shared.
             ValueError: not that many blocks, or too small a ring.
         """
         if not 0 < num <= len(blocks) or ring < min(2, num):
@@ -81,7 +92,12 @@ class BlockSwap:
         self.streamed = spread(num, len(blocks))
         self._streams = streams
         self._ring = min(ring, num)
-        self._flats = [FlatBlock(blocks[index], streams) for index in self.streamed]
+        self._flats = [FlatBlock(blocks[index]) for index in self.streamed]
+        if share is None:
+            for flat in self._flats:
+                flat.take(streams.host_bytes(flat.num_bytes))
+        else:
+            _take_shared(self._flats, streams, share)
         self._number = {index: number for number, index in enumerate(self.streamed)}
         self._slots: list[_Slot] = []
         self._slot_of_storage: dict[int, _Slot] = {}
@@ -230,6 +246,22 @@ class BlockSwap:
             if number not in slot.views:
                 slot.views[number] = flat.views(slot.flat)
         slot.block, slot.awaited = number, False
+
+
+def _take_shared(flats: Sequence[FlatBlock], streams: Streams, share: HostShare) -> None:
+    sizes = [-(-flat.num_bytes // PAGE) * PAGE for flat in flats]
+    layout = "\n".join(flat.layout for flat in flats)
+
+    def fill(memory: Tensor) -> None:
+        for flat, part in zip(flats, torch.split(memory, sizes), strict=True):
+            flat.take(part[: flat.num_bytes])
+
+    digest = hashlib.sha256(layout.encode()).hexdigest()
+    memory = share.memory(sum(sizes), digest, fill)
+    for flat, part in zip(flats, torch.split(memory, sizes), strict=True):
+        streams.lock(part)
+        if not share.leads:
+            flat.take(part[: flat.num_bytes], fill=False)
 
 
 def spread(num: int, total: int) -> tuple[int, ...]:

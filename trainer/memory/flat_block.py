@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainer.memory.streams import Streams
-
 ALIGNMENT = 256
 """Bytes: what CUDA's allocator aligns to, and more than any kernel asks for."""
 
@@ -45,14 +43,20 @@ class FlatBlock:
     without memory, so that using them is an error and not a wrong number.
 
     What is trained, and what is added to the block later (LoRA), stays as it is.
+
+    Attributes:
+        num_bytes: of the host buffer.
+        host: the host buffer, uint8 (num_bytes,), once there is one.
     """
 
-    def __init__(self, block: nn.Module, streams: Streams) -> None:
-        """Take the tensors over.
+    host: Tensor
+
+    def __init__(self, block: nn.Module) -> None:
+        """Lay the tensors out; `take` takes them over.
 
         Args:
-            block: on the host, best not pinned: its own memory is given up tensor by tensor.
-            streams: makes the host buffer.
+            block: on the host, best not pinned: its own memory is given up tensor by tensor. On
+                the meta device where the host buffer is filled by somebody else.
         """
         offset = 0
         self._places: list[Place] = []
@@ -61,14 +65,28 @@ class FlatBlock:
             self._places.append(place)
             offset += -(-place.num_bytes // ALIGNMENT) * ALIGNMENT
         self.num_bytes = offset
-        self.host = streams.host_bytes(offset)
         self._absent = [
             torch.empty(place.shape, dtype=place.dtype, device="meta") for place in self._places
         ]
+
+    @property
+    def layout(self) -> str:
+        """What lies where, in words."""
+        return " ".join(f"{p.offset}:{p.name}:{p.dtype}{list(p.shape)}" for p in self._places)
+
+    def take(self, host: Tensor, *, fill: bool = True) -> None:
+        """Take the tensors over into a host buffer, uint8 (num_bytes,).
+
+        Args:
+            host: the buffer; it must live on.
+            fill: write them; else the buffer holds, or will hold, the same already.
+        """
+        self.host = host
         for place in self._places:
             tensor = getattr(place.module, place.name).detach()
             delattr(place.module, place.name)
-            place.view(self.host).copy_(tensor)
+            if fill:
+                place.view(host).copy_(tensor)
         self.leave()
 
     def views(self, flat: Tensor) -> list[Tensor]:

@@ -39,6 +39,14 @@ class Streams(Protocol):
         """
         ...
 
+    def lock(self, pages: Tensor) -> None:
+        """Let copies run from memory that is there already, whole pages, uint8 (n · PAGE,).
+
+        Raises:
+            RunError: the host cannot lock that much.
+        """
+        ...
+
     def device_bytes(self, num: int) -> Tensor:
         """Return memory of the device, uint8 (num,). The compute queue may still use it."""
         ...
@@ -79,8 +87,12 @@ class CudaStreams:
         memory = torch.empty((num_pages + 1) * PAGE, dtype=torch.uint8)
         start = -memory.data_ptr() % PAGE
         pages = memory[start : start + num_pages * PAGE]
-        pin(pages, self.device, self._copies)
+        self.lock(pages)
         return pages[:num]
+
+    def lock(self, pages: Tensor) -> None:
+        """Lock the pages for as long as their storage lives."""
+        pin(pages, self.device, self._copies)
 
     def device_bytes(self, num: int) -> Tensor:
         """Return memory of the device, uint8 (num,)."""
@@ -125,6 +137,9 @@ class HostStreams:
     def host_bytes(self, num: int) -> Tensor:
         """Return ordinary memory."""
         return torch.empty(num, dtype=torch.uint8)
+
+    def lock(self, pages: Tensor) -> None:
+        """Do nothing: ordinary memory will do."""
 
     def device_bytes(self, num: int) -> Tensor:
         """Return ordinary memory that counts as the device's."""

@@ -50,7 +50,6 @@ class BlockStack(nn.ModuleList):
         keep_attention: with it, keep the attention outputs too. Saves recomputing them (a ninth
             of a step that attention dominates) for twice the memory a block.
         swap: streams the frozen weights of blocks from RAM; None: all are on the device.
-        recomputes_inside: blocks recompute parts of themselves (`feed_forward_chunks`).
         offload: parks the inputs that are kept in RAM; None: they stay on the device.
     """
 
@@ -60,7 +59,6 @@ class BlockStack(nn.ModuleList):
         self.keep_attention = False
         self.swap: BlockSwap | None = None
         self.offload: CheckpointOffload | None = None
-        self.recomputes_inside = False
         self._hooks: list[BlockHook] = []
 
     @property
@@ -104,8 +102,6 @@ class BlockStack(nn.ModuleList):
         """Tell whether block `index` keeps only its input."""
         if not self.gradient_checkpointing or index % int(self.gradient_checkpointing):
             return False
-        if self.swap is not None and self.recomputes_inside:
-            return True  # its weights must be asked for before its parts are recomputed
         # The backward starts with the last block: what it would recompute, it needs at once.
         return index < len(self) - 1
 
@@ -123,8 +119,16 @@ class BlockStack(nn.ModuleList):
             self.swap.need(index)
             with self.swap.keeping() if grad else nullcontext():
                 result = block(tokens_BLD, *arguments)
+            if result.requires_grad:
+                # A block that recomputes parts of itself uses its weights before autograd asks.
+                result.register_hook(partial(self._ask_for, index))
         tokens: Tensor = result
         return tokens
+
+    def _ask_for(self, index: int, _grad_BLD: Tensor) -> None:
+        """Make a streamed block ready when its backward begins."""
+        if self.swap is not None:
+            self.swap.need(index)
 
     def _contexts(self, index: int) -> _Contexts:
         """Return what surrounds a checkpointed block in the forward and in its recomputation."""

@@ -78,13 +78,15 @@ def quantise(
     Args:
         weight_OI: float32, bfloat16, float16 or float64, on any device; may be mapped.
         spec: format and scales.
-        device: of the result; None: that of the weight.
+        device: of the result; None: that of the weight; meta: nothing is read or rounded.
     """
     device = torch.device(device) if device is not None else weight_OI.device
     outputs, inputs = weight_OI.shape
     values_OI = torch.empty(outputs, inputs, dtype=spec.dtype, device=device)
     shape = spec.scale_shape(outputs, inputs)
     scale = None if shape is None else _empty_scale(shape, device)
+    if device.type == "meta":
+        return QuantisedWeight(values_OI, scale)
     if shape == (1, 1) and scale is not None:
         largest = torch.stack([rows.abs().amax() for _, rows in _chunks(weight_OI, device)]).amax()
         scale.copy_(_scale_for(largest, spec.dtype))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from trainer.contract.memory_model.ledger import Buffer, Ledger
 from trainer.contract.memory_model.operators import (
@@ -44,6 +44,9 @@ class BlockShape:
     """How the linear layers multiply where their weights are fp8."""
     chunks: int = 1
     """Parts of the tokens over which the feed-forward runs, each recomputed in the backward."""
+    attention_chunks: int = 1
+    """Parts of the tokens in which what enters self-attention is made, and over which
+    cross-attention runs, each recomputed in the backward."""
 
     @property
     def rows(self) -> int:
@@ -136,6 +139,24 @@ def forward_only(
     return BlockProfile(ledger.peak, ledger.now, 0, 0)
 
 
+_Done = tuple[list[Buffer], Callable[[list[Buffer]], Buffer | None]]
+"""Results, and the backward from their gradients to that of the tokens."""
+
+
+class _Work(Protocol):
+    def __call__(self, x: Buffer, rows: int, *, unused: bool) -> _Done: ...
+
+
+@dataclass(slots=True)
+class _Keys:
+    """Keys and values that all tokens look at."""
+
+    key: Buffer
+    value: Buffer
+    grads: tuple[Buffer | None, Buffer | None] = (None, None)
+    backward: Callable[[], None] = lambda: None
+
+
 class _Block:
     """Runs `WanBlock.forward` on a ledger."""
 
@@ -167,134 +188,196 @@ class _Block:
         """
         drop, op, size = self.ledger.drop, self.operators, self.shape.tokens_bytes
         full = self.trained.everything
-        by_time = Affine(fused=self.shape.batch == 1, trained=full)
-        normed, norm1 = op.norm(x, size, by_time)
-        update, attend = self._self_attention(normed)
+        update, attend = self._self_attention(x)
         tokens, gate1 = op.gate(update, size, trained=full)
-        normed3, norm3 = op.norm(tokens, size, Affine(trained=full))
-        seen, see = self._cross_attention(normed3)
-        drop(normed3)
+        seen, see = self._cross_attention(tokens)
         summed = self.ledger.new(size)
         drop(seen, tokens)
-        fed, norm2 = op.norm(summed, size, by_time)
-        drop(normed)
-        product, feed = self._feed_forward(fed, unused=recomputing and not full)
+        product, feed = self._feed_forward(summed, unused=recomputing and not full)
+        drop(update)
         out, gate2 = op.gate(product, size, trained=full, unused=recomputing)
-        drop(product, summed, update, fed)
+        drop(product, summed)
 
         def backward(grad: Buffer) -> None:
-            grad = op.add(grad, norm2(_there(feed(gate2()))))
-            grad = op.add(grad, norm3(see(self.ledger.share(grad))))
-            normed_grad = attend(gate1())
-            if normed_grad is not None:
-                grad = op.add(grad, norm1(normed_grad))
-            drop(grad)
+            grad = op.add(grad, feed(gate2()))
+            grad = op.add(grad, see(self.ledger.share(grad)))
+            given = attend(gate1())
+            drop(grad if given is None else op.add(grad, given))
 
         return out, backward
 
-    def _feed_forward(self, x: Buffer, *, unused: bool) -> tuple[Buffer, Backward]:
-        chunks = self.shape.chunks
-        if chunks == 1:
-            return self._feed_part(x, self.shape.rows, unused=unused)
-        ledger, size = self.ledger, self.shape.tokens_bytes
-        rows = -(-self.shape.rows // chunks)
+    def _in_parts(
+        self, work: _Work, num: int, x: Buffer, results: tuple[float, ...], *, unused: bool = False
+    ) -> tuple[list[Buffer], Callable[[list[Buffer]], Buffer | None]]:
+        """Run `work` on parts of the tokens, which it does once more for each in the backward.
+
+        Args:
+            work: given the tokens, their number and whether its last product is left out.
+            num: of parts.
+            x: the tokens.
+            results: bytes of what comes out.
+            unused: a recomputation ends before the last product is made.
+        """
+        if num == 1:
+            return work(x, self.shape.rows, unused=unused)
+        ledger, rows = self.ledger, -(-self.shape.rows // num)
         recording, ledger.recording = ledger.recording, False
         # A recomputation ends where the last part's input is saved.
-        made = [self._feed_part(x, rows, unused=False)[0] for _ in range(chunks - unused)]
+        made = [work(Buffer(0), rows, unused=False)[0] for _ in range(num - unused)]
         ledger.recording = recording
-        product = ledger.new(0 if unused else size)
-        ledger.drop(*made)
+        whole = []
+        for number, result in enumerate(results):
+            whole.append(ledger.new(0 if unused else result))
+            ledger.drop(*(part[number] for part in made))
         kept = ledger.keep(x)
 
-        def backward(grad: Buffer) -> Buffer:
-            grads = []
-            for number in range(chunks):
+        def backward(grads: list[Buffer]) -> Buffer | None:
+            given: list[Buffer | None] = []
+            self.attention_known = False  # what was kept served the block's recomputation
+            for number in range(num):
                 ledger.adding = number > 0
-                out, part = self._feed_part(Buffer(0), rows, unused=not self.trained.everything)
-                ledger.drop(out)
-                grads.append(part(Buffer(0)))
+                outs, part = work(Buffer(0), rows, unused=not self.trained.everything)
+                ledger.drop(*outs)
+                given.append(part([Buffer(0) for _ in results]))
             ledger.adding = False
-            given = ledger.new(size)
-            ledger.drop(grad, kept, *grads)
-            return given
+            whole = None if given[0] is None else ledger.new(self.shape.tokens_bytes)
+            ledger.drop(kept, *grads, *given)
+            return whole
 
-        return product, backward
+        return whole, backward
 
-    def _feed_part(self, x: Buffer, rows: int, *, unused: bool) -> tuple[Buffer, Backward]:
+    def _normed_tokens(self, x: Buffer, rows: int, *, by_time: bool) -> tuple[Buffer, Backward]:
+        """Norm tokens, shifted and scaled by time or by the norm's own weights."""
+        fused = not by_time or self.shape.batch == 1
+        affine = Affine(fused=fused, trained=self.trained.everything)
+        return self.operators.norm(x, self._bytes(rows), affine)
+
+    def _bytes(self, rows: int) -> float:
+        return rows * self.shape.dim * self.shape.element
+
+    def _feed_forward(
+        self, x: Buffer, *, unused: bool
+    ) -> tuple[Buffer, Callable[[Buffer], Buffer]]:
+        size = (self.shape.tokens_bytes,)
+        (product,), feed = self._in_parts(
+            self._feed_part, self.shape.chunks, x, size, unused=unused
+        )
+        return product, lambda grad: _there(feed([grad]))
+
+    def _feed_part(self, x: Buffer, rows: int, *, unused: bool) -> _Done:
         op, drop = self.operators, self.ledger.drop
-        hidden, up = op.linear(x, rows, self._layer("ffn.0"))
+        normed, norm = self._normed_tokens(x, rows, by_time=True)
+        hidden, up = op.linear(normed, rows, self._layer("ffn.0"))
         active, activate = op.activation(hidden)
         drop(hidden)
         product, down = op.linear(active, rows, self._layer("ffn.2"), unused=unused)
-        drop(active)
+        drop(active, normed)
 
-        def backward(grad: Buffer) -> Buffer | None:
-            return up(_there(activate(_there(down(grad)))))
+        def backward(grads: list[Buffer]) -> Buffer | None:
+            return norm(_there(up(_there(activate(_there(down(grads[0])))))))
 
-        return product, backward
+        return [product], backward
 
     def _self_attention(self, x: Buffer) -> tuple[Buffer, Backward]:
-        op, drop, rows = self.operators, self.ledger.drop, self.shape.rows
-        turned = self.shape.dim // self.shape.heads
-        given = self.input_gradient
-        query, back_query = self._normed("self_attn.q", x, rows, turned=turned, given=given)
-        key, back_key = self._normed("self_attn.k", x, rows, turned=turned, given=given)
-        value, back_value = op.linear(x, rows, self._layer("self_attn.v", given=given))
-        mixed, attend = op.attention(query, key, value, self._attention())
-        update, out = op.linear(mixed, rows, self._layer("self_attn.o"))
-        drop(mixed, query, key, value)
+        op, size = self.operators, self.shape.tokens_bytes
+        (query, key, value), project = self._in_parts(
+            self._project, self.shape.attention_chunks, x, (size, size, size)
+        )
+        mixed, attend = op.attention(query, key, value, self._attention(self.shape.rows))
+        update, out = op.linear(mixed, self.shape.rows, self._layer("self_attn.o"))
+        self.ledger.drop(mixed, query, key, value)
 
         def backward(grad: Buffer) -> Buffer | None:
-            query_grad, key_grad, value_grad = attend(_there(out(grad)))
-            total = back_value(value_grad)
-            total = self._sum(total, back_key(key_grad))
-            return self._sum(total, back_query(query_grad))
+            return project(list(attend(_there(out(grad)))))
 
         return update, backward
+
+    def _project(self, x: Buffer, rows: int, *, unused: bool) -> _Done:
+        """Make queries, keys and values; a recomputation needs the last product's norm at most."""
+        op, given = self.operators, self.input_gradient
+        turned = self.shape.dim // self.shape.heads
+        normed, norm = self._normed_tokens(x, rows, by_time=True)
+        query, back_query = self._normed("self_attn.q", normed, rows, turned=turned, given=given)
+        key, back_key = self._normed("self_attn.k", normed, rows, turned=turned, given=given)
+        layer = self._layer("self_attn.v", given=given)
+        value, back_value = op.linear(normed, rows, layer, unused=unused)
+        self.ledger.drop(normed)
+
+        def backward(grads: list[Buffer]) -> Buffer | None:
+            total = back_value(grads[2])
+            total = self._sum(total, back_key(grads[1]))
+            total = self._sum(total, back_query(grads[0]))
+            return None if total is None else norm(total)
+
+        return [query, key, value], backward
 
     def _cross_attention(self, x: Buffer) -> tuple[Buffer, Callable[[Buffer], Buffer]]:
-        op, drop, rows = self.operators, self.ledger.drop, self.shape.rows
-        query, back_query = self._normed("cross_attn.q", x, rows)
-        seen, see = self._look(query, self.shape.text_tokens, "")
-        see_image = None
+        """Attend to the text and to CLIP tokens, each with its keys and values."""
+        seen = [self._keys(self.shape.text_tokens, "")]
         if self.shape.image_tokens:
-            image, see_image = self._look(query, self.shape.image_tokens, "_img")
-            text, seen = seen, self.ledger.new(seen.size)
-            drop(text, image)
-        update, out = op.linear(seen, rows, self._layer("cross_attn.o"))
-        drop(seen, query)
+            seen.append(self._keys(self.shape.image_tokens, "_img"))
+        chunks = self.shape.attention_chunks
+
+        def look(x: Buffer, rows: int, *, unused: bool) -> _Done:
+            return self._look(x, rows, seen, unused=unused)
+
+        (update,), see = self._in_parts(look, chunks, x, (self.shape.tokens_bytes,))
+        for keys in seen:
+            self.ledger.drop(keys.key, keys.value)
 
         def backward(grad: Buffer) -> Buffer:
-            seen_grad = _there(out(grad))
-            query_grad = None
-            if see_image is not None:
-                query_grad = see_image(self.ledger.share(seen_grad))
-            query_grad = self._sum(query_grad, see(seen_grad))
-            return _there(back_query(_there(query_grad)))
+            given = _there(see([grad]))
+            for keys in reversed(seen):
+                keys.backward()
+            return given
 
         return update, backward
 
-    def _look(
-        self, query: Buffer, tokens: int, suffix: str
-    ) -> tuple[Buffer, Callable[[Buffer], Buffer]]:
-        """Attend to text or image tokens; the backward gives the queries' gradient."""
-        op, drop, rows = self.operators, self.ledger.drop, self.shape.batch * tokens
-        outside, given = Buffer(0), self.trained.everything
+    def _keys(self, tokens: int, suffix: str) -> _Keys:
+        """Make keys and values of text or image tokens."""
+        rows, outside, given = self.shape.batch * tokens, Buffer(0), self.trained.everything
         key, back_key = self._normed(f"cross_attn.k{suffix}", outside, rows, given=given)
         layer = self._layer(f"cross_attn.v{suffix}", given=given)
-        value, back_value = op.linear(outside, rows, layer)
-        seen, attend = op.attention(query, key, value, self._attention())
-        drop(key, value)
+        value, back_value = self.operators.linear(outside, rows, layer)
+        keys = _Keys(key, value)
 
-        def backward(grad: Buffer) -> Buffer:
-            query_grad, key_grad, value_grad = attend(grad)
-            context_grad = self._sum(back_value(value_grad), back_key(key_grad))
+        def backward() -> None:
+            key_grad, value_grad = keys.grads
+            context_grad = self._sum(back_value(_there(value_grad)), back_key(_there(key_grad)))
             if context_grad is not None:
                 self.ledger.touch(context_grad.size)
-                drop(context_grad)
-            return query_grad
+                self.ledger.drop(context_grad)
 
-        return seen, backward
+        keys.backward = backward
+        return keys
+
+    def _look(self, x: Buffer, rows: int, seen: list[_Keys], *, unused: bool) -> _Done:
+        op, drop = self.operators, self.ledger.drop
+        normed, norm = self._normed_tokens(x, rows, by_time=False)
+        query, back_query = self._normed("cross_attn.q", normed, rows)
+        drop(normed)
+        mixed: Buffer | None = None
+        attends = []
+        for keys in seen:
+            part, attend = op.attention(query, keys.key, keys.value, self._attention(rows))
+            attends.append((keys, attend))
+            mixed = part if mixed is None else op.add(mixed, part)
+        mixed = _there(mixed)
+        update, out = op.linear(mixed, rows, self._layer("cross_attn.o"), unused=unused)
+        drop(mixed, query)
+
+        def backward(grads: list[Buffer]) -> Buffer | None:
+            mixed_grad = _there(out(grads[0]))
+            query_grad = None
+            for number, (keys, attend) in enumerate(reversed(attends)):
+                last = number == len(attends) - 1
+                given = mixed_grad if last else self.ledger.share(mixed_grad)
+                part_grad, key_grad, value_grad = attend(given)
+                keys.grads = op.add(keys.grads[0], key_grad), op.add(keys.grads[1], value_grad)
+                query_grad = self._sum(query_grad, part_grad)
+            return norm(_there(back_query(_there(query_grad))))
+
+        return [update], backward
 
     def _normed(
         self, name: str, x: Buffer, rows: int, *, turned: int = 0, given: bool = True
@@ -323,11 +406,11 @@ class _Block:
             fp8=self.shape.fp8,
         )
 
-    def _attention(self) -> Attention:
+    def _attention(self, rows: int) -> Attention:
         shape = self.shape
-        padded = -(-shape.tokens // _FLASH_ROWS) * _FLASH_ROWS
+        padded = -(-rows // shape.batch // _FLASH_ROWS) * _FLASH_ROWS
         return Attention(
-            rows=shape.rows,
+            rows=rows,
             dim=shape.dim,
             heads=shape.heads,
             workspace=4 * shape.batch * padded * (shape.dim + shape.heads),

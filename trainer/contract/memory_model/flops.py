@@ -30,7 +30,7 @@ class StepFlops:
     matmul_passes: float
     """How often products of that size are computed: forward, gradients, recomputing."""
     matmul_again: float
-    """Products that are recomputed beyond that, for a feed-forward in chunks."""
+    """Products that are recomputed beyond that, for what is computed in chunks."""
     attention: float
     """Attention of the forward."""
     attention_again: float
@@ -81,13 +81,15 @@ def step_flops(work: Workload) -> StepFlops:
     )
     attention = 4.0 * rows * (work.tokens + shape.text_len) * shape.dim
     again = work.recomputed / shape.num_layers
-    feed_forward = 4.0 * rows * shape.dim * shape.ffn_dim
+    chunked = 4.0 * rows * shape.dim * shape.ffn_dim if memory.feed_forward_chunks > 1 else 0.0
+    if memory.attention_chunks > 1:  # q, k, v, and of cross-attention q and o
+        chunked += 5 * 2.0 * rows * shape.dim**2
     repeats = work.config.training.gradient_accumulation_steps
     blocks = shape.num_layers * repeats
     return StepFlops(
         matmul=blocks * matmul,
         matmul_passes=(3 if work.full else 2) + again,
-        matmul_again=blocks * feed_forward if memory.feed_forward_chunks > 1 else 0.0,
+        matmul_again=blocks * chunked,
         attention=blocks * attention,
         attention_again=0 if memory.keep_attention else again,
         lora=repeats * lora,

@@ -21,15 +21,13 @@ class StackOptions:
 
     every: int = 1
     """Every so many blocks one is recomputed in the backward, from the first on; 0: none."""
-    last_too: bool = False
-    """The last block is no exception."""
     keep_attention: bool = False
     offload: bool = False
     """What is kept of recomputed blocks, their input, waits in host memory."""
 
     def recomputes(self, index: int, last: int) -> bool:
         """Return whether a block keeps only its input."""
-        return bool(self.every) and index % self.every == 0 and (index < last or self.last_too)
+        return bool(self.every) and index % self.every == 0 and index < last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +78,7 @@ def training_peak(
             keep_attention=options.keep_attention,
             idle=index < first,
             first=index == first and not blocks[index].everything,
+            chunked=shape.attention_chunks > 1,
         )
         for index in range(len(blocks))
     ]
@@ -125,6 +124,8 @@ class _Mode:
     """Nothing in front of it is trained: its input needs no gradient."""
 
     offload: bool
+    chunked: bool = False
+    """It keeps its input to make parts of itself again."""
 
     @property
     def is_parked(self) -> bool:
@@ -134,7 +135,8 @@ class _Mode:
     @property
     def keeps_input(self) -> bool:
         """Whether the block's input lives on, on the device, after its forward."""
-        return not self.idle and not self.is_parked and (self.checkpointed or not self.first)
+        needed = self.checkpointed or self.chunked or not self.first
+        return needed and not self.idle and not self.is_parked
 
 
 _IDLE = _Mode(checkpointed=False, keep_attention=False, idle=True, first=False, offload=False)

@@ -111,7 +111,6 @@ def stack_options(work: Workload) -> StackOptions:
     memory = work.config.memory
     return StackOptions(
         every=memory.checkpointed_every,
-        last_too=work.swapped > 0 and memory.feed_forward_chunks > 1,
         keep_attention=memory.keep_attention,
         offload=memory.offload_checkpoints,
     )

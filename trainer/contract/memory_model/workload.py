@@ -174,6 +174,7 @@ class Workload:
             element=self.element,
             fp8=self.fp8,
             chunks=self.config.memory.feed_forward_chunks,
+            attention_chunks=self.config.memory.attention_chunks,
         )
 
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from trainer.attention.base import AttentionBackend
 from trainer.contract.variants import TransformerConfig
 from trainer.models.wan.attention import CrossAttention, SelfAttention
+from trainer.models.wan.token_parts import in_parts
+
+_ALL = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +50,11 @@ class Modulation:
         self._row_BL = time.row_BL
         self._dtype = dtype
 
-    def part(self, index: int, *, plus_one: bool = False) -> Tensor:
-        """Return part `index` (+ 1) as (B, 1, D), or (B, L, D) where tokens differ."""
+    def part(self, index: int, span: slice = _ALL, *, plus_one: bool = False) -> Tensor:
+        """Return part `index` (+ 1) as (B, 1, D), or (B, l, D) of `span` where tokens differ."""
         rows_UD = self._rows_UPD[:, index]
         rows_UD = ((1 + rows_UD) if plus_one else rows_UD).to(self._dtype)
-        return rows_UD.unsqueeze(1) if self._row_BL is None else rows_UD[self._row_BL]
+        return rows_UD.unsqueeze(1) if self._row_BL is None else rows_UD[self._row_BL[:, span]]
 
 
 def modulated_norm(tokens_BLD: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -118,9 +121,9 @@ class WanBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, the first and last modulated by time.
 
     Attributes:
-        feed_forward_chunks: the feed-forward runs over so many parts of the tokens, and each is
-            recomputed in the backward: of its activations, the widest of all, only one part
-            exists at a time. The result differs by no more than products of other sizes do.
+        feed_forward_chunks: the feed-forward and its norm run over so many parts of the tokens,
+            and each is recomputed in the backward: of its activations, the widest of all, only one
+            part exists at a time. The result differs by no more than products of other sizes do.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -139,26 +142,30 @@ class WanBlock(nn.Module):
 
     def forward(self, tokens_BLD: Tensor, inputs: BlockInputs) -> Tensor:
         """Return the tokens after this block, (B, L, D)."""
-        part = Modulation(self.modulation, inputs.time, tokens_BLD.dtype).part
-        normed = modulated_norm(tokens_BLD, part(0), part(1, plus_one=True), self.eps)
+        modulation = Modulation(self.modulation, inputs.time, tokens_BLD.dtype)
+        norm = partial(self._norm, modulation, 0)
         attend = inputs.attend_to_tokens or inputs.attend
-        update = self.self_attn(normed, inputs.rope_LK, attend)
-        tokens_BLD = gated_residual(tokens_BLD, update, part(2))
+        update = self.self_attn(tokens_BLD, norm, inputs.rope_LK, attend)
+        tokens_BLD = gated_residual(tokens_BLD, update, modulation.part(2))
         tokens_BLD = tokens_BLD + self.cross_attn(
-            self.norm3(tokens_BLD),
+            tokens_BLD,
+            self.norm3,
             inputs.context_BTD,
             inputs.context_bias_BT,
             inputs.image_BSD,
             inputs.attend,
         )
-        normed = modulated_norm(tokens_BLD, part(3), part(4, plus_one=True), self.eps)
-        return gated_residual(tokens_BLD, self._feed_forward(normed), part(5))
+        feed = partial(self._feed_forward, modulation)
+        (update,) = in_parts(feed, self.feed_forward_chunks, tokens_BLD)
+        return gated_residual(tokens_BLD, update, modulation.part(5))
 
-    def _feed_forward(self, normed_BLD: Tensor) -> Tensor:
-        parts = normed_BLD.chunk(self.feed_forward_chunks, dim=1)
-        if len(parts) == 1:
-            whole: Tensor = self.ffn(normed_BLD)
-            return whole
-        if torch.is_grad_enabled():
-            return torch.cat([checkpoint(self.ffn, part, use_reentrant=False) for part in parts], 1)
-        return torch.cat([self.ffn(part) for part in parts], 1)
+    def _norm(self, modulation: Modulation, first: int, tokens_BLD: Tensor, span: slice) -> Tensor:
+        """Norm the tokens of `span`; shift and scale are parts `first` and the next one."""
+        shift = modulation.part(first, span)
+        scale = modulation.part(first + 1, span, plus_one=True)
+        return modulated_norm(tokens_BLD, shift, scale, self.eps)
+
+    def _feed_forward(
+        self, modulation: Modulation, tokens_BLD: Tensor, span: slice
+    ) -> tuple[Tensor]:
+        return (self.ffn(self._norm(modulation, 3, tokens_BLD, span)),)

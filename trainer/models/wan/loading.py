@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def load_transformer(
     device: torch.device | str = "cpu",
     config: Mapping[str, Any] | None = None,
     fp8: Fp8Spec | None = None,
+    held_elsewhere: Callable[[int], Collection[int]] | None = None,
 ) -> WanTransformer:
     """Read a Wan transformer from any known layout, straight to `dtype` and `device`.
 
@@ -44,6 +45,8 @@ def load_transformer(
             of a released size and not written by Menma, e.g. {"num_heads": 4}.
         fp8: hold the linear layers of the blocks in fp8: those of an fp8 file as they are, those
             of other files rounded one by one. Such layers are frozen.
+        held_elsewhere: given the number of blocks, says which of them another process of this
+            machine reads: their tensors are not read here and are left on the meta device.
 
     Raises:
         ModelFileError: missing, damaged, unsafe, not a Wan transformer, or not `variant`.
@@ -60,13 +63,16 @@ def load_transformer(
     chosen = dtype or own_dtype(weights, file.tensors.values())
     if fp8 is not None:
         model.quantisation = plan_quantisation(weights, file.tensors, fp8)
+    elsewhere = () if held_elsewhere is None else held_elsewhere(len(model.blocks))
+    absent = tuple(f"blocks.{index}." for index in elsewhere)
     for name, stored in file.tensors.items():
+        place = "meta" if name.startswith(absent) else device
         if model.quantisation is not None and put_fp8_layer(
-            model, name, weights, stored, device, model.quantisation
+            model, name, weights, stored, place, model.quantisation
         ):
             continue
         target = torch.float32 if name.startswith(FLOAT32_MODULES) else chosen
-        _assign(model, name, read_tensor(weights, stored, target, device))
+        _assign(model, name, read_tensor(weights, stored, target, place))
     return model
 
 

@@ -137,7 +137,8 @@ def put_fp8_layer(
     else:
         quantised = quantise(weights.read(stored.name), spec, device)
         weights.release(stored.name)
-        quantisation.errors[layer_name] = quantised.relative_error or 0.0
+        if quantised.relative_error is not None:
+            quantisation.errors[layer_name] = quantised.relative_error
     replace_layer(model, layer_name, quantised, spec)
     return True
 

@@ -131,7 +131,12 @@ class WanTransformer(nn.Module):
         """Compute the blocks' feed-forward in `num` parts of the tokens (`WanBlock`)."""
         for block in self.blocks:
             cast(WanBlock, block).feed_forward_chunks = num
-        self.blocks.recomputes_inside = num > 1
+
+    def set_attention_chunks(self, num: int) -> None:
+        """Make what enters attention in `num` parts of the tokens (`SelfAttention`)."""
+        for block in self.blocks:
+            cast(WanBlock, block).self_attn.chunks = num
+            cast(WanBlock, block).cross_attn.chunks = num
 
     def share_tokens(self, sequence: SequenceGroup) -> None:
         """Compute each clip together with the other processes of a group from now on.
