@@ -58,7 +58,7 @@ def test_refused(given: dict[str, Any], message: str, hint: str) -> None:
         {"sequence_parallel": 2},
         {"sequence_parallel": 2, "num_processes": 6, "variant": "wan2.1-t2v-1.3b"},
         {"sequence_parallel": 8, "num_processes": 8, "variant": "wan2.1-t2v-14b"},
-        {"sequence_parallel": 8, "num_processes": 4, "hostfile": "hosts"},
+        {"sequence_parallel": 8, "hostfile": "hosts"},
         {"sequence_parallel": 8, "variant": "wan2.2-ti2v-5b"},
     ],
 )

@@ -81,6 +81,13 @@ def read(request: BenchConfigRequest) -> RunConfig:
         ModelFileError: the weight file is there and cannot be used.
     """
     loaded = load_config_with_sources(request.config, request.set)
+    if loaded.config.distributed.hostfile is not None:
+        problem = Problem(
+            "a benchmark measures on one machine",
+            "distributed.hostfile",
+            hint="leave it out of the config that is measured",
+        )
+        raise ConfigError(problems=place_problems([problem], loaded.sources))
     config = _in_shape_of_its_file(loaded.config)
     work = workload_of(config)
     config = with_variant(config, work.variant)
@@ -90,14 +97,6 @@ def read(request: BenchConfigRequest) -> RunConfig:
     wanted = config.memory.blocks_to_swap
     if wanted != "auto" and (blocks := too_many_blocks(wanted, work.shape.num_layers)) is not None:
         problems.append(blocks)
-    if config.distributed.hostfile is not None:
-        problems.append(
-            Problem(
-                "a benchmark measures on one machine",
-                "distributed.hostfile",
-                hint="leave it out of the config that is measured",
-            )
-        )
     if problems:
         raise ConfigError(problems=place_problems(problems, loaded.sources))
     return config
