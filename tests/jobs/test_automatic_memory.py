@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.swap.swapped_models import CONFIG
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.memory_model import Clip, Gpu, estimate, find_gpu, gpu_of_memory
@@ -23,7 +24,10 @@ from trainer.jobs.automatic_memory import (
     resolve_for_training,
     usable_gpu,
 )
+from trainer.jobs.build import load_base
 from trainer.jobs.memory_checks import memory_notes
+from trainer.models.wan.loading import save_transformer
+from trainer.models.wan.transformer import WanTransformer
 
 GIB = 2**30
 T2V = VARIANTS["wan2.1-t2v-14b"]
@@ -216,3 +220,26 @@ def test_the_card_has_what_is_free_and_what_this_process_holds(
     assert card.memory_gib == pytest.approx(min(total, free + held))
     assert card.bf16_tflops == find_gpu("RTX 4090").bf16_tflops
     assert usable_gpu(CPU) is None
+
+
+def test_what_auto_becomes_is_what_is_streamed(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "model.safetensors"
+    save_transformer(WanTransformer(CONFIG), file)
+    config = config_of(tmp_path, weight_format="fp32", gradient_checkpointing=True)
+    model = config.model.model_copy(update={"transformer": file})
+    config = config.model_copy(update={"model": model})
+
+    def needed(blocks: int) -> int:
+        memory = config.memory.model_copy(update={"blocks_to_swap": blocks})
+        result = estimate(config.model_copy(update={"memory": memory})).only("training")
+        return result.peak_bytes + result.margin_bytes
+
+    assert needed(4) < needed(3)
+    card = gpu_of_memory(needed(4) / GIB)
+    monkeypatch.setattr(automatic_memory, "usable_gpu", lambda *_, **__: card)
+    variant = VARIANTS["wan2.1-t2v-1.3b"]
+    resolved = resolve_for_training(config, variant, World.alone(), Log())
+    assert resolved.memory.swapped_blocks == 4
+    loaded = load_base(resolved, file, device=CPU)
+    assert loaded.blocks.swap is not None
+    assert len(loaded.blocks.swap.streamed) == 4

@@ -256,3 +256,5 @@ def test_a_file_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
     write_header(file, {"patch_embedding.weight": {"shape": [1536, 16, 1, 2, 2]}, "b.c": {}})
     assert variant_of_file(file) is VARIANTS["wan2.1-t2v-1.3b"]
     assert sizes_of_file(tmp_path / "none.safetensors") == {}
+    write_header(file, {"patch_embedding.weight": {"shape": [64, 48, 1, 2, 2]}})
+    assert variant_of_file(file) is VARIANTS["wan2.2-ti2v-5b"]  # of no released width

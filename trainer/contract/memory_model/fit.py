@@ -153,7 +153,10 @@ def _alternatives(config: RunConfig) -> Iterator[Settings]:
         [{"memory.weight_format": value} for value in _formats(config)],
         [{"memory.blocks_to_swap": value} for value in _swaps(config)],
         [{"memory.offload_checkpoints": value} for value in (False, True)],
-        [{"memory.feed_forward_chunks": value} for value in _chunks(config)],
+        [
+            {"memory.feed_forward_chunks": wide, "memory.attention_chunks": narrow}
+            for wide, narrow in _chunks(config)
+        ],
         list(_batches(config)),
         list(_offloads(config)),
     ]
@@ -180,8 +183,10 @@ def _swaps(config: RunConfig) -> tuple[int, ...]:
     return tuple(sorted({own, *(blocks * quarter // 4 for quarter in range(5))}))
 
 
-def _chunks(config: RunConfig) -> tuple[int, ...]:
-    return tuple(sorted({config.memory.feed_forward_chunks, 1, 4}))
+def _chunks(config: RunConfig) -> tuple[tuple[int, int], ...]:
+    """Return numbers of parts of feed-forward and attention; the wider goes first."""
+    own = (config.memory.feed_forward_chunks, config.memory.attention_chunks)
+    return tuple(sorted({own, (1, 1), (4, 1), (4, 4)}))
 
 
 def _offloads(config: RunConfig) -> Iterator[Settings]:

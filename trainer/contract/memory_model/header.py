@@ -26,8 +26,9 @@ _CONFIG_KEY, _VARIANT_KEY = "menma.config", "menma.variant"
 def variant_of_file(path: Path) -> Variant | None:
     """Return the variant of this file; None: it cannot be told.
 
-    That is the one that Menma wrote into it, else the released one with the sizes of this file.
-    Variants of the same sizes take the same memory; the first of them is returned.
+    That is the one that Menma wrote into it, else the released one with the sizes of this file,
+    else one with its channels and branches, whose sizes `sizes_of_file` tells. Variants of the same
+    sizes take the same memory; the first of them is returned.
 
     Args:
         path: a safetensors file, or a folder of shards.
@@ -42,15 +43,14 @@ def variant_of_file(path: Path) -> Variant | None:
     names = [name for name in header if name != _METADATA]
     image = any(part in name for name in names for part in _IMAGE_BRANCH)
     positions = any(name.endswith(_POSITIONS) for name in names)
-    for variant in VARIANTS.values():
-        shape = variant.transformer
-        if (
-            [shape.dim, shape.in_channels] == sizes[:2]
-            and (shape.image_dim is not None) == image
-            and shape.image_position_embedding == positions
-        ):
-            return variant
-    return None
+    alike = [
+        variant
+        for variant in VARIANTS.values()
+        if variant.transformer.in_channels == sizes[1]
+        and (variant.transformer.image_dim is not None) == image
+        and variant.transformer.image_position_embedding == positions
+    ]
+    return next((one for one in alike if one.transformer.dim == sizes[0]), next(iter(alike), None))
 
 
 def sizes_of_file(path: Path) -> dict[str, Any]:
