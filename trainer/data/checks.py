@@ -14,6 +14,7 @@ from trainer.data.cache_index import known_identities
 from trainer.data.fingerprint import identify
 from trainer.data.holdout import Holdout
 from trainer.data.media import index_clip, probe
+from trainer.data.order import Group
 from trainer.data.plan import in_threads, length_notes, plan_windows
 from trainer.data.sources import MediaItem, scan_source
 
@@ -47,6 +48,8 @@ class DatasetCheck:
     """Clips to validate on, ..."""
     validation_items: int = 0
     """... and their windows."""
+    groups: tuple[Group, ...] = ()
+    """What microbatches are made of: the training items of each source and bucket."""
     shared_clips: int = 0
     """Clips of the validation sources that are training clips, too."""
 
@@ -96,14 +99,16 @@ def check_dataset(
         )
         for bucket, count in sum(windows, Counter[Bucket]()).items()
     ]
+    groups = tuple(
+        Group(count * options.num_repeats, options.num_repeats, options.batch_size)
+        for options, source in zip(dataset.sources, windows, strict=True)
+        for count in source.values()
+    )
     return DatasetCheck(
         clips=sum(len(clips) for clips in training),
         buckets=tuple(sorted(rows, key=lambda row: (-row.tokens, row.bucket))),
-        batches_per_epoch=sum(
-            -(-count * options.num_repeats // options.batch_size)
-            for options, source in zip(dataset.sources, windows, strict=True)
-            for count in source.values()
-        ),
+        batches_per_epoch=sum(group.num_batches() for group in groups),
+        groups=groups,
         problems=tuple(problem for source in looked for problem in source.problems),
         notes=tuple(note for source in looked for note in source.notes),
         validation_clips=len(validation),

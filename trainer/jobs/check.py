@@ -19,6 +19,7 @@ from trainer.data.checks import DatasetCheck, check_dataset
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import MAX_LISTED, Emit
 from trainer.jobs.components import require_vae, settle_variant, with_variant
+from trainer.jobs.config_checks import batch_problems, encoder_problems
 from trainer.jobs.memory_checks import memory_notes, memory_problems
 from trainer.jobs.run_items import cache_settings, holdout_of
 from trainer.models.wan.detect import recognise
@@ -45,7 +46,11 @@ def run(request: CheckRequest, emit: Emit) -> None:
         problems += _file_problems(with_variant(config, variant))
         problems += _training_problems(variant)
         told = {problem.key for problem in problems}
-        more = (*_kind_problems(config, variant), *_prompt_problems(config, variant))
+        more = (
+            *_kind_problems(config, variant),
+            *encoder_problems(config),
+            *_prompt_problems(config, variant),
+        )
         problems += [problem for problem in more if problem.key not in told]
         problems += memory_problems(config, trains=True)
         problems = list(dict.fromkeys(problems))
@@ -152,6 +157,7 @@ def _dataset(
         total = len(checked.buckets)
         emit("log", message=f"the largest {MAX_LISTED} of {total} buckets are listed")
     problems += _empty_sides(config, checked)
+    problems += batch_problems(config, checked.groups)
     for note in _dataset_notes(config, variant, dataset, checked):
         emit("warning", message=note)
     return {
