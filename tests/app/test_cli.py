@@ -127,6 +127,20 @@ def test_the_exit_code_of_a_job_is_passed_on(menma, config, monkeypatch, code):
     assert recorded("cache").config == config
 
 
+def test_cache_removes_nothing_unless_told_to(menma, config, monkeypatch):
+    end = {"type": "end", "reason": "done", "unneeded": 2, "unneeded_bytes": 3 << 20}
+    monkeypatch.setenv("FAKE_EVENTS", json.dumps([end]))
+    answer = menma("cache", config)
+    assert "2 entries (3.0 MiB) kept that this config does not need" in answer.err
+    assert f"menma cache {config} --prune" in answer.err
+    assert recorded("cache").prune is False
+    end = {"type": "end", "reason": "done", "removed": 1, "removed_bytes": 1 << 19}
+    monkeypatch.setenv("FAKE_EVENTS", json.dumps([end]))
+    answer = menma("cache", config, "--prune")
+    assert "1 entry (0.5 MiB) removed" in answer.err
+    assert recorded("cache").prune is True
+
+
 def test_what_a_job_needs_is_checked_before_it_starts(menma, config):
     Path("vae.safetensors").unlink()
     answer = menma("cache", config)

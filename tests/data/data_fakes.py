@@ -93,7 +93,7 @@ class Models:
             vae=LazyModel(self.vae_identity, lambda: self._load("vae", self.vae)),
             text_encoder=LazyModel(self.text_identity, lambda: self._load("text", self.text)),
             image_encoder=LazyModel("image-1", lambda: self._load("image", self.image)),
-            options=options or CacheOptions(dtype="fp32", num_threads=2),
+            options=options or CacheOptions(dtype="fp32", num_threads=2, prune=True),
             **more,
         )
 

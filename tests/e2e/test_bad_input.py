@@ -49,11 +49,6 @@ def run_job(project: Project, job: str, request: dict[str, Any], monkeypatch, ca
     return code, capfd.readouterr().err
 
 
-def is_notebook(path: str) -> bool:
-    """Tell whether a file is a cache's own list of what it holds; entries are never rewritten."""
-    return Path(path).name in {"cache.lock", "cache_index.json"}
-
-
 def replace_line(key: str, value: str) -> Callable[[Project], None]:
     return lambda project: project.set(**{key: value})
 
@@ -153,6 +148,9 @@ CASES = [
     Case("truncated weights", truncate("transformer.safetensors"), "train",
          ("transformer.safetensors",)),
     Case("truncated VAE", truncate("vae.safetensors"), "cache", ("vae.safetensors",)),
+    Case("VAE as text encoder", lambda project: None, "cache",
+         ("vae.safetensors", "is not a umT5 encoder"),
+         {"config": "tiny.toml", "set": ["model.text_encoder=models/vae.safetensors"]}),
     Case("hostile header", hostile_header, "train", ("transformer.safetensors",)),
     Case("weights of another variant", other_variant, "train",
          ("transformer.safetensors", "wan2.2-ti2v-5b")),
@@ -164,6 +162,20 @@ CASES = [
     Case("too few clips for a step",
          replace_line("max_steps", "3\ngradient_accumulation_steps = 9"), "train",
          ("gradient_accumulation_steps",)),
+    Case("too few clips for a step, checked",
+         replace_line("max_steps", "3\ngradient_accumulation_steps = 9"), "check",
+         ("training.gradient_accumulation_steps", "fewer than one step", "num_repeats = 3")),
+    Case("technique for larger batches",
+         append('\n[[techniques]]\nname = "contrastive_flow"\n'), "check",
+         ("techniques[0]", "batch_size = 2")),
+    Case("other models as encoders", lambda project: None, "check",
+         ("model.text_encoder: models/vae.safetensors is not a umT5", "model.image_encoder",
+          "not a CLIP vision tower"),
+         {"config": "tiny.toml", "set": ["model.text_encoder=models/vae.safetensors",
+                                         "model.image_encoder=models/vae.safetensors"]}),
+    Case("other file as tokenizer", lambda project: None, "check",
+         ("model.tokenizer: models/vae.safetensors",),
+         {"config": "tiny.toml", "set": ["model.tokenizer=models/vae.safetensors"]}),
     Case("LoRA for another model", lambda p: lora_file(p, "blocks.0.self_attn.q", 5120), "merge",
          ("foreign.safetensors",),
          {"base": "models/transformer.safetensors", "loras": [{"path": "foreign.safetensors"}],
@@ -191,7 +203,7 @@ def test_a_mistake_is_explained(project: Project, case, monkeypatch, capfd, tmp_
     assert "Traceback" not in words
     assert not pwned.exists(), "the pickle's code was run"
     after = content(project.folder)
-    lost = [path for path in before if after.get(path) != before[path] and not is_notebook(path)]
+    lost = [path for path in before if after.get(path) != before[path]]
     assert lost == [], "files were changed"
 
 

@@ -10,6 +10,7 @@ from trainer.contract.config import RunConfig
 from trainer.contract.events import encode
 from trainer.contract.variants import VARIANTS
 from trainer.data.buckets import Bucket
+from trainer.data.cache_index import Unneeded
 from trainer.data.checks import BucketSummary, DatasetCheck
 from trainer.jobs import check
 from trainer.jobs.base import MAX_LISTED
@@ -29,7 +30,8 @@ def test_a_cache_report_is_an_event_whatever_the_number_of_buckets() -> None:
     report = CacheReport(
         encoded=5000,
         reused=0,
-        removed=0,
+        removed=Unneeded(),
+        unneeded=Unneeded(),
         captions_encoded=1,
         captions_reused=0,
         buckets=dict.fromkeys(BUCKETS, 1),

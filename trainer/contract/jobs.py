@@ -45,6 +45,9 @@ class CheckRequest(ConfigRequest):
 class CacheRequest(ConfigRequest):
     """Encode clips and captions."""
 
+    prune: bool = False
+    """Remove every entry of the cache folders that this config does not need."""
+
 
 class TrainRequest(ConfigRequest):
     """Train, in the run directory of the config."""

@@ -2,7 +2,9 @@
 
 `cache_index.json` says which items a source has, what their clips and captions were when they were
 encoded, and which entries belong to them; so training starts without opening a single video. It
-has one section a source. A section is written unfinished before encoding starts and finished after.
+has one section for each source and each way to encode it, so two configs may share a folder: the
+place of a source in its config does not count. A section is written unfinished before its first
+entry changes, and finished when all are there.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +23,15 @@ from trainer.contract.dataset_config import DatasetConfig, SourceOptions
 from trainer.contract.errors import BusyError, Problem
 from trainer.contract.files import disk_errors, write_json
 from trainer.data.buckets import Bucket
-from trainer.data.entries import FORMAT_VERSION, LATENTS_SUFFIX, TEXT_SUFFIX, is_menma_entry
-from trainer.data.fingerprint import FileIdentity
+from trainer.data.cache_settings import CacheSettings, changed_settings
+from trainer.data.entries import LATENTS_SUFFIX, TEXT_SUFFIX, is_menma_entry
+from trainer.data.fingerprint import FileIdentity, digest
 from trainer.data.latent_cache import LatentEntry
 from trainer.data.windows import Window
 
 INDEX_NAME = "cache_index.json"
+INDEX_VERSION = "2"
+"""Another one counts as no index; entries are of their own format and are found again."""
 LOCK_NAME = "cache.lock"
 _ENTRY_SUFFIXES = (LATENTS_SUFFIX, TEXT_SUFFIX)
 
@@ -60,18 +65,69 @@ class Section:
     finished: bool = False
 
 
-def section_names(dataset: DatasetConfig) -> list[str]:
-    """Return each source's section: its kind, its place seen from the cache folder, its number.
+@dataclass(frozen=True, slots=True)
+class Unneeded:
+    """Entries of a cache folder that nobody asked for: how many, and their size."""
 
-    The number tells sources apart that share media and cache; the relative place lets a dataset
-    be moved with its cache.
+    count: int = 0
+    num_bytes: int = 0
+
+    def __add__(self, other: Unneeded) -> Unneeded:
+        return Unneeded(self.count + other.count, self.num_bytes + other.num_bytes)
+
+
+def source_names(dataset: DatasetConfig) -> list[str]:
+    """Return a name of each source: its kind, its place seen from the cache folder, its number.
+
+    The number tells sources of one dataset apart that are named alike; the relative place lets a
+    dataset be moved with its cache. The order of training hangs on these names.
     """
     names: list[str] = []
     for source in dataset.sources:
-        base = f"{source.kind} {_relative(source)}"
+        base = _base(source)
         number = sum(name.rpartition(" #")[0] == base for name in names)
         names.append(f"{base} #{number}")
     return names
+
+
+def section_name(source: SourceOptions, settings: CacheSettings) -> str:
+    """Return the section of a source that is encoded in this way; all identities are known."""
+    return f"{_base(source)} #{digest(settings.for_source(source))}"
+
+
+def find_section(
+    sections: Mapping[str, Section], source: SourceOptions, settings: CacheSettings
+) -> Section | None:
+    """Return a source's section that fits these settings; else the one that differs least.
+
+    Identities of None fit any. Among equals the one written last is taken.
+    """
+    wanted = settings.for_source(source)
+    best: tuple[int, Section] | None = None
+    for section in _sections_of(sections, source):
+        differences = len(changed_settings(dict(section.settings), wanted))
+        if best is None or differences <= best[0]:
+            best = (differences, section)
+    return None if best is None else best[1]
+
+
+def is_cached(source: SourceOptions, settings: CacheSettings) -> bool:
+    """Tell whether a source has been cached to the end with these settings."""
+    section = find_section(read_index(source.cache_path), source, settings)
+    return (
+        section is not None
+        and section.finished
+        and not changed_settings(dict(section.settings), settings.for_source(source))
+    )
+
+
+def known_identities(source: SourceOptions) -> dict[str, FileIdentity]:
+    """Return what the clips of a source were when they were cached, by the items' names."""
+    return {
+        name: item.identity
+        for section in _sections_of(read_index(source.cache_path), source)
+        for name, item in section.items.items()
+    }
 
 
 def read_index(folder: Path) -> dict[str, Section]:
@@ -81,7 +137,7 @@ def read_index(folder: Path) -> dict[str, Section]:
     """
     try:
         content = json.loads((folder / INDEX_NAME).read_text("utf-8"))
-        if content["format"] != FORMAT_VERSION:
+        if content["format"] != INDEX_VERSION:
             return {}
         return {name: _section(values) for name, values in content["sections"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -95,23 +151,26 @@ def write_index(folder: Path, sections: Mapping[str, Section]) -> None:
         DiskError: the disk is full, read-only or gone.
     """
     content = {name: _to_json(section) for name, section in sections.items()}
-    write_json(folder / INDEX_NAME, {"format": FORMAT_VERSION, "sections": content})
+    write_json(folder / INDEX_NAME, {"format": INDEX_VERSION, "sections": content})
 
 
-def remove_stale(folder: Path, sections: Mapping[str, Section]) -> int:
-    """Remove entries that no section names, and what killed writers left; return how many entries.
+def unneeded_entries(folder: Path, sections: Iterable[Section], *, remove: bool) -> Unneeded:
+    """Count entries that none of these sections names, and remove them if told to.
 
-    Only files that carry Menma's own mark are touched. The caller holds the lock.
+    Only files that carry Menma's own mark count. What killed writers left is removed in any case.
+    The caller holds the lock.
     """
-    wanted = {file for section in sections.values() for file in _files(section)}
-    removed = 0
-    for path in sorted(folder.iterdir()):
-        if _is_left_over(path):
-            path.unlink(missing_ok=True)
-        elif _is_stale(path, wanted):
-            path.unlink()
-            removed += 1
-    return removed
+    wanted = {file for section in sections for file in _files(section)}
+    found = Unneeded()
+    with disk_errors(folder):
+        for path in sorted(folder.iterdir()):
+            if _is_left_over(path):
+                path.unlink(missing_ok=True)
+            elif _is_stale(path, wanted):
+                found += Unneeded(1, path.stat().st_size)
+                if remove:
+                    path.unlink()
+    return found
 
 
 @contextmanager
@@ -135,7 +194,10 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def _is_left_over(path: Path) -> bool:
@@ -165,6 +227,15 @@ def _try_lock(file: IO[str]) -> bool:
         # content, so two jobs would only do the same work twice.
         return error.errno in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
     return True
+
+
+def _base(source: SourceOptions) -> str:
+    return f"{source.kind} {_relative(source)}"
+
+
+def _sections_of(sections: Mapping[str, Section], source: SourceOptions) -> Iterator[Section]:
+    base = _base(source)
+    return (item for name, item in sections.items() if name.rpartition(" #")[0] == base)
 
 
 def _relative(source: SourceOptions) -> str:

@@ -13,6 +13,7 @@ CacheDtype = Literal["bf16", "fp32"]
 
 _SOURCE_KEYS = (
     "kind",
+    "caption_extension",
     "resolution",
     "enable_bucket",
     "bucket_no_upscale",

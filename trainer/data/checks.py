@@ -10,10 +10,11 @@ from trainer.contract.dataset_config import DatasetConfig, SourceOptions
 from trainer.contract.errors import DataError, Problem
 from trainer.contract.variants import Variant
 from trainer.data.buckets import Bucket, num_tokens
-from trainer.data.cache_index import read_index, section_names
+from trainer.data.cache_index import known_identities
 from trainer.data.fingerprint import identify
 from trainer.data.holdout import Holdout
 from trainer.data.media import index_clip, probe
+from trainer.data.order import Group
 from trainer.data.plan import in_threads, length_notes, plan_windows
 from trainer.data.sources import MediaItem, scan_source
 
@@ -47,6 +48,8 @@ class DatasetCheck:
     """Clips to validate on, ..."""
     validation_items: int = 0
     """... and their windows."""
+    groups: tuple[Group, ...] = ()
+    """What microbatches are made of: the training items of each source and bucket."""
     shared_clips: int = 0
     """Clips of the validation sources that are training clips, too."""
 
@@ -83,8 +86,8 @@ def check_dataset(
     not cached yet are read whole, since it goes by their content.
     """
     looked = [
-        _look(source, variant, num_threads, None if holdout is None else name)
-        for name, source in zip(section_names(dataset), dataset.sources, strict=True)
+        _look(source, variant, num_threads, by_content=holdout is not None)
+        for source in dataset.sources
     ]
     training, validation = _parted(looked, holdout)
     windows = [Counter(bucket for clip in clips for bucket in clip.buckets) for clips in training]
@@ -96,14 +99,16 @@ def check_dataset(
         )
         for bucket, count in sum(windows, Counter[Bucket]()).items()
     ]
+    groups = tuple(
+        Group(count * options.num_repeats, options.num_repeats, options.batch_size)
+        for options, source in zip(dataset.sources, windows, strict=True)
+        for count in source.values()
+    )
     return DatasetCheck(
         clips=sum(len(clips) for clips in training),
         buckets=tuple(sorted(rows, key=lambda row: (-row.tokens, row.bucket))),
-        batches_per_epoch=sum(
-            -(-count * options.num_repeats // options.batch_size)
-            for options, source in zip(dataset.sources, windows, strict=True)
-            for count in source.values()
-        ),
+        batches_per_epoch=sum(group.num_batches() for group in groups),
+        groups=groups,
         problems=tuple(problem for source in looked for problem in source.problems),
         notes=tuple(note for source in looked for note in source.notes),
         validation_clips=len(validation),
@@ -130,20 +135,18 @@ def _parted(
 
 
 def _look(
-    source: SourceOptions, variant: Variant, num_threads: int, section: str | None
+    source: SourceOptions, variant: Variant, num_threads: int, *, by_content: bool
 ) -> _Looked:
-    """Look at a source; with its name in the cache's index also at the content of its clips."""
+    """Look at a source and, if told to, at the content of its clips."""
     scan = scan_source(source)
-    index = None if section is None else read_index(source.cache_path).get(section)
-    known = {} if index is None else index.items
+    known = known_identities(source) if by_content else {}
 
     def look(item: MediaItem) -> _Clip | Problem:
         try:
             clip = _look_at(item, source, variant)
-            if section is None:
+            if not by_content:
                 return clip
-            cached = known.get(item.name)
-            identity = identify(item.path, cached.identity if cached else None)
+            identity = identify(item.path, known.get(item.name))
             return replace(clip, content=identity.content)
         except DataError as error:
             return Problem(error.message, file=item.path, hint=error.hint)

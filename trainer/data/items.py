@@ -9,7 +9,13 @@ from pathlib import Path
 from trainer.contract.dataset_config import DatasetConfig, SourceOptions
 from trainer.contract.errors import DataError, Problem
 from trainer.data.buckets import Bucket
-from trainer.data.cache_index import IndexedItem, Section, read_index, section_names
+from trainer.data.cache_index import (
+    IndexedItem,
+    Section,
+    find_section,
+    read_index,
+    source_names,
+)
 from trainer.data.cache_settings import CacheSettings, changed_settings
 from trainer.data.fingerprint import digest, identify, stat_of
 from trainer.data.sources import MediaItem, scan_source
@@ -78,8 +84,8 @@ def load_cached_dataset(
     hint = f"run `menma cache {config}`"
     sections: list[Section] = []
     faults: list[str] = []
-    for name, source in zip(section_names(dataset), dataset.sources, strict=True):
-        section = read_index(source.cache_path).get(name)
+    for source in dataset.sources:
+        section = find_section(read_index(source.cache_path), source, settings)
         if section is None:
             raise DataError(f"{source.media_path} is not cached yet", hint=hint)
         sections.append(section)
@@ -155,7 +161,7 @@ def _cached_text_settings(section: Section, settings: CacheSettings) -> CacheSet
 
 
 def _items(dataset: DatasetConfig, sections: Sequence[Section]) -> Iterator[TrainingItem]:
-    names = section_names(dataset)
+    names = source_names(dataset)
     for number, (source, section) in enumerate(zip(dataset.sources, sections, strict=True)):
         for name, indexed in section.items.items():
             for entry in indexed.entries:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from trainer.contract.errors import DataError
+from trainer.contract.errors import DataError, Problem
 from trainer.core.rng import derive_seed
 from trainer.data.buckets import Bucket
 from trainer.data.items import TrainingItem
@@ -28,6 +28,25 @@ class Draw:
     """Which of the item's appearances in this epoch, from 0."""
     seed: int
     """Fixes its noise and sigma, whatever rank or batch it lands in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The items of one source and one bucket; a microbatch is made of one group."""
+
+    appearances: int
+    """Items of one epoch, repeats counted."""
+    num_repeats: int
+    batch_size: int
+
+    def num_batches(self, factor: int = 1) -> int:
+        """Return the microbatches of one epoch, with `num_repeats` multiplied."""
+        return -(-self.appearances * factor // self.batch_size)
+
+    @property
+    def largest_batch(self) -> int:
+        """Items of the largest microbatch."""
+        return min(self.appearances, self.batch_size)
 
 
 class BatchOrder:
@@ -55,19 +74,31 @@ class BatchOrder:
         self._epoch = lru_cache(maxsize=2)(self._shuffle)
 
     @property
+    def groups(self) -> tuple[Group, ...]:
+        """What the microbatches are made of."""
+        return tuple(
+            Group(
+                sum(item.num_repeats for item in group),
+                max(item.num_repeats for item in group),
+                group[0].batch_size,
+            )
+            for group in self._groups
+        )
+
+    @property
     def batches_per_epoch(self) -> int:
         """Microbatches of one epoch, all ranks together."""
-        return sum(-(-_appearances(group) // group[0].batch_size) for group in self._groups)
+        return sum(group.num_batches() for group in self.groups)
 
     @property
     def items_per_epoch(self) -> int:
         """Items of one epoch, repeats counted."""
-        return sum(_appearances(group) for group in self._groups)
+        return sum(group.appearances for group in self.groups)
 
     @property
     def largest_batch(self) -> int:
         """Items of the largest microbatch."""
-        return max(min(_appearances(group), group[0].batch_size) for group in self._groups)
+        return max(group.largest_batch for group in self.groups)
 
     def epoch_of(self, position: int) -> int:
         """Return which epoch microbatch `position` belongs to, from 0."""
@@ -103,30 +134,33 @@ def require_full_step(
     Raises:
         DataError: with the `num_repeats` that cures it.
     """
+    problem = step_problem(
+        order.groups,
+        world_size=world_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
+    if problem is not None:
+        raise DataError(problem.message, hint=problem.hint)
+
+
+def step_problem(
+    groups: Sequence[Group], *, world_size: int, gradient_accumulation_steps: int
+) -> Problem | None:
+    """Say what is wrong where an epoch of these groups is shorter than one step."""
     needed = world_size * gradient_accumulation_steps
-    if order.batches_per_epoch >= needed:
-        return
-    repeats = max(item.num_repeats for item in order.items)
+    batches = sum(group.num_batches() for group in groups)
+    if not groups or batches >= needed:
+        return None
+    repeats = max(group.num_repeats for group in groups)
     factor = 1
-    while _batches(order.items, factor) < needed:
+    while sum(group.num_batches(factor) for group in groups) < needed:
         factor += 1
-    raise DataError(
-        f"the dataset has {order.items_per_epoch} items in {order.batches_per_epoch} batches an "
+    items = sum(group.appearances for group in groups)
+    return Problem(
+        f"the dataset has {items} items in {batches} batches an "
         f"epoch, fewer than one step takes: {needed} ({world_size} processes x "
         f"gradient_accumulation_steps {gradient_accumulation_steps})",
+        "training.gradient_accumulation_steps",
         hint=f"set num_repeats = {repeats * factor} in the dataset, add clips, or lower "
         "training.gradient_accumulation_steps",
     )
-
-
-def _appearances(group: Sequence[TrainingItem]) -> int:
-    return sum(item.num_repeats for item in group)
-
-
-def _batches(items: Sequence[TrainingItem], factor: int) -> int:
-    """Count the batches of an epoch with every `num_repeats` multiplied."""
-    appearances: dict[tuple[int, Bucket, int], int] = {}
-    for item in items:
-        group = (item.source, item.bucket, item.batch_size)
-        appearances[group] = appearances.get(group, 0) + item.num_repeats * factor
-    return sum(-(-count // group[2]) for group, count in appearances.items())

@@ -11,11 +11,11 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from trainer.contract.catalog import ATTENTION, PLUGIN_KINDS
+from trainer.contract.catalog import ATTENTION, PLUGIN_KINDS, TECHNIQUES
 from trainer.contract.config import PluginSection, RunConfig
 from trainer.contract.config_io import problems_of
 from trainer.contract.config_rules import is_fp8, trained_timesteps
-from trainer.contract.errors import ConfigError
+from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.memory_rules import too_many_blocks
 from trainer.core.flow import NUM_TRAIN_TIMESTEPS
 from trainer.core.seams import BuildContext, Need, Technique
@@ -74,35 +74,55 @@ def build_techniques(
     Raises:
         ConfigError: a technique needs what this run does not have.
     """
-    techniques = []
+    problems = technique_problems(config, largest_batch)
+    if problems:
+        raise ConfigError(problems=problems)
+    return tuple(
+        build_plugin(section, "name", build, where=f"techniques[{index}]")
+        for index, section in enumerate(config.techniques)
+    )
+
+
+def technique_problems(config: RunConfig, largest_batch: int) -> list[Problem]:
+    """Return what the techniques need and this run does not have."""
+    problems = []
     for index, section in enumerate(config.techniques):
-        technique: Technique = build_plugin(section, "name", build, where=f"techniques[{index}]")
+        technique: type[Technique] = TECHNIQUES.load(section.name)
+        key = f"techniques[{index}]"
         if Need.BATCH_OVER_ONE in technique.needs and largest_batch < 2:
-            raise ConfigError(
-                f"{section.name} compares the samples of a batch, and every batch has one",
-                hint="set batch_size = 2 or more in the dataset, or remove the technique",
+            problems.append(
+                Problem(
+                    f"{section.name} compares the samples of a batch, and every batch has one",
+                    key,
+                    hint="set batch_size = 2 or more in the dataset, or remove the technique",
+                )
             )
         distributed = config.distributed
         if Need.FULL_GRADS in technique.needs and (
             distributed.zero_stage > 1 or distributed.offload_optimizer != "none"
         ):
-            raise ConfigError(
-                f"{section.name} reads whole gradients, which ZeRO-2 and 3 cut into shards and an "
-                "offloaded optimizer takes away",
-                hint="set distributed.zero_stage to 0 or 1, and offload_optimizer = 'none'",
+            problems.append(
+                Problem(
+                    f"{section.name} reads whole gradients, which ZeRO-2 and 3 cut into shards and "
+                    "an offloaded optimizer takes away",
+                    key,
+                    hint="set distributed.zero_stage to 0 or 1, and offload_optimizer = 'none'",
+                )
             )
-        if config.distributed.sequence_parallel > 1 and _hooks_blocks(technique):
-            raise ConfigError(
-                f"{section.name} works on the tokens between the blocks, of which each process "
-                "has a part only",
-                hint="set distributed.sequence_parallel = 1, or remove the technique",
+        if distributed.sequence_parallel > 1 and _hooks_blocks(technique):
+            problems.append(
+                Problem(
+                    f"{section.name} works on the tokens between the blocks, of which each process "
+                    "has a part only",
+                    key,
+                    hint="set distributed.sequence_parallel = 1, or remove the technique",
+                )
             )
-        techniques.append(technique)
-    return tuple(techniques)
+    return problems
 
 
-def _hooks_blocks(technique: Technique) -> bool:
-    return type(technique).block_hooks is not Technique.block_hooks
+def _hooks_blocks(technique: type[Technique]) -> bool:
+    return technique.block_hooks is not Technique.block_hooks
 
 
 def trained_transformer_file(config: RunConfig) -> tuple[Path, str]:

@@ -2,8 +2,9 @@
 
 Order of things: find out what the dataset gives (and stop there if it is `strict` and something is
 wrong), encode captions, let go of the text encoder, encode windows while the next ones are being
-decoded, write the index, remove what nothing names any more. Killed at any moment it leaves whole
-entries only, and the next run goes on from them.
+decoded, write the index, count what this config does not need. Killed at any moment it leaves whole
+entries only, and the next run goes on from them. Nothing is removed unless that is asked for:
+another config may need it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -25,21 +26,14 @@ from trainer.contract.dataset_config import DatasetConfig
 from trainer.contract.errors import ConfigError, DataError, Problem
 from trainer.contract.variants import Variant
 from trainer.data.buckets import Bucket
-from trainer.data.cache_index import (
-    IndexedItem,
-    Section,
-    locked,
-    read_index,
-    remove_stale,
-    section_names,
-    write_index,
-)
+from trainer.data.cache_index import Unneeded, find_section, locked, read_index
 from trainer.data.cache_settings import CacheDtype, CacheSettings, uses_image_encoder
 from trainer.data.entries import entry_key
 from trainer.data.latent_cache import LatentEntry, write_latents
 from trainer.data.media import Clip, index_clip, read_window
-from trainer.data.plan import PlannedItem, SourcePlan, plan_source
+from trainer.data.plan import PlannedItem, plan_source
 from trainer.data.text_cache import text_file, text_key, write_text_entry
+from trainer.jobs.cache_sections import Work, mark_unfinished, write_finished
 from trainer.jobs.window_encoder import (
     ImageEncoding,
     LazyModel,
@@ -73,6 +67,8 @@ class CacheOptions:
     """(height, width) in pixels: encode in overlapping tiles."""
     extra_captions: tuple[str, ...] = ("",)
     """Encoded, too, though no item has them: the empty one serves caption dropout."""
+    prune: bool = False
+    """Remove every entry of the cache folders that this dataset does not need."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +79,10 @@ class CacheReport:
     """Windows encoded now, ..."""
     reused: int
     """... already there, ..."""
-    removed: int
-    """... and entries (of captions, too) that nothing names any more."""
+    removed: Unneeded
+    """... and entries (of captions, too) that this dataset does not need: those removed, ..."""
+    unneeded: Unneeded
+    """... and those that were left where they are."""
     captions_encoded: int
     captions_reused: int
     buckets: dict[Bucket, int]
@@ -95,26 +93,11 @@ class CacheReport:
     """What is no fault and yet worth knowing."""
 
 
-@dataclass(slots=True)
-class _Work:
-    """One source while it is being cached."""
-
-    name: str
-    folder: Path
-    plan: SourcePlan
-    settings: CacheSettings
-    problems: list[Problem]
-    notes: list[str] = field(default_factory=list)
-    failed: set[str] = field(default_factory=set)
-    """Entry files that could not be made."""
-    failed_captions: set[str] = field(default_factory=set)
-
-
 @dataclass(frozen=True, slots=True)
 class _Task:
     """One window that is not there yet."""
 
-    work: _Work
+    work: Work
     planned: PlannedItem
     entry: LatentEntry
 
@@ -126,6 +109,7 @@ def run_cache(
     vae: LazyModel[VideoEncoder],
     text_encoder: LazyModel[TextEncoding],
     image_encoder: LazyModel[ImageEncoding] | None = None,
+    num_training: int | None = None,
     options: CacheOptions | None = None,
     report: Report = lambda phase, done, total, name="": None,
 ) -> CacheReport:
@@ -134,9 +118,21 @@ def run_cache(
     The text encoder is loaded first and gone before VAE and image encoder are loaded; none is
     loaded when there is nothing for it to do.
 
+    Args:
+        dataset: the sources.
+        variant: the model that shall be trained.
+        vae: makes the latents.
+        text_encoder: makes the contexts.
+        image_encoder: for variants that see the first frame through CLIP.
+        num_training: so many sources are trained on, those after them are validated on; None: all
+            are trained on.
+        options: how to encode.
+        report: is told of progress.
+
     Raises:
-        DataError: nothing can be used; or the dataset is `strict` and something cannot be used
-            (found before anything is encoded, as far as it can be seen without decoding all).
+        DataError: nothing can be trained on, or none of the validation sources can be used; or the
+            dataset is `strict` and something cannot be used (found before anything is encoded, as
+            far as it can be seen without decoding all).
         ConfigError: the variant needs an image encoder and there is none.
         BusyError: another process caches into the same folder.
         DiskError: the disk is full, read-only or gone.
@@ -159,16 +155,17 @@ def run_cache(
         for folder in dict.fromkeys(source.cache_path.resolve() for source in dataset.sources):
             locks.enter_context(locked(folder))
         works = _plan(dataset, settings, options, report)
-        _write_sections(works, options, finished=False)
+        _require_clips(works, len(works) if num_training is None else num_training)
         captions = _cache_captions(works, text_encoder, options, report, dataset.general.strict)
         _release_memory()
         encode = WindowEncoder(variant, vae, image_encoder, options.tile)
         windows = _cache_windows(works, encode, options, report, dataset.general.strict)
-        removed = _write_sections(works, options, finished=True)
+        unneeded = write_finished(works, options.extra_captions, prune=options.prune)
     return CacheReport(
         encoded=windows[0],
         reused=windows[1],
-        removed=removed,
+        removed=unneeded if options.prune else Unneeded(),
+        unneeded=Unneeded() if options.prune else unneeded,
         captions_encoded=captions[0],
         captions_reused=captions[1],
         buckets=dict(sorted(Counter(entry.bucket for entry in _usable_entries(works)).items())),
@@ -179,34 +176,45 @@ def run_cache(
 
 def _plan(
     dataset: DatasetConfig, settings: CacheSettings, options: CacheOptions, report: Report
-) -> list[_Work]:
+) -> list[Work]:
     works = []
-    for name, source in zip(section_names(dataset), dataset.sources, strict=True):
+    failed: dict[Path, set[str]] = {}
+    for source in dataset.sources:
         plan = plan_source(
             source,
             settings,
-            read_index(source.cache_path).get(name),
+            find_section(read_index(source.cache_path), source, settings),
             num_threads=options.num_threads,
             report=lambda done, total, clip: report("clips", done, total, clip),
         )
-        works.append(_Work(name, source.cache_path.resolve(), plan, settings, list(plan.problems)))
+        folder = source.cache_path.resolve()
+        shared = failed.setdefault(folder, set())
+        works.append(Work(folder, plan, settings, list(plan.problems), shared))
     problems = [problem for work in works for problem in work.problems]
     if problems and dataset.general.strict:
         raise DataError(_listed("the dataset is strict, and not all of it can be used", problems))
-    if not any(work.plan.items for work in works):
-        raise DataError(_listed("no clip of the dataset can be used", problems))
     return works
 
 
+def _require_clips(works: Sequence[Work], num_training: int) -> None:
+    for of, part in (
+        ("the dataset", works[:num_training]),
+        ("validation.sources", works[num_training:]),
+    ):
+        if part and not any(work.plan.items for work in part):
+            problems = [problem for work in part for problem in work.problems]
+            raise DataError(_listed(f"no clip of {of} can be used", problems))
+
+
 def _cache_captions(
-    works: Sequence[_Work],
+    works: Sequence[Work],
     text_encoder: LazyModel[TextEncoding],
     options: CacheOptions,
     report: Report,
     strict: bool,
 ) -> tuple[int, int]:
     """Encode missing captions; return how many were encoded and how many were there."""
-    missing: dict[str, list[_Work]] = {}
+    missing: dict[str, list[Work]] = {}
     reused: set[str] = set()
     for work in works:
         captions = {planned.item.caption for planned in work.plan.items}
@@ -224,6 +232,9 @@ def _cache_captions(
         batch = todo[start : start + options.text_batch]
         with torch.inference_mode():
             contexts = encode(batch)
+        mark_unfinished(
+            [work for caption in batch for work in missing[caption]], options.extra_captions
+        )
         for done, (caption, context) in enumerate(zip(batch, contexts, strict=True), start + 1):
             for work in missing[caption]:
                 _store_caption(work, caption, context, strict)
@@ -231,7 +242,7 @@ def _cache_captions(
     return len(missing), len(reused - missing.keys())
 
 
-def _store_caption(work: _Work, caption: str, context: Tensor, strict: bool) -> None:
+def _store_caption(work: Work, caption: str, context: Tensor, strict: bool) -> None:
     if torch.isfinite(context).all():
         write_text_entry(work.folder, caption, context, work.settings)
         if context.shape[0] >= work.settings.text_len:
@@ -247,12 +258,12 @@ def _store_caption(work: _Work, caption: str, context: Tensor, strict: bool) -> 
         _note_problem(work, Problem(message, file=path), strict)
 
 
-def _paths_with(work: _Work, caption: str) -> list[Path]:
+def _paths_with(work: Work, caption: str) -> list[Path]:
     return [planned.item.path for planned in work.plan.items if planned.item.caption == caption]
 
 
 def _cache_windows(
-    works: Sequence[_Work],
+    works: Sequence[Work],
     encode: WindowEncoder,
     options: CacheOptions,
     report: Report,
@@ -275,6 +286,7 @@ def _cache_windows(
     for done, (task, decoded) in enumerate(_decoded(list(tasks.values()), options), start=1):
         try:
             window = encode(decoded.result())
+            mark_unfinished([task.work], options.extra_captions)
             name = task.planned.item.name
             write_latents(task.work.folder, task.entry, window, task.work.settings, name)
             encoded += 1
@@ -317,59 +329,14 @@ def _decode(task: _Task, index: Callable[..., Clip]) -> Tensor:
     return read_window(clip, task.entry.window.frames, (bucket.width, bucket.height))
 
 
-def _write_sections(works: Sequence[_Work], options: CacheOptions, *, finished: bool) -> int:
-    """Write the indices; when finished also remove stale entries and return how many."""
-    removed = 0
-    for folder in dict.fromkeys(work.folder for work in works):
-        mine = {work.name: work for work in works if work.folder == folder}
-        media = {name.rpartition(" #")[0] for name in mine}
-        sections = {
-            name: section
-            for name, section in read_index(folder).items()
-            if name.rpartition(" #")[0] not in media
-        }
-        for name, work in mine.items():
-            sections[name] = _section(work, options, finished)
-        write_index(folder, sections)
-        if finished:
-            removed += remove_stale(folder, sections)
-    return removed
-
-
-def _section(work: _Work, options: CacheOptions, finished: bool) -> Section:
-    items = {}
-    skipped = dict(work.plan.skipped)
-    for planned in work.plan.items:
-        if planned.item.caption in work.failed_captions:
-            skipped[planned.item.name] = planned.identity.stat
-            continue
-        entries = tuple(entry for entry in planned.entries if entry.file not in work.failed)
-        items[planned.item.name] = IndexedItem(
-            planned.identity,
-            text_key(planned.item.caption, work.settings),
-            entries,
-            whole=len(entries) == len(planned.entries),
-        )
-    return Section(
-        work.settings.for_source(work.plan.source),
-        items,
-        tuple(work.problems),
-        skipped=skipped,
-        extra_captions={
-            caption: text_key(caption, work.settings) for caption in options.extra_captions
-        },
-        finished=finished,
-    )
-
-
-def _usable_entries(works: Sequence[_Work]) -> Iterator[LatentEntry]:
+def _usable_entries(works: Sequence[Work]) -> Iterator[LatentEntry]:
     for work in works:
         for planned in work.plan.items:
             if planned.item.caption not in work.failed_captions:
                 yield from (e for e in planned.entries if e.file not in work.failed)
 
 
-def _note_problem(work: _Work, problem: Problem, strict: bool) -> None:
+def _note_problem(work: Work, problem: Problem, strict: bool) -> None:
     if strict:
         raise DataError(_listed("the dataset is strict, and not all of it can be used", [problem]))
     work.problems.append(problem)

@@ -37,7 +37,12 @@ def run(request: CacheRequest, emit: Emit) -> None:
         vae=lazy_vae(config, variant, device),
         text_encoder=lazy_text_encoder(config, device),
         image_encoder=lazy_image_encoder(config, device),
-        options=CacheOptions(dtype=config.memory.cache_dtype, tile=(tile, tile) if tile else None),
+        num_training=len(config.dataset.load().sources),
+        options=CacheOptions(
+            dtype=config.memory.cache_dtype,
+            tile=(tile, tile) if tile else None,
+            prune=request.prune,
+        ),
         report=progress_events(emit),
     )
     emit_report(report, emit)
@@ -53,7 +58,10 @@ def emit_report(report: CacheReport, emit: Emit) -> None:
         reason="done",
         encoded=report.encoded,
         reused=report.reused,
-        removed=report.removed,
+        removed=report.removed.count,
+        removed_bytes=report.removed.num_bytes,
+        unneeded=report.unneeded.count,
+        unneeded_bytes=report.unneeded.num_bytes,
         captions_encoded=report.captions_encoded,
         captions_reused=report.captions_reused,
         num_buckets=len(report.buckets),

@@ -13,15 +13,16 @@ from trainer.contract.dataset_config import DatasetConfig
 from trainer.contract.errors import ConfigError, DataError, MenmaError, Problem, UserError
 from trainer.contract.jobs import CheckRequest
 from trainer.contract.variants import Variant
-from trainer.data.cache_index import read_index, section_names
+from trainer.data.cache_index import is_cached
 from trainer.data.cache_settings import CacheSettings
 from trainer.data.checks import DatasetCheck, check_dataset
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import MAX_LISTED, Emit
 from trainer.jobs.components import require_vae, settle_variant, with_variant
+from trainer.jobs.config_checks import batch_problems, encoder_problems
 from trainer.jobs.distributed_checks import distributed_problems
 from trainer.jobs.memory_checks import memory_notes, memory_problems
-from trainer.jobs.run_items import holdout_of
+from trainer.jobs.run_items import cache_settings, holdout_of
 from trainer.jobs.start import machine_problems
 from trainer.models.wan.detect import recognise
 from trainer.sampling.prompts import read_prompts
@@ -52,7 +53,11 @@ def run(request: CheckRequest, emit: Emit) -> None:
         problems += _file_problems(with_variant(config, variant))
         problems += _training_problems(variant)
         told = {problem.key for problem in problems}
-        more = (*_kind_problems(config, variant), *_prompt_problems(config, variant))
+        more = (
+            *_kind_problems(config, variant),
+            *encoder_problems(config),
+            *_prompt_problems(config, variant),
+        )
         problems += [problem for problem in more if problem.key not in told]
         problems += memory_problems(config, trains=True)
         problems = list(dict.fromkeys(problems))
@@ -159,7 +164,8 @@ def _dataset(
         total = len(checked.buckets)
         emit("log", message=f"the largest {MAX_LISTED} of {total} buckets are listed")
     problems += _empty_sides(config, checked)
-    for note in _validation_notes(config, dataset, checked):
+    problems += batch_problems(config, checked.groups)
+    for note in _dataset_notes(config, variant, dataset, checked):
         emit("warning", message=note)
     return {
         "clips": checked.clips,
@@ -193,8 +199,8 @@ def _empty_sides(config: RunConfig, checked: DatasetCheck) -> list[Problem]:
     return problems
 
 
-def _validation_notes(
-    config: RunConfig, dataset: DatasetConfig, checked: DatasetCheck
+def _dataset_notes(
+    config: RunConfig, variant: Variant, dataset: DatasetConfig, checked: DatasetCheck
 ) -> Iterator[str]:
     """Yield what is likely not meant."""
     if checked.shared_clips:
@@ -202,12 +208,20 @@ def _validation_notes(
             f"{checked.shared_clips} clips of validation.sources are training clips, too: the "
             "validation loss will look better than it is"
         )
+    yield from _uncached(config, variant, dataset)
+
+
+def _uncached(config: RunConfig, variant: Variant, dataset: DatasetConfig) -> Iterator[str]:
+    """Yield the sources that `menma train` will call not cached yet, where others are."""
+    try:
+        settings = cache_settings(config, variant)
+    except UserError:
+        return  # told with the weight files
     first = holdout_of(config).first_source
-    cached = [
-        name in read_index(source.cache_path)
-        for name, source in zip(section_names(dataset), dataset.sources, strict=True)
-    ]
-    if any(cached[:first]):  # else nothing is cached, which is no surprise
-        for index, is_cached in enumerate(cached[first:]):
-            if not is_cached:
-                yield f"validation.sources[{index}] is not cached yet: run `menma cache` again"
+    cached = [is_cached(source, settings) for source in dataset.sources]
+    if not any(cached[:first]):
+        return  # nothing is cached, which is no surprise
+    for index, source in enumerate(dataset.sources):
+        if not cached[index]:
+            name = f"validation.sources[{index - first}]" if index >= first else source.media_path
+            yield f"{name} is not cached yet: run `menma cache` again"

@@ -15,8 +15,8 @@ from trainer.jobs.build import DTYPES
 from trainer.jobs.window_encoder import LazyModel
 from trainer.models import load_image_encoder, load_text_encoder, load_vae
 from trainer.models.wan.detect import recognise
-from trainer.models.wan.image_encoder import ImageEncoder
-from trainer.models.wan.text_encoder import TextEncoder
+from trainer.models.wan.image_encoder import ImageEncoder, check_image_encoder
+from trainer.models.wan.text_encoder import TextEncoder, check_text_encoder, check_tokenizer
 from trainer.models.wan.vae import WanVAE
 from trainer.models.wan.vae_keys import recognise_vae
 
@@ -93,24 +93,40 @@ def require_vae(files: WeightFiles, variant: Variant) -> None:
 
 
 def lazy_text_encoder(config: RunConfig, device: torch.device) -> LazyModel[TextEncoder]:
-    """Return the text encoder with its tokenizer, to be loaded when needed."""
+    """Return the text encoder with its tokenizer, to be loaded when needed.
+
+    Raises:
+        ModelFileError: the file is no umT5, or damaged, or there is no tokenizer for it.
+        ConfigError: none is given.
+    """
     path, tokenizer = component(config, "text_encoder"), config.model.tokenizer
-    identity = model_identity(path)
-    if tokenizer is not None:
-        identity = digest([identity, model_identity(tokenizer)])
+    files = open_weights(path)
+    check_text_encoder(files)  # now, not after all clips were looked at
+    check_tokenizer(files, tokenizer)
 
     def load() -> TextEncoder:
         dtype = DTYPES[config.memory.text_encoder_dtype]
         return load_text_encoder(path, tokenizer=tokenizer, dtype=dtype, device=device)
 
-    return LazyModel(identity, load)
+    return LazyModel(text_encoder_identity(path, tokenizer), load)
+
+
+def text_encoder_identity(path: Path, tokenizer: Path | None) -> str:
+    """Return the identity of a text encoder with its tokenizer."""
+    identity = model_identity(path)
+    return identity if tokenizer is None else digest([identity, model_identity(tokenizer)])
 
 
 def lazy_image_encoder(config: RunConfig, device: torch.device) -> LazyModel[ImageEncoder] | None:
-    """Return the image encoder, to be loaded when needed; None where the config names none."""
+    """Return the image encoder, to be loaded when needed; None where the config names none.
+
+    Raises:
+        ModelFileError: the file is no CLIP vision tower, or damaged.
+    """
     path = config.model.image_encoder
     if path is None:
         return None
+    check_image_encoder(open_weights(path))  # now, not after minutes of encoding captions
 
     def load() -> ImageEncoder:
         return load_image_encoder(path, dtype=DTYPES[config.memory.vae_dtype], device=device)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from trainer.contract.config import RunConfig
 from trainer.contract.config_rules import validation_timesteps
 from trainer.contract.errors import DataError
@@ -14,7 +12,7 @@ from trainer.data.cache_settings import CacheSettings
 from trainer.data.fingerprint import model_identity
 from trainer.data.holdout import Holdout
 from trainer.data.items import CachedDataset, TrainingItem, fingerprint, load_cached_dataset
-from trainer.jobs.components import lazy_text_encoder
+from trainer.jobs.components import text_encoder_identity
 from trainer.training.validation import ValidationSettings
 
 
@@ -101,7 +99,7 @@ def cache_settings(config: RunConfig, variant: Variant) -> CacheSettings:
     model = config.model
     text_encoder = None
     if model.text_encoder is not None:
-        text_encoder = lazy_text_encoder(config, torch.device("cpu")).identity
+        text_encoder = text_encoder_identity(model.text_encoder, model.tokenizer)
     return CacheSettings.of(
         variant,
         vae=model_identity(model.vae) if model.vae else None,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from app.cli import jobs, output
 from app.cli.options import Config, Overrides, command_app
@@ -12,7 +15,18 @@ app = command_app()
 
 
 @app.command()
-def cache(config: Config, overrides: Overrides = None) -> None:
+def cache(
+    config: Config,
+    overrides: Overrides = None,
+    prune: Annotated[
+        bool,
+        typer.Option(
+            "--prune",
+            help="Also remove from the cache folders what this config does not need; what other "
+            "configs cached there, too.",
+        ),
+    ] = False,
+) -> None:
     """Encode clips and captions, once.
 
     What is cached already and has not changed is kept, so it can be interrupted and run again.
@@ -20,12 +34,13 @@ def cache(config: Config, overrides: Overrides = None) -> None:
     from app.domain.complete import complete_config
 
     complete_config(config, overrides or (), "cache")
-    result = jobs.run_or_leave("cache", {"config": str(config), "set": list(overrides or ())})
-    _show_counts(result.end)
+    request = {"config": str(config), "set": list(overrides or ()), "prune": prune}
+    result = jobs.run_or_leave("cache", request)
+    _show_counts(result.end, config)
     output.say(f"Next: menma train {config}")
 
 
-def _show_counts(end: Mapping[str, Any]) -> None:
+def _show_counts(end: Mapping[str, Any], config: Path) -> None:
     for what, encoded, reused in (
         ("clips", "encoded", "reused"),
         ("captions", "captions_encoded", "captions_reused"),
@@ -33,4 +48,14 @@ def _show_counts(end: Mapping[str, Any]) -> None:
         if encoded in end:
             output.say(f"{what}: {end[encoded]} encoded, {end.get(reused, 0)} kept")
     if removed := end.get("removed"):
-        output.say(f"{removed} entries that nothing needs any more were removed")
+        output.say(f"{_entries(removed, end['removed_bytes'])} removed: this config needs none")
+    if unneeded := end.get("unneeded"):
+        output.say(
+            f"{_entries(unneeded, end['unneeded_bytes'])} kept that this config does not need: of "
+            "other configs, or of clips and captions that have changed. "
+            f"`menma cache {config} --prune` removes them."
+        )
+
+
+def _entries(count: int, num_bytes: int) -> str:
+    return f"{count} {'entry' if count == 1 else 'entries'} ({num_bytes / 2**20:,.1f} MiB)"

@@ -90,6 +90,15 @@ def load_image_encoder(
     return ImageEncoder(model.eval(), config)
 
 
+def check_image_encoder(files: WeightFiles) -> None:
+    """Refuse what cannot be CLIP's vision tower; reads no more than the header.
+
+    Raises:
+        ModelFileError: it is another model.
+    """
+    _config(files, _recognise(files))
+
+
 class ImageEncoder:
     """CLIP's vision tower with its preprocessing; call it with images.
 

@@ -87,7 +87,7 @@ def load_text_encoder(
         ModelFileError: it is not umT5 (T5 is another model), damaged, or has no tokenizer.
     """
     files = open_weights(path)
-    original = any(name.endswith("blocks.0.attn.q.weight") for name in files)
+    original = _is_original(files)
     config = _config(files, original)
     with torch.device("meta"):
         model = build_umt5(config)
@@ -105,13 +105,27 @@ def load_text_encoder(
     if dtype == torch.float16:
         for block in model.encoder.block:
             block.layer[1].DenseReluDense.wo.float()
-    chosen = load_tokenizer(tokenizer) if tokenizer else _own_tokenizer(files)
-    if chosen.num_pieces > config.vocab_size:
-        raise ModelFileError(
-            f"the tokenizer has {chosen.num_pieces} pieces, {files.path} only {config.vocab_size}",
-            hint="they belong to different models; use the tokenizer of google/umt5-xxl",
-        )
+    chosen = _tokenizer_of(files, tokenizer)
+    _require_fit(chosen, config, files)
     return TextEncoder(model.eval(), chosen, config)
+
+
+def check_text_encoder(files: WeightFiles) -> None:
+    """Refuse what cannot be umT5; reads no more than the header.
+
+    Raises:
+        ModelFileError: the weights are of another model.
+    """
+    _config(files, _is_original(files))
+
+
+def check_tokenizer(files: WeightFiles, tokenizer: Path | None = None) -> None:
+    """Refuse a tokenizer that does not fit these weights of umT5; None is the one they come with.
+
+    Raises:
+        ModelFileError: it is not umT5's, or there is none.
+    """
+    _require_fit(_tokenizer_of(files, tokenizer), _config(files, _is_original(files)), files)
 
 
 class TextEncoder:
@@ -274,6 +288,23 @@ def _refuse_different_tables(files: WeightFiles) -> None:
                 f"{files.path} holds two different embedding tables, {' and '.join(_TIED)}",
                 hint="they are one tensor in umT5; the file was saved wrongly, use another",
             )
+
+
+def _is_original(files: WeightFiles) -> bool:
+    return any(name.endswith("blocks.0.attn.q.weight") for name in files)
+
+
+def _tokenizer_of(files: WeightFiles, tokenizer: Path | str | None) -> Tokenizer:
+    return load_tokenizer(tokenizer) if tokenizer else _own_tokenizer(files)
+
+
+def _require_fit(tokenizer: Tokenizer, config: TextEncoderConfig, files: WeightFiles) -> None:
+    if tokenizer.num_pieces > config.vocab_size:
+        raise ModelFileError(
+            f"the tokenizer has {tokenizer.num_pieces} pieces, {files.path} only "
+            f"{config.vocab_size}",
+            hint="they belong to different models; use the tokenizer of google/umt5-xxl",
+        )
 
 
 def _own_tokenizer(files: WeightFiles) -> Tokenizer:

@@ -1,0 +1,56 @@
+"""What `menma check` says of encoders and batches: the refusals of caching and training, early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from trainer.contract.config import RunConfig
+from trainer.contract.errors import Problem, UserError
+from trainer.data.order import Group, step_problem
+from trainer.io.mapped_load import open_weights
+from trainer.jobs.build import num_processes, technique_problems
+from trainer.models.wan.image_encoder import check_image_encoder
+from trainer.models.wan.text_encoder import check_text_encoder, check_tokenizer
+
+
+def encoder_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield which encoders, by their headers, are other models, or lack a tokenizer that fits.
+
+    Files that are not there or cannot be read are told elsewhere.
+    """
+    model = config.model
+    if model.text_encoder is not None and model.text_encoder.exists():
+        problem = _refusal(check_text_encoder, model.text_encoder, "text_encoder")
+        if problem is None and (model.tokenizer is None or model.tokenizer.exists()):
+            fits = partial(check_tokenizer, tokenizer=model.tokenizer)
+            problem = _refusal(fits, model.text_encoder, "tokenizer")
+        if problem is not None:
+            yield problem
+    if model.image_encoder is not None and model.image_encoder.exists():
+        problem = _refusal(check_image_encoder, model.image_encoder, "image_encoder")
+        if problem is not None:
+            yield problem
+
+
+def batch_problems(config: RunConfig, groups: Sequence[Group]) -> Iterator[Problem]:
+    """Yield what steps and techniques need and these groups of training items do not give."""
+    if not groups:
+        return  # told already: there is nothing to train on
+    problem = step_problem(
+        groups,
+        world_size=num_processes(config),
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+    )
+    if problem is not None:
+        yield problem
+    yield from technique_problems(config, max(group.largest_batch for group in groups))
+
+
+def _refusal(check: Callable[..., None], path: Path, field: str) -> Problem | None:
+    try:
+        check(open_weights(path))
+    except UserError as error:
+        return Problem(error.message, f"model.{field}", hint=error.hint)
+    return None
