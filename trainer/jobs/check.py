@@ -10,7 +10,7 @@ from trainer.contract.config import RunConfig
 from trainer.contract.config_io import load_config_with_sources, place_problems
 from trainer.contract.config_rules import check_files
 from trainer.contract.dataset_config import DatasetConfig
-from trainer.contract.errors import ConfigError, DataError, MenmaError, Problem, UserError
+from trainer.contract.errors import ConfigError, DataError, Problem, UserError
 from trainer.contract.jobs import CheckRequest
 from trainer.contract.variants import Variant
 from trainer.data.cache_index import is_cached
@@ -19,7 +19,12 @@ from trainer.data.checks import DatasetCheck, check_dataset
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import MAX_LISTED, Emit
 from trainer.jobs.components import require_vae, settle_variant, with_variant
-from trainer.jobs.config_checks import batch_problems, encoder_problems
+from trainer.jobs.config_checks import (
+    batch_problems,
+    encoder_problems,
+    variant_problem,
+    weight_problems,
+)
 from trainer.jobs.distributed_checks import distributed_problems
 from trainer.jobs.memory_checks import memory_notes, memory_problems
 from trainer.jobs.run_items import cache_settings, holdout_of
@@ -27,8 +32,6 @@ from trainer.jobs.start import machine_problems
 from trainer.models.wan.detect import recognise
 from trainer.sampling.prompts import read_prompts
 from trainer.sampling.requests import requests_of
-
-_WEIGHTS = ("transformer", "transformer_high_noise", "vae", "text_encoder", "image_encoder")
 
 
 def run(request: CheckRequest, emit: Emit) -> None:
@@ -44,7 +47,7 @@ def run(request: CheckRequest, emit: Emit) -> None:
     config = loaded.config
     problems = [
         *_file_problems(config),
-        *_weight_problems(config),
+        *weight_problems(config),
         *machine_problems(config),
         *distributed_problems(config),
     ]
@@ -98,19 +101,6 @@ def _prompt_problems(config: RunConfig, variant: Variant) -> list[Problem]:
     return []
 
 
-def _weight_problems(config: RunConfig) -> list[Problem]:
-    problems = []
-    for field in _WEIGHTS:
-        path: Path | None = getattr(config.model, field)
-        if path is None or not path.exists():
-            continue
-        try:
-            open_weights(path)
-        except MenmaError as error:
-            problems.append(Problem(error.message, f"model.{field}", hint=error.hint))
-    return problems
-
-
 def _kind_problems(config: RunConfig, variant: Variant) -> list[Problem]:
     """Return which files are not what this variant works with; its own transformer is known."""
     problems = []
@@ -132,11 +122,11 @@ def _kind_problems(config: RunConfig, variant: Variant) -> list[Problem]:
 def _variant(config: RunConfig, problems: list[Problem]) -> Variant | None:
     if any(problem.key.startswith("model.transformer") for problem in problems):
         return None
-    try:
-        return settle_variant(config)
-    except UserError as error:
-        problems.append(Problem(error.message, "model.transformer", hint=error.hint))
+    problem = variant_problem(config)
+    if problem is not None:
+        problems.append(problem)
         return None
+    return settle_variant(config)
 
 
 def _dataset(

@@ -1,4 +1,4 @@
-"""What `menma check` says of encoders and batches: the refusals of caching and training, early."""
+"""What is wrong with weight files and batches, by headers and counts: told before they are used."""
 
 from __future__ import annotations
 
@@ -7,12 +7,39 @@ from functools import partial
 from pathlib import Path
 
 from trainer.contract.config import RunConfig
-from trainer.contract.errors import Problem, UserError
+from trainer.contract.errors import MenmaError, Problem, UserError
 from trainer.data.order import Group, step_problem
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.build import num_processes, technique_problems
+from trainer.jobs.components import settle_variant
 from trainer.models.wan.image_encoder import check_image_encoder
 from trainer.models.wan.text_encoder import check_text_encoder, check_tokenizer
+
+_WEIGHTS = ("transformer", "transformer_high_noise", "vae", "text_encoder", "image_encoder")
+
+
+def weight_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield which weight files cannot be read; those that do not exist are told elsewhere."""
+    for field in _WEIGHTS:
+        path: Path | None = getattr(config.model, field)
+        if path is None or not path.exists():
+            continue
+        try:
+            open_weights(path)
+        except MenmaError as error:
+            yield Problem(error.message, f"model.{field}", hint=error.hint)
+
+
+def variant_problem(config: RunConfig) -> Problem | None:
+    """Return why the transformer's file is not what `model.variant` says, or no known model."""
+    try:
+        settle_variant(config)
+    except UserError as error:
+        model = config.model
+        high = model.transformer is None or model.expert == "high_noise"
+        field = "transformer_high_noise" if high and model.transformer_high_noise else "transformer"
+        return Problem(error.message, f"model.{field}", hint=error.hint)
+    return None
 
 
 def encoder_problems(config: RunConfig) -> Iterator[Problem]:
@@ -40,7 +67,8 @@ def batch_problems(config: RunConfig, groups: Sequence[Group]) -> Iterator[Probl
         return  # told already: there is nothing to train on
     problem = step_problem(
         groups,
-        world_size=num_processes(config),
+        # Processes that share clips count as one.
+        world_size=max(1, num_processes(config) // config.distributed.sequence_parallel),
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
     )
     if problem is not None:

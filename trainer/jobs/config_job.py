@@ -7,6 +7,7 @@ from trainer.contract.config_io import load_config_with_sources, place_problems
 from trainer.contract.config_rules import JobName, check_files
 from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import ConfigRequest
+from trainer.jobs.config_checks import variant_problem, weight_problems
 from trainer.jobs.distributed_checks import distributed_problems
 from trainer.jobs.memory_checks import memory_problems
 from trainer.jobs.start import machine_problems
@@ -19,7 +20,9 @@ def read_config(request: ConfigRequest, job: JobName) -> RunConfig:
         ConfigError: everything that is wrong with it, or missing for this job, at once.
     """
     loaded = load_config_with_sources(request.config, request.set, jobs=[job])
-    problems = check_files(loaded.config, job)
+    problems = [*check_files(loaded.config, job), *weight_problems(loaded.config)]
+    if not problems and (problem := variant_problem(loaded.config)) is not None:
+        problems.append(problem)
     if job != "cache":
         problems += memory_problems(loaded.config, trains=job == "train")
     if job == "train":
