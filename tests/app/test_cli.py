@@ -131,13 +131,13 @@ def test_cache_removes_nothing_unless_told_to(menma, config, monkeypatch):
     end = {"type": "end", "reason": "done", "unneeded": 2, "unneeded_bytes": 3 << 20}
     monkeypatch.setenv("FAKE_EVENTS", json.dumps([end]))
     answer = menma("cache", config)
-    assert "2 entries (3.0 MiB) kept that this config does not need" in answer.err
+    assert "2 entries (3.0 MiB) that this config does not need: kept" in answer.err
     assert f"menma cache {config} --prune" in answer.err
     assert recorded("cache").prune is False
     end = {"type": "end", "reason": "done", "removed": 1, "removed_bytes": 1 << 19}
     monkeypatch.setenv("FAKE_EVENTS", json.dumps([end]))
     answer = menma("cache", config, "--prune")
-    assert "1 entry (0.5 MiB) removed" in answer.err
+    assert "1 entry (0.5 MiB) that this config does not need: removed" in answer.err
     assert recorded("cache").prune is True
 
 

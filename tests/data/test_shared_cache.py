@@ -11,7 +11,7 @@ from data_fakes import Models, dataset_of
 from trainer.contract import files
 from trainer.contract.dataset_config import parse_dataset
 from trainer.contract.errors import DataError, ModelFileError
-from trainer.data.cache_index import read_index
+from trainer.data.cache_index import is_cached, read_index
 from trainer.data.items import load_cached_dataset
 from trainer.jobs.cache import CacheOptions
 
@@ -49,6 +49,22 @@ def test_order_and_number_of_sources_do_not_count(folders):
     assert num_items(sources_of(folders, "two"), models) == 1
     assert models.cache(sources_of(folders, "two"), options=KEEP).encoded == 0
     assert num_items(sources_of(folders, "one", "two"), models) == 2
+
+
+def test_check_and_train_agree_on_what_is_cached(folders):
+    models = Models()
+    models.cache(sources_of(folders, "one", "two"), options=KEEP)
+    for dataset, cached in (
+        (sources_of(folders, "two", "one"), True),
+        (sources_of(folders, "two", resolution=[32, 32]), False),
+    ):
+        for source in dataset.sources:
+            assert is_cached(source, models.settings()) is cached
+        if cached:
+            assert num_items(dataset, models) == 2
+        else:
+            with pytest.raises(DataError, match="resolution was"):
+                num_items(dataset, models)
 
 
 def test_two_sizes_live_beside_each_other(folders):

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -197,7 +197,8 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            file.truncate(0)
+            with suppress(OSError):  # what ended the job counts
+                file.truncate(0)
 
 
 def _is_left_over(path: Path) -> bool:

@@ -48,11 +48,13 @@ def _show_counts(end: Mapping[str, Any], config: Path) -> None:
         if encoded in end:
             output.say(f"{what}: {end[encoded]} encoded, {end.get(reused, 0)} kept")
     if removed := end.get("removed"):
-        output.say(f"{_entries(removed, end['removed_bytes'])} removed: this config needs none")
+        output.say(
+            f"{_entries(removed, end['removed_bytes'])} that this config does not need: removed"
+        )
     if unneeded := end.get("unneeded"):
         output.say(
-            f"{_entries(unneeded, end['unneeded_bytes'])} kept that this config does not need: of "
-            "other configs, or of clips and captions that have changed. "
+            f"{_entries(unneeded, end['unneeded_bytes'])} that this config does not need: kept; they "
+            "are of other configs, or of clips and captions that have changed. "
             f"`menma cache {config} --prune` removes them."
         )
 
