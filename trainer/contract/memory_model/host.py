@@ -22,7 +22,10 @@ def host_parts(work: Workload) -> dict[str, int]:
     if work.zero_stage == 3:  # every process loads the whole model before it is sharded
         parts["weights while loading"] = world * work.weight_bytes
     if work.swapped:  # one pinned copy, shared by the processes of a machine
-        parts["swapped blocks"] = work.swapped * work.block_bytes
+        swapped = work.swapped * work.block_bytes
+        parts["swapped blocks"] = swapped
+        # Blocks that stay on the GPU pass through RAM, too, since the GPU may not hold them all.
+        parts["weights while loading"] = world * (work.weight_bytes - swapped)
     if work.config.memory.offload_checkpoints:
         tokens = work.block_shape().tokens_bytes
         parts["parked activations"] = world * work.recomputed * tokens
