@@ -53,8 +53,8 @@ def _show_counts(end: Mapping[str, Any], config: Path) -> None:
         )
     if unneeded := end.get("unneeded"):
         output.say(
-            f"{_entries(unneeded, end['unneeded_bytes'])} that this config does not need: kept; they "
-            "are of other configs, or of clips and captions that have changed. "
+            f"{_entries(unneeded, end['unneeded_bytes'])} that this config does not need: kept; "
+            "they are of other configs, or of clips and captions that have changed. "
             f"`menma cache {config} --prune` removes them."
         )
 
