@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from trainer.contract.config import RunConfig
-from trainer.contract.errors import MenmaError, Problem, UserError
+from trainer.contract.errors import ConfigError, MenmaError, Problem, UserError
+from trainer.contract.hostfile import world_size_of
 from trainer.data.order import Group, step_problem
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.build import num_processes, technique_problems
@@ -65,10 +66,14 @@ def batch_problems(config: RunConfig, groups: Sequence[Group]) -> Iterator[Probl
     """Yield what steps and techniques need and these groups of training items do not give."""
     if not groups:
         return  # told already: there is nothing to train on
+    try:
+        processes = world_size_of(config, num_processes(config))
+    except ConfigError:
+        return  # told with the hostfile
     problem = step_problem(
         groups,
         # Processes that share clips count as one.
-        world_size=max(1, num_processes(config) // config.distributed.sequence_parallel),
+        world_size=max(1, processes // config.distributed.sequence_parallel),
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
     )
     if problem is not None:
