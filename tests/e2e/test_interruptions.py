@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,6 +26,24 @@ def settings(engine: str, processes: int) -> list[str]:
     ]
 
 
+def kill_when(project: Project, moment: Callable[[], object], what: str, *options: str) -> None:
+    """Start or go on, and kill the trainer at that moment."""
+    command = project.start("train", project.config, *options)
+    wait_until(moment, what)
+    os.kill(project.trainer_pid(), signal.SIGKILL)
+    _, words = command.communicate(timeout=120)
+    assert command.returncode == 1, words
+    assert not project.output.exists(), "the run was over before it could be killed"
+
+
+def losses(project: Project) -> dict[int, set[float]]:
+    """Return every loss that was reported for a step: one, also where it was done again."""
+    found: dict[int, set[float]] = {}
+    for event in project.events("step"):
+        found.setdefault(event["step"], set()).add(event["loss"])
+    return found
+
+
 @pytest.mark.parametrize(
     ("engine", "processes"), [("local", 1), ("deepspeed", 1), ("deepspeed", 2)]
 )
@@ -32,19 +52,24 @@ def test_a_killed_run_resumes_bit_for_bit(project: Project, tmp_path, engine, pr
     whole = copy_project(project, tmp_path / "whole")
     whole.done("train", whole.config, *options)
 
-    command = project.start("train", project.config, *options)
-    wait_until(lambda: len(project.checkpoints()) >= 1, "a checkpoint")
-    os.kill(project.trainer_pid(), signal.SIGKILL)
-    _, words = command.communicate(timeout=120)
-    assert command.returncode == 1, words
-    killed_after = len(project.events("step"))
-    assert 5 <= killed_after < STEPS, "the run was over before it could be killed"
-    assert not project.output.exists()
+    def saving() -> bool:
+        begun = list(project.run.checkpoints.glob(".step-*.partial"))
+        return len(project.checkpoints()) >= 1 and bool(begun)
+
+    kill_when(project, saving, "a checkpoint that is being written", *options)
+    chance = random.Random(f"{engine} {processes}").randint(5, STEPS // 2)
+    seen = len(project.events("step"))
+    moment = f"step {chance} after it"
+    kill_when(project, lambda: len(project.events("step")) >= seen + chance, moment, *options)
+    killed_after = max(losses(project))
 
     project.done("train", project.config, *options)
     starts = [event["step"] for event in project.events("phase") if event["name"] == "train"]
-    assert len(starts) == 2
-    assert 5 <= starts[1] <= killed_after
+    assert len(starts) == 3
+    assert 0 < starts[1] <= starts[2] <= killed_after < STEPS
+    # A step's noise is its clips' own, so that equal losses are those of the same clips in order.
+    assert losses(project) == losses(whole)
+    assert list(losses(whole)) == list(range(1, STEPS + 1))
     ours, theirs = load_file(project.output), load_file(whole.output)
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
