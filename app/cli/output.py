@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
@@ -30,8 +31,8 @@ def json_line(value: Any) -> None:
 
 
 def say(text: str = "") -> None:
-    """Write a line of words to stderr."""
-    _write(sys.stderr, text)
+    """Write a line of words to stderr; on a terminal it breaks between words."""
+    _write(sys.stderr, _wrapped(text) if is_terminal() else text)
 
 
 def title(text: str) -> None:
@@ -103,6 +104,21 @@ def _cut(text: str, width: int) -> str:
     if len(text) <= width or not sys.stdout.isatty():
         return text
     return text[: width - 1] + "…"
+
+
+def _wrapped(text: str) -> str:
+    lines = []
+    for line in text.splitlines() or [""]:
+        indent = " " * (len(line) - len(line.lstrip()))
+        lines += textwrap.wrap(
+            line,
+            _width(),
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+            drop_whitespace=False,
+        ) or [line]
+    return "\n".join(line.rstrip() if line.strip() else line for line in lines)
 
 
 def _width() -> int:

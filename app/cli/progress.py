@@ -137,7 +137,8 @@ class LiveProgress:
 
     def say(self, text: str) -> None:
         """Show a line above the bar."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        # A pipe gets lines as they are; on a terminal words stay whole.
+        self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
 
 
 class _Picture:

@@ -120,7 +120,7 @@ def fitting_modules(
         name = wrong[0]
         raise ModelFileError(
             f"{adapter.path} is for another model: {name} is {fitting[name].shape} in the LoRA "
-            f"and {shapes[name]} in the model; {len(wrong)} layers differ. "
+            f"and {shapes[name]} in the model ({len(wrong)} of {len(fitting)} layers differ). "
             f"{_compare(shapes, adapter)}",
             hint="use the LoRA with the model it was trained for",
         )

@@ -103,7 +103,7 @@ def open_weights(path: Path | str) -> WeightFiles:
     """
     path = Path(path)
     if not path.exists():
-        raise ModelFileError(f"{path} does not exist", hint="check the path to the model's weights")
+        raise ModelFileError(f"{path} does not exist", hint="check the path")
     try:
         files = _files(path) if path.is_dir() else [path]
         folder = path if path.is_dir() else path.parent

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from app.cli import jobs, output
-from app.cli.options import Loras, command_app, lora_use
+from app.cli.options import Loras, Overrides, command_app, lora_use
 from trainer.contract.errors import UserError
 
 app = command_app()
@@ -32,6 +32,7 @@ def merge(
         typer.Option("--dtype", help="bf16, fp16 or fp32; left out: the base's own."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    overrides: Overrides = None,
 ) -> None:
     """Bake LoRAs into a base model and write the result as one file.
 
@@ -39,7 +40,9 @@ def merge(
     """
     uses = [lora_use(text) for text in loras or ()]
     if config is not None:
-        base, uses = _from_config(config, base, uses)
+        base, uses = _from_config(config, overrides or [], base, uses)
+    elif overrides:
+        raise UserError("--set changes values of a config, and none is given")
     if base is None or not uses:
         missing = "--base FILE" if base is None else "--lora FILE"
         raise UserError(f"{missing} is missing", hint="menma merge --help shows an example")
@@ -62,13 +65,13 @@ def merge(
 
 
 def _from_config(
-    path: Path, base: Path | None, uses: list[dict[str, Any]]
+    path: Path, overrides: list[str], base: Path | None, uses: list[dict[str, Any]]
 ) -> tuple[Path | None, list[dict[str, Any]]]:
     """Take from the config what the command line leaves out."""
     from trainer.contract.config_io import load_config
     from trainer.contract.run_dir import RunDir
 
-    config = load_config(path)
+    config = load_config(path, overrides)
     high_noise = config.model.expert == "high_noise"
     transformer = config.model.transformer_high_noise if high_noise else config.model.transformer
     if not uses:

@@ -27,7 +27,8 @@ def new(
         typer.Option(
             "--output",
             "-o",
-            help="File to write, `-` for stdout. Default: configs/<preset>.toml.",
+            help="File to write, `-` for stdout. Default: configs/<preset>.toml, or "
+            "configs/my-lora.toml without a preset.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
