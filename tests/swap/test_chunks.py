@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -176,3 +177,23 @@ def test_a_forward_without_gradients(way: str) -> None:
     with torch.no_grad():
         found = loss_of(chunk(model, way), 0)
         torch.testing.assert_close(found, loss_of(expected, 0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_loss_keeps_its_bits_where_parts_are_not_tiny(way: str, dtype: torch.dtype) -> None:
+    wide = {"dim": 128, "ffn_dim": 256, "num_heads": 4, "num_layers": 2}
+    config = replace(tiny_config("wan2.1-t2v-1.3b"), **wide)
+    model = WanTransformer(config, seed=0).to(dtype)
+    model.head.head.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    random = torch.Generator().manual_seed(2)
+    latents = torch.randn((1, config.in_channels, 3, 32, 32), generator=random).to(dtype)
+    context = [torch.randn((40, config.text_dim), generator=random)]
+
+    def loss() -> Tensor:
+        return model(latents, torch.tensor([500.0]), context).float().square().mean()
+
+    expected = loss().detach()
+    assert float(expected) > 0
+    chunk(model, way)
+    assert torch.equal(loss().detach(), expected)
