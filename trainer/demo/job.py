@@ -171,7 +171,10 @@ class _Demo:
 
     def _job(self, name: str, request: Options) -> dict[str, Any]:
         file = self.root / "requests" / f"{name}.json"
-        return run_job(name, request, file, self.emit, threads=min(2, os.cpu_count() or 1))
+        # Two threads are all that so small a model keeps busy; what the user has set counts.
+        own = "OMP_NUM_THREADS" in os.environ
+        threads = None if own else min(2, os.cpu_count() or 1)
+        return run_job(name, request, file, self.emit, threads=threads)
 
     def _merge(self, lora: Path, merged: Path) -> float:
         """Bake the LoRA in; return how much that differs from attaching it."""
