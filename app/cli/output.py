@@ -30,9 +30,14 @@ def json_line(value: Any) -> None:
     data(json.dumps(value, ensure_ascii=False, default=str))
 
 
-def say(text: str = "") -> None:
-    """Write a line of words to stderr; on a terminal it breaks between words."""
-    _write(sys.stderr, _wrapped(text) if is_terminal() else text)
+def say(text: str = "", *, whole: bool = False) -> None:
+    """Write a line of words to stderr; on a terminal it breaks between words.
+
+    Args:
+        text: the line.
+        whole: leave breaking it to the terminal, as for commands, which people copy.
+    """
+    _write(sys.stderr, _wrapped(text) if is_terminal() and not whole else text)
 
 
 def title(text: str) -> None:
@@ -108,17 +113,17 @@ def _cut(text: str, width: int) -> str:
 
 def _wrapped(text: str) -> str:
     lines = []
-    for line in text.splitlines() or [""]:
+    for line in text.splitlines():
         indent = " " * (len(line) - len(line.lstrip()))
         lines += textwrap.wrap(
-            line,
+            line.strip(),
             _width(),
+            initial_indent=indent,
             subsequent_indent=indent,
             break_long_words=False,
             break_on_hyphens=False,
-            drop_whitespace=False,
-        ) or [line]
-    return "\n".join(line.rstrip() if line.strip() else line for line in lines)
+        ) or [""]
+    return "\n".join(lines)
 
 
 def _width() -> int:

@@ -65,7 +65,7 @@ def estimate(
     else:
         _show(found.after)
         for line in estimates.fit_lines(found):
-            output.say(line)
+            output.say(line, whole=line.startswith("Use:"))
     if not found.found:
         raise typer.Exit(ExitCode.FAILED)
 
