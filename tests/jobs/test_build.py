@@ -95,7 +95,9 @@ def test_a_technique_that_works_on_tokens_needs_all_of_them(
     monkeypatch.setattr(ContrastiveFlow, "block_hooks", lambda self: ())
     with pytest.raises(ConfigError, match="each process has a part") as refused:
         build_techniques(config, context(), largest_batch=2)
-    assert "distributed.sequence_parallel = 1" in refused.value.hint
+    (problem,) = refused.value.problems
+    assert problem.key == "techniques[0]"
+    assert "distributed.sequence_parallel = 1" in problem.hint
 
 
 def test_devices_that_are_not_there_are_refused(tmp_path: Path) -> None:
