@@ -27,10 +27,18 @@ WIDTH = 768
 
 
 def async_io_is_built() -> bool:
+    """Tell whether the module is compiled from this environment's DeepSpeed: else it is again."""
+    import deepspeed
     from torch.utils import cpp_extension
 
-    folder = cpp_extension._get_build_directory("async_io", verbose=False)
-    return (Path(folder) / "async_io.so").is_file()
+    folder = Path(cpp_extension._get_build_directory("async_io", verbose=False))
+    recipe = folder / "build.ninja"
+    sources = Path(deepspeed.__file__).parent
+    return (
+        (folder / "async_io.so").is_file()
+        and recipe.is_file()
+        and str(sources) in recipe.read_text(encoding="utf-8")
+    )
 
 
 needs_files = pytest.mark.skipif(
