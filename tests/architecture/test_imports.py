@@ -47,3 +47,13 @@ def test_a_heavy_import_would_be_seen():
 
 def test_training_jobs_do_not_load_deepspeed_before_an_engine_is_chosen():
     assert "deepspeed" not in modules_after("import trainer.jobs.train")
+
+
+def test_jobs_load_where_there_is_no_unix():
+    """On Windows these modules of the standard library do not exist."""
+    missing = ("fcntl", "resource", "termios", "pwd", "grp")
+    # None in its place makes an import fail. torch and its company may have looked before.
+    hide = f"import torch, psutil, sys; sys.modules.update(dict.fromkeys({missing!r}))"
+    jobs = "from trainer.contract.jobs import JOBS; [JOBS.load(name) for name in JOBS.names]"
+    loaded = modules_after(f"{hide}; {jobs}")
+    assert {"trainer", "safetensors"} <= loaded

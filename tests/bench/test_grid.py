@@ -73,6 +73,8 @@ def test_rows_have_names_of_their_own_and_the_large_model_each_way_to_save_memor
     assert ways == {
         "bf16",
         "bf16, blocks_to_swap=40",
+        "bf16, blocks_to_swap=40, feed_forward_chunks=4, attention_chunks=4",
+        "fp8_scaled, feed_forward_chunks=4, attention_chunks=4",
         "fp8_scaled",
         "fp8_scaled, fp8_matmul",
         "fp8_scaled, blocks_to_swap=40",

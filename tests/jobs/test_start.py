@@ -108,6 +108,17 @@ def test_a_missing_ssh_is_a_problem_where_it_is_needed(config_of, monkeypatch, t
     assert not list(start.machine_problems(config))
 
 
+def test_processes_of_machines_are_cut_into_even_groups(config_of, monkeypatch):
+    monkeypatch.setattr(start.shutil, "which", lambda name: name)
+    hosts = f"{HERE} slots=3\nother slots=3"
+    for size, fine in ((1, True), (2, True), (3, True), (4, False)):
+        config = config_of(hosts, f"distributed.sequence_parallel={size}")
+        found = list(start.machine_problems(config))
+        assert (found == []) is fine
+    assert found[0].key == "distributed.sequence_parallel"
+    assert found[0].hint == "set it to one of 1, 2, 3, 6"
+
+
 def test_a_task_of_srun_takes_its_place(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "x")  # so that it is put back at the end

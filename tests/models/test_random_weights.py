@@ -87,3 +87,18 @@ def test_widths_that_fp8_products_cannot_take_are_refused():
         random_transformer(
             shape, dtype=torch.bfloat16, device="cpu", fp8=Fp8Spec(scaled=True, matmul=True)
         )
+
+
+@pytest.mark.parametrize("fp8", FP8.values(), ids=FP8)
+def test_blocks_that_another_process_holds_take_no_memory(fp8):
+    model = random_transformer(
+        small("wan2.1-t2v-1.3b"),
+        dtype=torch.bfloat16,
+        device="cpu",
+        fp8=fp8,
+        held_elsewhere=lambda num: range(1, num),
+    )
+    for index, block in enumerate(model.blocks):
+        tensors = [*block.parameters(), *block.buffers()]
+        assert {tensor.device.type for tensor in tensors} == {"meta" if index else "cpu"}
+    assert model.head.head.weight.device.type == "cpu"

@@ -33,7 +33,9 @@ from trainer.jobs.automatic_memory import resolve_for_training
 from trainer.jobs.base import INTERRUPTED, Emit, Stopped, explain
 from trainer.jobs.build import engine_kind, num_processes, pick_device
 from trainer.jobs.components import with_variant
+from trainer.jobs.distributed_checks import distributed_problems
 from trainer.jobs.memory_checks import memory_problems
+from trainer.jobs.start import machine_problems
 from trainer.models.wan.detect import recognise
 
 GIB = 2**30
@@ -89,11 +91,15 @@ def read(request: BenchConfigRequest) -> RunConfig:
         )
         raise ConfigError(problems=place_problems([problem], loaded.sources))
     config = _in_shape_of_its_file(loaded.config)
-    work = workload_of(config)
+    work = workload_of(_with_nothing_automatic(config))
     config = with_variant(config, work.variant)
     model = config.model.model_copy(update=dict.fromkeys(_WEIGHT_FILES))
     config = config.model_copy(update={"model": model})
-    problems = memory_problems(config, trains=True)
+    problems = [
+        *machine_problems(config),
+        *distributed_problems(config),
+        *memory_problems(config, trains=True),
+    ]
     wanted = config.memory.blocks_to_swap
     if wanted != "auto" and (blocks := too_many_blocks(wanted, work.shape.num_layers)) is not None:
         problems.append(blocks)
@@ -152,6 +158,12 @@ def figures(config: RunConfig, work: Workload, world: World, measured: Measured)
             "peak": _error(peak_gib, measured.peak_reserved_gib),
         },
     }
+
+
+def _with_nothing_automatic(config: RunConfig) -> RunConfig:
+    """Return the config with 0 in the place of `auto`: enough to tell sizes."""
+    memory = config.memory.model_copy(update=dict.fromkeys(config.memory.automatic, 0))
+    return config.model_copy(update={"memory": memory})
 
 
 def _in_shape_of_its_file(config: RunConfig) -> RunConfig:

@@ -68,10 +68,13 @@ def gpu_rows() -> tuple[Row, ...]:
     large = "wan2.1-t2v-14b"
     swap = {"blocks_to_swap": get_variant(large).transformer.num_layers}
     scaled = {"weight_format": "fp8_scaled"}
+    chunks = {"feed_forward_chunks": 4, "attention_chunks": 4}
     ways: tuple[dict[str, Any], ...] = (
         {},
         swap,
+        {**swap, **chunks},
         scaled,
+        {**scaled, **chunks},
         {**scaled, "fp8_matmul": True},
         {**scaled, **swap},
         {"keep_attention": True},

@@ -18,7 +18,7 @@ from trainer.core.seams import BuildContext, Engine
 from trainer.core.types import Batch
 from trainer.engine.process_group import World
 from trainer.jobs.base import Emit
-from trainer.jobs.build import fp8_spec, weights_dtype
+from trainer.jobs.build import HeldElsewhere, fp8_spec, weights_dtype
 from trainer.jobs.train_parts import TrainedModel, build_engine, build_model, learning_rate
 from trainer.models.wan.random_weights import random_transformer
 from trainer.models.wan.transformer import WanTransformer
@@ -95,7 +95,12 @@ def measure_steps(
     )
 
 
-def random_weights(config: RunConfig, work: Workload, device: torch.device) -> WanTransformer:
+def random_weights(
+    config: RunConfig,
+    work: Workload,
+    device: torch.device,
+    held_elsewhere: HeldElsewhere | None = None,
+) -> WanTransformer:
     """Return the transformer that `config` trains, in its shape and precision, random."""
     return random_transformer(
         work.shape,
@@ -104,6 +109,7 @@ def random_weights(config: RunConfig, work: Workload, device: torch.device) -> W
         fp8=fp8_spec(config),
         variant_name=work.variant.name,
         seed=config.training.seed,
+        held_elsewhere=held_elsewhere,
     )
 
 

@@ -27,7 +27,8 @@ from trainer.jobs.base import Emit
 from trainer.jobs.components import with_variant
 from trainer.sampling.requests import SampleRequest
 
-_MAX_CHARS = 1500
+_MAX_BYTES = 1200
+"""Of one text, so that all of a decision fit the 4 KiB that a rank can tell the others."""
 
 
 def usable_gpu(device: torch.device, *, world_size: int = 1) -> Gpu | None:
@@ -73,7 +74,7 @@ def resolve_for_training(
     if world.rank == 0:
         smallest = gpu_of_memory(*min(cards)) if cards else None
         decision = _decide(with_variant(config, variant), smallest, world.world_size)
-    decision = json.loads(world.text_of_rank_0(json.dumps(decision)))
+    decision = json.loads(world.text_of_rank_0(json.dumps(decision, ensure_ascii=False)))
     if "error" in decision:
         kind = ConfigError if decision["mistake"] else RunError
         raise kind(decision["error"], hint=decision["hint"])
@@ -135,13 +136,13 @@ def _decide(config: RunConfig, gpu: Gpu | None, world_size: int) -> dict[str, An
         resolved: Automatic = resolve_memory(config, gpu, _circumstances(config, world_size))
         return {
             "values": dict(resolved.values),
-            "words": resolved.in_words()[:_MAX_CHARS],
-            "warning": resolved.require_fit()[:_MAX_CHARS],
+            "words": _cut(resolved.in_words()),
+            "warning": _cut(resolved.require_fit()),
         }
     except MenmaError as error:  # all ranks have to end with it
         return {
-            "error": error.message[:_MAX_CHARS],
-            "hint": error.hint[:_MAX_CHARS],
+            "error": _cut(error.message),
+            "hint": _cut(error.hint),
             "mistake": isinstance(error, ConfigError),
         }
 
@@ -156,3 +157,7 @@ def _circumstances(config: RunConfig, world_size: int) -> Circumstances:
 def _with_values(config: RunConfig, values: Any) -> RunConfig:
     memory = config.memory.model_copy(update=dict(values))
     return config.model_copy(update={"memory": memory})
+
+
+def _cut(text: str) -> str:
+    return text.encode()[:_MAX_BYTES].decode(errors="ignore")

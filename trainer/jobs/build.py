@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,9 @@ from trainer.training.step import Objective, SigmaRange
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ExpertName = Literal["low_noise", "high_noise"]
-WeightsSource = Callable[[torch.device], WanTransformer]
+HeldElsewhere = Callable[[int], Collection[int]]
+"""Given the number of blocks, which of them another process of this machine holds."""
+WeightsSource = Callable[[torch.device, HeldElsewhere | None], WanTransformer]
 """Makes a transformer on a device: from a file, or from random numbers."""
 
 
@@ -176,9 +178,7 @@ def load_base(
     """
     from trainer.models import load_transformer
 
-    num_streamed = config.memory.swapped_blocks
-
-    def read(on: torch.device) -> WanTransformer:
+    def read(on: torch.device, held_elsewhere: HeldElsewhere | None) -> WanTransformer:
         return load_transformer(
             path,
             variant=config.model.variant,
@@ -186,7 +186,7 @@ def load_base(
             device=on,
             config=dict(config.model.shape) or None,
             fp8=fp8_spec(config),
-            held_elsewhere=partial(spread, num_streamed) if share and not share.leads else None,
+            held_elsewhere=held_elsewhere,
         )
 
     return make_base(config, read, device=device, share=share)
@@ -213,7 +213,9 @@ def make_base(
     """
     num_streamed = config.memory.swapped_blocks
     # Streamed blocks never are on the device all at once, so it may be too small for them.
-    transformer = weights(torch.device("cpu") if num_streamed else device)
+    place = torch.device("cpu") if num_streamed else device
+    follows = share is not None and not share.leads
+    transformer = weights(place, partial(spread, num_streamed) if follows else None)
     transformer.attend = ATTENTION.load(config.memory.attention)()
     transformer.gradient_checkpointing = config.memory.checkpointed_every
     transformer.blocks.keep_attention = config.memory.keep_attention

@@ -16,7 +16,7 @@ from trainer.core.seams import BuildContext, OptimizerFactory
 from trainer.engine.deepspeed_config import build_deepspeed_config
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import Emit
-from trainer.jobs.build import build_plugin, engine_kind, pick_device, trained_transformer_file
+from trainer.jobs.build import build_plugin, engine_kind, pick_device
 from trainer.jobs.components import settle_variant
 from trainer.jobs.deepspeed_settings import deepspeed_settings
 from trainer.jobs.train_parts import assemble_model
@@ -71,9 +71,10 @@ def exported_config(config: RunConfig) -> dict[str, Any]:
 
 
 def _empty_transformer(config: RunConfig, variant: Variant) -> WanTransformer:
-    path, _ = trained_transformer_file(config)
     changes = dict(config.model.shape)
-    if path.exists():
+    high = config.model.expert == "high_noise"
+    path = config.model.transformer_high_noise if high else config.model.transformer
+    if path is not None and path.exists():
         shape = recognise(open_weights(path), variant.name, changes).config
     else:
         known = {field.name for field in fields(TransformerConfig)}

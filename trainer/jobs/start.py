@@ -14,6 +14,7 @@ from trainer.contract import slurm
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.hostfile import KEY, hosts_of, world_size_of
+from trainer.contract.sequence_rules import SEQUENCE_KEY, divisors
 from trainer.engine import process_group
 from trainer.engine.addresses import is_this_machine
 from trainer.engine.cluster import run_cluster
@@ -77,6 +78,15 @@ def machine_problems(config: RunConfig) -> Iterator[Problem]:
             "ssh is not on the PATH, and other machines are reached with it",
             KEY,
             hint="install it (Debian, Ubuntu: openssh-client)",
+        )
+    together = sum(host.slots for host in hosts)
+    size = config.distributed.sequence_parallel
+    if together % size:
+        yield Problem(
+            f"the {together} processes of {len(hosts)} machines cannot be cut into groups of "
+            f"{size} that share clips",
+            SEQUENCE_KEY,
+            hint=f"set it to one of {', '.join(map(str, divisors(together)))}",
         )
     wanted = hosts[0].slots if hosts else config.distributed.num_processes or 0
     visible = torch.cuda.device_count() if device.type == "cuda" else wanted

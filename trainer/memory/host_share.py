@@ -6,7 +6,6 @@ containers limit, and the kernel frees it with the last process that maps it, ho
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 from collections.abc import Callable
@@ -109,6 +108,8 @@ def _map(file: int, num: int) -> Tensor:
 
 def _seal(file: int) -> None:
     """Let nobody change the size any more, nor open or map it anew for writing."""
+    import fcntl  # not there on Windows, where nothing is shared
+
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     try:
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)

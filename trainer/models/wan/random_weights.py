@@ -9,6 +9,7 @@ precision: of an fp8 model no bf16 copy exists but that of one layer.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ def random_transformer(
     fp8: Fp8Spec | None = None,
     variant_name: str = "",
     seed: int = 0,
+    held_elsewhere: Callable[[int], Collection[int]] | None = None,
 ) -> WanTransformer:
     """Return a transformer with random weights, held as `load_transformer` would hold a file's.
 
@@ -49,6 +51,7 @@ def random_transformer(
         fp8: hold the linear layers of the blocks in fp8.
         variant_name: what the model says that it is.
         seed: of the weights. All blocks have the same ones.
+        held_elsewhere: as in `load_transformer`.
 
     Raises:
         ConfigError: the sizes do not fit one another, or fp8 products.
@@ -64,6 +67,8 @@ def random_transformer(
         model.quantisation = Quantisation(fp8, from_fp8=False)
     random = torch.Generator(device).manual_seed(seed)
     first: dict[str, Tensor | QuantisedWeight] = {}
+    elsewhere = () if held_elsewhere is None else held_elsewhere(len(model.blocks))
+    absent = tuple(f"blocks.{index}." for index in elsewhere)
     for name, size in shapes.items():
         like = _BLOCK.sub("", name, count=1)  # its name in every block
         value = first.get(like)
@@ -73,7 +78,9 @@ def random_transformer(
             value = quantise(drawn, fp8) if fp8 is not None and name in linears else drawn
             first[like] = value
         else:
-            value = _copied(value)
+            value = _mapped(value, torch.clone)
+        if name.startswith(absent):
+            value = _mapped(value, _without_memory)
         if isinstance(value, QuantisedWeight):
             assert model.quantisation is not None
             layer_name = name.removesuffix(".weight")
@@ -93,8 +100,14 @@ def _draw(name: str, empty: Tensor, random: torch.Generator) -> Tensor:
     return empty.normal_(std=std, generator=random)
 
 
-def _copied(value: Tensor | QuantisedWeight) -> Tensor | QuantisedWeight:
+def _mapped(
+    value: Tensor | QuantisedWeight, change: Callable[[Tensor], Tensor]
+) -> Tensor | QuantisedWeight:
     if isinstance(value, Tensor):
-        return value.clone()
-    scale = None if value.scale is None else value.scale.clone()
-    return QuantisedWeight(value.values_OI.clone(), scale, value.relative_error)
+        return change(value)
+    scale = None if value.scale is None else change(value.scale)
+    return QuantisedWeight(change(value.values_OI), scale, value.relative_error)
+
+
+def _without_memory(value: Tensor) -> Tensor:
+    return value.to("meta")
