@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from memory_configs import make_config
 
 from trainer.contract.memory_model import Estimate, estimate, find_fit, find_gpu
 from trainer.contract.variants import VARIANTS
+from trainer.engine.offload import Offload, offload_sections
 
 GB = 10**9
 FOURTEEN = VARIANTS["wan2.1-t2v-14b"]
@@ -77,18 +80,37 @@ def test_offloaded_weights_leave_biases_and_norms_and_what_is_gathered() -> None
     assert summed["gradients and weights in transit"] == pytest.approx(4 * P, rel=0.001)
 
 
-@pytest.mark.parametrize("ranks", [1, 8])
-def test_an_ssd_takes_what_ram_would_and_ram_keeps_buffers(ranks: int) -> None:
+@pytest.mark.parametrize("ranks", [1, 8, 256])
+def test_an_ssd_takes_what_ram_would_and_ram_keeps_the_engine_s_buffers(ranks: int) -> None:
+    files = Offload(optimizer="nvme", parameters="nvme", nvme_path=Path("/ssd"))
+    engine = DeepSpeedZeroConfig(stage=3, **offload_sections(files))
     result = fourteen(
         zero_stage=3, num_processes=ranks, offload_optimizer="nvme", offload_parameters="nvme"
     )
     assert result.disk_parts["optimizer on NVMe"] == pytest.approx(16 * P, rel=0.001)
     assert result.disk_parts["weights on NVMe"] == pytest.approx(2 * P, rel=0.01)
     assert "offloaded optimizer" not in result.host_parts
-    group = min(10**9, P / ranks)
-    assert result.host_parts["offload buffers"] == pytest.approx(ranks * 5 * 4 * group)
-    weights = ranks * 2 * (5 * 10**8 + min(10**9, P / ranks))
-    assert result.host_parts["offloaded weights"] == pytest.approx(weights)
+    states, weights = engine.offload_optimizer, engine.offload_param
+    group = min(engine.sub_group_size, P / ranks)
+    float32 = ranks * 4 * (states.buffer_count + 1) * group  # and one more for gradients
+    assert result.host_parts["offload buffers"] == pytest.approx(float32)
+    kept = weights.buffer_count * weights.buffer_size + weights.max_in_cpu
+    assert result.host_parts["offloaded weights"] == pytest.approx(ranks * 2 * kept)
+    gathered = result.phase("training").parts["ZeRO-3 gathered weights"]
+    assert gathered == 2 * max(6 * DIM * DIM, engine.max_live_parameters)
+
+
+def test_weights_in_files_are_fetched_beside_nothing() -> None:
+    assert offload_sections(Offload(parameters="nvme"))["stage3_prefetch_bucket_size"] == 0
+    one, four = (
+        fourteen(zero_stage=3, num_processes=ranks, offload_parameters="nvme", frames=81)
+        for ranks in (1, 4)
+    )
+    weights = one.disk_parts["weights on NVMe"]
+    for result, ranks in ((one, 1), (four, 4)):
+        once = weights / 3e9 + weights / ranks / 50e9
+        assert result.step_parts["offloaded weights"] == pytest.approx(2 * once)
+    assert four.step_parts["weights between GPUs"] == pytest.approx(2 * weights * 3 / 4 / 410e9)
 
 
 def test_a_lora_s_state_leaves_the_gpu_and_its_weights_stay() -> None:

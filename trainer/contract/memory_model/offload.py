@@ -13,19 +13,18 @@ from trainer.contract.memory_model.weights import (
     outer_layers,
 )
 from trainer.contract.memory_model.workload import Workload
+from trainer.contract.nvme import SUB_GROUP_ELEMENTS, WEIGHTS_AHEAD, WEIGHTS_IN_RAM
 
 Parts = dict[str, float]
 
 FLOAT32 = 4
-SUB_GROUP_ELEMENTS = 1_000_000_000
-"""Of a rank's share so many are updated together: `sub_group_size`."""
 OPTIMIZER_BUFFERS = 4
 """Pinned float32 buffers of one such group on the way from and to an SSD: `buffer_count`."""
 PARAMETER_BUFFERS = 5 * 100_000_000
 """Elements of the pinned buffers for weights on the way from an SSD: `buffer_count` times
 `buffer_size`."""
-PARAMETERS_IN_RAM = 1_000_000_000
-"""Trained elements that each rank keeps in RAM though they are on an SSD: `max_in_cpu`."""
+GATHERED_ELEMENTS = 1_000_000_000
+"""Weights that ZeRO-3 keeps gathered: DeepSpeed's `stage3_max_live_parameters`."""
 
 
 def optimizer_place(work: Workload) -> str:
@@ -48,6 +47,14 @@ def weights_on_gpu(work: Workload) -> float:
         return work.resident_bytes / (world if work.zero_stage == 3 else 1)
     # Biases, norms and modulations are smaller than ZeRO-3 parts.
     return work.shape.num_layers * block_other_parameters(work.shape) * work.element
+
+
+def gathered_bytes(work: Workload) -> float:
+    """Return the weights that ZeRO-3 holds gathered at most: at least the layer that computes."""
+    if parameters_place(work) == "nvme":
+        return max(WEIGHTS_AHEAD, _largest_layer(work)) * work.element
+    blocks = work.shape.num_layers * work.block_bytes
+    return min(GATHERED_ELEMENTS * work.element, blocks)
 
 
 def gpu_buffers(work: Workload) -> float:
@@ -81,7 +88,7 @@ def offloaded_host_parts(work: Workload) -> Parts:
     if place == "cpu":
         parts["offloaded weights"] = work.weight_bytes
     elif place == "nvme":
-        kept = min(PARAMETERS_IN_RAM, trained / world) if work.full else 0.0
+        kept = min(WEIGHTS_IN_RAM, trained / world) if work.full else 0.0
         parts["offloaded weights"] = world * (PARAMETER_BUFFERS + kept) * work.element
     return parts
 
@@ -101,8 +108,14 @@ def _largest_trained(work: Workload) -> float:
     """Return the elements of the largest trained tensor."""
     layers = block_layers(work.shape)
     if work.full:
-        return max(i * o for i, o in (*layers.values(), *outer_layers(work.shape).values()))
+        return _largest_layer(work)
     return max(
         (block.rank * max(layers[name]) for block in work.targets.blocks for name in block.targets),
         default=0,
     )
+
+
+def _largest_layer(work: Workload) -> float:
+    """Return the elements of the model's largest layer."""
+    layers = (*block_layers(work.shape).values(), *outer_layers(work.shape).values())
+    return max(i * o for i, o in layers)
