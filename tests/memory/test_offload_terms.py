@@ -113,6 +113,45 @@ def test_weights_in_files_are_fetched_beside_nothing() -> None:
     assert four.step_parts["weights between GPUs"] == pytest.approx(2 * weights * 3 / 4 / 410e9)
 
 
+OFFLOADS = [
+    {"zero_stage": 2, "offload_optimizer": "cpu"},
+    {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
+    {"zero_stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme"},
+]
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_a_second_machine_has_its_own_ram(offload: dict[str, Any], tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node1 slots=8\nnode2 slots=8\n")
+    one, two = (
+        fourteen(**offload, **where) for where in ({"num_processes": 8}, {"hostfile": hosts})
+    )
+    assert (one.world_size, two.world_size) == (8, 16)
+    halved = {"offloaded optimizer", "optimizer on NVMe", "weights on NVMe"}
+    if offload.get("offload_parameters") == "cpu":
+        halved |= {"offloaded weights"}
+    for before, after in ((one.host_parts, two.host_parts), (one.disk_parts, two.disk_parts)):
+        assert before.keys() == after.keys()
+        for part in before.keys() - {"gradients and weights in transit"}:
+            share = 0.5 if part in halved else 1
+            assert after[part] == pytest.approx(share * before[part], rel=1e-6), part
+    whole, half = (result.host_parts["gradients and weights in transit"] for result in (one, two))
+    per_process = 0 if offload["zero_stage"] == 3 else 8 * 2 * 6 * DIM * DIM
+    assert half - per_process == pytest.approx((whole - per_process) / 2, rel=1e-6)
+    # The update itself, in RAM and through the SSD, is of half the state; so are a rank's copies.
+    seconds = [result.step_parts["offloaded update"] for result in (one, two)]
+    assert seconds[1] == pytest.approx(seconds[0] / 2)
+
+
+def test_machines_share_the_work_as_one_with_as_many_processes(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("node1 slots=8\nnode2 slots=8\n")
+    one = fourteen(full=False, zero_stage=2, num_processes=16)
+    two = fourteen(full=False, zero_stage=2, hostfile=tmp_path / "hosts")
+    assert two.phases == one.phases
+    assert two.host_parts["processes"] == one.host_parts["processes"] / 2
+
+
 def test_a_lora_s_state_leaves_the_gpu_and_its_weights_stay() -> None:
     here, away = (
         fourteen(full=False, zero_stage=2, num_processes=1, offload_optimizer=place)

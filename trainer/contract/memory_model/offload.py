@@ -65,42 +65,44 @@ def gpu_buffers(work: Workload) -> float:
 
 
 def offloaded_host_parts(work: Workload) -> Parts:
-    """Return what waits in the RAM of a machine that runs all processes."""
+    """Return what waits in the RAM of this machine, for all its processes."""
     parts: Parts = {}
     trained, world = work.trained_parameters, work.world_size
+    here = work.processes_here
+    trained_here = trained * work.share_here
     repeated = work.config.training.gradient_accumulation_steps > 1
     place = optimizer_place(work)
     if place == "cpu":
         # Masters and float32 gradients, both pinned, and the optimizer's own state.
         state = 2 * FLOAT32 + optimizer_memory(work.config.optimizer.kind).state
-        parts["offloaded optimizer"] = trained * state
+        parts["offloaded optimizer"] = trained_here * state
     elif place == "nvme":
         group = min(SUB_GROUP_ELEMENTS, trained / world)
-        parts["offload buffers"] = world * (OPTIMIZER_BUFFERS + 1) * FLOAT32 * group
+        parts["offload buffers"] = here * (OPTIMIZER_BUFFERS + 1) * FLOAT32 * group
     if place != "none":
         if work.zero_stage == 3:  # what gradients are added up in
-            copies = 1.0 * trained * (FLOAT32 if repeated else work.gradient_element)
+            copies = trained_here * (FLOAT32 if repeated else work.gradient_element)
         else:  # weights on the way back to the GPU, and gradients of the microbatches before
-            copies = 1.0 * trained * work.gradient_element * (2 if repeated else 1)
-            copies += world * _largest_trained(work) * work.gradient_element
+            copies = trained_here * work.gradient_element * (2 if repeated else 1)
+            copies += here * _largest_trained(work) * work.gradient_element
         parts["gradients and weights in transit"] = copies
     place = parameters_place(work)
     if place == "cpu":
-        parts["offloaded weights"] = work.weight_bytes
+        parts["offloaded weights"] = work.weight_bytes * work.share_here
     elif place == "nvme":
         kept = min(WEIGHTS_IN_RAM, trained / world) if work.full else 0.0
-        parts["offloaded weights"] = world * (PARAMETER_BUFFERS + kept) * work.element
+        parts["offloaded weights"] = here * (PARAMETER_BUFFERS + kept) * work.element
     return parts
 
 
 def offloaded_disk_parts(work: Workload) -> Parts:
-    """Return what is on the SSD of `distributed.nvme_path` while a run trains."""
+    """Return what is on this machine's SSD, `distributed.nvme_path`, while a run trains."""
     parts: Parts = {}
     if optimizer_place(work) == "nvme":  # masters, gradients, moments
         state = 2 * FLOAT32 + optimizer_memory(work.config.optimizer.kind).state
-        parts["optimizer on NVMe"] = work.trained_parameters * state
+        parts["optimizer on NVMe"] = work.trained_parameters * work.share_here * state
     if parameters_place(work) == "nvme":
-        parts["weights on NVMe"] = work.weight_bytes
+        parts["weights on NVMe"] = work.weight_bytes * work.share_here
     return parts
 
 

@@ -71,7 +71,7 @@ def _host_copies(work: Workload, gpu: Gpu, pace: Pace) -> float:
 
 
 def _offloaded_update(work: Workload, gpu: Gpu) -> float:
-    """Gradients to RAM, the update on the CPU (all processes share its RAM), weights back."""
+    """Gradients to RAM, the update on the CPU (whose RAM a machine shares), weights back."""
     place = optimizer_place(work)
     if place == "none":
         return 0.0
@@ -80,9 +80,10 @@ def _offloaded_update(work: Workload, gpu: Gpu) -> float:
     # A later microbatch fetches what is there, adds to it and puts it back.
     moved = own * (2 * repeats - 1) + own
     seconds = moved / (gpu.host_gb_s * 1e9)
-    seconds += trained * CPU_UPDATE_BYTES / (gpu.host_memory_gb_s * HOST_SHARE * 1e9)
+    updated = trained * work.share_here
+    seconds += updated * CPU_UPDATE_BYTES / (gpu.host_memory_gb_s * HOST_SHARE * 1e9)
     if place == "nvme":
-        seconds += trained * (NVME_READ + NVME_WRITTEN) / (NVME_GB_S * 1e9)
+        seconds += updated * (NVME_READ + NVME_WRITTEN) / (NVME_GB_S * 1e9)
     return seconds
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from trainer.contract.config import RunConfig
 from trainer.contract.config_rules import is_fp8
 from trainer.contract.errors import ConfigError
-from trainer.contract.hostfile import world_size_of
+from trainer.contract.hostfile import processes_here_of, world_size_of
 from trainer.contract.memory_model.block import BlockShape, Trained
 from trainer.contract.memory_model.clips import Clip, training_clips
 from trainer.contract.memory_model.header import sizes_of_file, variant_of_file
@@ -45,6 +45,9 @@ class Workload:
     targets: Targets
     """What is trained."""
     world_size: int
+    """Processes on all machines."""
+    processes_here: int
+    """Those on the machine that starts the run."""
     zero_stage: int
     swapped: int
     """Blocks whose frozen weights stay in host memory."""
@@ -53,6 +56,11 @@ class Workload:
     def full(self) -> bool:
         """Whether the model's own weights are trained."""
         return self.config.adapter.kind == "none"
+
+    @property
+    def share_here(self) -> float:
+        """This machine's part of what is dealt out to all processes."""
+        return self.processes_here / self.world_size
 
     @cached_property
     def recomputed(self) -> int:
@@ -202,6 +210,7 @@ def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
         clip=max(clips, key=lambda clip: clip.batch * clip.tokens(variant)),
         targets=_trained(config, shape),
         world_size=world_size_of(config, num_gpus),
+        processes_here=processes_here_of(config, num_gpus),
         zero_stage=config.distributed.zero_stage,
         swapped=min(config.memory.swapped_blocks, shape.num_layers),
     )
