@@ -208,6 +208,37 @@ def test_a_shared_sequence_divides_activations_and_work() -> None:
     assert two.step_parts["pointwise"] == pytest.approx(alone.step_parts["pointwise"] / 2)
 
 
+PROMPTS = {"prompts": [{"prompt": "a", "width": 832, "height": 480, "num_frames": 81}]}
+
+
+def sampling_parts(ranks: int, **sampling: Any) -> dict[str, int]:
+    where = {"engine": "deepspeed", "num_processes": 8, "sequence_parallel": ranks}
+    config = make_config(
+        FOURTEEN.name,
+        distributed=where,
+        memory={"vae_tile": 128},  # decoding must not take more than the forward
+        sampling={**PROMPTS, **sampling},
+    )
+    return dict(estimate(config, H100).phase("sampling").parts)
+
+
+@pytest.mark.parametrize("when", [{"every_steps": 5}, {"at_start": True}])
+def test_processes_that_share_clips_share_a_run_s_samples(when: dict[str, Any]) -> None:
+    whole, part = sampling_parts(1, **when), sampling_parts(2, **when)
+    assert part["live block"] == pytest.approx(whole["live block"] / 2, rel=0.05)
+    assert "sequence exchange" not in whole
+    assert part["sequence exchange"] == 2 * 2 * DIM * TOKENS // 2
+    assert part["latents"] == whole["latents"]  # each rank has the whole sample
+    assert part["CUDA context"] == pytest.approx((0.55 + 0.3) * 2**30, abs=1)
+
+
+def test_a_sample_of_its_own_is_made_by_one_process() -> None:
+    alone = sampling_parts(2)
+    assert alone == sampling_parts(1)
+    assert alone["live block"] == sampling_parts(1, every_steps=5)["live block"]
+    assert alone["CUDA context"] == pytest.approx(0.55 * 2**30, abs=1)
+
+
 def test_exchanging_a_sequence_takes_four_all_to_alls_a_block_and_pass() -> None:
     four = fourteen(full=False, frames=81, num_processes=4, sequence_parallel=4)
     passes = LAYERS + (LAYERS - 1) + LAYERS  # forward, recomputation but of the last, backward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainer.contract.memory_model.block import BlockShape
 from trainer.contract.memory_model.offload import (
     FLOAT32,
     gathered_bytes,
@@ -99,9 +100,13 @@ def step_peak(work: Workload) -> tuple[Parts, float]:
         "activations": stack.activations,
         "live block": stack.live_block,
     }
-    if work.sequence_ranks > 1:
-        parts["sequence exchange"] = EXCHANGED_TOKENS * work.block_shape().tokens_bytes
+    parts |= exchange_parts(work.block_shape(), work.sequence_ranks)
     return parts, _update_bytes(work, total)
+
+
+def exchange_parts(shape: BlockShape, ranks: int) -> Parts:
+    """Return what `ranks` processes that share a clip exchange of a block's tokens at a time."""
+    return {"sequence exchange": EXCHANGED_TOKENS * shape.tokens_bytes} if ranks > 1 else {}
 
 
 def stack_options(work: Workload) -> StackOptions:

@@ -162,13 +162,14 @@ class Workload:
             return None
         return "products" if self.config.memory.fp8_matmul else "dequantised"
 
-    def block_shape(self, clip: Clip | None = None) -> BlockShape:
+    def block_shape(self, clip: Clip | None = None, *, ranks: int = 1) -> BlockShape:
         """Return the sizes of a block.
 
         Args:
-            clip: what it works on, whole; left out: this process's share of the training batch.
+            clip: what it works on; left out: this process's share of the training batch.
+            ranks: processes that share the tokens of `clip`.
         """
-        tokens = self.own_tokens if clip is None else clip.tokens(self.variant)
+        tokens = self.own_tokens if clip is None else -(-clip.tokens(self.variant) // ranks)
         clip, shape = clip or self.clip, self.shape
         images = 2 if shape.image_position_embedding else 1
         return BlockShape(
