@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from memory_configs import make_config
 
 from trainer.contract.memory_model import Estimate, estimate, find_fit, find_gpu
 from trainer.contract.variants import VARIANTS
+from trainer.engine.offload import Offload, offload_sections
 
 GB = 10**9
 FOURTEEN = VARIANTS["wan2.1-t2v-14b"]
@@ -77,18 +80,76 @@ def test_offloaded_weights_leave_biases_and_norms_and_what_is_gathered() -> None
     assert summed["gradients and weights in transit"] == pytest.approx(4 * P, rel=0.001)
 
 
-@pytest.mark.parametrize("ranks", [1, 8])
-def test_an_ssd_takes_what_ram_would_and_ram_keeps_buffers(ranks: int) -> None:
+@pytest.mark.parametrize("ranks", [1, 8, 256])
+def test_an_ssd_takes_what_ram_would_and_ram_keeps_the_engine_s_buffers(ranks: int) -> None:
+    files = Offload(optimizer="nvme", parameters="nvme", nvme_path=Path("/ssd"))
+    engine = DeepSpeedZeroConfig(stage=3, **offload_sections(files))
     result = fourteen(
         zero_stage=3, num_processes=ranks, offload_optimizer="nvme", offload_parameters="nvme"
     )
     assert result.disk_parts["optimizer on NVMe"] == pytest.approx(16 * P, rel=0.001)
     assert result.disk_parts["weights on NVMe"] == pytest.approx(2 * P, rel=0.01)
     assert "offloaded optimizer" not in result.host_parts
-    group = min(10**9, P / ranks)
-    assert result.host_parts["offload buffers"] == pytest.approx(ranks * 5 * 4 * group)
-    weights = ranks * 2 * (5 * 10**8 + min(10**9, P / ranks))
-    assert result.host_parts["offloaded weights"] == pytest.approx(weights)
+    states, weights = engine.offload_optimizer, engine.offload_param
+    group = min(engine.sub_group_size, P / ranks)
+    float32 = ranks * 4 * (states.buffer_count + 1) * group  # and one more for gradients
+    assert result.host_parts["offload buffers"] == pytest.approx(float32)
+    kept = weights.buffer_count * weights.buffer_size + weights.max_in_cpu
+    assert result.host_parts["offloaded weights"] == pytest.approx(ranks * 2 * kept)
+    gathered = result.phase("training").parts["ZeRO-3 gathered weights"]
+    assert gathered == 2 * max(6 * DIM * DIM, engine.max_live_parameters)
+
+
+def test_weights_in_files_are_fetched_beside_nothing() -> None:
+    assert offload_sections(Offload(parameters="nvme"))["stage3_prefetch_bucket_size"] == 0
+    one, four = (
+        fourteen(zero_stage=3, num_processes=ranks, offload_parameters="nvme", frames=81)
+        for ranks in (1, 4)
+    )
+    weights = one.disk_parts["weights on NVMe"]
+    for result, ranks in ((one, 1), (four, 4)):
+        once = weights / 3e9 + weights / ranks / 50e9
+        assert result.step_parts["offloaded weights"] == pytest.approx(2 * once)
+    assert four.step_parts["weights between GPUs"] == pytest.approx(2 * weights * 3 / 4 / 410e9)
+
+
+OFFLOADS = [
+    {"zero_stage": 2, "offload_optimizer": "cpu"},
+    {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
+    {"zero_stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme"},
+]
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_a_second_machine_has_its_own_ram(offload: dict[str, Any], tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node1 slots=8\nnode2 slots=8\n")
+    one, two = (
+        fourteen(**offload, **where) for where in ({"num_processes": 8}, {"hostfile": hosts})
+    )
+    assert (one.world_size, two.world_size) == (8, 16)
+    halved = {"offloaded optimizer", "optimizer on NVMe", "weights on NVMe"}
+    if offload.get("offload_parameters") == "cpu":
+        halved |= {"offloaded weights"}
+    for before, after in ((one.host_parts, two.host_parts), (one.disk_parts, two.disk_parts)):
+        assert before.keys() == after.keys()
+        for part in before.keys() - {"gradients and weights in transit"}:
+            share = 0.5 if part in halved else 1
+            assert after[part] == pytest.approx(share * before[part], rel=1e-6), part
+    whole, half = (result.host_parts["gradients and weights in transit"] for result in (one, two))
+    per_process = 0 if offload["zero_stage"] == 3 else 8 * 2 * 6 * DIM * DIM
+    assert half - per_process == pytest.approx((whole - per_process) / 2, rel=1e-6)
+    # The update itself, in RAM and through the SSD, is of half the state; so are a rank's copies.
+    seconds = [result.step_parts["offloaded update"] for result in (one, two)]
+    assert seconds[1] == pytest.approx(seconds[0] / 2)
+
+
+def test_machines_share_the_work_as_one_with_as_many_processes(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("node1 slots=8\nnode2 slots=8\n")
+    one = fourteen(full=False, zero_stage=2, num_processes=16)
+    two = fourteen(full=False, zero_stage=2, hostfile=tmp_path / "hosts")
+    assert two.phases == one.phases
+    assert two.host_parts["processes"] == one.host_parts["processes"] / 2
 
 
 def test_a_lora_s_state_leaves_the_gpu_and_its_weights_stay() -> None:
@@ -145,6 +206,37 @@ def test_a_shared_sequence_divides_activations_and_work() -> None:
     assert half["live block"] == pytest.approx(whole["live block"] / 2, rel=0.05)
     assert two.step_parts["attention"] == pytest.approx(alone.step_parts["attention"] / 2)
     assert two.step_parts["pointwise"] == pytest.approx(alone.step_parts["pointwise"] / 2)
+
+
+PROMPTS = {"prompts": [{"prompt": "a", "width": 832, "height": 480, "num_frames": 81}]}
+
+
+def sampling_parts(ranks: int, **sampling: Any) -> dict[str, int]:
+    where = {"engine": "deepspeed", "num_processes": 8, "sequence_parallel": ranks}
+    config = make_config(
+        FOURTEEN.name,
+        distributed=where,
+        memory={"vae_tile": 128},  # decoding must not take more than the forward
+        sampling={**PROMPTS, **sampling},
+    )
+    return dict(estimate(config, H100).phase("sampling").parts)
+
+
+@pytest.mark.parametrize("when", [{"every_steps": 5}, {"at_start": True}])
+def test_processes_that_share_clips_share_a_run_s_samples(when: dict[str, Any]) -> None:
+    whole, part = sampling_parts(1, **when), sampling_parts(2, **when)
+    assert part["live block"] == pytest.approx(whole["live block"] / 2, rel=0.05)
+    assert "sequence exchange" not in whole
+    assert part["sequence exchange"] == 2 * 2 * DIM * TOKENS // 2
+    assert part["latents"] == whole["latents"]  # each rank has the whole sample
+    assert part["CUDA context"] == pytest.approx((0.55 + 0.3) * 2**30, abs=1)
+
+
+def test_a_sample_of_its_own_is_made_by_one_process() -> None:
+    alone = sampling_parts(2)
+    assert alone == sampling_parts(1)
+    assert alone["live block"] == sampling_parts(1, every_steps=5)["live block"]
+    assert alone["CUDA context"] == pytest.approx(0.55 * 2**30, abs=1)
 
 
 def test_exchanging_a_sequence_takes_four_all_to_alls_a_block_and_pass() -> None:

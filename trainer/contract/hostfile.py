@@ -103,6 +103,15 @@ def world_size_of(config: RunConfig, num_gpus: int) -> int:
     return config.distributed.num_processes or num_gpus
 
 
+def processes_here_of(config: RunConfig, num_gpus: int) -> int:
+    """Return how many of these processes run on the machine that starts the run.
+
+    Arguments and errors are those of `world_size_of`.
+    """
+    hosts = hosts_of(config)
+    return hosts[0].slots if hosts else world_size_of(config, num_gpus)
+
+
 def _host(words: list[str], line: int) -> Host | tuple[str, str]:
     """Return the machine of a line, or what is wrong with it and what to do."""
     name, *rest = words

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.contract.errors import Problem
+from trainer.contract.nvme import SUB_GROUP_ELEMENTS, WEIGHTS_AHEAD, WEIGHTS_IN_RAM
 
 Place = Literal["none", "cpu", "nvme"]
 OPTIMIZER_KEY = "distributed.offload_optimizer"
@@ -30,7 +31,7 @@ class Offload:
     """Folder of what is on `nvme`."""
     pin_memory: bool = False
     """Lock the RAM, so that copies run beside the computation; has a meaning on CUDA only."""
-    swapped_elements: int = 100_000_000
+    swapped_elements: int = SUB_GROUP_ELEMENTS
     """Of a rank's state on `nvme` that are in RAM at a time: 4 buffers of 4 bytes for each."""
 
 
@@ -53,13 +54,12 @@ def offload_sections(offload: Offload) -> dict[str, Any]:
     if offload.optimizer == "nvme":
         sections["sub_group_size"] = offload.swapped_elements
     if offload.parameters == "nvme":
-        sections["offload_param"]["max_in_cpu"] = 0  # else up to 2 GB of them stay in RAM
-        # A gathered weight holds one of five buffers until it is given up, and gathering one more
-        # than there are is an assertion: nothing may be kept or fetched ahead.
+        # Else up to 2 GB of them stay in RAM.
+        sections["offload_param"]["max_in_cpu"] = WEIGHTS_IN_RAM
         sections |= {
-            "stage3_max_live_parameters": 0,
-            "stage3_max_reuse_distance": 0,
-            "stage3_prefetch_bucket_size": 0,
+            "stage3_max_live_parameters": WEIGHTS_AHEAD,
+            "stage3_max_reuse_distance": WEIGHTS_AHEAD,
+            "stage3_prefetch_bucket_size": WEIGHTS_AHEAD,
         }
     return sections
 

@@ -16,25 +16,25 @@ DECODED_WINDOWS = 4
 
 
 def host_parts(work: Workload) -> dict[str, int]:
-    """Return the host memory of all processes of a machine while training."""
-    world = work.world_size
-    parts = {"processes": world * PROCESS_BYTES}
+    """Return the host memory of all processes of this machine while training."""
+    here = work.processes_here
+    parts = {"processes": here * PROCESS_BYTES}
     if work.zero_stage == 3:  # every process loads the whole model before it is sharded
-        parts["weights while loading"] = world * work.weight_bytes
+        parts["weights while loading"] = here * work.weight_bytes
     if work.swapped:  # one pinned copy, shared by the processes of a machine
         swapped = work.swapped * work.block_bytes
         parts["swapped blocks"] = swapped
         # Blocks that stay on the GPU pass through RAM, too, since the GPU may not hold them all.
-        parts["weights while loading"] = world * (work.weight_bytes - swapped)
+        parts["weights while loading"] = here * (work.weight_bytes - swapped)
     if work.config.memory.offload_checkpoints:
         tokens = work.block_shape().tokens_bytes
-        parts["parked activations"] = world * work.recomputed * tokens
+        parts["parked activations"] = here * work.recomputed * tokens
     parts |= offloaded_host_parts(work)
     # A copy of the trained weights on the way to a file.
     parts["saving"] = work.trained_parameters * 4.0
     sampling = work.config.sampling
     if work.variant.experts and (sampling.every_steps or sampling.at_start):
-        parts["parked expert"] = world * work.weight_bytes
+        parts["parked expert"] = here * work.weight_bytes
     return {name: round(size) for name, size in parts.items()}
 
 

@@ -13,19 +13,18 @@ from trainer.contract.memory_model.weights import (
     outer_layers,
 )
 from trainer.contract.memory_model.workload import Workload
+from trainer.contract.nvme import SUB_GROUP_ELEMENTS, WEIGHTS_AHEAD, WEIGHTS_IN_RAM
 
 Parts = dict[str, float]
 
 FLOAT32 = 4
-SUB_GROUP_ELEMENTS = 1_000_000_000
-"""Of a rank's share so many are updated together: `sub_group_size`."""
 OPTIMIZER_BUFFERS = 4
 """Pinned float32 buffers of one such group on the way from and to an SSD: `buffer_count`."""
 PARAMETER_BUFFERS = 5 * 100_000_000
 """Elements of the pinned buffers for weights on the way from an SSD: `buffer_count` times
 `buffer_size`."""
-PARAMETERS_IN_RAM = 1_000_000_000
-"""Trained elements that each rank keeps in RAM though they are on an SSD: `max_in_cpu`."""
+GATHERED_ELEMENTS = 1_000_000_000
+"""Weights that ZeRO-3 keeps gathered: DeepSpeed's `stage3_max_live_parameters`."""
 
 
 def optimizer_place(work: Workload) -> str:
@@ -50,6 +49,14 @@ def weights_on_gpu(work: Workload) -> float:
     return work.shape.num_layers * block_other_parameters(work.shape) * work.element
 
 
+def gathered_bytes(work: Workload) -> float:
+    """Return the weights that ZeRO-3 holds gathered at most: at least the layer that computes."""
+    if parameters_place(work) == "nvme":
+        return max(WEIGHTS_AHEAD, _largest_layer(work)) * work.element
+    blocks = work.shape.num_layers * work.block_bytes
+    return min(GATHERED_ELEMENTS * work.element, blocks)
+
+
 def gpu_buffers(work: Workload) -> float:
     """Return what stages 1 and 2 hold on the GPU to add gradients up that wait in RAM."""
     if optimizer_place(work) == "none" or work.zero_stage == 3:
@@ -58,42 +65,44 @@ def gpu_buffers(work: Workload) -> float:
 
 
 def offloaded_host_parts(work: Workload) -> Parts:
-    """Return what waits in the RAM of a machine that runs all processes."""
+    """Return what waits in the RAM of this machine, for all its processes."""
     parts: Parts = {}
     trained, world = work.trained_parameters, work.world_size
+    here = work.processes_here
+    trained_here = trained * work.share_here
     repeated = work.config.training.gradient_accumulation_steps > 1
     place = optimizer_place(work)
     if place == "cpu":
         # Masters and float32 gradients, both pinned, and the optimizer's own state.
         state = 2 * FLOAT32 + optimizer_memory(work.config.optimizer.kind).state
-        parts["offloaded optimizer"] = trained * state
+        parts["offloaded optimizer"] = trained_here * state
     elif place == "nvme":
         group = min(SUB_GROUP_ELEMENTS, trained / world)
-        parts["offload buffers"] = world * (OPTIMIZER_BUFFERS + 1) * FLOAT32 * group
+        parts["offload buffers"] = here * (OPTIMIZER_BUFFERS + 1) * FLOAT32 * group
     if place != "none":
         if work.zero_stage == 3:  # what gradients are added up in
-            copies = 1.0 * trained * (FLOAT32 if repeated else work.gradient_element)
+            copies = trained_here * (FLOAT32 if repeated else work.gradient_element)
         else:  # weights on the way back to the GPU, and gradients of the microbatches before
-            copies = 1.0 * trained * work.gradient_element * (2 if repeated else 1)
-            copies += world * _largest_trained(work) * work.gradient_element
+            copies = trained_here * work.gradient_element * (2 if repeated else 1)
+            copies += here * _largest_trained(work) * work.gradient_element
         parts["gradients and weights in transit"] = copies
     place = parameters_place(work)
     if place == "cpu":
-        parts["offloaded weights"] = work.weight_bytes
+        parts["offloaded weights"] = work.weight_bytes * work.share_here
     elif place == "nvme":
-        kept = min(PARAMETERS_IN_RAM, trained / world) if work.full else 0.0
-        parts["offloaded weights"] = world * (PARAMETER_BUFFERS + kept) * work.element
+        kept = min(WEIGHTS_IN_RAM, trained / world) if work.full else 0.0
+        parts["offloaded weights"] = here * (PARAMETER_BUFFERS + kept) * work.element
     return parts
 
 
 def offloaded_disk_parts(work: Workload) -> Parts:
-    """Return what is on the SSD of `distributed.nvme_path` while a run trains."""
+    """Return what is on this machine's SSD, `distributed.nvme_path`, while a run trains."""
     parts: Parts = {}
     if optimizer_place(work) == "nvme":  # masters, gradients, moments
         state = 2 * FLOAT32 + optimizer_memory(work.config.optimizer.kind).state
-        parts["optimizer on NVMe"] = work.trained_parameters * state
+        parts["optimizer on NVMe"] = work.trained_parameters * work.share_here * state
     if parameters_place(work) == "nvme":
-        parts["weights on NVMe"] = work.weight_bytes
+        parts["weights on NVMe"] = work.weight_bytes * work.share_here
     return parts
 
 
@@ -101,8 +110,14 @@ def _largest_trained(work: Workload) -> float:
     """Return the elements of the largest trained tensor."""
     layers = block_layers(work.shape)
     if work.full:
-        return max(i * o for i, o in (*layers.values(), *outer_layers(work.shape).values()))
+        return _largest_layer(work)
     return max(
         (block.rank * max(layers[name]) for block in work.targets.blocks for name in block.targets),
         default=0,
     )
+
+
+def _largest_layer(work: Workload) -> float:
+    """Return the elements of the model's largest layer."""
+    layers = (*block_layers(work.shape).values(), *outer_layers(work.shape).values())
+    return max(i * o for i, o in layers)

@@ -10,7 +10,12 @@ from trainer.contract.memory_model.clips import Clip, default_clip, training_cli
 from trainer.contract.memory_model.gpus import GIB
 from trainer.contract.memory_model.result import Phase
 from trainer.contract.memory_model.stack import forward_peak
-from trainer.contract.memory_model.training import Parts, standing_parts, step_peak
+from trainer.contract.memory_model.training import (
+    Parts,
+    exchange_parts,
+    standing_parts,
+    step_peak,
+)
 from trainer.contract.memory_model.workload import ELEMENT, Workload
 from trainer.contract.variants import Variant
 
@@ -31,8 +36,11 @@ def phases(work: Workload, correction: float = 1.0) -> tuple[Phase, ...]:
         "latents": _latents(work),
         "training": training_parts(work),
     }
-    cached = tuple(_phase(name, parts, work, correction) for name, parts in found.items())
-    return (*cached, _sampling(work, correction))
+    ranks = {"training": work.world_size}
+    first = tuple(
+        _phase(name, parts, correction, ranks=ranks.get(name, 1)) for name, parts in found.items()
+    )
+    return (*first, _sampling(work, correction))
 
 
 def training_parts(work: Workload) -> Parts:
@@ -103,7 +111,7 @@ def inference_phase(work: Workload, clips: Sequence[Clip], correction: float = 1
         # `menma sample` lets the transformer go before it decodes.
         parts = [{**standing, **_forwarding(work, clip)}, _decoding(work, clip)]
         most = max(most, *parts, key=_total)
-    return _phase("sampling", most, work, correction)
+    return _phase("sampling", most, correction)
 
 
 def _sampling(work: Workload, correction: float) -> Phase:
@@ -113,20 +121,22 @@ def _sampling(work: Workload, correction: float) -> Phase:
     if not sampling.every_steps and not sampling.at_start:
         return inference_phase(work, (clip,), correction)
     standing = {name: size for name, size in standing_parts(work).items() if name != "inputs"}
-    forward = _forwarding(work, clip)
+    # Processes that share clips make a sample together, too.
+    forward = _forwarding(work, clip, ranks=work.sequence_ranks)
     if variant.experts:
         forward["other expert"] = work.resident_bytes + work.ring_bytes
     most = max(({**standing, **parts} for parts in (forward, _decoding(work, clip))), key=_total)
-    return _phase("sampling", most, work, correction)
+    return _phase("sampling", most, correction, ranks=work.world_size)
 
 
-def _forwarding(work: Workload, clip: Clip) -> Parts:
-    variant = work.variant
+def _forwarding(work: Workload, clip: Clip, *, ranks: int = 1) -> Parts:
+    variant, shape = work.variant, work.block_shape(clip, ranks=ranks)
     latents = SAMPLING_LATENTS * 4 * variant.latent_channels * clip.latent_frames(variant)
     latents = latents * clip.width * clip.height // variant.vae_stride[1] ** 2
     return {
-        "live block": forward_peak(work.block_shape(clip)),
+        "live block": forward_peak(shape),
         "latents": clip.batch * latents,
+        **exchange_parts(shape, ranks),
     }
 
 
@@ -160,11 +170,11 @@ _LASTING = {
 """Parts that are there from the start in few large pieces, which leave no gaps."""
 
 
-def _phase(name: str, parts: Mapping[str, float], work: Workload, correction: float) -> Phase:
+def _phase(name: str, parts: Mapping[str, float], correction: float, *, ranks: int = 1) -> Phase:
     moving = sum(size for part, size in parts.items() if part not in _LASTING)
     whole = {**parts, "fragmentation": FRAGMENTATION * moving}
     corrected = {part: round(size * correction) for part, size in whole.items() if size}
     context = CONTEXT_BYTES
-    if name == "training" and work.world_size > 1:
+    if ranks > 1:
         context += COMMUNICATION_BYTES
     return Phase(name=name, parts={**corrected, "CUDA context": round(context)})

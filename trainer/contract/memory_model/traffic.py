@@ -71,7 +71,7 @@ def _host_copies(work: Workload, gpu: Gpu, pace: Pace) -> float:
 
 
 def _offloaded_update(work: Workload, gpu: Gpu) -> float:
-    """Gradients to RAM, the update on the CPU (all processes share its RAM), weights back."""
+    """Gradients to RAM, the update on the CPU (whose RAM a machine shares), weights back."""
     place = optimizer_place(work)
     if place == "none":
         return 0.0
@@ -80,20 +80,23 @@ def _offloaded_update(work: Workload, gpu: Gpu) -> float:
     # A later microbatch fetches what is there, adds to it and puts it back.
     moved = own * (2 * repeats - 1) + own
     seconds = moved / (gpu.host_gb_s * 1e9)
-    seconds += trained * CPU_UPDATE_BYTES / (gpu.host_memory_gb_s * HOST_SHARE * 1e9)
+    updated = trained * work.share_here
+    seconds += updated * CPU_UPDATE_BYTES / (gpu.host_memory_gb_s * HOST_SHARE * 1e9)
     if place == "nvme":
-        seconds += trained * (NVME_READ + NVME_WRITTEN) / (NVME_GB_S * 1e9)
+        seconds += updated * (NVME_READ + NVME_WRITTEN) / (NVME_GB_S * 1e9)
     return seconds
 
 
 def _offloaded_weights(work: Workload, gpu: Gpu, pace: Pace) -> float:
     """Each rank fetches its share of all weights, in the forward and in the backward."""
-    if parameters_place(work) == "none":
+    place = parameters_place(work)
+    if place == "none":
         return 0.0
     share = work.weight_bytes / work.world_size
     seconds = _repeats(work) * share / (gpu.host_gb_s * 1e9)
-    if on_disk := offloaded_disk_parts(work).get("weights on NVMe", 0.0):
-        seconds = max(seconds, _repeats(work) * on_disk / (NVME_GB_S * 1e9))
+    if place == "nvme":  # layer by layer, when one is needed: nothing is beside anything
+        on_disk = offloaded_disk_parts(work)["weights on NVMe"]
+        return 2 * (seconds + _repeats(work) * on_disk / (NVME_GB_S * 1e9))
     return _beside(seconds, pace.forward) + _beside(seconds, pace.backward)
 
 
@@ -107,13 +110,15 @@ def _gradients(work: Workload, gpu: Gpu, pace: Pace) -> float:
 
 
 def _weights(work: Workload, gpu: Gpu, pace: Pace) -> float:
-    """ZeRO-1 and 2 gather what was updated; ZeRO-3 all weights, there and back."""
+    """ZeRO-1 and 2 gather what was updated; ZeRO-3 all weights, forward and backward."""
     others, link = _others(work.world_size), gpu.link_gb_s * 1e9
     if work.zero_stage == 0:
         return 0.0
     if work.zero_stage < 3:
         return work.trained_parameters * work.gradient_element * others / link
     seconds = _repeats(work) * work.weight_bytes * others / link
+    if parameters_place(work) == "nvme":
+        return 2 * seconds
     return _beside(seconds, pace.forward) + _beside(seconds, pace.backward)
 
 

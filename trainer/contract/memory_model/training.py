@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from trainer.contract.memory_model.block import BlockShape
 from trainer.contract.memory_model.offload import (
     FLOAT32,
+    gathered_bytes,
     gpu_buffers,
     optimizer_place,
     weights_on_gpu,
@@ -24,8 +26,6 @@ REDUCED_TOGETHER = 500_000_000
 EXCHANGED_TOKENS = 2
 """Copies of a rank's tokens while they are exchanged with those that share the clip: what is sent,
 and what arrives."""
-GATHERED_ELEMENTS = 1_000_000_000
-"""Weights that ZeRO-3 keeps gathered: DeepSpeed's `stage3_max_live_parameters`."""
 
 
 def standing_parts(work: Workload) -> Parts:
@@ -49,8 +49,7 @@ def standing_parts(work: Workload) -> Parts:
         buckets = 1 if stage == 1 else 2  # with overlap one is filled while one is sent
         parts["ZeRO buckets"] = buckets * min(BUCKET_ELEMENTS, trained) * work.gradient_element
     if stage == 3:
-        gathered = min(GATHERED_ELEMENTS, work.shape.num_layers * work.block_bytes / work.element)
-        parts["ZeRO-3 gathered weights"] = gathered * work.element
+        parts["ZeRO-3 gathered weights"] = gathered_bytes(work)
     parts["inputs"] = inputs_bytes(work)
     return parts
 
@@ -101,9 +100,13 @@ def step_peak(work: Workload) -> tuple[Parts, float]:
         "activations": stack.activations,
         "live block": stack.live_block,
     }
-    if work.sequence_ranks > 1:
-        parts["sequence exchange"] = EXCHANGED_TOKENS * work.block_shape().tokens_bytes
+    parts |= exchange_parts(work.block_shape(), work.sequence_ranks)
     return parts, _update_bytes(work, total)
+
+
+def exchange_parts(shape: BlockShape, ranks: int) -> Parts:
+    """Return what `ranks` processes that share a clip exchange of a block's tokens at a time."""
+    return {"sequence exchange": EXCHANGED_TOKENS * shape.tokens_bytes} if ranks > 1 else {}
 
 
 def stack_options(work: Workload) -> StackOptions:

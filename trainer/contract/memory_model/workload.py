@@ -10,7 +10,7 @@ from pathlib import Path
 from trainer.contract.config import RunConfig
 from trainer.contract.config_rules import is_fp8
 from trainer.contract.errors import ConfigError
-from trainer.contract.hostfile import world_size_of
+from trainer.contract.hostfile import processes_here_of, world_size_of
 from trainer.contract.memory_model.block import BlockShape, Trained
 from trainer.contract.memory_model.clips import Clip, training_clips
 from trainer.contract.memory_model.header import sizes_of_file, variant_of_file
@@ -45,6 +45,9 @@ class Workload:
     targets: Targets
     """What is trained."""
     world_size: int
+    """Processes on all machines."""
+    processes_here: int
+    """Those on the machine that starts the run."""
     zero_stage: int
     swapped: int
     """Blocks whose frozen weights stay in host memory."""
@@ -53,6 +56,11 @@ class Workload:
     def full(self) -> bool:
         """Whether the model's own weights are trained."""
         return self.config.adapter.kind == "none"
+
+    @property
+    def share_here(self) -> float:
+        """This machine's part of what is dealt out to all processes."""
+        return self.processes_here / self.world_size
 
     @cached_property
     def recomputed(self) -> int:
@@ -154,13 +162,14 @@ class Workload:
             return None
         return "products" if self.config.memory.fp8_matmul else "dequantised"
 
-    def block_shape(self, clip: Clip | None = None) -> BlockShape:
+    def block_shape(self, clip: Clip | None = None, *, ranks: int = 1) -> BlockShape:
         """Return the sizes of a block.
 
         Args:
-            clip: what it works on, whole; left out: this process's share of the training batch.
+            clip: what it works on; left out: this process's share of the training batch.
+            ranks: processes that share the tokens of `clip`.
         """
-        tokens = self.own_tokens if clip is None else clip.tokens(self.variant)
+        tokens = self.own_tokens if clip is None else -(-clip.tokens(self.variant) // ranks)
         clip, shape = clip or self.clip, self.shape
         images = 2 if shape.image_position_embedding else 1
         return BlockShape(
@@ -202,6 +211,7 @@ def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
         clip=max(clips, key=lambda clip: clip.batch * clip.tokens(variant)),
         targets=_trained(config, shape),
         world_size=world_size_of(config, num_gpus),
+        processes_here=processes_here_of(config, num_gpus),
         zero_stage=config.distributed.zero_stage,
         swapped=min(config.memory.swapped_blocks, shape.num_layers),
     )
