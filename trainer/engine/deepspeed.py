@@ -97,6 +97,7 @@ class DeepSpeedEngine(SteppingEngine):
             full_finetune_bf16=full_finetune_bf16,
             elementwise_optimizer=optimizer_factory.elementwise,
             num_trained=sum(value.numel() for value in trainable.values()),
+            largest_weight=max(value.numel() for value in module.parameters()),
             persistence_threshold=persistence_threshold,
             offload=offload,
         )

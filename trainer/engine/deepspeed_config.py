@@ -42,7 +42,7 @@ _REFUSED_KEYS = {
 }
 
 
-def build_deepspeed_config(
+def build_deepspeed_config(  # noqa: PLR0913 - keywords, each with a value of its own
     *,
     zero_stage: int,
     gradient_accumulation_steps: int,
@@ -50,6 +50,7 @@ def build_deepspeed_config(
     full_finetune_bf16: bool = False,
     elementwise_optimizer: bool = True,
     num_trained: int = BUCKET_ELEMENTS,
+    largest_weight: int = 0,
     persistence_threshold: int = PERSISTENCE_THRESHOLD,
     offload: Offload = NO_OFFLOAD,
 ) -> dict[str, Any]:
@@ -65,6 +66,7 @@ def build_deepspeed_config(
             no precision section is written and every parameter keeps its dtype.
         elementwise_optimizer: see `OptimizerFactory.elementwise`.
         num_trained: trained elements; no bucket is made larger, since it is allocated in full.
+        largest_weight: elements of the model's largest weight, which buffers have to hold.
         persistence_threshold: stage 3 keeps parameters with fewer elements whole.
         offload: what waits outside the GPU.
 
@@ -82,7 +84,7 @@ def build_deepspeed_config(
             "memory_efficient_linear": False,
             "stage3_param_persistence_threshold": persistence_threshold,
         }
-    zero |= offload_sections(offload)
+    zero |= offload_sections(offload, largest_weight)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": gradient_accumulation_steps,

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.contract.errors import Problem
-from trainer.contract.nvme import SUB_GROUP_ELEMENTS, WEIGHTS_AHEAD, WEIGHTS_IN_RAM
+from trainer.contract.nvme import (
+    SUB_GROUP_ELEMENTS,
+    WEIGHT_BUFFERS,
+    WEIGHTS_AHEAD,
+    WEIGHTS_IN_RAM,
+    weight_buffer_elements,
+)
 
 Place = Literal["none", "cpu", "nvme"]
 OPTIMIZER_KEY = "distributed.offload_optimizer"
@@ -40,8 +46,11 @@ SWAPPABLE_ELEMENTS = 262_144
 """A shard of 1 MiB: smaller ones stay in RAM, as no file is read in smaller steps."""
 
 
-def offload_sections(offload: Offload) -> dict[str, Any]:
-    """Return what goes into DeepSpeed's section `zero_optimization`; nothing without offload."""
+def offload_sections(offload: Offload, largest_weight: int = 0) -> dict[str, Any]:
+    """Return what goes into DeepSpeed's section `zero_optimization`; nothing without offload.
+
+    `largest_weight` has so many elements.
+    """
     sections: dict[str, Any] = {}
     for name, place in (
         ("offload_optimizer", offload.optimizer),
@@ -55,7 +64,11 @@ def offload_sections(offload: Offload) -> dict[str, Any]:
         sections["sub_group_size"] = offload.swapped_elements
     if offload.parameters == "nvme":
         # Else up to 2 GB of them stay in RAM.
-        sections["offload_param"]["max_in_cpu"] = WEIGHTS_IN_RAM
+        sections["offload_param"] |= {
+            "max_in_cpu": WEIGHTS_IN_RAM,
+            "buffer_count": WEIGHT_BUFFERS,
+            "buffer_size": weight_buffer_elements(largest_weight),
+        }
         sections |= {
             "stage3_max_live_parameters": WEIGHTS_AHEAD,
             "stage3_max_reuse_distance": WEIGHTS_AHEAD,

@@ -67,6 +67,7 @@ def exported_config(config: RunConfig) -> dict[str, Any]:
         **deepspeed_settings(config, device),
         elementwise_optimizer=factory.elementwise,
         num_trained=sum(value.numel() for value in model.trainable.values()),
+        largest_weight=max(value.numel() for value in model.step.parameters()),
     )
 
 

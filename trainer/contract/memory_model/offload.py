@@ -13,16 +13,19 @@ from trainer.contract.memory_model.weights import (
     outer_layers,
 )
 from trainer.contract.memory_model.workload import Workload
-from trainer.contract.nvme import SUB_GROUP_ELEMENTS, WEIGHTS_AHEAD, WEIGHTS_IN_RAM
+from trainer.contract.nvme import (
+    SUB_GROUP_ELEMENTS,
+    WEIGHT_BUFFERS,
+    WEIGHTS_AHEAD,
+    WEIGHTS_IN_RAM,
+    weight_buffer_elements,
+)
 
 Parts = dict[str, float]
 
 FLOAT32 = 4
 OPTIMIZER_BUFFERS = 4
 """Pinned float32 buffers of one such group on the way from and to an SSD: `buffer_count`."""
-PARAMETER_BUFFERS = 5 * 100_000_000
-"""Elements of the pinned buffers for weights on the way from an SSD: `buffer_count` times
-`buffer_size`."""
 GATHERED_ELEMENTS = 1_000_000_000
 """Weights that ZeRO-3 keeps gathered: DeepSpeed's `stage3_max_live_parameters`."""
 
@@ -91,7 +94,8 @@ def offloaded_host_parts(work: Workload) -> Parts:
         parts["offloaded weights"] = work.weight_bytes * work.share_here
     elif place == "nvme":
         kept = min(WEIGHTS_IN_RAM, trained / world) if work.full else 0.0
-        parts["offloaded weights"] = here * (PARAMETER_BUFFERS + kept) * work.element
+        buffers = WEIGHT_BUFFERS * weight_buffer_elements(int(_largest_layer(work)))
+        parts["offloaded weights"] = here * (buffers + kept) * work.element
     return parts
 
 
