@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 
-from trainer.contract.memory_model.clips import Clip
 from trainer.contract.memory_model.gpus import GIB
 from trainer.contract.memory_model.offload import offloaded_disk_parts, offloaded_host_parts
 from trainer.contract.memory_model.workload import ELEMENT, Workload
 
 PROCESS_BYTES = 2.5 * GIB
 """Interpreter, torch, CUDA's libraries and DeepSpeed in one training process."""
-DECODED_WINDOWS = 4
-"""Windows that the cache job holds decoded."""
 
 
 def host_parts(work: Workload) -> dict[str, int]:
@@ -36,12 +33,6 @@ def host_parts(work: Workload) -> dict[str, int]:
     if work.variant.experts and (sampling.every_steps or sampling.at_start):
         parts["parked expert"] = here * work.weight_bytes
     return {name: round(size) for name, size in parts.items()}
-
-
-def caching_host_bytes(clip: Clip) -> int:
-    """Return the host memory of decoded windows, uint8, and of the one being encoded, float32."""
-    pixels = 3 * clip.num_frames * clip.width * clip.height
-    return round(PROCESS_BYTES + pixels * (DECODED_WINDOWS + 2 * 4))
 
 
 def disk_parts(work: Workload) -> dict[str, int]:
