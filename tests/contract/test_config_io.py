@@ -344,3 +344,12 @@ def test_missing_files_are_told_beside_other_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config_with_sources(path, environ={})
     assert "model.transformer" not in {problem.key for problem in caught.value.problems}
+
+
+def test_an_unknown_key_hides_no_broken_rule(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    overrides = ("distributed.num_processes=3", "distributed.sequence_parallel=2")
+    found = problems_of(path, "memory.attention_chunkz=4", *overrides)
+    assert len(found) == 2
+    assert any("attention_chunkz" in problem for problem in found)
+    assert any("groups of 2" in problem for problem in found)

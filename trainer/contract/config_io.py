@@ -227,6 +227,19 @@ def _missing_files(content: Mapping[str, Any], jobs: Iterable[JobName]) -> list[
     return []
 
 
+def _without_unknown_keys(content: dict[str, Any], error: ValidationError) -> RunConfig | None:
+    """Return the config as it is but for keys that nothing knows; None where more is wrong."""
+    details = error.errors(include_url=False)
+    if any(detail["type"] != "extra_forbidden" for detail in details):
+        return None
+    for detail in details:
+        _drop(content, detail["loc"])
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError:  # it was one of a list's tables: only the mistake itself is told
+        return None
+
+
 def _drop(values: Any, place: Sequence[str | int]) -> None:
     """Remove the value at `place`, or the closest one around it."""
     for part in place:
@@ -246,6 +259,7 @@ def _validate(content: dict[str, Any], found: Iterable[Problem]) -> RunConfig:
         config = RunConfig.model_validate(completed)
     except ValidationError as error:
         problems += problems_of(error, RunConfig)
+        config = _without_unknown_keys(completed, error)
     if config is not None:
         problems += check_rules(config)
         if config.dataset.file is None and config.dataset.sources:
