@@ -73,14 +73,17 @@ def test_clips_of_their_own_are_checked_cached_measured_and_shown(project: Proje
     np.testing.assert_allclose([e["loss"] for e in both], [loss for _, loss in curve], rtol=1e-4)
 
 
-def test_a_split_that_holds_out_every_clip_is_named_with_its_line(project: Project) -> None:
-    line = add(project, "\n[validation]\nsplit = 0.999\nevery_steps = 1\n")
+def test_a_split_that_holds_out_the_only_clip_is_named_with_its_line(project: Project) -> None:
+    for clip in sorted((project.folder / "clips").glob("*.mp4"))[1:]:
+        clip.unlink()
+    project.done("cache", project.config)
+    line = add(project, "\n[validation]\nsplit = 0.5\nevery_steps = 1\n")
     checked = project.menma("check", project.config)
     assert checked.code == 2
-    assert f"tiny.toml:{line}: validation.split: holds out every clip: 3 of 3" in checked.words
+    assert f"tiny.toml:{line}: validation.split: holds out the only clip of the dataset" in checked.words
     refused = project.menma("train", project.config)
     assert refused.code == 2
-    assert "validation.split = 0.999 holds out every clip" in refused.words
+    assert "validation.split = 0.5 holds out the only clip" in refused.words
 
 
 def test_held_out_clips_are_counted_before_they_are_cached(project: Project) -> None:

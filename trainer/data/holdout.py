@@ -17,7 +17,8 @@ class Holdout:
 
     A clip is known by its content, so that all its windows, and copies of it in other sources,
     land on the same side. Each clip's side depends on that and on the seed alone: clips that come
-    or go do not move the others (but for the one that is taken where chance would take none).
+    or go do not move the others (but for the one that is taken where chance would take none, and
+    the one that is left where it would take all).
     """
 
     first_source: int
@@ -29,13 +30,14 @@ class Holdout:
     def clips(self, contents: Iterable[str]) -> frozenset[str]:
         """Return which of these clips of the training sources, by content, are held out.
 
-        At least one if there are any and `share` is not 0.
+        At least one where `share` is not 0 and there are any; never all of several.
         """
         if not self.share:
             return frozenset()
         places = {content: self._place(content) for content in contents}
-        chosen = {content for content, place in places.items() if place < self.share * _SEEDS}
-        return frozenset(chosen or sorted(places, key=places.__getitem__)[:1])
+        first = sorted(places, key=places.__getitem__)
+        taken = sum(place < self.share * _SEEDS for place in places.values())
+        return frozenset(first[: max(1, min(taken, len(first) - 1))])
 
     def split(
         self, items: Sequence[TrainingItem]

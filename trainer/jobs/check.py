@@ -176,9 +176,9 @@ def _empty_sides(config: RunConfig, checked: DatasetCheck) -> list[Problem]:
     if not checked.clips and checked.validation_clips and section.split:
         return [
             Problem(
-                f"holds out every clip: {checked.validation_clips} of {checked.validation_clips}",
+                "holds out the only clip of the dataset",
                 "validation.split",
-                hint="set a smaller one, add clips, or set another validation.seed",
+                hint="add clips of other content, or name clips to validate on in validation.sources",
             )
         ]
     problems = []
