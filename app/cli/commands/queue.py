@@ -18,6 +18,7 @@ from app.cli import output
 from app.cli.options import Config, Json, Overrides, command_app
 from app.queue.jobs import Job, JobSpec, JobState, kind_of
 from app.queue.look import JobView, job_run, look_at, look_at_all
+from app.queue.order import ordered
 from app.queue.store import QueueStore, queue_folder
 from app.queue.worker import ensure_worker
 from app.runs import control
@@ -312,15 +313,6 @@ def worker(
         work(folder, stay=stay)
     except BusyError:
         raise BusyError("a worker is at work already", hint="`menma queue list`") from None
-
-
-def ordered(views: Sequence[JobView]) -> list[JobView]:
-    """Return the jobs as people want to see them: live, waiting, then the last that ended."""
-    live = [view for view in views if view.state.is_live]
-    ended = [view for view in views if view.state.has_ended]
-    rest = [view for view in views if not view.state.is_live and not view.state.has_ended]
-    ended.sort(key=lambda view: view.job.outcome.time if view.job.outcome else 0.0, reverse=True)
-    return [*live, *rest, *ended]
 
 
 def _spec(
