@@ -225,3 +225,48 @@ def test_check_says_what_auto_becomes(menma, sized, monkeypatch):
     assert answer.code == 0
     assert "For NVIDIA L40S: memory.blocks_to_swap = auto: " in answer.err
     assert "it fits" in answer.err
+
+
+def test_other_jobs_are_told_with_their_ram_and_time(menma, sized):
+    text = sized.read_text(encoding="utf-8") + '\n[[sampling.prompts]]\nprompt = "a fish"\n'
+    sized.write_text(text, encoding="utf-8")
+    options = ["--set", FOURTEEN, "--set", "sampling.every_steps=500", "--ram", "4"]
+    answer = menma("estimate", sized, "--gpu", "H200", *options)
+    assert answer.code == 0
+    words = answer.err
+    assert "Caching a clip of 832x480x81 takes about" in words
+    assert "`menma sample` takes about" in words
+    assert "100 passes" in words
+    assert "Samples of the run take about" in words
+    for job in ("training", "caching", "sampling"):
+        assert f"Host memory while {job}: " in words
+    assert "RAM: 4.0 GiB; " in words
+    assert "it does not fit." in words
+    found = json.loads(menma("estimate", sized, "--gpu", "H200", "--json", *options).out)
+    assert set(found["jobs"]) == {"caching", "sampling", "samples"}
+    assert found["host"]["verdict"] == "does not fit"
+    assert found["jobs"]["sampling"]["total_seconds"] > 10
+    unknown = menma("estimate", sized, "--vram", "24")
+    assert ("takes about" in unknown.err, "Host memory while caching" in unknown.err) == (
+        False,
+        True,
+    )
+
+
+def test_check_says_how_long_caching_takes(menma, sized, monkeypatch):
+    rows = [{"bucket": "832x480x81", "items": 1000, "tokens": 32760}]
+    end = {
+        "type": "end",
+        "reason": "done",
+        "variant": "wan2.1-t2v-14b",
+        "clips": 1000,
+        "buckets": rows,
+        "num_buckets": 1,
+    }
+    monkeypatch.setenv("FAKE_EVENTS", json.dumps([end]))
+    assert "Caching" not in menma("check", sized).err
+    monkeypatch.setattr(cards, "gpus", lambda: [listed("NVIDIA H200", 139.8)])
+    answer = menma("check", sized)
+    assert "Caching all training clips takes about 1" in answer.err
+    monkeypatch.setenv("FAKE_EVENTS", json.dumps([{**end, "num_buckets": 2}]))
+    assert "Caching" not in menma("check", sized).err

@@ -163,6 +163,7 @@ def _dataset(
         "validation_items": checked.validation_items,
         "batches_per_epoch": checked.batches_per_epoch,
         "num_problems": len(checked.problems),
+        "num_buckets": len(checked.buckets),
         "buckets": [
             {"bucket": str(row.bucket), "items": row.items, "tokens": row.tokens}
             for row in checked.buckets[:MAX_LISTED]
@@ -178,7 +179,7 @@ def _empty_sides(config: RunConfig, checked: DatasetCheck) -> list[Problem]:
             Problem(
                 "holds out the only clip of the dataset",
                 "validation.split",
-                hint="add clips of other content, or name clips to validate on in validation.sources",
+                hint="add clips of other content, or name some in validation.sources",
             )
         ]
     problems = []

@@ -18,6 +18,7 @@ from trainer.contract.memory_model.estimating import (
     Circumstances,
     estimate_inference,
     estimate_resolved,
+    with_jobs,
 )
 from trainer.contract.memory_model.gpus import GIB, Gpu, find_gpu
 from trainer.contract.memory_model.result import Estimate
@@ -186,7 +187,8 @@ def estimate(
             hint="name the GPU, or set a value",
         )
     resolved = resolve_memory(config, card, known)
-    return replace(estimate_resolved(resolved.config, card, known), automatic=resolved.values)
+    result = estimate_resolved(resolved.config, card, known)
+    return replace(with_jobs(result, resolved.config, known), automatic=resolved.values)
 
 
 def _swapping(
