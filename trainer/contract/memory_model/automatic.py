@@ -18,6 +18,7 @@ from trainer.contract.memory_model.estimating import (
     Circumstances,
     estimate_inference,
     estimate_resolved,
+    estimate_workload,
     with_jobs,
 )
 from trainer.contract.memory_model.gpus import GIB, Gpu, find_gpu
@@ -139,16 +140,18 @@ def resolve_memory(
     if gpu is None:
         return _automatic(base, fields)
 
+    known = known or Circumstances()
+    work = workload_of(base, num_gpus=1 if forwards else known.num_gpus)
+    sampling = config.sampling
+    samples = ("sampling",) if sampling.every_steps or sampling.at_start else ()
+
     def judge(settings: Settings) -> Estimate:
-        chosen = with_settings(base, settings)
+        chosen = work.under(with_settings(base, settings))
         if forwards:
             return estimate_inference(chosen, forwards, gpu, known)
-        result = estimate_resolved(chosen, paced(gpu), known)
-        sampling = config.sampling
-        samples = ("sampling",) if sampling.every_steps or sampling.at_start else ()
-        return result.only("training", *samples)
+        return estimate_workload(chosen, paced(gpu), known, ("training", *samples))
 
-    num_blocks = workload_of(base).shape.num_layers
+    num_blocks = work.shape.num_layers
     checkpointing = CHECKPOINTING in keys and not forwards
     choices: list[Choice] = []
     for value in _CHECKPOINTING if checkpointing else (None,):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from trainer.contract.config import SamplingSection
 from trainer.contract.memory_model import encoders
 from trainer.contract.memory_model.clips import Clip, cached_clips
 from trainer.contract.memory_model.gpus import GIB
-from trainer.contract.memory_model.result import Phase
+from trainer.contract.memory_model.result import PHASES, Phase
 from trainer.contract.memory_model.stack import forward_peak
 from trainer.contract.memory_model.training import (
     Parts,
@@ -30,18 +30,19 @@ SAMPLING_LATENTS = 8
 """Copies of the latents, float32: the solver's history, both velocities, the mixture."""
 
 
-def phases(work: Workload, correction: float = 1.0) -> tuple[Phase, ...]:
-    """Return all phases; `correction` multiplies everything but the context."""
-    found = {
-        "captions": _captions(work),
-        "latents": _latents(work),
-        "training": training_parts(work),
+def phases(
+    work: Workload, correction: float = 1.0, names: Sequence[str] = PHASES
+) -> tuple[Phase, ...]:
+    """Return the phases of these names; `correction` multiplies everything but the context."""
+    made: dict[str, Callable[[], Phase]] = {
+        "captions": lambda: _phase("captions", _captions(work), correction),
+        "latents": lambda: _phase("latents", _latents(work), correction),
+        "training": lambda: _phase(
+            "training", training_parts(work), correction, ranks=work.world_size
+        ),
+        "sampling": lambda: _sampling(work, correction),
     }
-    ranks = {"training": work.world_size}
-    first = tuple(
-        _phase(name, parts, correction, ranks=ranks.get(name, 1)) for name, parts in found.items()
-    )
-    return (*first, _sampling(work, correction))
+    return tuple(made[name]() for name in names)
 
 
 def training_parts(work: Workload) -> Parts:
