@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from app.domain.environment import GIB, gpus, ram_bytes
-from trainer.contract.config import RunConfig
-from trainer.contract.errors import UserError
+from trainer.contract.config import Prompt, RunConfig
+from trainer.contract.errors import ConfigError, UserError
 from trainer.contract.memory_model import (
     Circumstances,
     Clip,
@@ -16,6 +16,7 @@ from trainer.contract.memory_model import (
     Gpu,
     caching_seconds,
     estimate,
+    estimate_sampling,
     find_gpu,
     gpu_of_memory,
     measured_correction,
@@ -85,6 +86,25 @@ def caching_here(
         return None
     found = caching_seconds(_as_variant(config, variant), card.gpu, windows, num_captions)
     return None if found is None else (found, card.gpu.name)
+
+
+def sampling_here(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[float, str] | None:
+    """Return the seconds of sampling on this machine's GPU, and its name; None: not known.
+
+    Args:
+        config: checked.
+        prompts: what is made; settings that they leave open are the config's.
+    """
+    on_gpu = prompts and config.distributed.device != "cpu"
+    card = choose_card(None, None) if on_gpu else None
+    if card is None:
+        return None
+    sampling = config.sampling.model_copy(update={"prompts": tuple(prompts)})
+    try:
+        found = estimate_sampling(config.model_copy(update={"sampling": sampling}), card.gpu)
+    except ConfigError:  # the job says what is wrong
+        return None
+    return None if found.total_s is None else (found.total_s, card.gpu.name)
 
 
 def circumstances(config: RunConfig, card: Card, *, ram_gib: float | None = None) -> Circumstances:

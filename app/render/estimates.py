@@ -116,6 +116,11 @@ def caching_line(value: float, gpu: str) -> str:
     return f"Caching all training clips takes about {seconds(value)} on {gpu}."
 
 
+def sampling_line(value: float, gpu: str) -> str:
+    """Say how long sampling takes."""
+    return f"By the estimate this takes about {seconds(value)} on {gpu}."
+
+
 def automatic_lines(result: Estimate) -> Iterator[str]:
     """Yield what `auto` became for this GPU, if anything was."""
     if result.automatic and result.gpu is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -270,3 +271,20 @@ def test_check_says_how_long_caching_takes(menma, sized, monkeypatch):
     assert "Caching all training clips takes about 1" in answer.err
     monkeypatch.setenv("FAKE_EVENTS", json.dumps([{**end, "num_buckets": 2}]))
     assert "Caching" not in menma("check", sized).err
+
+
+def test_sample_says_how_long_it_takes(menma, sized, monkeypatch):
+    words = ["sample", sized, "--set", FOURTEEN, "--steps", "10", "-p", "a fish"]
+    assert "By the estimate" not in menma(*words).err  # no GPU here
+    monkeypatch.setattr(cards, "gpus", lambda: [listed("NVIDIA H200", 139.8)])
+    found = []
+    for more in ([], ["-p", "another", "--set", "memory.blocks_to_swap=auto"]):
+        match = re.search(r"this takes about (\d+) s on NVIDIA H200\.", menma(*words, *more).err)
+        found.append(int(match[1]))
+    one = 20 * 2.43 + 1.4  # passes of 2.43 s, and the decoding
+    assert found[0] == pytest.approx(one, rel=0.1)
+    assert found[1] - found[0] == pytest.approx(one, rel=0.1)
+    for quiet in (["--set", "distributed.device=cpu"], ["--set", "model.variant=auto"]):
+        assert "By the estimate" not in menma(*words, *quiet).err
+    Path("many.txt").write_text("a fish\n", encoding="utf-8")
+    assert "By the estimate" not in menma("sample", sized, "--prompts-file", "many.txt").err

@@ -100,7 +100,7 @@ def test_caching_takes_what_is_estimated(tmp_path: Path) -> None:
     parts = caching_host(workload_of(config), [clip])["latents"]
     frames = parts["decoded clips"] + parts["clip as float32"]
     # The threads are not all at their worst at once, and small videos are read with less.
-    assert 0.45 * frames < found.num_bytes < frames + parts["video readers"]
+    assert 0.5 * frames < found.num_bytes < frames + parts["video readers"]
 
 
 def a14b(folder: Path, blocks_to_swap: int) -> tuple[RunConfig, Workload]:
@@ -170,4 +170,5 @@ def test_writing_takes_what_is_estimated(tmp_path: Path, tile: int | None) -> No
     # Pixels as float32 are on the device, three times while they are rounded.
     seen = clip.num_frames if tile else 4
     device = 3 * 4 * 3 * seen * clip.width * clip.height
-    assert 0.5 * host < found.num_bytes < host + device
+    # With more than two cores x264 keeps more frames.
+    assert 0.5 * host < found.num_bytes < 2.5 * host + device

@@ -9,6 +9,7 @@ from trainer.contract.memory_model.automatic import (
     Automatic,
     automatic_words,
     estimate,
+    estimate_sampling,
     resolve_memory,
 )
 from trainer.contract.memory_model.caching import caching_seconds
@@ -36,6 +37,7 @@ __all__ = [
     "automatic_words",
     "caching_seconds",
     "estimate",
+    "estimate_sampling",
     "find_fit",
     "find_gpu",
     "gpu_of_memory",

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainer.contract.config import RunConfig
+from trainer.contract.config import DatasetSection, RunConfig
 from trainer.contract.config_rules import check_rules
 from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.memory_model.clips import Clip
+from trainer.contract.memory_model.costs import JobCost
 from trainer.contract.memory_model.estimating import (
     Circumstances,
     estimate_inference,
@@ -23,6 +24,7 @@ from trainer.contract.memory_model.estimating import (
 )
 from trainer.contract.memory_model.gpus import GIB, Gpu, find_gpu
 from trainer.contract.memory_model.result import Estimate
+from trainer.contract.memory_model.sampling import sampling_cost
 from trainer.contract.memory_model.search import (
     CHECKPOINTING,
     SWAP,
@@ -34,7 +36,8 @@ from trainer.contract.memory_model.search import (
     paced,
     with_settings,
 )
-from trainer.contract.memory_model.workload import workload_of
+from trainer.contract.memory_model.videos import planned_videos
+from trainer.contract.memory_model.workload import variant_of, workload_of
 
 _ON_CPU: Settings = {SWAP: 0, CHECKPOINTING: True}
 _CHECKPOINTING = (False, 4, 3, 2, True)
@@ -192,6 +195,24 @@ def estimate(
     resolved = resolve_memory(config, card, known)
     result = estimate_resolved(resolved.config, card, known)
     return replace(with_jobs(result, resolved.config, known), automatic=resolved.values)
+
+
+def estimate_sampling(config: RunConfig, gpu: Gpu) -> JobCost:
+    """Return what `menma sample` takes for the config's prompts, with `auto` as it chooses it.
+
+    The dataset is not looked at.
+
+    Args:
+        config: checked.
+        gpu: the card.
+
+    Raises:
+        ConfigError: the variant cannot be told.
+    """
+    bare = config.model_copy(update={"dataset": DatasetSection()})
+    videos = planned_videos(bare.sampling, variant_of(bare))
+    resolved = resolve_memory(bare, gpu, forwards=[video.clip for video in videos])
+    return sampling_cost(workload_of(resolved.config), gpu)
 
 
 def _swapping(

@@ -41,8 +41,8 @@ def caching_host(work: Workload, clips: Sequence[Clip]) -> dict[str, Parts]:
         "processes": PROCESS_BYTES,
         # A window is there twice while its frames are put together.
         "decoded clips": window * (2 * CLIPS_AHEAD - 1),
-        # In [-1, 1]; made in steps, each of which has its argument beside it.
-        "clip as float32": 2 * 4 * window,
+        # In [-1, 1]; beside it the clip with nothing but the frames that are given, of that size.
+        "clip as float32": 4 * window * (1 if work.variant.conditioning == "none" else 2),
     }
     if any(clip.num_frames > 1 for clip in clips):
         latents["video readers"] = READER_THREADS * READER_BYTES
