@@ -10,6 +10,7 @@ from typing import Any
 from trainer.contract.memory_model.clips import Clip
 from trainer.contract.memory_model.gpus import GIB, Gpu
 from trainer.contract.memory_model.traffic import NVME_GB_S
+from trainer.contract.memory_model.weights import num_parameters
 from trainer.contract.memory_model.workload import Workload
 
 PAGEABLE = 0.5
@@ -112,7 +113,7 @@ def transformer_file_bytes(work: Workload) -> float:
     """Return the bytes that are read for one transformer."""
     model = work.config.model
     path = model.transformer or model.transformer_high_noise
-    return file_bytes(path, work.num_parameters)
+    return file_bytes(path, num_parameters(work.shape))
 
 
 def _rounded(parts: Seconds) -> dict[str, float]:

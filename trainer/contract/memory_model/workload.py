@@ -22,7 +22,6 @@ from trainer.contract.memory_model.weights import (
     block_other_parameters,
     lora_parameters,
     lora_targets,
-    num_parameters,
     outer_parameters,
     time_parameters,
 )
@@ -110,11 +109,6 @@ class Workload:
         return self.targets.outer_parameters + sum(
             lora_parameters(shape, block) for block in self.targets.blocks
         )
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of one transformer, without adapter."""
-        return num_parameters(self.shape)
 
     @property
     def gradient_element(self) -> int:
