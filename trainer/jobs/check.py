@@ -179,7 +179,7 @@ def _empty_sides(config: RunConfig, checked: DatasetCheck) -> list[Problem]:
             Problem(
                 "holds out the only clip of the dataset",
                 "validation.split",
-                hint="add clips of other content, or name some in validation.sources",
+                hint="add other clips, or name those to validate on in validation.sources",
             )
         ]
     problems = []

@@ -238,8 +238,8 @@ def _trained_fields(
     if trained.is_model:
         num_parameters = sum(prod(tensor.shape) for tensor in weights.values())
     else:
-        pairs = load_adapter(trained.path, expert=config.model.expert).values()
-        num_parameters = sum(pair.down_RI.numel() + pair.up_OR.numel() for pair in pairs)
+        updates = load_adapter(trained.path, expert=config.model.expert).values()
+        num_parameters = sum(update.num_parameters for update in updates)
     facts = training_facts(run_dir, trained.path)
     return {
         "output": str(trained.path),
