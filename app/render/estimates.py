@@ -108,7 +108,8 @@ def _parts(total: int, parts: Mapping[str, int], head: str = "") -> str:
 
 
 def _listed_seconds(parts: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {seconds(value)}" for name, value in parts.items())
+    least = 0.01 * sum(parts.values())
+    return ", ".join(f"{name} {seconds(value)}" for name, value in parts.items() if value > least)
 
 
 def caching_line(value: float, gpu: str) -> str:
@@ -163,6 +164,8 @@ def seconds(value: float) -> str:
     """Write seconds, with two digits that mean something; minutes, hours where there are many."""
     if value >= 120:
         return duration(value)
+    if value < 0.1:
+        return f"{1000 * value:.2g} ms"
     return f"{value:.0f} s" if value >= 10 else f"{value:.2g} s"
 
 
