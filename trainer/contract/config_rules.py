@@ -322,12 +322,6 @@ def _fp8(config: RunConfig) -> Iterator[Problem]:
             "memory.weight_format",
             hint='set weight_format = "bf16", or adapter.kind = "lora"',
         )
-    if config.distributed.zero_stage == 3:
-        yield Problem(
-            "ZeRO-3 gathers the shards of weights from all processes, which cannot be done in fp8",
-            "distributed.zero_stage",
-            hint='set zero_stage = 0, 1 or 2, or memory.weight_format = "bf16"',
-        )
     if memory.fp8_matmul and memory.fp8_format != "e4m3":
         yield Problem(
             "GPUs multiply e4m3 with e4m3; e5m2 weights have too few bits for it",

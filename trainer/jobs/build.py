@@ -24,7 +24,7 @@ from trainer.memory.block_swap import BlockSwap, spread
 from trainer.memory.checkpoint_offload import CheckpointOffload
 from trainer.memory.host_share import HostShare
 from trainer.memory.streams import Streams, streams_of
-from trainer.models.wan.quantised import FP8_FORMATS
+from trainer.models.wan.quantised import FP8_FORMATS, hold_bytes
 from trainer.models.wan.transformer import WanTransformer
 from trainer.quant.fp8 import Fp8Spec
 from trainer.training.step import Objective, SigmaRange
@@ -216,6 +216,8 @@ def make_base(
     place = torch.device("cpu") if num_streamed else device
     follows = share is not None and not share.leads
     transformer = weights(place, partial(spread, num_streamed) if follows else None)
+    if config.distributed.zero_stage == 3:  # gathers weights from all processes
+        hold_bytes(transformer)
     transformer.attend = ATTENTION.load(config.memory.attention)()
     transformer.gradient_checkpointing = config.memory.checkpointed_every
     transformer.blocks.keep_attention = config.memory.keep_attention

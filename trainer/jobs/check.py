@@ -163,6 +163,7 @@ def _dataset(
         "validation_items": checked.validation_items,
         "batches_per_epoch": checked.batches_per_epoch,
         "num_problems": len(checked.problems),
+        "num_buckets": len(checked.buckets),
         "buckets": [
             {"bucket": str(row.bucket), "items": row.items, "tokens": row.tokens}
             for row in checked.buckets[:MAX_LISTED]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from trainer.contract.memory_model.clips import Clip
 from trainer.contract.memory_model.gpus import GIB
 from trainer.contract.memory_model.offload import offloaded_disk_parts, offloaded_host_parts
 from trainer.contract.memory_model.workload import ELEMENT, Workload
@@ -35,11 +36,11 @@ def host_parts(work: Workload) -> dict[str, int]:
     return {name: round(size) for name, size in parts.items()}
 
 
-def disk_parts(work: Workload) -> dict[str, int]:
-    """Return the bytes of files: caches for one item, checkpoints and outputs of the whole run."""
-    config, variant, shape = work.config, work.variant, work.shape
-    element = ELEMENT[config.memory.cache_dtype]
-    cells = work.tokens * math.prod(shape.patch_size)
+def cache_disk_parts(work: Workload, clip: Clip) -> dict[str, float]:
+    """Return the bytes that are cached of one item and of a caption of full length."""
+    variant, shape = work.variant, work.shape
+    element = ELEMENT[work.config.memory.cache_dtype]
+    cells = clip.tokens(variant) * math.prod(shape.patch_size)
     channels = shape.out_channels + (
         shape.in_channels - shape.out_channels if variant.conditioning != "none" else 0
     )
@@ -47,6 +48,15 @@ def disk_parts(work: Workload) -> dict[str, int]:
     if shape.image_dim:
         images = shape.image_tokens * (2 if shape.image_position_embedding else 1)
         item += images * shape.image_dim * element
+    return {
+        "latents of an item": item,
+        "longest caption": shape.text_len * shape.text_dim * element,
+    }
+
+
+def disk_parts(work: Workload) -> dict[str, int]:
+    """Return the bytes of files: caches for one item, checkpoints and outputs of the whole run."""
+    config = work.config
     trained = work.trained_parameters
     kept = config.checkpoint.keep_last
     saves = (
@@ -59,8 +69,7 @@ def disk_parts(work: Workload) -> dict[str, int]:
     if config.output.every_steps:
         outputs += (config.training.max_steps - 1) // config.output.every_steps
     return {
-        "latents of an item": round(item),
-        "longest caption": shape.text_len * shape.text_dim * element,
+        **{name: round(size) for name, size in cache_disk_parts(work, work.clip).items()},
         # One more while the newest is being written.
         "checkpoints": round(state * (min(kept, saves + 1) + 1)),
         "outputs": round(outputs * trained * ELEMENT[config.output.dtype]),

@@ -162,6 +162,16 @@ class Workload:
             return None
         return "products" if self.config.memory.fp8_matmul else "dequantised"
 
+    def under(self, config: RunConfig) -> Workload:
+        """Return the same work under a config that differs from its own in `[memory]` only.
+
+        Costs nothing: neither files nor the dataset are looked at again.
+        """
+        swapped = min(config.memory.swapped_blocks, self.shape.num_layers)
+        other = replace(self, config=config, swapped=swapped)
+        other.__dict__["trained_parameters"] = self.trained_parameters  # `[memory]` changes none
+        return other
+
     def block_shape(self, clip: Clip | None = None, *, ranks: int = 1) -> BlockShape:
         """Return the sizes of a block.
 
