@@ -80,7 +80,10 @@ def test_a_split_that_holds_out_the_only_clip_is_named_with_its_line(project: Pr
     line = add(project, "\n[validation]\nsplit = 0.5\nevery_steps = 1\n")
     checked = project.menma("check", project.config)
     assert checked.code == 2
-    assert f"tiny.toml:{line}: validation.split: holds out the only clip of the dataset" in checked.words
+    assert (
+        f"tiny.toml:{line}: validation.split: holds out the only clip of the dataset"
+        in checked.words
+    )
     refused = project.menma("train", project.config)
     assert refused.code == 2
     assert "validation.split = 0.5 holds out the only clip" in refused.words
