@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.e2e.variant_project import (
-    CAPTIONS,
-    HEADS,
     Done,
     VariantProject,
     base_config,
@@ -20,11 +16,6 @@ from tests.e2e.variant_project import (
     write_models,
 )
 from trainer.adapters import load_adapter
-from trainer.adapters.apply import attach
-from trainer.jobs import train_experts
-from trainer.memory import parking
-from trainer.memory.streams import HostStreams
-from trainer.models import load_transformer
 
 T2V = "wan2.2-t2v-a14b"
 STEPS = 14

@@ -51,7 +51,7 @@ def starving_expert(config: RunConfig, turns: Turns, steps: int) -> Problem | No
         if not turns.steps_of(expert, steps):
             return Problem(
                 f"the {expert} expert gets none of the {steps} steps: its share is "
-                f"{_share(turns, expert):.1%}, and a turn has {turns.steps_per_turn} steps",
+                f"{turns.share_of(expert):.1%}, and a turn has {turns.steps_per_turn} steps",
                 "experts.steps_per_turn",
                 hint="set fewer steps_per_turn, another experts.high_noise_share, or more "
                 "training.max_steps",
@@ -68,11 +68,6 @@ def idle_expert(config: RunConfig, mass: float) -> Problem:
         "experts.high_noise_share",
         hint="set a number, or change the sampler, its flow_shift or the range of timesteps",
     )
-
-
-def _share(turns: Turns, expert: Expert) -> float:
-    high = turns.high_noise_share
-    return high if expert == "high_noise" else 1 - high
 
 
 def _without_experts(config: RunConfig) -> Iterator[Problem]:

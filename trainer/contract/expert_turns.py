@@ -46,15 +46,20 @@ class Turns:
         return sum(one != other for one, other in pairwise(firsts))
 
     def in_words(self, steps: int) -> str:
-        """Return what `steps` steps give to each expert."""
+        """Return what `steps` steps give to each expert; 0: how many is not known yet."""
         parts = []
         for expert in EXPERTS:
-            own = self.steps_of(expert, steps)
-            parts.append(f"{expert} {own:,} of {steps:,} steps ({own / steps:.1%})")
-        return (
-            f"{', '.join(parts)}; turns of {self.steps_per_turn} steps, "
-            f"{self.changes(steps):,} changes of the expert"
-        )
+            words = f"{expert} {self.share_of(expert):.1%} of the steps"
+            if steps:
+                words += f" ({self.steps_of(expert, steps):,} of {steps:,})"
+            parts.append(words)
+        words = f"{', '.join(parts)}; turns of {self.steps_per_turn} steps"
+        return f"{words}, {self.changes(steps):,} changes of the expert" if steps else words
+
+    def share_of(self, expert: Expert) -> float:
+        """Return an expert's share in the long run."""
+        high = self.high_noise_share
+        return high if expert == "high_noise" else 1 - high
 
     def _high_turns(self, turns: int) -> int:
         return math.floor(turns * self.high_noise_share + 0.5)

@@ -36,6 +36,18 @@ def single_expert(config: RunConfig) -> Expert | None:
     return found[0] if len(found) == 1 else None
 
 
+def output_names(config: RunConfig) -> dict[Expert | None, str]:
+    """Return the name of the final output file, without suffix, by the transformer it is for.
+
+    The key is None for a model with one transformer.
+    """
+    each = config.model.expert == "both"
+    return {
+        expert: f"{config.name}_{expert}" if each else config.name
+        for expert in trained_experts(config) or (None,)
+    }
+
+
 def boundary_of(config: RunConfig, variant: Variant | None = None) -> float:
     """Return the sigma at which the experts meet; 0 for a model without experts.
 

@@ -16,7 +16,7 @@ import torch
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.expert_turns import EXPERTS, Turns
-from trainer.contract.experts import SHARED, for_expert
+from trainer.contract.experts import SHARED, for_expert, output_names
 from trainer.contract.variants import Expert
 from trainer.core.seams import BuildContext, Engine, Technique
 from trainer.core.types import Batch
@@ -158,7 +158,7 @@ def _each(
             part.model,
             data,
             session,
-            name=f"{config.name}_{expert}",
+            name=output_names(config)[expert],
             prefix=f"{expert}.",
             steps_of=lambda step: turns.steps_of(expert, step),
         )

@@ -54,6 +54,7 @@ def estimate_resolved(
         step_parts=seconds,
         correction=known.correction,
         measured_runs=known.measured_runs,
+        turns=work.known_turns,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from trainer.contract.expert_turns import Turns
 from trainer.contract.memory_model.clips import Clip
 from trainer.contract.memory_model.gpus import GIB, Gpu
 
@@ -62,6 +63,10 @@ class Estimate:
     """Of the transformer."""
     automatic: Mapping[str, bool | int] = field(default_factory=dict)
     """What `auto` became: fields of `[memory]` -> values that were chosen for this GPU."""
+
+    turns: Turns | None = None
+    """How two experts share the steps; None: one is trained, or only draws of the timestep sampler
+    would tell (`menma check` makes them)."""
 
     @property
     def deciding(self) -> Phase:
@@ -142,6 +147,12 @@ class Estimate:
             "correction": round(self.correction, 4),
             "measured_runs": self.measured_runs,
             "automatic": dict(self.automatic),
+            "experts": None
+            if self.turns is None
+            else {
+                "high_noise_share": round(self.turns.high_noise_share, 6),
+                "steps_per_turn": self.turns.steps_per_turn,
+            },
         }
 
 
