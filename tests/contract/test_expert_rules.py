@@ -35,7 +35,8 @@ def config(expert: str = "both", **sections: Any) -> RunConfig:
     [
         (BOTH + "[distributed]\nzero_stage = 3\n", 5, "distributed.zero_stage",
          "an expert's weights wait in RAM"),
-        (BOTH + '[adapter]\nkind = "none"\n[distributed]\nzero_stage = 2\n', 3, "model.expert", "fine-tune one expert after"),
+        (BOTH + '[adapter]\nkind = "none"\n[distributed]\nzero_stage = 2\n', 3, "model.expert",
+         "fine-tune one expert after"),
         (BOTH + "[experts]\nsteps_per_turn = 2000\n", 5, "experts.steps_per_turn",
          "high_noise expert gets none of the 1600 steps"),
         (BOTH + "[experts]\nsteps_per_turn = 0\n", 5, "experts.steps_per_turn", "equal to 1"),
