@@ -28,6 +28,7 @@ from trainer.jobs import build, train_experts
 from trainer.memory.parking import OneAtATime
 from trainer.memory.streams import HostStreams
 from trainer.models import load_transformer
+from trainer.models.wan.transformer import WanTransformer
 
 T2V = "wan2.2-t2v-a14b"
 STEPS = 14
@@ -152,7 +153,7 @@ def test_the_shares_are_said_before_the_start(project: VariantProject, both: Don
     checked = project.job("check", config=config)
     (words,) = [e["message"] for e in checked.of("log") if e["message"].startswith("experts: ")]
     assert "high_noise 19.8% of the steps (2 of 14)" in words
-    assert last(checked, "end")["experts"]["high_noise_share"] == pytest.approx(0.1979, abs=1e-4)
+    assert last(checked, "end")["experts"]["high_noise_share"] == pytest.approx(0.1984, abs=1e-4)
 
 
 def test_the_files_say_whom_they_are_for(project: VariantProject, both: Done) -> None:
@@ -202,7 +203,7 @@ def test_another_way_to_share_is_a_warning_and_another_expert_an_error(
 
 
 class Counting(HostStreams):
-    """Remembers the most device memory that was alive, and whom a stage held."""
+    """Remembers the most device memory that was alive."""
 
     peak = 0
 
@@ -216,7 +217,10 @@ class Counting(HostStreams):
     "memory",
     [
         {"memory__blocks_to_swap": 1, "memory__weight_format": "fp8_scaled"},
-        {"memory__blocks_to_swap": 2, "memory__offload_checkpoints": True},
+        pytest.param(
+            {"memory__blocks_to_swap": 2, "memory__offload_checkpoints": True},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_with_swapped_blocks_and_fp8_and_never_two_on_the_device(
@@ -296,7 +300,7 @@ def test_eval_measures_both(project: VariantProject, alone: dict[str, Done], bot
 
 
 def test_the_boundary_is_the_configs(project: VariantProject) -> None:
-    done = project.train("bound", model__expert_boundary=0.5, validation__every_steps=STEPS)
+    done = project.train("bound", model__expert_boundary=0.5, training__max_steps=6)
     sigmas = {name: [float(s) for s in find(done, name)] for name in "hl"}
     assert min(sigmas["h"]) >= 0.5 >= max(sigmas["l"])
     assert min(sigmas["h"]) < 0.875
@@ -304,10 +308,13 @@ def test_the_boundary_is_the_configs(project: VariantProject) -> None:
     assert event["lora"]["metadata"]["modelspec.timestep_range"] == "0,500"
 
 
+def load(path: Path) -> WanTransformer:
+    return load_transformer(path, config={"num_heads": HEADS})
+
+
 def find(done: Done, who: str) -> list[Tensor]:
-    return [
-        noisy.sigma_B for (noisy, _), name in zip(done.steps, ORDER, strict=True) if name == who
-    ]
+    steps = zip(done.steps, ORDER, strict=False)
+    return [noisy.sigma_B for (noisy, _), name in steps if name == who]
 
 
 def test_one_lora_for_both_is_that_of_plain_torch(project: VariantProject) -> None:
@@ -323,14 +330,15 @@ def test_one_lora_for_both_is_that_of_plain_torch(project: VariantProject) -> No
     sigmas = {name: [float(s) for s in find(done, name)] for name in "hl"}
     assert min(sigmas["h"]) >= 0.875 >= max(sigmas["l"])
     losses, trained = by_hand(project, done)
-    assert [step["loss"] for step in done.of("step")] == pytest.approx(losses, rel=2e-3)
+    assert [step["loss"] for step in done.of("step")] == pytest.approx(losses, rel=1e-5)
     (path,) = project.run("shared").output.iterdir()
     adapter = load_adapter(path)
     assert adapter.metadata["menma.expert"] == "shared"
     assert adapter.metadata["modelspec.timestep_range"] == "0,1000"
     for name, pair in adapter.items():
-        for factor, value in (("down", pair.down_RI), ("up", pair.up_OR)):
-            torch.testing.assert_close(value, trained[f"{name}.{factor}"], rtol=2e-2, atol=2e-3)
+        update = pair.scale * pair.up_OR @ pair.down_RI
+        wanted = 8 / 4 * trained[f"{name}.up"] @ trained[f"{name}.down"]
+        torch.testing.assert_close(update, wanted, rtol=1e-4, atol=1e-5)
 
     again = project.train(
         "shared-again",
@@ -348,21 +356,14 @@ def test_one_lora_for_both_is_that_of_plain_torch(project: VariantProject) -> No
 def by_hand(project: VariantProject, done: Done) -> tuple[list[float], dict[str, Tensor]]:
     """Return the losses and the factors, W + 8/4 · up @ down in both experts' weights."""
     models = {
-        name[0]: load_transformer(
-            project.folder / project.config["model"][field], config={"num_heads": HEADS}
-        )
-        for name, field in FILES.items()
+        expert[0]: load(project.folder / project.config["model"][field])
+        for expert, field in FILES.items()
     }
     context = BuildContext(
         variant=VARIANTS[T2V], seed=42, device=torch.device("cpu"), total_steps=1
     )
     start = LoRA(LoRA.Config(rank=4), context)
-    start.inject(
-        load_transformer(
-            project.folder / project.config["model"]["transformer"], config={"num_heads": HEADS}
-        ),
-        42,
-    )
+    start.inject(load(project.folder / project.config["model"]["transformer"]), 42)
     params = {
         name: value.detach().clone().requires_grad_() for name, value in start.trainable().items()
     }
@@ -385,7 +386,7 @@ def by_hand(project: VariantProject, done: Done) -> tuple[list[float], dict[str,
     return losses, {name: value.detach() for name, value in params.items()}
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_deepspeed_trains_the_same(project: VariantProject, both: Done, stage: int) -> None:
     settings = {
         "distributed__engine": "deepspeed",
@@ -402,34 +403,25 @@ def test_deepspeed_trains_the_same(project: VariantProject, both: Done, stage: i
 
 
 @pytest.mark.slow
-def test_two_processes_and_the_commands(project: VariantProject, tmp_path: Path) -> None:
-    """ZeRO-1 on two processes: each expert as alone, resumed in a turn's middle; then a merge."""
+def test_two_processes_agree_on_whose_turn_it_is(project: VariantProject) -> None:
+    """ZeRO-1 on two processes: each expert as alone, also when it goes on within a turn.
+
+    They see two clips in each step, so that one process takes two microbatches to do the same.
+    """
     commands = Project(project.folder)
-    two = [
-        "distributed.engine=deepspeed",
-        "distributed.num_processes=2",
-        "distributed.zero_stage=1",
-    ]
+    settings = ("engine=deepspeed", "num_processes=2", "zero_stage=1")
+    changes = [part for one in settings for part in ("--set", f"distributed.{one}")]
     project.write("two.toml", name="two", checkpoint__every_steps=10)
-    project.write("two_again.toml", name="two_again")
-    project.write("two_low.toml", name="two_low", model__expert="low_noise", training__max_steps=6)
-    changes = [part for change in two for part in ("--set", change)]
     commands.done("train", "two.toml", *changes)
+    project.write("two_again.toml", name="two_again")
     checkpoint = "runs/two/checkpoints/step-00000010"
+    assert {path.name for path in (project.folder / checkpoint / "low_noise").iterdir()} == {
+        "engine.json", "rank-00000.safetensors", "rank-00001.safetensors",
+    }  # fmt: skip
     commands.done("train", "two_again.toml", "--resume", checkpoint, *changes)
-    commands.done("train", "two_low.toml", *changes)
-    assert_same(pair_of(project, "two")["low_noise"], project.output("two_low"))
-    for expert, path in pair_of(project, "two_again").items():
-        assert_same(path, pair_of(project, "two")[expert])
-    merged = commands.done("merge", "two.toml", "-o", str(tmp_path / "fish.safetensors"))
-    names = [f"fish_{expert}.safetensors" for expert in OWN]
-    assert [Path(line).name for line in merged.out.splitlines()] == names
-    for (expert, lora), name in zip(pair_of(project, "two").items(), names, strict=True):
-        base = load_transformer(
-            project.folder / project.config["model"][FILES[expert]], config={"num_heads": HEADS}
-        )
-        baked = load_transformer(tmp_path / name, config={"num_heads": HEADS})
-        for module, pair in load_adapter(lora).items():
-            update = pair.scale * pair.up_OR @ pair.down_RI
-            wanted = base.get_submodule(module).weight + update
-            torch.testing.assert_close(baked.get_submodule(module).weight, wanted)
+    train_alone(project, "one-", training__gradient_accumulation_steps=2)
+    for expert, path in pair_of(project, "two").items():
+        assert_same(pair_of(project, "two_again")[expert], path)
+        wanted = factors(project.output(f"one-{expert}"))
+        for name, value in factors(path).items():
+            torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
