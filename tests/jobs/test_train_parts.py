@@ -142,9 +142,9 @@ def test_processes_that_share_clips_get_the_same_ones(monkeypatch: pytest.Monkey
         world = World(rank, 4, rank, torch.device("cpu"), group)
         data = open_data(config, BUILD.variant, world, "x.toml")
         assert data.total_steps == 2, "four microbatches a step, of six"
-        with closing(data.steps.starting_at(0)) as steps:  # type: ignore[type-var]
+        with closing(data.steps.starting_at(0)) as steps:
             seen.append(next(steps))
-        said = output_metadata(config, BUILD.variant, data, Session(), 1)
+        said = output_metadata(config, BUILD.variant, data, Session(), 1, 2)
         assert said["menma.world_size"] == "2"
     assert seen[0] == seen[1]
     assert seen[2] == seen[3]
@@ -159,7 +159,7 @@ def test_outputs_say_how_far_they_were_trained(step: int, epoch: int) -> None:
     steps = TrainingSteps(order, rank=1, world_size=2, gradient_accumulation_steps=3)
     data = TrainingData(None, order, steps, total_steps=7)  # type: ignore[arg-type]
     config = RunConfig.model_validate({"training": {"gradient_accumulation_steps": 3}})
-    said = output_metadata(config, BUILD.variant, data, Session(), step)
+    said = output_metadata(config, BUILD.variant, data, Session(), step, 7)
     assert {
         "ss_steps": str(step),
         "ss_epoch": str(epoch),
