@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import attach
-from trainer.adapters.delta import delta
 from trainer.adapters.formats.writer import save_adapter
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.events import encode
@@ -139,7 +138,7 @@ def test_fp8_needs_a_precision_to_write(model, lora, tmp_path):
     written = load_file(output)
     assert set(written) == set(model.state_dict())
     stored = tensors["blocks.0.ffn.0.weight"].float() * scale
-    exact = stored + delta(load_adapter(lora)["blocks.0.ffn.0"])
+    exact = stored + load_adapter(lora)["blocks.0.ffn.0"].delta()
     torch.testing.assert_close(written["blocks.0.ffn.0.weight"], exact)
 
 
@@ -207,7 +206,7 @@ def test_convert_keeps_update_and_metadata(model, tmp_path, layout, source_layou
     assert ("lora_adapter_metadata" in read.metadata) == (layout == "peft")
     assert metadata.items() <= read.metadata.items()
     for name, pair in factors.items():
-        torch.testing.assert_close(delta(read[name]), delta(pair))
+        torch.testing.assert_close(read[name].delta(), pair.delta())
 
 
 def test_convert_keeps_or_changes_the_precision(model, tmp_path):
@@ -246,7 +245,7 @@ def test_inspect_says_what_is_in_the_file(model, tmp_path):
     assert found["num_parameters"] == sum(
         f.down_RI.numel() + f.up_OR.numel() for f in factors.values()
     )
-    norms = [delta(f).norm().item() for f in load_adapter(path).values()]
+    norms = [f.delta().norm().item() for f in load_adapter(path).values()]
     assert found["norm"] == pytest.approx(sum(n * n for n in norms) ** 0.5, rel=1e-4)
     assert max(found["largest"].values()) == pytest.approx(max(norms), rel=1e-4)
     assert "width 24" in found["model"]

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from trainer.adapters import load_adapter
 from trainer.adapters.base import LoRAFactors
-from trainer.adapters.delta import delta
 from trainer.adapters.formats.names import (
     block_index,
     canonical_from_flat,
@@ -175,7 +174,7 @@ def test_a_file_that_diffusers_wrote_has_the_effect_it_has_there(tmp_path, rslor
     assert set(adapter) == set(layers)
     assert len({factors.rank for factors in adapter.values()}) == 3
     for name, factors in adapter.items():
-        torch.testing.assert_close(delta(factors), layers[name].get_delta_weight("style"))
+        torch.testing.assert_close(factors.delta(), layers[name].get_delta_weight("style"))
 
 
 def test_one_expert_of_a_file_for_both_is_chosen(tmp_path):

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from trainer.adapters import load_adapter
 from trainer.adapters.base import LoRAFactors
-from trainer.adapters.delta import delta, fold_scale, frobenius_norm
 from trainer.adapters.formats import writer
 from trainer.adapters.formats.writer import LAYOUTS, save_adapter
 from trainer.contract.errors import ConfigError, DiskError, ModelFileError
@@ -182,7 +181,7 @@ def test_any_chain_of_layouts_keeps_the_update(tmp_path, modules, layouts):
     assert set(current) == set(factors)
     for name, pair in factors.items():
         up, down = pair.up_OR.double() * pair.alpha / pair.rank, pair.down_RI.double()
-        error = (delta(current[name]) - up @ down).abs()
+        error = (current[name].delta() - up @ down).abs()
         assert (error <= 1e-6 * (up.abs() @ down.abs())).all()
 
 
@@ -192,7 +191,7 @@ def test_bfloat16_rounds_once_and_a_scale_of_a_power_of_two_costs_nothing(tmp_pa
     read = load_adapter(tmp_path / "comfy")
     for name, pair in factors.items():
         assert torch.equal(read[name].down_RI, pair.down_RI)
-        assert torch.equal(delta(read[name]), delta(pair))
+        assert torch.equal(read[name].delta(), pair.delta())
 
 
 def test_failures_leave_the_earlier_file(tmp_path, monkeypatch):
@@ -252,6 +251,6 @@ def test_header_tells_the_truth_about_the_tensors(tmp_path):
 
 def test_delta_helpers_agree_with_each_other():
     pair = next(iter(make_factors(make_transformer(), alpha=3.0).values()))
-    torch.testing.assert_close(delta(fold_scale(pair)), delta(pair))
-    assert frobenius_norm(pair) == pytest.approx(delta(pair).norm().item(), rel=1e-5)
-    assert json.dumps(fold_scale(pair).alpha) == "4.0"
+    torch.testing.assert_close(pair.folded().delta(), pair.delta())
+    assert pair.norm() == pytest.approx(pair.delta().norm().item(), rel=1e-5)
+    assert json.dumps(pair.folded().alpha) == "4.0"

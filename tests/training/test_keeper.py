@@ -37,7 +37,7 @@ class FakeAdapter:
 
     def __init__(self, step: LoraStep, scale: float = 1.0) -> None:
         self.module = step
-        self.scale = scale
+        self.facts = {"scale (alpha / rank)": scale}
 
     def trainable(self) -> dict[str, Any]:
         return self.module.trainable()

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from trainer.adapters.base import AdapterFile, LoRAFactors
-from trainer.adapters.delta import add_delta
+from trainer.adapters.adapter_linear import AdapterLinear
+from trainer.adapters.base import AdapterFile, Update
 from trainer.adapters.formats.names import block_index
-from trainer.adapters.lora_linear import LoRALinear
 from trainer.adapters.targets import linear_layers
 from trainer.adapters.wrapping import unwrap, wrap
 from trainer.contract.errors import ModelFileError
@@ -21,7 +20,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Attachment:
     """A LoRA that is on a model until `detach`."""
 
-    def __init__(self, transformer: nn.Module, layers: dict[str, LoRALinear]) -> None:
+    def __init__(self, transformer: nn.Module, layers: dict[str, AdapterLinear]) -> None:
         self._transformer = transformer
         self._layers = layers
 
@@ -61,15 +60,14 @@ def attach(
     """
     linears = linear_layers(transformer)
     fitting = fitting_modules(_shapes(linears), adapter, skip_missing=skip_missing)
-    layers: dict[str, LoRALinear] = {}
+    layers: dict[str, AdapterLinear] = {}
     # Not the layer's own: a streamed layer's weight is on no device between two uses.
     device = next(transformer.parameters()).device
-    for name, factors in fitting.items():
+    for name, update in fitting.items():
         base = linears[name]
         weight = _weight(base)
         dtype = weight.dtype if weight.dtype in _FLOATS else torch.bfloat16
-        down, up = (f.to(device, dtype) for f in (factors.down_RI, factors.up_OR))
-        layer = LoRALinear(base, down, up, factors.scale)
+        layer = update.beside(base, dtype, device)
         layer.strength = strength
         layer.train(transformer.training)
         wrap(transformer, name, layer)
@@ -101,21 +99,21 @@ def merge_into(
             hint="attach it instead, or load the model in bf16",
         )
     with torch.no_grad():
-        for name, factors in fitting.items():
-            weights[name].copy_(add_delta(weights[name], factors, strength))
+        for name, update in fitting.items():
+            weights[name].copy_(update.added_to(weights[name], strength))
 
 
 def fitting_modules(
     shapes: Mapping[str, tuple[int, int]], adapter: AdapterFile, *, skip_missing: bool = False
-) -> dict[str, LoRAFactors]:
+) -> dict[str, Update]:
     """Return the modules of `adapter` for a model with layers of these (O, I) shapes.
 
     Raises:
         ModelFileError: modules are missing or have another shape; names what the LoRA is for.
     """
     missing = [name for name in adapter if name not in shapes]
-    fitting = {name: factors for name, factors in adapter.items() if name in shapes}
-    wrong = [name for name, factors in fitting.items() if factors.shape != shapes[name]]
+    fitting = {name: update for name, update in adapter.items() if name in shapes}
+    wrong = [name for name, update in fitting.items() if update.shape != shapes[name]]
     if wrong:
         name = wrong[0]
         raise ModelFileError(
@@ -146,7 +144,7 @@ def describe(shapes: Mapping[str, tuple[int, int]]) -> str:
 
 
 def _compare(shapes: Mapping[str, tuple[int, int]], adapter: AdapterFile) -> str:
-    own = {name: factors.shape for name, factors in adapter.items()}
+    own = {name: update.shape for name, update in adapter.items()}
     return f"The LoRA: {describe(own)}; the model: {describe(shapes)}"
 
 

@@ -5,19 +5,86 @@ Shape letters: R rank, I input width, O output width of the linear layer that is
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from trainer.adapters.adapter_linear import AdapterLinear
+from trainer.adapters.lora_linear import LoRALinear
+
+
+class Update(ABC):
+    """What an adapter changes in one linear layer, in the form that its kind stores.
+
+    The dtype of the tensors is that of the file.
+    """
+
+    kind: ClassVar[str]
+    """Name of the kind that it is a form of, for people and metadata."""
+
+    alpha: float
+    """Strength as the kind counts it; usually `scale` is alpha / rank."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """Inner size of the products that it is made of."""
+
+    @property
+    @abstractmethod
+    def scale(self) -> float:
+        """What the stored product is multiplied with."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(O, I): shape of the weight that is adapted."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is stored, by the role that it has; without alpha."""
+
+    @abstractmethod
+    def delta(self, strength: float = 1.0) -> Tensor:
+        """Return what is added to the weight, (O, I), float32 on the tensors' device."""
+
+    @abstractmethod
+    def beside(self, base: nn.Module, dtype: torch.dtype, device: torch.device) -> AdapterLinear:
+        """Return a layer that acts like `base` with this update; nothing in it is trained.
+
+        Args:
+            base: the linear layer; its weight may be quantised.
+            dtype: what the update computes in.
+            device: where.
+        """
+
+    def added_to(self, weight_OI: Tensor, strength: float = 1.0) -> Tensor:
+        """Return the updated weight in float32 on the weight's device; the weight is unchanged."""
+        return self.delta(strength).to(weight_OI.device).add_(weight_OI.float())
+
+    def norm(self) -> float:
+        """Return the Frobenius norm of the delta."""
+        return float(self.delta().double().norm())
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that are stored."""
+        return sum(tensor.numel() for tensor in self.tensors().values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LoRAFactors:
+class LoRAFactors(Update):
     """One linear layer's low-rank update: scale · up @ down, scale = alpha / rank.
 
-    LoRA, Hu et al., arXiv:2106.09685. The dtype of both factors is that of the file.
+    LoRA, Hu et al., arXiv:2106.09685.
     """
+
+    kind = "lora"
 
     down_RI: Tensor
     up_OR: Tensor
@@ -38,9 +105,41 @@ class LoRAFactors:
         """(O, I): shape of the weight that is adapted."""
         return self.up_OR.shape[0], self.down_RI.shape[1]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return `down` (R, I) and `up` (O, R)."""
+        return {"down": self.down_RI, "up": self.up_OR}
 
-class AdapterFile(Mapping[str, LoRAFactors]):
-    """The factors of a LoRA file by canonical module name, in the order of the file.
+    def delta(self, strength: float = 1.0) -> Tensor:
+        """Return strength · scale · up @ down."""
+        return (self.up_OR.float() @ self.down_RI.float()).mul_(strength * self.scale)
+
+    def beside(self, base: nn.Module, dtype: torch.dtype, device: torch.device) -> LoRALinear:
+        """Return a low-rank branch beside `base`."""
+        down, up = (factor.to(device, dtype) for factor in (self.down_RI, self.up_OR))
+        return LoRALinear(base, down, up, self.scale)
+
+    def norm(self) -> float:
+        """Return the norm of the delta from two R x R products.
+
+        ‖BA‖² = trace((BᵀB)(AAᵀ)); in float64, because the products' errors are squared.
+        """
+        up, down = self.up_OR.double(), self.down_RI.double()
+        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
+        return abs(self.scale) * float(squared.sqrt())
+
+    def folded(self) -> LoRAFactors:
+        """Return the same update with alpha = rank, so that a reader without alpha scales by 1.
+
+        The scale goes into the up factor, in float32; unchanged tensors when it is 1 already.
+        """
+        if self.scale == 1.0:
+            return self
+        up = self.up_OR.float() * self.scale
+        return LoRAFactors(self.down_RI.to(torch.float32), up, float(self.rank))
+
+
+class AdapterFile(Mapping[str, Update]):
+    """The updates of an adapter file by canonical module name, in the order of the file.
 
     Attributes:
         path: where it was read from.
@@ -52,7 +151,7 @@ class AdapterFile(Mapping[str, LoRAFactors]):
 
     def __init__(
         self,
-        modules: Mapping[str, LoRAFactors],
+        modules: Mapping[str, Update],
         *,
         path: Path,
         layout: str,
@@ -65,7 +164,7 @@ class AdapterFile(Mapping[str, LoRAFactors]):
         self.metadata = dict(metadata)
         self.notes = notes
 
-    def __getitem__(self, name: str) -> LoRAFactors:
+    def __getitem__(self, name: str) -> Update:
         return self._modules[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.contract.options import Options
-from trainer.core.seams import BuildContext
+from trainer.core.seams import BuildContext, Technique
 from trainer.models.wan.loading import save_transformer
 from trainer.models.wan.transformer import WanTransformer
 
@@ -17,14 +18,17 @@ from trainer.models.wan.transformer import WanTransformer
 class FullFineTune:
     """Trains every parameter of the transformer and writes a whole model."""
 
-    scale = 1.0
-
     class Config(Options):
         """Options of `[adapter] kind = "none"`: none."""
 
     def __init__(self, config: FullFineTune.Config, build: BuildContext) -> None:
         self.config = config
         self._transformer: WanTransformer | None = None
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Weights mean what they mean."""
+        return {}
 
     def inject(self, transformer: WanTransformer, seed: int) -> None:
         """Let every parameter be trained; `seed` is not needed, nothing is added."""
@@ -34,6 +38,14 @@ class FullFineTune:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return all parameters by their canonical names."""
         return dict(self._model().named_parameters())
+
+    def lr_scales(self) -> Mapping[str, float]:
+        """Return nothing: all learn at the same rate."""
+        return {}
+
+    def techniques(self) -> Sequence[Technique]:
+        """Return nothing: plain training is all."""
+        return ()
 
     def write_output(
         self,

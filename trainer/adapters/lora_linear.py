@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_BASE = "base."
+from trainer.adapters.adapter_linear import AdapterLinear
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AdapterLinear):
     """Adds s · B (A x) to the output of `base`.
-
-    `down` and `up` are parameters of this very module, so that whatever gathers or streams the
-    parameters of a module around its forward (ZeRO-3) finds them. Given as plain tensors they
-    become buffers: not trained, not in the state dict. In the state dict the base's tensors keep
-    the names they had before it was wrapped.
 
     Autograd keeps the input, the rank-wide activations and both factors in the compute dtype, and
     no second tensor of the output's size exists.
+
+    Args:
+        base: the linear layer.
+        down_RI: A; trained if it is a parameter.
+        up_OR: B; likewise.
+        scale: s.
+        dropout: share of the rank-wide activations that is set to zero in training mode.
     """
 
     down: Tensor
@@ -32,18 +34,11 @@ class LoRALinear(nn.Module):
     def __init__(
         self, base: nn.Module, down_RI: Tensor, up_OR: Tensor, scale: float, dropout: float = 0.0
     ) -> None:
-        super().__init__()
-        self.base = base
-        for name, factor in (("down", down_RI), ("up", up_OR)):
-            if isinstance(factor, nn.Parameter):
-                self.register_parameter(name, factor)
-            else:
-                self.register_buffer(name, factor, persistent=False)
+        super().__init__(base)
+        self.hold("down", down_RI)
+        self.hold("up", up_OR)
         self.scale = scale
-        self.strength = 1.0
         self.dropout = dropout
-        self.register_state_dict_post_hook(_hide_base)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_show_base)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., I) to (..., O); the branch computes in the dtype of x."""
@@ -58,26 +53,6 @@ class LoRALinear(nn.Module):
         low_NR, up_OR = low_NR.detach(), up_OR.detach()
         out_NO: Tensor = _Add.apply(self.base(x_NI), branch_NO, low_NR, up_OR, factor)  # type: ignore[no-untyped-call]
         return _unflatten(out_NO, x)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight, so that it can be addressed by the name it had."""
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias, or None."""
-        return self.base.bias  # type: ignore[return-value]
-
-    @property
-    def in_features(self) -> int:
-        """I."""
-        return self.base.in_features  # type: ignore[return-value]
-
-    @property
-    def out_features(self) -> int:
-        """O."""
-        return self.base.out_features  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         """Name the rank and scale where the module is printed."""
@@ -132,20 +107,3 @@ class _Add(torch.autograd.Function):
 
 def _unflatten(out_NO: Tensor, like: Tensor) -> Tensor:
     return out_NO if like.dim() == 2 else out_NO.view(*like.shape[:-1], -1)
-
-
-def _hide_base(
-    module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
-) -> None:
-    _rename(state, prefix + _BASE, prefix)
-
-
-def _show_base(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    own = {prefix + name for name in module._parameters}
-    for name in [n for n in state if n.startswith(prefix) and n not in own]:
-        state[prefix + _BASE + name.removeprefix(prefix)] = state.pop(name)
-
-
-def _rename(state: dict[str, Any], old: str, new: str) -> None:
-    for name in [n for n in state if n.startswith(old)]:
-        state[new + name.removeprefix(old)] = state.pop(name)

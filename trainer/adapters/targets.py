@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
+from trainer.adapters.adapter_linear import AdapterLinear
 from trainer.adapters.formats.names import canonical_name
-from trainer.adapters.lora_linear import LoRALinear
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.registry import nearest
 
@@ -28,7 +28,7 @@ def linear_layers(transformer: nn.Module) -> dict[str, nn.Module]:
     for name, module in transformer.named_modules():
         if name.startswith(wrapped) and wrapped:
             continue
-        if isinstance(module, LoRALinear):
+        if isinstance(module, AdapterLinear):
             wrapped = (*wrapped, f"{name}.")
         if canonical_name(name) == name and _is_linear(module):
             found[name] = module

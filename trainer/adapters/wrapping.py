@@ -1,19 +1,19 @@
-"""Putting LoRA layers around linear layers of a model and taking them off again."""
+"""Putting adapter layers around linear layers of a model and taking them off again."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from trainer.adapters.lora_linear import LoRALinear
+from trainer.adapters.adapter_linear import AdapterLinear
 
 
-def wrap(root: nn.Module, name: str, layer: LoRALinear) -> None:
+def wrap(root: nn.Module, name: str, layer: AdapterLinear) -> None:
     """Put `layer` where the module `name` was; `layer.base` is that module."""
     parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent), child, layer)
 
 
-def unwrap(root: nn.Module, name: str, layer: LoRALinear) -> None:
+def unwrap(root: nn.Module, name: str, layer: AdapterLinear) -> None:
     """Take `layer` off again, whatever was wrapped around it since.
 
     Raises:
@@ -21,7 +21,7 @@ def unwrap(root: nn.Module, name: str, layer: LoRALinear) -> None:
     """
     parent, _, child = name.rpartition(".")
     holder, attribute = root.get_submodule(parent), child
-    while isinstance(module := getattr(holder, attribute), LoRALinear):
+    while isinstance(module := getattr(holder, attribute), AdapterLinear):
         if module is layer:
             setattr(holder, attribute, layer.base)
             return

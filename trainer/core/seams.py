@@ -84,9 +84,14 @@ class OptimizerFactory(Protocol):
 class Adapter(Protocol):
     """Makes part of a transformer trainable and writes it as a file people take away."""
 
-    scale: float
-    """What the trained update is multiplied with: the same tensors are another model at another
-    scale, so a checkpoint goes on only at its own."""
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Return what the meaning of the trained tensors depends on, by its name for people.
+
+        The same tensors are another model at another scale, so a checkpoint goes on only with
+        equal facts. Values can be written as JSON.
+        """
+        ...
 
     def inject(self, transformer: nn.Module, seed: int) -> None:
         """Freeze the transformer and add or free what is trained.
@@ -98,6 +103,14 @@ class Adapter(Protocol):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by canonical name, in a fixed order."""
+        ...
+
+    def lr_scales(self) -> Mapping[str, float]:
+        """Return factors of the learning rate by name in `trainable`; absent: 1."""
+        ...
+
+    def techniques(self) -> Sequence[Technique]:
+        """Return what this kind does beyond its layers while it trains, once it is injected."""
         ...
 
     def write_output(

@@ -210,8 +210,7 @@ def _empty_sides(config: RunConfig, checked: DatasetCheck) -> list[Problem]:
             Problem(
                 "holds out the only clip of the dataset",
                 "validation.split",
-                hint="add clips of other content, or name clips to validate on in "
-                "validation.sources",
+                hint="add other clips, or name those to validate on in validation.sources",
             )
         ]
     problems = []

@@ -70,7 +70,7 @@ def convert_lora(
 
 
 def _most_precise(adapter: AdapterFile) -> torch.dtype:
-    dtypes = {factor.dtype for p in adapter.values() for factor in (p.down_RI, p.up_OR)}
+    dtypes = {tensor.dtype for update in adapter.values() for tensor in update.tensors().values()}
     return _common(dtypes)
 
 

@@ -259,8 +259,8 @@ def _trained_fields(
 def _num_parameters(trained: Trained) -> int:
     if trained.is_model:
         return sum(prod(tensor.shape) for tensor in open_weights(trained.path).values())
-    pairs = load_adapter(trained.path, expert=trained.expert).values()
-    return sum(pair.down_RI.numel() + pair.up_OR.numel() for pair in pairs)
+    updates = load_adapter(trained.path, expert=trained.expert).values()
+    return sum(update.num_parameters for update in updates)
 
 
 def _validation_fields(

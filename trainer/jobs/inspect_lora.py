@@ -9,8 +9,7 @@ from typing import Any
 
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import describe
-from trainer.adapters.base import AdapterFile
-from trainer.adapters.delta import frobenius_norm
+from trainer.adapters.base import AdapterFile, Update
 from trainer.adapters.formats.keys import Expert
 from trainer.adapters.formats.names import block_index
 from trainer.contract.variants import VARIANTS, TransformerConfig
@@ -28,20 +27,20 @@ def inspect_lora(path: Path, *, expert: Expert | None = None) -> dict[str, Any]:
         ModelFileError: the file cannot be read as a LoRA.
     """
     adapter = load_adapter(path, expert=expert)
-    norms = {name: frobenius_norm(factors) for name, factors in adapter.items()}
+    norms = {name: update.norm() for name, update in adapter.items()}
     largest = sorted(norms, key=lambda name: norms[name], reverse=True)[:5]
-    pairs = list(adapter.values())
+    updates = list(adapter.values())
     return {
         "path": str(path),
         "size_bytes": adapter.path.stat().st_size,
-        "kind": "lora",
+        "kind": "+".join(sorted({update.kind for update in updates})),
         "layout": adapter.layout,
         "num_modules": len(adapter),
-        "num_parameters": sum(p.down_RI.numel() + p.up_OR.numel() for p in pairs),
-        "ranks": _counts(pair.rank for pair in pairs),
-        "alphas": _counts(f"{pair.alpha:g}" for pair in pairs),
-        "scales": _counts(f"{pair.scale:g}" for pair in pairs),
-        "dtypes": _counts(str(pair.down_RI.dtype).removeprefix("torch.") for pair in pairs),
+        "num_parameters": sum(update.num_parameters for update in updates),
+        "ranks": _counts(update.rank for update in updates),
+        "alphas": _counts(f"{update.alpha:g}" for update in updates),
+        "scales": _counts(f"{update.scale:g}" for update in updates),
+        "dtypes": _counts(_dtype(update) for update in updates),
         "blocks": sorted({i for name in adapter if (i := block_index(name)) is not None}),
         "modules": _counts(_inside_block(name) for name in adapter),
         "norm": sum(norm * norm for norm in norms.values()) ** 0.5,
@@ -83,6 +82,11 @@ def _shape(config: TransformerConfig, name: str) -> tuple[int, int] | None:
 
 def _is_image(name: str) -> bool:
     return name.startswith("img_emb.") or name.endswith(("k_img", "v_img"))
+
+
+def _dtype(update: Update) -> str:
+    first = next(iter(update.tensors().values()))
+    return str(first.dtype).removeprefix("torch.")
 
 
 def _inside_block(name: str) -> str:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import fitting_modules
-from trainer.adapters.base import AdapterFile, LoRAFactors
-from trainer.adapters.delta import delta
+from trainer.adapters.base import AdapterFile, Update
 from trainer.adapters.formats.names import canonical_name
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.experts import SHARED
@@ -42,7 +41,7 @@ class MergeReport:
 class _Share:
     """One LoRA's part in one weight."""
 
-    factors: LoRAFactors
+    update: Update
     strength: float
 
 
@@ -139,8 +138,8 @@ def _shares(
     shares: dict[str, list[_Share]] = {}
     for lora, adapter in zip(loras, adapters, strict=True):
         _check_expert(lora, adapter, files.metadata)
-        for module, factors in fitting_modules(shapes, adapter).items():
-            shares.setdefault(f"{module}.weight", []).append(_Share(factors, lora.strength))
+        for module, update in fitting_modules(shapes, adapter).items():
+            shares.setdefault(f"{module}.weight", []).append(_Share(update, lora.strength))
     return shares
 
 
@@ -179,7 +178,7 @@ def _merged(
         return read_tensor(files, stored, dtype, "cpu")
     summed = read_tensor(files, stored, torch.float32, "cpu")
     for share in shares:
-        summed += delta(share.factors, share.strength)
+        summed = share.update.added_to(summed, share.strength)
     return summed.to(dtype)
 
 

@@ -47,7 +47,7 @@ def load_run_items(config: RunConfig, variant: Variant, config_name: str) -> Run
     if not training and section.split:
         raise DataError(
             f"validation.split = {section.split:g} holds out the only clip of the dataset",
-            hint="add clips of other content, or name clips to validate on in validation.sources",
+            hint="add other clips, or name those to validate on in validation.sources",
         )
     if not training:
         raise DataError("the dataset has no items to train on", hint="run `menma check` on it")

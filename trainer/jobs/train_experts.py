@@ -168,7 +168,7 @@ def _each(
         engine=AlternatingEngine(engines, turn_of, working.stage.bring),
         steps=AlternatingSteps(data.steps, turns),
         lr_at=lr_at,
-        acting=(WhoseTurn(techniques, turns),) if config.techniques else (),
+        acting=(WhoseTurn(techniques, turns),) if any(techniques.values()) else (),
         techniques=tuple(one for each in techniques.values() for one in each),
         outputs=tuple(output(expert, part) for expert, part in parts.items()),
         validator=working.validator(data, world),
@@ -247,7 +247,8 @@ def _load(
         build,
         world,
         data.order.largest_batch,
-        techniques=None if like is None else like.techniques,
+        # Those that an adapter brings along belong to its own layers.
+        techniques=None if like is None else like.techniques[: len(config.techniques)],
         on_load=lay_out,
     )
     stage.add(name, parked[0], neighbours(world))
@@ -260,20 +261,25 @@ def share_parameters(owner: TrainedModel, other: TrainedModel) -> None:
     """Let the adapter of `other` train the parameters of that of `owner`.
 
     Raises:
-        ConfigError: they do not start as the same numbers, so that one cannot stand for both.
+        ConfigError: they do not start as the same numbers, or do more than their layers, so that
+            one cannot stand for both.
     """
+    hint = 'set model.expert = "both" for an adapter each, or adapter.kind = "lora"'
+    if owner.adapter.techniques():
+        message = (
+            "this kind of adapter keeps things of its own on each transformer: it cannot be shared"
+        )
+        raise ConfigError(problems=[Problem(message, "adapter.kind", hint=hint)])
     ours, theirs = owner.adapter.trainable(), other.adapter.trainable()
     alike = ours.keys() == theirs.keys() and all(
         torch.equal(value, theirs[name]) for name, value in ours.items()
     )
     if not alike:
-        problem = Problem(
+        message = (
             "this adapter starts from the weights that it is added to, and those of the experts "
-            "differ: it cannot be shared",
-            "model.expert",
-            hint='set model.expert = "both" for an adapter each, or another start of the adapter',
+            "differ: it cannot be shared"
         )
-        raise ConfigError(problems=[problem])
+        raise ConfigError(problems=[Problem(message, "model.expert", hint=hint)])
     names = {id(value): name for name, value in theirs.items()}
     for module in other.transformer.modules():
         for key, value in module._parameters.items():

@@ -183,6 +183,7 @@ def assemble_model(
     if sequence is not None:
         transformer.share_tokens(sequence)
     adapter.inject(transformer, config.training.seed)
+    techniques = (*techniques, *adapter.techniques())
     for technique in techniques:
         transformer.blocks.add_hooks(technique.block_hooks())
     step = TrainStep(
@@ -218,9 +219,17 @@ def build_engine(
             device=world.device,
             max_grad_norm=config.optimizer.max_grad_norm,
             gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+            lr_scales=model.adapter.lr_scales(),
         )
     settings = deepspeed_settings(config, world.device)
-    return DeepSpeedEngine(model.step, model.trainable, factory, world=world, **settings)
+    return DeepSpeedEngine(
+        model.step,
+        model.trainable,
+        factory,
+        world=world,
+        lr_scales=model.adapter.lr_scales(),
+        **settings,
+    )
 
 
 def build_validator(

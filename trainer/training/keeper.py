@@ -24,8 +24,8 @@ _MUST_AGREE = {
     "variant": "model",
     "expert": "expert",
     "adapter": "adapter kind",
-    "scale": "adapter scale (alpha / rank)",
 }
+_AS_IT_WAS = "set it as it was, change the run's name, or start anew with --resume never"
 _ORDER = "but items come in another order than without the interruption"
 _MAY_CHANGE = {
     "base": ("the base model's file", "but what it has learned may belong to other weights"),
@@ -211,7 +211,7 @@ class RunKeeper:
         """Return what a later run is compared with."""
         return {
             **asdict(self._identity),
-            "scale": self._outputs[0].adapter.scale,
+            "facts": dict(self._outputs[0].adapter.facts),
             "techniques": [type(technique).__name__ for technique in self._techniques],
         }
 
@@ -221,8 +221,15 @@ class RunKeeper:
             if saved.get(key) != ours[key]:
                 raise ModelFileError(
                     f"{checkpoint.path} is of another {name}: {saved.get(key)}, not {ours[key]}",
-                    hint="set it as it was, change the run's name, or start anew with "
-                    "--resume never",
+                    hint=_AS_IT_WAS,
+                )
+        before, now = saved.get("facts") or {}, ours["facts"]
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                raise ModelFileError(
+                    f"{checkpoint.path} is of an adapter with another {key}: {before.get(key)}, "
+                    f"not {now.get(key)}",
+                    hint=_AS_IT_WAS,
                 )
 
     def _warn_of_changes(self, checkpoint: Checkpoint) -> None:

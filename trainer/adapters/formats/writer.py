@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from trainer.adapters.base import LoRAFactors
-from trainer.adapters.delta import fold_scale
+from trainer.adapters.base import LoRAFactors, Update
 from trainer.adapters.formats.names import diffusers_name
 from trainer.adapters.formats.peft_config import HEADER_KEY, header_settings
 from trainer.adapters.formats.reader import load_adapter
@@ -22,21 +21,22 @@ from trainer.io.atomic_save import same_bytes, save_safetensors
 
 Layout = Literal["comfy", "kohya", "peft"]
 Table = dict[str, Tensor]
+Updates = Mapping[str, Update]
 Factors = Mapping[str, LoRAFactors]
 
 
 def save_adapter(
-    factors: Factors,
+    updates: Updates,
     path: Path | str,
     *,
     layout: str = "comfy",
     dtype: torch.dtype = torch.bfloat16,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a LoRA and verify that reading it gives the same update again.
+    """Write an adapter and verify that reading it gives the same update again.
 
     Args:
-        factors: by canonical module name.
+        updates: by canonical module name.
         path: the file; one that is there is replaced only once the new one is verified.
         layout: `comfy` (`diffusion_model.…lora_A/B`, scale folded in: the one layout that both
             ComfyUI and diffusers load whole), `kohya` (`lora_unet_…`, with alpha) or `peft`
@@ -52,10 +52,10 @@ def save_adapter(
     """
     if layout not in _WRITERS:
         raise ConfigError(f"unknown LoRA layout {layout!r}", hint=nearest(layout, _WRITERS))
-    if not factors:
+    if not updates:
         raise ModelFileError(f"there is no module to write to {path}")
     prepare, write = _WRITERS[layout]
-    stored = {name: _rounded(name, prepare(pair), dtype) for name, pair in factors.items()}
+    stored = {name: _rounded(name, prepare(pair), dtype) for name, pair in _low_rank(updates)}
     tensors, header = write(stored)
     table = {**(metadata or {}), **_facts(stored), **header}
     table["sshs_model_hash"] = _model_hash(tensors)
@@ -97,6 +97,13 @@ def _pairs(stored: Factors, down_key: Callable[[str], str], up: str) -> Table:
     return tensors
 
 
+def _low_rank(updates: Updates) -> Iterator[tuple[str, LoRAFactors]]:
+    for name, update in updates.items():
+        if not isinstance(update, LoRAFactors):
+            raise TypeError(f"{name}: {type(update).__name__} has no file layout")
+        yield name, update
+
+
 def _unchanged(pair: LoRAFactors) -> LoRAFactors:
     return pair
 
@@ -104,7 +111,7 @@ def _unchanged(pair: LoRAFactors) -> LoRAFactors:
 _Prepare = Callable[[LoRAFactors], LoRAFactors]
 _Write = Callable[[Factors], tuple[Table, dict[str, str]]]
 _WRITERS: dict[str, tuple[_Prepare, _Write]] = {
-    "comfy": (fold_scale, _write_comfy),
+    "comfy": (LoRAFactors.folded, _write_comfy),
     "kohya": (_unchanged, _write_kohya),
     "peft": (_unchanged, _write_peft),
 }
@@ -137,11 +144,12 @@ def _model_hash(tensors: Table) -> str:
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
-def _check_equal(stored: Factors, read: Factors) -> None:
+def _check_equal(stored: Factors, read: Updates) -> None:
     if set(stored) != set(read):
         raise RuntimeError("the LoRA file that was written does not hold the same modules")
+    pairs = dict(_low_rank(read))
     for name, pair in stored.items():
-        back = read[name]
+        back = pairs[name]
         same = same_bytes(pair.down_RI, back.down_RI) and same_bytes(pair.up_OR, back.up_OR)
         if not same or abs(pair.scale - back.scale) > 1e-6 * abs(pair.scale):
             raise RuntimeError(f"{name} differs in the LoRA file that was written")
