@@ -14,7 +14,7 @@ from trainer.memory.streams import HostStreams
 from trainer.models.wan.transformer import WanTransformer
 
 BLOCKS = CONFIG.num_layers
-TURNS = "aabbaba"
+TURNS = "aaba"
 Models = dict[str, tuple[WanTransformer, dict[str, torch.nn.Parameter]]]
 
 
@@ -64,7 +64,7 @@ def train(models: Models, stage: OneAtATime | None = None) -> list[torch.Tensor]
     return [*seen, *(p.detach() for _, trained in models.values() for p in trained.values())]
 
 
-@pytest.mark.parametrize("swap", [0, 3, BLOCKS])
+@pytest.mark.parametrize("swap", [0, 3])
 def test_training_in_turns_is_the_same_to_the_bit(swap: int) -> None:
     expected = train(make_pair(swap))
     streams = OrderedStreams()
@@ -139,3 +139,16 @@ def test_the_same_model_again_costs_nothing() -> None:
     copies = streams.copies
     stage.bring("a")
     assert streams.copies == copies
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_turns() -> None:
+    expected = train(make_pair())
+    streams = HostStreams()
+    models = make_pair(0, streams)
+    stage = park(models, streams)
+    for model, _ in models.values():
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+    for found, wanted in zip(train(models, stage), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
