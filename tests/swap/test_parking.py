@@ -148,7 +148,7 @@ def test_compiled_blocks_take_turns() -> None:
     models = make_pair(0, streams)
     stage = park(models, streams)
     for model, _ in models.values():
-        for block in model.blocks:
+        for block in list(model.blocks)[:2]:
             block.compile(backend="aot_eager")
     for found, wanted in zip(train(models, stage), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
