@@ -40,6 +40,8 @@ def summary(result: Estimate) -> Iterator[str]:
     """Yield what follows the table: verdict, time, host memory, disk."""
     clips = f"{result.clip}, batch {result.clip.batch}, {result.tokens:,} tokens a clip"
     yield f"{result.variant}, largest batch {clips}."
+    if result.turns is not None:
+        yield f"Experts: {result.turns.in_words(0)}."
     yield from automatic_lines(result)
     yield verdict_line(result)
     if result.measured_runs:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from app_runs import ENVIRONMENT
@@ -194,6 +195,44 @@ def test_merge_takes_options_or_a_config(menma, config):
     assert menma("merge", "--base", "b", "--lora", f"{lora}:0.8", "-o", "m", "--force").code == 0
     request = recorded("merge")
     assert (request.base, request.loras[0].strength, request.force) == (Path("b"), 0.8, True)
+
+
+def test_merge_makes_a_file_for_each_expert_that_is_trained(menma, config, monkeypatch):
+    asked = []
+
+    def run(job, request):
+        asked.append(request)
+        return SimpleNamespace(paths=[request["output"]])
+
+    monkeypatch.setattr("app.cli.jobs.run_or_leave", run)
+    text = Path(config).read_text(encoding="utf-8")
+    model = '[model]\nvariant = "wan2.2-t2v-a14b"\nexpert = "both"\ntransformer = "low.pth"\n'
+    model += 'transformer_high_noise = "high.pth"\n'
+    both, shared = Path("both.toml"), Path("shared.toml")
+    both.write_text(text.split("[model]")[0] + model, encoding="utf-8")
+    shared.write_text(both.read_text().replace('"both"', '"shared"'), encoding="utf-8")
+    output = Path("runs/fish/output")
+    output.mkdir(parents=True)
+    missing = menma("merge", both, "-o", "m.safetensors")
+    assert missing.code == 2
+    assert "fish_high_noise.safetensors does not exist yet" in missing.err
+    for name in ("fish_high_noise", "fish_low_noise", "fish"):
+        (output / f"{name}.safetensors").touch()
+    answer = menma("merge", both, "-o", "m.safetensors")
+    assert answer.out.split() == ["m_high_noise.safetensors", "m_low_noise.safetensors"]
+    assert [request["base"] for request in asked] == ["high.pth", "low.pth"]
+    loras = [Path(request["loras"][0]["path"]).name for request in asked]
+    assert loras == ["fish_high_noise.safetensors", "fish_low_noise.safetensors"]
+    asked.clear()
+    menma("merge", shared, "-o", "m.safetensors")
+    assert [request["base"] for request in asked] == ["high.pth", "low.pth"]
+    assert {Path(request["loras"][0]["path"]).name for request in asked} == {"fish.safetensors"}
+    refused = menma("merge", both, "--base", "x", "-o", "m.safetensors")
+    assert refused.code == 2
+    assert "do not say which of them" in refused.err
+    Path("m_low_noise.safetensors").touch()
+    refused = menma("merge", both, "-o", "m.safetensors")
+    assert "m_low_noise.safetensors exists already" in refused.err
 
 
 def test_nothing_is_overwritten_without_force(menma, config):

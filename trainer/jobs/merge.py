@@ -16,6 +16,7 @@ from trainer.adapters.apply import fitting_modules
 from trainer.adapters.base import AdapterFile, Update
 from trainer.adapters.formats.names import canonical_name
 from trainer.contract.errors import ConfigError, ModelFileError
+from trainer.contract.experts import SHARED
 from trainer.contract.jobs import LoRAUse
 from trainer.io.formats.diffusers_names import MARKER
 from trainer.io.formats.stored_tensors import FP8_DTYPES, StoredTensor, read_tensor
@@ -163,7 +164,7 @@ def _plan(
 
 def _check_expert(lora: LoRAUse, adapter: AdapterFile, base: Mapping[str, str]) -> None:
     wanted, trained = base.get("menma.expert"), adapter.metadata.get("menma.expert")
-    if wanted and trained and wanted != trained:
+    if wanted and trained and trained not in {wanted, SHARED}:
         raise ModelFileError(
             f"{lora.path} was trained for the {trained} expert, the base is the {wanted} one",
             hint="merge it into the file of its own expert",

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import attach
+from trainer.contract.experts import SHARED
 from trainer.contract.jobs import LoRAUse
-from trainer.contract.variants import Variant
+from trainer.contract.variants import Expert, Variant
 from trainer.models.wan.conditioning import LatentEncoder
 from trainer.sampling.conditions import (
     Conditions,
@@ -30,13 +31,7 @@ from trainer.sampling.conditions import (
     encode_texts,
 )
 from trainer.sampling.experts import ExpertSwitch
-from trainer.sampling.pipeline import (
-    Expert,
-    SamplingModels,
-    VideoDecoder,
-    decode_frames,
-    generate,
-)
+from trainer.sampling.pipeline import SamplingModels, VideoDecoder, decode_frames, generate
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import OutputKind, write_sample
 
@@ -226,6 +221,8 @@ def _experts_of(lora: LoRAUse, metadata: Mapping[str, str]) -> frozenset[Expert]
     both: frozenset[Expert] = frozenset({"low_noise", "high_noise"})
     if lora.expert is not None:
         return frozenset({lora.expert})
+    if metadata.get("menma.expert") == SHARED:
+        return both
     told = " ".join(metadata.get(key, "") for key in _EXPERT_KEYS)
     for text in (told, lora.path.stem):
         words = re.split(r"[^a-z]+", text.lower())

@@ -66,6 +66,7 @@ def _report(
             "validation_clips": found.get("validation_clips"),
             "validation_items": found.get("validation_items"),
             "batches_per_epoch": found.get("batches_per_epoch"),
+            "experts": found.get("experts"),
             "buckets": found.get("buckets", []),
         }
     )

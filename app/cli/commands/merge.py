@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,50 +37,71 @@ def merge(
 ) -> None:
     """Bake LoRAs into a base model and write the result as one file.
 
+    A config that trains both experts of Wan 2.2 gives two files, FILE_high_noise and
+    FILE_low_noise.
+
     Example: menma merge --base wan.safetensors --lora fish.safetensors:0.8 -o wan-fish.safetensors
     """
     uses = [lora_use(text) for text in loras or ()]
+    merges = [_Merge(base, uses, target)]
     if config is not None:
-        base, uses = _from_config(config, overrides or [], base, uses)
+        merges = _from_config(config, overrides or [], merges[0])
     elif overrides:
         raise UserError("--set changes values of a config, and none is given")
-    if base is None or not uses:
-        missing = "--base FILE" if base is None else "--lora FILE"
-        raise UserError(f"{missing} is missing", hint="menma merge --help shows an example")
-    if target.exists() and not force:
-        raise UserError(
-            f"{target} exists already", hint="choose another file with -o, or add --force"
-        )
-    result = jobs.run_or_leave(
-        "merge",
-        {
-            "base": str(base),
-            "loras": uses,
-            "output": str(target),
+    for one in merges:
+        if one.base is None or not one.loras:
+            missing = "--base FILE" if one.base is None else "--lora FILE"
+            raise UserError(f"{missing} is missing", hint="menma merge --help shows an example")
+        if one.target.exists() and not force:
+            raise UserError(
+                f"{one.target} exists already", hint="choose another file with -o, or add --force"
+            )
+    for one in merges:
+        request = {
+            "base": str(one.base),
+            "loras": one.loras,
+            "output": str(one.target),
             "dtype": dtype,
             "force": force,
-        },
-    )
-    for path in result.paths:
-        output.data(path)
+        }
+        for path in jobs.run_or_leave("merge", request).paths:
+            output.data(path)
 
 
-def _from_config(
-    path: Path, overrides: list[str], base: Path | None, uses: list[dict[str, Any]]
-) -> tuple[Path | None, list[dict[str, Any]]]:
-    """Take from the config what the command line leaves out."""
+@dataclass(frozen=True, slots=True)
+class _Merge:
+    base: Path | None
+    loras: list[dict[str, Any]]
+    target: Path
+
+
+def _from_config(path: Path, overrides: list[str], asked: _Merge) -> list[_Merge]:
+    """Take from the config what the command line leaves out; a merge for each expert it trains."""
     from trainer.contract.config_io import load_config
+    from trainer.contract.experts import output_names, trained_experts, trains_both
     from trainer.contract.run_dir import RunDir
 
     config = load_config(path, overrides)
-    high_noise = config.model.expert == "high_noise"
-    transformer = config.model.transformer_high_noise if high_noise else config.model.transformer
-    if not uses:
-        trained = RunDir(config.run_dir).output / f"{config.name}.safetensors"
-        if not trained.is_file():
-            raise UserError(
-                f"{trained} does not exist yet",
-                hint=f"train it with `menma train {path}`, or name a file with --lora",
-            )
-        uses = [{"path": str(trained)}]
-    return base or transformer, uses
+    both = trains_both(config)
+    if both and (asked.base is not None or asked.loras):
+        raise UserError(
+            f"{path} trains both experts: --base and --lora do not say which of them is meant",
+            hint="leave them out, or leave the config out and give both",
+        )
+    names = output_names(config)
+    merges = []
+    for expert in trained_experts(config) or (None,):
+        model, loras, target = config.model, asked.loras, asked.target
+        base = model.transformer_high_noise if expert == "high_noise" else model.transformer
+        if not loras:
+            trained = RunDir(config.run_dir).output / f"{names[expert]}.safetensors"
+            if not trained.is_file():
+                raise UserError(
+                    f"{trained} does not exist yet",
+                    hint=f"train it with `menma train {path}`, or name a file with --lora",
+                )
+            loras = [{"path": str(trained)}]
+        if both:
+            target = target.with_stem(f"{target.stem}_{expert}")
+        merges.append(_Merge(asked.base or base, loras, target))
+    return merges

@@ -67,6 +67,7 @@ def estimate_workload(
         correction=known.correction,
         measured_runs=known.measured_runs,
         machine_bytes=known.machine_bytes,
+        turns=work.known_turns,
     )
 
 

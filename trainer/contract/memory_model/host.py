@@ -19,9 +19,12 @@ def host_parts(work: Workload) -> dict[str, int]:
     parts = {"processes": here * PROCESS_BYTES}
     if work.zero_stage == 3:  # every process loads the whole model before it is sharded
         parts["weights while loading"] = here * work.weight_bytes
+    experts = 1 if work.turns is None else 2
+    if work.turns is not None:  # a pinned copy of each, shared by the processes of a machine
+        parts["parked experts"] = experts * work.resident_bytes
     if work.swapped:  # one pinned copy, shared by the processes of a machine
         swapped = work.swapped * work.block_bytes
-        parts["swapped blocks"] = swapped
+        parts["swapped blocks"] = experts * swapped
         # Blocks that stay on the GPU pass through RAM, too, since the GPU may not hold them all.
         parts["weights while loading"] = here * (work.weight_bytes - swapped)
     if work.config.memory.offload_checkpoints:
@@ -29,9 +32,10 @@ def host_parts(work: Workload) -> dict[str, int]:
         parts["parked activations"] = here * work.recomputed * tokens
     parts |= offloaded_host_parts(work)
     # A copy of the trained weights on the way to a file.
-    parts["saving"] = work.trained_parameters * 4.0
+    parts["saving"] = work.adapters * work.trained_parameters * 4.0
     sampling = work.config.sampling
-    if work.variant.experts and (sampling.every_steps or sampling.at_start):
+    samples = sampling.every_steps or sampling.at_start
+    if work.variant.experts and work.turns is None and samples:
         parts["parked expert"] = here * work.weight_bytes
     return {name: round(size) for name, size in parts.items()}
 
@@ -57,7 +61,7 @@ def cache_disk_parts(work: Workload, clip: Clip) -> dict[str, float]:
 def disk_parts(work: Workload) -> dict[str, int]:
     """Return the bytes of files: caches for one item, checkpoints and outputs of the whole run."""
     config = work.config
-    trained = work.trained_parameters
+    trained = work.adapters * work.trained_parameters
     kept = config.checkpoint.keep_last
     saves = (
         config.training.max_steps // config.checkpoint.every_steps

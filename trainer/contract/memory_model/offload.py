@@ -81,7 +81,7 @@ def offloaded_host_parts(work: Workload) -> Parts:
     if place == "cpu":
         # Masters and float32 gradients, both pinned, and the optimizer's own state.
         state = 2 * FLOAT32 + optimizer_memory(work.config.optimizer.kind).state
-        parts["offloaded optimizer"] = trained_here * state
+        parts["offloaded optimizer"] = work.adapters * trained_here * state
     elif place == "nvme":
         group = min(SUB_GROUP_ELEMENTS, trained / world)
         parts["offload buffers"] = here * (OPTIMIZER_BUFFERS + 1) * FLOAT32 * group
@@ -91,7 +91,7 @@ def offloaded_host_parts(work: Workload) -> Parts:
         else:  # weights on the way back to the GPU, and gradients of the microbatches before
             copies = trained_here * work.gradient_element * (2 if repeated else 1)
             copies += here * _largest_trained(work) * work.gradient_element
-        parts["gradients and weights in transit"] = copies
+        parts["gradients and weights in transit"] = work.adapters * copies
     place = parameters_place(work)
     if place == "cpu":
         parts["offloaded weights"] = work.weight_bytes * work.share_here

@@ -112,7 +112,7 @@ def _sampling(work: Workload, correction: float) -> Phase:
     standing = {name: size for name, size in standing_parts(work).items() if name != "inputs"}
     # Processes that share clips make a sample together, too.
     forward = _forwarding(work, clip, ranks=work.sequence_ranks)
-    if variant.experts:
+    if variant.experts and work.turns is None:
         forward["other expert"] = work.resident_bytes + work.ring_bytes
     most = max(({**standing, **parts} for parts in (forward, _decoding(work, clip))), key=_total)
     return _phase("sampling", most, correction, ranks=work.world_size)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from trainer.contract.expert_turns import Turns
 from trainer.contract.memory_model.clips import Clip
 from trainer.contract.memory_model.costs import JobCost
 from trainer.contract.memory_model.gpus import GIB, Gpu
@@ -71,6 +72,10 @@ class Estimate:
     only training was asked for."""
     machine_bytes: int | None = None
     """RAM of the machine; None: not known."""
+
+    turns: Turns | None = None
+    """How two experts share the steps; None: one is trained, or only draws of the timestep sampler
+    would tell (`menma check` makes them)."""
 
     @property
     def deciding(self) -> Phase:
@@ -173,6 +178,12 @@ class Estimate:
                 "margin_gib": _gib(self.host_margin_bytes),
                 "machine_gib": None if self.machine_bytes is None else _gib(self.machine_bytes),
                 "verdict": self.host_verdict,
+            },
+            "experts": None
+            if self.turns is None
+            else {
+                "high_noise_share": round(self.turns.high_noise_share, 6),
+                "steps_per_turn": self.turns.steps_per_turn,
             },
         }
 

@@ -49,6 +49,7 @@ def traffic_parts(work: Workload, gpu: Gpu, pace: Pace) -> dict[str, float]:
         "gradients between GPUs": _gradients(work, gpu, pace),
         "weights between GPUs": _weights(work, gpu, pace),
         "sequence exchange": _exchange(work, gpu),
+        "change of the expert": _change_of_expert(work, gpu),
     }
 
 
@@ -151,6 +152,18 @@ def _exchange(work: Workload, gpu: Gpu) -> float:
     sent = EXCHANGES * work.block_shape().tokens_bytes * _others(work.sequence_ranks)
     passes = 2 * work.shape.num_layers + work.recomputed
     return _repeats(work) * passes * sent / (gpu.link_gb_s * 1e9)
+
+
+def _change_of_expert(work: Workload, gpu: Gpu) -> float:
+    """An expert's weights from RAM, spread over the steps between two changes.
+
+    The expert with the smaller share has single turns, each between two changes.
+    """
+    if work.turns is None:
+        return 0.0
+    smaller = min(work.turns.high_noise_share, 1 - work.turns.high_noise_share)
+    changes = 2 * smaller / work.turns.steps_per_turn
+    return changes * work.resident_bytes / (gpu.host_gb_s * 1e9)
 
 
 def _others(ranks: int) -> float:
