@@ -11,7 +11,9 @@ from textual.app import App
 from textual.binding import Binding, BindingType
 
 from app.tui.screens.jobs import JobsScreen
+from app.tui.screens.library import LibraryScreen
 from app.tui.screens.monitor import MonitorScreen
+from app.tui.screens.system import SystemScreen
 from app.tui.sources import Sources
 from app.tui.theme import DARK, TERMINAL, THEMES
 
@@ -28,6 +30,8 @@ class MenmaApp(App[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("1", "show('jobs')", "Jobs", show=False, id="show-jobs"),
         Binding("3", "show('monitor')", "Monitor", show=False, id="show-monitor"),
+        Binding("5", "show('library')", "Library", show=False, id="show-library"),
+        Binding("6", "show('system')", "System", show=False, id="show-system"),
         Binding("colon", "command_palette", "Palette", show=False, id="palette"),
         Binding("question_mark", "show_help_panel", "Help", id="help"),
         Binding("T", "next_theme", "Theme", show=False, id="theme"),
@@ -47,6 +51,8 @@ class MenmaApp(App[None]):
         """Show the list first; the other screens are made when they are shown."""
         self.install_screen(JobsScreen(self._sources), "jobs")
         self.install_screen(MonitorScreen(), "monitor")
+        self.install_screen(LibraryScreen(self._sources), "library")
+        self.install_screen(SystemScreen(), "system")
         self.push_screen("jobs")
 
     def action_show(self, name: str) -> None:

@@ -16,7 +16,12 @@ from textual.widgets import Button, Label, Static
 
 from app.render.curve import Curve, Plot, plot, ticks
 
-TITLES = {"jobs": ("1", "Jobs"), "monitor": ("3", "Monitor")}
+TITLES = {
+    "jobs": ("1", "Jobs"),
+    "monitor": ("3", "Monitor"),
+    "library": ("5", "Library"),
+    "system": ("6", "System"),
+}
 """Mode -> the key that shows it, its title."""
 
 

@@ -12,12 +12,14 @@ from app_runs import Runs, wait_for
 from screens import screen_text
 from textual.pilot import Pilot
 
+from app.domain import environment
 from app.queue.jobs import JobSpec
 from app.queue.store import QueueStore
 from app.runs.state import State, read_state
 from app.tui.app import MenmaApp
 from app.tui.overview import read_overview
 from app.tui.screens import jobs as jobs_screen
+from app.tui.screens import library as library_screen
 from app.tui.sources import Sources
 from app.tui.theme import THEMES
 from app.tui.widgets import LossCurve
@@ -246,6 +248,56 @@ def test_themes_take_turns_and_help_is_there(folders):
         assert len(set(seen_themes)) == len(THEMES) + 1
         await pilot.press("question_mark")
         await seen(pilot, app, "Stop")
+
+    drive(folders, steps)
+
+
+def test_outputs_are_listed_looked_into_and_queued(folders, monkeypatch):
+    monkeypatch.setattr(library_screen, "ensure_worker", lambda folder: None)
+    run = finished_run(folders.runs_dir)
+    run.output.mkdir()
+    file = run.output / "fish.safetensors"
+    file.write_bytes(b"x" * 3 * 2**20)
+
+    async def steps(pilot, app):
+        await pilot.press("5")
+        text = await seen(pilot, app, "fish.safetensors")
+        assert "3.0 MiB" in text
+        await pilot.press("m")
+        await seen(pilot, app, "Queue this?")
+        await pilot.press("escape", "m", "y")
+        await pilot.press("v")
+        await seen(pilot, app, "menma sample")
+        await pilot.press("y")
+        await pilot.press("y")
+        assert app.clipboard == str(file.absolute())
+        await pilot.press("enter")  # it is no LoRA
+        await seen(pilot, app, "error:")
+        await pilot.press("escape")
+
+    drive(folders, steps)
+    merge, sample = (job.spec for job in folders.store.jobs())
+    merged = run.output / "fish-merged.safetensors"
+    assert merge.argv == ("merge", str(run.config), "--lora", str(file), "-o", str(merged))
+    assert (merge.gpus, merge.cwd) == (0, Path.cwd())
+    assert sample.argv == ("sample", str(run.root))
+
+
+def test_the_machine_is_described(folders, monkeypatch):
+    found = {
+        "menma": "1", "python": "3", "executable": "/p", "system": "Linux", "cpus": 2,
+        "ram_gib": 24, "ram_free_gib": 20, "disk_free_gib": 9, "disk_folder": "/d", "gpus": [],
+        "packages": {"torch": "2.13"}, "problems": ["av is not installed"], "warnings": ["little"],
+    }  # fmt: skip
+    monkeypatch.setattr(environment, "report", lambda folder: found)
+
+    async def steps(pilot, app):
+        await pilot.press("6")
+        text = await seen(pilot, app, "av is not installed")
+        assert "warning: little" in text
+        assert "GPU        none" in text
+        await pilot.press("y")
+        assert "torch          2.13" in app.clipboard
 
     drive(folders, steps)
 
