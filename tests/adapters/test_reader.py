@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.adapters import load_adapter
 from trainer.adapters.base import LoRAFactors
-from trainer.adapters.formats.names import (
+from trainer.contract.layer_names import (
     block_index,
     canonical_from_flat,
     canonical_name,

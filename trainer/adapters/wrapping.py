@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
 
 from trainer.adapters.adapter_linear import AdapterLinear
+from trainer.contract.layer_names import block_index
 
 
 def wrap(root: nn.Module, name: str, layer: AdapterLinear) -> None:
@@ -27,3 +31,23 @@ def unwrap(root: nn.Module, name: str, layer: AdapterLinear) -> None:
             return
         holder, attribute = module, "base"
     raise LookupError(f"the layer is not on {name}")
+
+
+def readable(root: nn.Module, name: str) -> AbstractContextManager[None]:
+    """Return the context in which the weight of layer `name` can be read, wherever it waits."""
+    index = block_index(name)
+    swap = getattr(getattr(root, "blocks", None), "swap", None)
+    if swap is None or index is None:
+        return nullcontext()
+    context: AbstractContextManager[None] = swap.readable(index)
+    return context
+
+
+def base_weight(layer: nn.Module) -> Tensor:
+    """Return the weight (O, I) under all adapters as floats, detached; fp8 becomes float32."""
+    while isinstance(layer, AdapterLinear):
+        layer = layer.base
+    dequantised = getattr(layer, "dequantised", None)
+    with torch.no_grad():
+        weight: Tensor = layer.weight.detach() if dequantised is None else dequantised()
+    return weight

@@ -12,7 +12,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from trainer.adapters.base import LoRAFactors, Update
-from trainer.adapters.formats.names import diffusers_name
+from trainer.contract.layer_names import diffusers_name
 from trainer.adapters.formats.peft_config import HEADER_KEY, header_settings
 from trainer.adapters.formats.reader import load_adapter
 from trainer.contract.errors import ConfigError, ModelFileError

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 from typing import Literal
 
 from trainer.contract.memory_model.ledger import Buffer, Ledger
@@ -21,14 +22,24 @@ Backward = Callable[[Buffer], Buffer | None]
 AttentionBackward = Callable[[Buffer], tuple[Buffer, Buffer, Buffer]]
 
 
+class AdapterLayer(NamedTuple):
+    """What an adapter is on one layer, in elements."""
+
+    width: int
+    """Of its low-rank activations."""
+    trained: int
+    """Of its parameters."""
+    formed: int = 0
+    """Of a weight-sized update that it makes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """A linear layer: frozen, beside a low-rank branch, or trained itself."""
+    """A linear layer: frozen, with an adapter, or trained itself."""
 
     inputs: int
     outputs: int
-    rank: int = 0
-    """Of its LoRA; 0: it has none."""
+    adapter: AdapterLayer | None = None
     trained: bool = False
     """Its own weight and bias get gradients."""
     input_gradient: bool = True
@@ -89,8 +100,8 @@ class Operators:
         self, x: Buffer, rows: int, layer: Linear, *, unused: bool = False
     ) -> tuple[Buffer, Backward]:
         """Multiply `rows` rows; `unused`: the product itself is not computed."""
-        if layer.rank:
-            return self._lora_linear(x, rows, layer, unused=unused)
+        if layer.adapter is not None:
+            return self._adapter_linear(x, rows, layer, layer.adapter, unused=unused)
         ledger, e = self.ledger, self.element
         kept = ledger.keep(x) if layer.trained else None
         out = self._product(rows, layer, unused=unused)
@@ -104,30 +115,32 @@ class Operators:
 
         return out, backward
 
-    def _lora_linear(
-        self, x: Buffer, rows: int, layer: Linear, *, unused: bool
+    def _adapter_linear(
+        self, x: Buffer, rows: int, layer: Linear, adapter: AdapterLayer, *, unused: bool
     ) -> tuple[Buffer, Backward]:
-        ledger, e, rank = self.ledger, self.element, layer.rank
+        ledger, e, width = self.ledger, self.element, adapter.width
         cast = 0 if e == FLOAT32 else e  # the factors are float32
+        share = adapter.trained / (layer.inputs + layer.outputs)
         kept = ledger.keep(x)
-        down = ledger.new(rank * layer.inputs * cast)
-        low = ledger.new(rows * rank * e)
-        up = ledger.new(rank * layer.outputs * cast)
+        down = ledger.new(width * layer.inputs * cast)
+        low = ledger.new(rows * width * e)
+        up = ledger.new(width * layer.outputs * cast)
+        formed = ledger.new(adapter.formed * e)
         out = self._product(rows, layer, unused=unused)
         if not ledger.recording:
-            ledger.drop(down, low, up)
+            ledger.drop(down, low, up, formed)
 
         def backward(grad: Buffer) -> Buffer | None:
             base = self._input_gradient(rows, layer)
-            low_grad = ledger.new(rows * rank * e)
-            ledger.touch(rank * layer.outputs * e)
-            ledger.drop(grad, low, up)
-            ledger.gradient(rank * layer.outputs * FLOAT32)
-            ledger.touch(rank * layer.inputs * e)
+            low_grad = ledger.new(rows * width * e)
+            ledger.touch(max(width * layer.outputs, adapter.formed) * e)
+            ledger.drop(grad, low, up, formed)
+            ledger.gradient(share * layer.outputs * FLOAT32)
+            ledger.touch(width * layer.inputs * e)
             branch = None if base is None else ledger.new(base.size)
             ledger.drop(kept, down, low_grad)
             given = None if base is None else self.add(base, branch)
-            ledger.gradient(rank * layer.inputs * FLOAT32)
+            ledger.gradient(share * layer.inputs * FLOAT32)
             return given
 
         return out, backward
