@@ -170,11 +170,7 @@ class LoRA(LinearAdapter):
         return 1.0
 
     def _lora_layers(self) -> dict[str, LoRALinear]:
-        return {name: layer for name, layer in self._layers.items() if _is_lora(layer)}
-
-
-def _is_lora(layer: AdapterLinear) -> bool:
-    return isinstance(layer, LoRALinear)
+        return {n: layer for n, layer in self._layers.items() if isinstance(layer, LoRALinear)}
 
 
 def _plain_lora(path: Path) -> dict[str, LoRAFactors]:

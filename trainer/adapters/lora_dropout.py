@@ -1,8 +1,8 @@
 """Rank and module dropout: samples that are trained without some ranks, or some whole layers.
 
 As in kohya's sd-scripts and musubi-tuner (`rank_dropout`, `module_dropout`), but drawn for each
-sample: B diag(m) A with m_r = Bernoulli(1 - p) / (1 - p) for the ranks, and m = 0 for all ranks of a
-layer that is left out, which is not scaled up in return.
+sample: B diag(m) A with m_r = Bernoulli(1 - p) / (1 - p) for the ranks, and m = 0 for all ranks of
+a layer that is left out, which is not scaled up in return.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class BranchDropout(Technique):
         masks_BN = torch.stack([self._draw(seed) for seed in batch.item_seeds])
         masks_BN = masks_BN.to(batch.latents_BCFHW.device, non_blocking=True)
         widths = [layer.down.shape[0] for layer in self._layers]
-        for layer, mask_BR in zip(self._layers, masks_BN.split(widths, dim=1), strict=True):
+        for layer, mask_BR in zip(self._layers, torch.split(masks_BN, widths, dim=1), strict=True):
             layer.mask_BR = mask_BR
         return batch
 

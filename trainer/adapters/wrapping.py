@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trainer.adapters.adapter_linear import AdapterLinear
 from trainer.contract.layer_names import block_index
+from trainer.quant.linear import Fp8Linear
 
 
 def wrap(root: nn.Module, name: str, layer: AdapterLinear) -> None:
@@ -47,7 +48,8 @@ def base_weight(layer: nn.Module) -> Tensor:
     """Return the weight (O, I) under all adapters as floats, detached; fp8 becomes float32."""
     while isinstance(layer, AdapterLinear):
         layer = layer.base
-    dequantised = getattr(layer, "dequantised", None)
     with torch.no_grad():
-        weight: Tensor = layer.weight.detach() if dequantised is None else dequantised()
-    return weight
+        weight = layer.dequantised() if isinstance(layer, Fp8Linear) else layer.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{type(layer).__name__} has no weight tensor")
+    return weight.detach()

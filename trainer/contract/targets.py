@@ -268,9 +268,7 @@ def _numbers(match: re.Match[str]) -> str:
 
 
 def _any(patterns: Sequence[re.Pattern[str]], name: str, spellings: _Spellings) -> bool:
-    return any(
-        pattern.fullmatch(spelling) for spelling in spellings(name) for pattern in patterns
-    )
+    return any(pattern.fullmatch(spelling) for spelling in spellings(name) for pattern in patterns)
 
 
 def _alone(name: str) -> tuple[str]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from trainer.contract.memory_model.ledger import Buffer, Ledger
 

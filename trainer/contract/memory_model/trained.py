@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.contract.config import RunConfig
+from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.lora_header import FileLayer, lora_layers
 from trainer.contract.memory_model.adapter_kinds import (
     branch,
@@ -18,7 +19,8 @@ from trainer.contract.memory_model.adapter_kinds import (
     output_elements,
     trained_parameters,
 )
-from trainer.contract.memory_model.block import AdapterLayer, Trained
+from trainer.contract.memory_model.block import Trained
+from trainer.contract.memory_model.operators import AdapterLayer
 from trainer.contract.memory_model.weights import linear_shapes, num_parameters, parameter_sizes
 from trainer.contract.plugin_options import plugin_schemas
 from trainer.contract.targets import plan_layers, plan_parameters
@@ -112,6 +114,8 @@ def _adapter_targets(
 ) -> Targets:
     sizes = linear_shapes(shape)
     plan = plan_layers(sizes, options, in_file)
+    if in_file is not None:
+        _require_sizes(sizes, options, in_file)
     parts, blocks, layers = [], _Blocks(shape.num_layers), []
     for name, layer in plan.items():
         own: dict[str, Any] = {**options, "rank": layer.rank, "alpha": layer.alpha}
@@ -139,6 +143,23 @@ def _adapter_targets(
         held=held_elements(kind, options, layers),
         output=output_elements(kind, options, total),
     )
+
+
+def _require_sizes(
+    sizes: Mapping[str, tuple[int, int]],
+    options: Mapping[str, Any],
+    in_file: Mapping[str, FileLayer],
+) -> None:
+    wrong = [n for n, layer in in_file.items() if (layer.inputs, layer.outputs) != sizes[n]]
+    if wrong:
+        layer, (inputs, outputs) = in_file[wrong[0]], sizes[wrong[0]]
+        message = (
+            f"{options['init_from']} is for another model: {layer.key} is of a layer with "
+            f"{layer.inputs} inputs and {layer.outputs} outputs, the model's has {inputs} and "
+            f"{outputs} ({len(wrong)} of {len(in_file)} layers differ)"
+        )
+        hint = "use weights that were trained for this model"
+        raise ConfigError(problems=[Problem(message, "adapter.init_from", hint=hint)])
 
 
 def _own_targets(shape: TransformerConfig, options: Mapping[str, Any]) -> Targets:
@@ -200,5 +221,3 @@ def _is_front(name: str) -> bool:
 
 def _block_of(name: str) -> int | None:
     return int(name.split(".", 2)[1]) if name.startswith("blocks.") else None
-
-
