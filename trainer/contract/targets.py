@@ -9,6 +9,7 @@ Patterns are regular expressions that must match a whole name such as `blocks.3.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import Any
 
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.lora_header import FileLayer
-from trainer.contract.registry import nearest
 
 FROM_WEIGHTS = "from_weights"
 """Value of `rank` that takes modules and ranks from `init_from`."""
@@ -254,7 +254,7 @@ def _pattern(
             Problem(
                 f"{text!r} matches none of the {len(names)} {what}",
                 key,
-                hint="it must match a whole name; " + nearest(text, names[:200]),
+                hint="it must match a whole name; " + _like(text, names),
             )
         )
     return pattern
@@ -265,6 +265,11 @@ def _numbers(match: re.Match[str]) -> str:
     if first > last or last > 9999:
         raise re.error(f"{match[0]} is no range of blocks")
     return f"(?:{'|'.join(map(str, range(first, last + 1)))})"
+
+
+def _like(text: str, names: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"one is {names[len(names) // 2]!r}"
 
 
 def _any(patterns: Sequence[re.Pattern[str]], name: str, spellings: _Spellings) -> bool:
