@@ -13,14 +13,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.e2e.project import Project
+from tests.e2e.project import VARIANT, Project
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import attach, merge_into
+from trainer.adapters.lora import LoRA
+from trainer.adapters.targets import linear_layers
+from trainer.adapters.wrapping import base_weight
 from trainer.contract.config import load_config
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.events import EventReader
 from trainer.contract.jobs import TrainRequest
 from trainer.contract.run_dir import RunDir
+from trainer.contract.variants import get_variant
+from trainer.core.seams import BuildContext
 from trainer.engine import process_group
 from trainer.jobs.build import load_base
 from trainer.jobs.train import TrainingRun
@@ -78,19 +83,43 @@ PISSA = ("adapter.init='pissa_niter_2'", "adapter.dropout=0.0")
 @pytest.mark.parametrize("options", [EVERYTHING, PISSA], ids=["dropouts", "pissa"])
 def test_a_run_that_was_interrupted_ends_with_the_same_bits(train, project, options):
     options = (*options, "training.max_steps=4", "checkpoint.every_steps=2")
-    whole = train("whole", *options).read_bytes()
+    path = train("whole", *options)
     checkpoints = project.folder / "runs" / "whole" / "checkpoints"
     (project.folder / "runs" / "again").mkdir()
     shutil.copytree(checkpoints, project.folder / "runs" / "again" / "checkpoints")
     shutil.rmtree(project.folder / "runs" / "again" / "checkpoints" / "step-00000004")
     again = train("again", *options, resume="auto")
     assert [event["step"] for event in steps(project.folder, "again")] == [3, 4]
-    path = project.folder / "runs" / "whole" / "output" / "whole.safetensors"
-    assert whole == path.read_bytes()
     before, after = load_file(path), load_file(again)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(bool(value.any()) for value in before.values())
+
+
+def test_pissa_reads_weights_that_wait_in_ram(train):
+    options = (*PISSA, "adapter.rank=3")
+    kept, swapped = train("kept", *options), train("swapped", *options, "memory.blocks_to_swap=2")
+    before, after = load_file(kept), load_file(swapped)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("swapped", [0, 1])
+def test_pissa_begins_with_the_principal_part_of_fp8_weights(project, swapped):
+    memory = ("memory.weight_format='fp8_scaled'", f"memory.blocks_to_swap={swapped}")
+    config = load_config(project.config, (*memory, "distributed.device='cpu'"))
+    path, cpu = project.folder / "models" / "transformer.safetensors", torch.device("cpu")
+    reference = load_base(load_config(project.config, memory[:1]), path, expert=None, device=cpu)
+    weights = {name: base_weight(layer) for name, layer in linear_layers(reference).items()}
+    model = load_base(config, path, expert=None, device=cpu)
+    build = BuildContext(variant=get_variant(VARIANT), seed=0, device=cpu, total_steps=1)
+    adapter = LoRA(LoRA.Config(rank=3, init="pissa", alpha=6.0), build)
+    adapter.inject(model, 0)
+    for name in adapter.plan:
+        factors = (adapter.trainable()[f"{name}.{part}"].detach() for part in ("up", "down"))
+        up, down = factors
+        u, s, vt = torch.linalg.svd(weights[name].float())
+        expected = u[:, :3] @ torch.diag(s[:3]) @ vt[:3]
+        torch.testing.assert_close(2 * up @ down, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_training_goes_on_from_weights_and_keeps_their_ranks(train, project):
@@ -181,6 +210,18 @@ def test_chosen_weights_are_trained_and_the_others_keep_their_bits(train, projec
         train("tuned", "adapter.targets='attention'", frozen, resume="auto")
     with pytest.raises(ModelFileError, match="choice of weights"):
         train("tuned", frozen, resume="auto")
+
+
+@pytest.mark.slow
+def test_chosen_weights_that_zero_3_shards_are_written_beside_the_file_s_own(train, project):
+    fine_tune(project)
+    text = project.config.read_text().replace('weight_format = "fp32"', 'weight_format = "bf16"')
+    project.config.write_text(text)
+    sharded = ("distributed.engine='deepspeed'", "distributed.zero_stage=3")
+    output = train("sharded", "adapter.targets='attention'", *sharded)
+    before = load_file(project.folder / "models" / "transformer.safetensors")
+    for name, value in load_file(output).items():
+        assert torch.equal(value, before[name]) != ("_attn." in name), name
 
 
 def test_weights_of_a_chosen_part_learn_at_their_own_rate(train, project):

@@ -9,7 +9,9 @@ arXiv:2402.12354); dropped ranks and layers (`lora_dropout.py`) and bounded upda
 
 from __future__ import annotations
 
+import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -77,11 +79,10 @@ class LoRA(LinearAdapter):
     def facts(self) -> Mapping[str, Any]:
         """The same factors are another update at another scale, or beside another start."""
         scales = {name: layer.scale for name, layer in self._lora_layers().items()}
-        same = len(set(scales.values())) == 1
-        return {
-            "scale (alpha / rank)": next(iter(scales.values())) if same else scales,
-            "init": self.config.init.partition("_")[0],
-        }
+        told: float | str = next(iter(scales.values()), 1.0)
+        if len(set(scales.values())) > 1:
+            told = f"by layer, {zlib.crc32(json.dumps(scales).encode()):08x}"
+        return {"scale (alpha / rank)": told, "init": self.config.init.partition("_")[0]}
 
     def in_file(self) -> Mapping[str, FileLayer] | None:
         """Return the layers of `init_from`."""
