@@ -196,7 +196,7 @@ def test_each_expert_gets_its_own_frozen_adapters(train, project):
 def test_chosen_weights_are_trained_and_the_others_keep_their_bits(train, project):
     companion = train("companion", "adapter.include=['head.head']")
     fine_tune(project)
-    frozen = f"adapter.frozen=['{companion}']"
+    frozen = f"adapter.frozen=['{companion}', '{companion}']"
     output = train("tuned", "adapter.targets='ffn'", "adapter.include=['.*norm3']", frozen)
     before = load_file(project.folder / "models" / "transformer.safetensors")
     after = load_file(output)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from memory_configs import make_config
+from safetensors.torch import save_file
 
 from trainer.adapters.targets import linear_layers
 from trainer.contract.catalog import ADAPTERS
 from trainer.contract.config import RunConfig
+from trainer.contract.memory_model.phases import training_parts
 from trainer.contract.memory_model.trained import find_targets
 from trainer.contract.memory_model.weights import linear_shapes, num_parameters, parameter_sizes
+from trainer.contract.memory_model.workload import workload_of
 from trainer.contract.variants import VARIANTS, TransformerConfig, get_variant
 from trainer.core.seams import BuildContext
 from trainer.jobs.build import build_plugin
@@ -94,3 +98,13 @@ def test_a_chosen_part_of_the_model_writes_a_whole_model() -> None:
     assert part.output == num_parameters(shape)
     assert not part.front
     assert find_targets(make_config(full=True), shape).front
+
+
+def test_frozen_adapters_are_counted_where_they_lie(tmp_path: Path) -> None:
+    path = tmp_path / "style.safetensors"
+    save_file({"diffusion_model.blocks.0.ffn.0.lora_A.weight": torch.zeros(4, 1000)}, path)
+    for expert, number in (("low_noise", 1), ("high_noise", 2)):
+        both = [{"path": path}, {"path": path, "expert": "high_noise"}]
+        config = make_config("wan2.2-t2v-a14b", adapter={"frozen": both}, model={"expert": expert})
+        assert training_parts(workload_of(config))["frozen adapters"] == number * 4000 * 2
+    assert "frozen adapters" not in training_parts(workload_of(make_config()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ from trainer.core.seams import BuildContext, Technique
 from trainer.models.wan.loading import save_transformer
 from trainer.models.wan.transformer import WanTransformer
 
-_WRAPPED = ".base."
-"""In the names of parameters under an adapter that is not trained."""
+_WRAPPED = re.compile(r"(?:\.base)+\.")
+"""In the names of parameters under adapters that are not trained."""
 
 
 class FullFineTune:
@@ -92,7 +93,7 @@ class FullFineTune:
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         named = self._model().named_parameters()
-        return {name.replace(_WRAPPED, "."): parameter for name, parameter in named}
+        return {_WRAPPED.sub(".", name): parameter for name, parameter in named}
 
     def _model(self) -> WanTransformer:
         if self._transformer is None:

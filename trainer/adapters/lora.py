@@ -51,8 +51,8 @@ class LoRA(LinearAdapter):
         """Scale by alpha / √rank instead, so that larger ranks learn as fast as small ones."""
         init: str = Field("kaiming", pattern="^(kaiming|pissa|pissa_niter_[1-9][0-9]?)$")
         """How factors begin: `kaiming` (random down, zero up), `pissa` (the principal part of the
-        base's weight; the output is a LoRA of twice the rank), `pissa_niter_4` (the same by a
-        randomised SVD with 4 iterations, in seconds instead of minutes)."""
+        base's weight; the output is a LoRA of twice the rank), `pissa_niter_4` (nearly the same by
+        a randomised SVD with 4 iterations, which is much quicker)."""
         init_from: Path | None = None
         """LoRA (safetensors, any known layout) whose weights training starts from."""
         loraplus_lr_ratio: float | None = Field(None, gt=0)
