@@ -20,11 +20,15 @@ class Branch:
     """What a layer computes beside the base's product, in elements."""
 
     width: int = 0
-    """Of the low-rank activations, which are kept for the backward; the factors around them are
-    kept in the dtype of the activations, too."""
+    """Of the low-rank activations of a token, which are kept for the backward."""
+    factors: int = 0
+    """Of what is kept for the backward in the dtype of the activations: the factors."""
     formed: int = 0
-    """Of a weight-sized update that is made for each product, kept for the backward, and gets a
-    gradient there."""
+    """Of weight-sized matrices that the forward makes for the time of the product."""
+    formed_again: int = 0
+    """Of those that the backward makes."""
+    passing: int = 0
+    """Of what a token takes for the time of the product, there and in the backward."""
 
 
 TRAINED_PARAMETERS: dict[str, Callable[[Options, int, int], int]] = {
@@ -33,9 +37,9 @@ TRAINED_PARAMETERS: dict[str, Callable[[Options, int, int], int]] = {
 """Trained elements of a layer with so many inputs and outputs."""
 
 BRANCHES: dict[str, Callable[[Options, int, int], Branch]] = {
-    "lora": lambda options, inputs, outputs: Branch(width=_lora_width(options)),
+    "lora": lambda options, *sizes: _low_rank(_lora_width(options), *sizes),
 }
-"""What is not in the table is `Branch(width=rank)`."""
+"""What is not in the table is a low-rank product of the rank."""
 
 HELD: dict[str, Callable[[Options, Sequence[tuple[Options, Sizes]]], int]] = {
     "lora": lambda options, layers: _lora_held(layers) if _keeps_start(options) else 0,
@@ -58,7 +62,7 @@ def branch(kind: str, options: Options, inputs: int, outputs: int) -> Branch:
     """Return what one layer computes beside the base's product."""
     if kind in BRANCHES:
         return BRANCHES[kind](options, inputs, outputs)
-    return Branch(width=int(options.get("rank") or 0))
+    return _low_rank(int(options.get("rank") or 0), inputs, outputs)
 
 
 def held_elements(kind: str, options: Options, layers: Sequence[tuple[Options, Sizes]]) -> int:
@@ -74,6 +78,10 @@ def output_elements(kind: str, options: Options, trained: int) -> int:
 def _keeps_start(options: Options) -> bool:
     """Tell whether initial factors stay beside the trained ones (PiSSA)."""
     return str(options.get("init", "")).startswith("pissa")
+
+
+def _low_rank(width: int, inputs: int, outputs: int) -> Branch:
+    return Branch(width=width, factors=width * (inputs + outputs))
 
 
 def _lora_width(options: Options) -> int:

@@ -75,7 +75,7 @@ def step_flops(work: Workload) -> StepFlops:
         for name, (inputs, outputs) in layers.items()
     )
     lora = sum(
-        2.0 * rows * layer.width * sum(layers[name])
+        2.0 * rows * layer.branch.width * sum(layers[name])
         for block in work.targets.blocks
         for name, layer in block.layers
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from trainer.contract.memory_model.adapter_kinds import Branch
 from trainer.contract.memory_model.ledger import Buffer, Ledger
 
 FLOAT32 = 4
@@ -24,12 +25,10 @@ AttentionBackward = Callable[[Buffer], tuple[Buffer, Buffer, Buffer]]
 class AdapterLayer(NamedTuple):
     """What an adapter is on one layer, in elements."""
 
-    width: int
-    """Of its low-rank activations."""
     trained: int
     """Of its parameters."""
-    formed: int = 0
-    """Of a weight-sized update that it makes."""
+    branch: Branch
+    """What it computes beside the base's product."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,29 +116,32 @@ class Operators:
     def _adapter_linear(
         self, x: Buffer, rows: int, layer: Linear, adapter: AdapterLayer, *, unused: bool
     ) -> tuple[Buffer, Backward]:
-        ledger, e, width = self.ledger, self.element, adapter.width
+        ledger, e, branch = self.ledger, self.element, adapter.branch
         cast = 0 if e == FLOAT32 else e  # the factors are float32
-        share = adapter.trained / (layer.inputs + layer.outputs)
+        sides = layer.inputs + layer.outputs
+        trained, factors = adapter.trained / sides, branch.factors / sides
         kept = ledger.keep(x)
-        down = ledger.new(width * layer.inputs * cast)
-        low = ledger.new(rows * width * e)
-        up = ledger.new(width * layer.outputs * cast)
-        formed = ledger.new(adapter.formed * e)
+        down = ledger.new(factors * layer.inputs * cast)
+        low = ledger.new(rows * branch.width * e)
+        up = ledger.new(factors * layer.outputs * cast)
         out = self._product(rows, layer, unused=unused)
+        if not unused:
+            ledger.touch((branch.formed + rows * branch.passing) * e)
         if not ledger.recording:
-            ledger.drop(down, low, up, formed)
+            ledger.drop(down, low, up)
 
         def backward(grad: Buffer) -> Buffer | None:
             base = self._input_gradient(rows, layer)
-            low_grad = ledger.new(rows * width * e)
-            ledger.touch(max(width * layer.outputs, adapter.formed) * e)
-            ledger.drop(grad, low, up, formed)
-            ledger.gradient(share * layer.outputs * FLOAT32)
-            ledger.touch(width * layer.inputs * e)
-            branch = None if base is None else ledger.new(base.size)
+            low_grad = ledger.new(rows * branch.width * e)
+            ledger.touch((branch.formed_again + rows * branch.passing) * e)
+            ledger.touch(factors * layer.outputs * e)
+            ledger.drop(grad, low, up)
+            ledger.gradient(trained * layer.outputs * FLOAT32)
+            ledger.touch(factors * layer.inputs * e)
+            through = None if base is None else ledger.new(base.size)
             ledger.drop(kept, down, low_grad)
-            given = None if base is None else self.add(base, branch)
-            ledger.gradient(share * layer.inputs * FLOAT32)
+            given = None if base is None else self.add(base, through)
+            ledger.gradient(trained * layer.inputs * FLOAT32)
             return given
 
         return out, backward

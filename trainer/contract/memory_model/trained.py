@@ -123,7 +123,7 @@ def _adapter_targets(
         trained = trained_parameters(kind, own, inputs, outputs)
         beside = branch(kind, own, inputs, outputs)
         layers.append((own, sizes[name]))
-        blocks.add(name, AdapterLayer(beside.width, trained, beside.formed))
+        blocks.add(name, AdapterLayer(trained, beside))
         parts.append(
             TrainedPart(
                 name=name,
