@@ -82,7 +82,8 @@ class LoRA(LinearAdapter):
         told: float | str = next(iter(scales.values()), 1.0)
         if len(set(scales.values())) > 1:
             told = f"by layer, {zlib.crc32(json.dumps(scales).encode()):08x}"
-        return {"scale (alpha / rank)": told, "init": self.config.init.partition("_")[0]}
+        start = {} if self.config.init == "kaiming" else {"init": "pissa"}
+        return {"scale (alpha / rank)": told, **start}
 
     def in_file(self) -> Mapping[str, FileLayer] | None:
         """Return the layers of `init_from`."""
