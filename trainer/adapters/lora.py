@@ -168,7 +168,7 @@ class LoRA(LinearAdapter):
         if alpha is not None:
             return alpha / divisor
         if self.config.rank == "from_weights":
-            return self._start[name].scale
+            return self._start[name].scale or 1.0  # a file of scale 0 has an update of 0
         return 1.0
 
     def _lora_layers(self) -> dict[str, LoRALinear]:
