@@ -13,6 +13,7 @@ import torch
 from trainer.attention.sequence import SequenceGroup
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError
+from trainer.contract.experts import single_expert
 from trainer.contract.metadata import TrainingFacts, training_metadata
 from trainer.contract.variants import Variant
 from trainer.core.seams import Adapter, BuildContext, Engine, OptimizerFactory, Technique
@@ -32,6 +33,7 @@ from trainer.jobs.build import (
     make_base,
     trained_transformer_file,
 )
+from trainer.jobs.companions import attach_companions
 from trainer.jobs.deepspeed_settings import deepspeed_settings
 from trainer.jobs.environment import menma_version
 from trainer.jobs.neighbours import neighbours
@@ -138,11 +140,13 @@ def build_model(
 
     def load() -> WanTransformer:
         share = neighbours(world) if config.memory.swapped_blocks else None
+        expert = single_expert(config)
         if weights is not None:
             transformer = make_base(config, weights, device=device, share=share)
+            attach_companions(config, transformer, expert)
         else:
             path = trained_transformer_file(config)
-            transformer = load_base(config, path, device=device, share=share)
+            transformer = load_base(config, path, expert=expert, device=device, share=share)
         on_load(transformer)
         return transformer
 
