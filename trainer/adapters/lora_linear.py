@@ -48,15 +48,30 @@ class LoRALinear(AdapterLinear):
             return _unflatten(self.base(x_NI), x)
         low_NR = F.linear(x_NI, self.down.to(x.dtype))
         low_NR = F.dropout(low_NR, self.dropout, self.training)
-        up_OR = self.up.to(x.dtype)
-        branch_NO = _Branch.apply(low_NR, up_OR, factor)  # type: ignore[no-untyped-call]
-        low_NR, up_OR = low_NR.detach(), up_OR.detach()
-        out_NO: Tensor = _Add.apply(self.base(x_NI), branch_NO, low_NR, up_OR, factor)  # type: ignore[no-untyped-call]
-        return _unflatten(out_NO, x)
+        return add_low_rank(self.base, x, low_NR, self.up.to(x.dtype), factor)
 
     def extra_repr(self) -> str:
         """Name the rank and scale where the module is printed."""
         return f"rank={self.down.shape[0]}, scale={self.scale:g}, strength={self.strength:g}"
+
+
+def add_low_rank(
+    base: nn.Module, x: Tensor, low_NR: Tensor, up_OR: Tensor, factor: float
+) -> Tensor:
+    """Return base(x) + factor · low @ upᵀ, (..., O).
+
+    Args:
+        base: the layer that is adapted.
+        x: its input, (..., I), N rows in all.
+        low_NR: what the down factor made of x.
+        up_OR: in the dtype of x.
+        factor: scale of the product.
+    """
+    branch_NO = _Branch.apply(low_NR, up_OR, factor)  # type: ignore[no-untyped-call]
+    low_NR, up_OR = low_NR.detach(), up_OR.detach()
+    base_NO = base(x.reshape(-1, x.shape[-1]))
+    out_NO: Tensor = _Add.apply(base_NO, branch_NO, low_NR, up_OR, factor)  # type: ignore[no-untyped-call]
+    return _unflatten(out_NO, x)
 
 
 class _Branch(torch.autograd.Function):

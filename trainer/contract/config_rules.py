@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from trainer.contract.adapter_kind_rules import adapter_kind_rule
 from trainer.contract.catalog import ATTENTION, SOLVERS
 from trainer.contract.cluster_rules import cluster_rule, hostfile_problems
 from trainer.contract.config import RunConfig
@@ -362,4 +363,5 @@ _RULES: tuple[Rule, ...] = (
     _attention,
     _fp8,
     _output,
+    adapter_kind_rule,
 )

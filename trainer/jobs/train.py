@@ -153,7 +153,7 @@ class TrainingRun:
                 Run(
                     engine=engine,
                     steps=data.steps,
-                    lr_at=learning_rate(config, build),
+                    lr_at=learning_rate(config, build, model.techniques),
                     techniques=model.techniques,
                     plan=plan(config, data.total_steps),
                     keeper=keeper,
