@@ -82,7 +82,9 @@ def test_matrices_come_from_the_seed_and_are_shared_by_all_layers_of_a_width(bui
     injected(models[1], build, exclude=(r"blocks\.0\..*",))
     injected(models[2], build, projection_seed=1)
     one, other, seeded = (model.blocks[2] for model in models)
-    assert one.ffn[0]._down_RI is one.self_attn.q._down_RI is models[0].blocks[0].cross_attn.k._down_RI
+    assert (
+        one.ffn[0]._down_RI is one.self_attn.q._down_RI is models[0].blocks[0].cross_attn.k._down_RI
+    )
     assert torch.equal(one.ffn[0]._up_OR, other.ffn[0]._up_OR)
     assert not torch.equal(one.ffn[0]._up_OR, seeded.ffn[0]._up_OR)
     assert not any("_RI" in name or "_OR" in name for name in models[0].state_dict())

@@ -108,8 +108,8 @@ class RankMask:
         return transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
 
     @property
-    def mask_BR(self) -> Tensor:
-        """The mask of the forward that runs, float32.
+    def current(self) -> Tensor:
+        """The mask of the forward that runs, (B, R) float32.
 
         Raises:
             RuntimeError: the layer is used outside of a transformer's forward.
@@ -148,7 +148,7 @@ class TLoRALinear(LoRALinear):
         if factor == 0.0:
             result: Tensor = self.base(x)
             return result
-        mask_BR = self.mask.mask_BR.to(x.dtype)
+        mask_BR = self.mask.current.to(x.dtype)
         low = F.linear(x, self.down.to(x.dtype))
         # An adapter around this one hands on the rows of all samples as one batch.
         low_BLR = low.view(mask_BR.shape[0], -1, mask_BR.shape[1]) * mask_BR[:, None]
