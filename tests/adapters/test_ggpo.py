@@ -13,6 +13,8 @@ from trainer.adapters.perturbed_linear import NoiseState, PerturbedLinear, produ
 from trainer.core.rng import generator
 from trainer.core.types import Batch
 from trainer.engine.local import LocalEngine
+from trainer.memory.block_swap import BlockSwap
+from trainer.memory.streams import HostStreams
 from trainer.optimizers.adamw import AdamW
 from trainer.quant.fp8 import Fp8Spec, quantise
 from trainer.quant.linear import Fp8Linear
@@ -118,8 +120,12 @@ def microbatches(step):
     return [Batch(latents_BCFHW=empty, context=(), item_seeds=(10 * step + i,)) for i in (1, 2)]
 
 
-def make(build, **options):
+def make(build, swapped=0, **options):
     model = make_transformer(num_layers=2)
+    if swapped:
+        model.requires_grad_(False)
+        model.blocks.swap = BlockSwap(list(model.blocks), swapped, HostStreams())
+        model.gradient_checkpointing = True
     adapter = GGPO(GGPO.Config(**({"rank": 3, "norms_every_steps": 2} | options)), build)
     adapter.inject(model, 4)
     random = torch.Generator().manual_seed(8)
@@ -180,11 +186,14 @@ def test_norms_are_taken_every_so_many_steps(build):
         assert torch.equal(g0, g1) != anew
 
 
-@pytest.mark.parametrize(("checkpointing", "chunks"), [(True, 1), (True, 3), (False, 3), (2, 1)])
-def test_what_is_recomputed_sees_the_same_noise(build, checkpointing, chunks):
+@pytest.mark.parametrize(
+    ("checkpointing", "chunks", "swapped"),
+    [(True, 1, 0), (True, 3, 2), (False, 3, 0), (2, 1, 0)],
+)
+def test_what_is_recomputed_sees_the_same_noise(build, checkpointing, chunks, swapped):
     found = []
     for memory in (False, True):
-        model, adapter, *_ = made = make(build, sigma=0.5)
+        model, adapter, *_ = made = make(build, swapped if memory else 0, sigma=0.5)
         train(made, [1])
         if memory:
             model.gradient_checkpointing = checkpointing

@@ -16,6 +16,8 @@ from trainer.adapters.formats.writer import save_adapter
 from trainer.adapters.rank_mask import METADATA_KEY, RankSchedule
 from trainer.adapters.tlora import TLoRA
 from trainer.contract.errors import ConfigError, ModelFileError
+from trainer.memory.block_swap import BlockSwap
+from trainer.memory.streams import HostStreams
 from trainer.models.wan.conditioning import first_frame_timestep
 
 from .tiny_models import expected_weights, make_factors, make_transformer, model_inputs, run
@@ -122,15 +124,25 @@ def test_each_sample_has_the_update_of_its_own_timestep(build):
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "chunks", "keep_attention"),
-    [(False, 1, False), (False, 3, False), (True, 1, True), (True, 3, False), (2, 3, True)],
+    ("checkpointing", "chunks", "keep_attention", "swapped"),
+    [
+        (False, 1, False, 0),
+        (False, 3, False, 0),
+        (True, 1, True, 0),
+        (True, 3, False, 2),
+        (2, 3, True, 0),
+    ],
 )
 def test_a_forward_at_another_timestep_before_the_backward_changes_nothing(
-    build, checkpointing, chunks, keep_attention
+    build, checkpointing, chunks, keep_attention, swapped
 ):
     """The backward computes parts of the first forward anew, when the second has left its mask."""
     model = make_transformer().train()
+    if swapped:
+        model.requires_grad_(False)
+        model.blocks.swap = BlockSwap(list(model.blocks), swapped, HostStreams())
     adapter = trained(model, build)
+    model.gradient_checkpointing = bool(swapped)
     first, second = batch(model), batch(model, (900.0, 20.0, 500.0), seed=8)
     run(model, first).square().mean().backward()
     of_first = gradients(adapter)
