@@ -13,7 +13,7 @@ from trainer.contract.adapter_kind_rules import OUTER_LAYERS
 from trainer.contract.catalog import ADAPTERS
 from trainer.contract.config import RunConfig
 from trainer.contract.config_rules import check_rules
-from trainer.contract.memory_model.adapter_kinds import TRAINED_PARAMETERS
+from trainer.contract.memory_model.adapter_kinds import HELD, TRAINED_PARAMETERS
 from trainer.contract.variants import get_variant
 from trainer.core.seams import BuildContext
 
@@ -81,3 +81,26 @@ def test_the_estimate_counts_what_is_trained(kind, options):
         layer = name.rpartition(".")[0]
         counted[layer] = counted.get(layer, 0) + parameter.numel()
     assert counted == {name: TRAINED_PARAMETERS[kind](options, *sizes[name]) for name in counted}
+
+
+def test_the_estimate_counts_what_is_held():
+    model = make_transformer(num_layers=2)
+    build = BuildContext(
+        variant=get_variant("wan2.1-t2v-1.3b"), seed=0, device=torch.device("cpu"), total_steps=1
+    )
+    sizes = {n: (m.in_features, m.out_features) for n, m in linear_layers(model).items()}
+    layers = [({}, size) for name, size in sizes.items() if name.startswith("blocks.")]
+    ggpo: Any = ADAPTERS.load("ggpo")
+    adapter = ggpo(ggpo.Config(), build)
+    adapter.inject(model, 0)
+    norms = sum(2 * layer.weight_norms_O.numel() for layer in adapter.perturbed_layers().values())
+    assert HELD["ggpo"]({}, layers) == norms
+    vera: Any = ADAPTERS.load("vera")
+    adapter = vera(vera.Config(rank=6), build)
+    adapter.inject(make_transformer(num_layers=2), 0)
+    held = sum(tensor.numel() for tensor in adapter._projections._made.values())
+    assert HELD["vera"]({"rank": 6}, layers) == held
+    assert HELD["relora"]({}, layers) == 0
+    assert HELD["relora"]({"frozen_max_rank": 2}, layers) == 2 * sum(
+        map(sum, (s for _, s in layers))
+    )

@@ -73,7 +73,7 @@ class Model:
     shape: TransformerConfig = SHAPE
     per_token: bool = False
     lora: bool = False
-    kind: type[LoRA] = LoRA
+    kind: Any = LoRA
     prepare: Callable[[WanTransformer], None] = untouched
 
 
@@ -151,7 +151,7 @@ def build(shape: TransformerConfig = SHAPE) -> WanTransformer:
     return model
 
 
-def lora(model: WanTransformer, dropout: float = 0.0, kind: type[LoRA] = LoRA) -> LoRA:
+def lora(model: WanTransformer, dropout: float = 0.0, kind: Any = LoRA) -> Any:
     """Put a LoRA on the model whose factors are not zero."""
     adapter = kind(kind.Config(rank=4, dropout=dropout), BUILD)
     adapter.inject(model, seed=0)

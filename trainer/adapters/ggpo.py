@@ -17,16 +17,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trainer.adapters.lora import LoRA
+from trainer.adapters.low_rank_adapter import LowRankAdapter, LowRankOptions
 from trainer.adapters.perturbed_linear import NoiseState, PerturbedLinear, product_row_norms
 from trainer.core.seams import BuildContext, Engine, Technique
 from trainer.core.types import Batch
 
 
-class GGPO(LoRA):
+class GGPO(LowRankAdapter):
     """Trains a LoRA under noise; the file is an ordinary LoRA."""
 
-    class Config(LoRA.Config):
+    class Config(LowRankOptions):
         """Options of `[adapter] kind = "ggpo"`."""
 
         sigma: float = Field(0.03, ge=0, le=1)
@@ -44,16 +44,8 @@ class GGPO(LoRA):
 
     def make_layer(self, name: str, base: nn.Module, seed: int) -> PerturbedLinear:
         """Return a branch that adds nothing yet but noise; initial factors are those of LoRA."""
-        plain = super().make_layer(name, base, seed)
-        return PerturbedLinear(
-            base,
-            plain.down,
-            plain.up,
-            plain.scale,
-            plain.dropout,
-            name=name,
-            noise=self._noise,
-        )
+        factors, dropout = self.first_factors(name, base, seed), self.config.dropout
+        return PerturbedLinear(base, *factors, self.scale, dropout, name=name, noise=self._noise)
 
     def perturbed_layers(self) -> dict[str, PerturbedLinear]:
         """Return the layers by canonical module name."""

@@ -11,7 +11,6 @@ Shape letters: R rank, K rank of the frozen part, I input width, O output width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,8 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.adapters.base import LoRAFactors, Update
-from trainer.adapters.lora import LoRA
 from trainer.adapters.lora_linear import LoRALinear
+from trainer.adapters.low_rank_adapter import LowRankAdapter, LowRankOptions, random_down
 from trainer.adapters.wrapping import unwrap
 from trainer.contract.errors import ConfigError
 from trainer.core.rng import generator
@@ -45,10 +44,10 @@ class FrozenPart(LoRALinear):
         self.down, self.up = down, up
 
 
-class ReLoRA(LoRA):
+class ReLoRA(LowRankAdapter):
     """Trains a LoRA in cycles; the file is an ordinary LoRA that holds all of them."""
 
-    class Config(LoRA.Config):
+    class Config(LowRankOptions):
         """Options of `[adapter] kind = "relora"`."""
 
         restart_every_steps: int = Field(500, ge=1)
@@ -81,7 +80,8 @@ class ReLoRA(LoRA):
         inputs, outputs = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
         none_yet = torch.zeros(0, inputs, device=device), torch.zeros(outputs, 0, device=device)
         frozen = FrozenPart(base, *none_yet, self.scale)
-        return super().make_layer(name, frozen, seed)
+        factors = self.first_factors(name, base, seed)
+        return LoRALinear(frozen, *factors, self.scale, self.config.dropout)
 
     def set_strength(self, strength: float) -> None:
         """Multiply the update by `strength`; 0 gives the base model, exactly."""
@@ -189,11 +189,8 @@ class Restarts(Technique):
         for name, layer in self._adapter.trained_layers().items():
             down, up = layer.down.detach(), layer.up.detach()
             frozen[name].take(down, up, self._options.frozen_max_rank)
-            bound = 1 / math.sqrt(down.shape[1])
             random = generator(self._seed, "relora", cycle, name)
-            fresh[f"{name}.down"] = torch.empty(down.shape).uniform_(
-                -bound, bound, generator=random
-            )
+            fresh[f"{name}.down"] = random_down(down.shape[0], down.shape[1], random)
             fresh[f"{name}.up"] = torch.zeros(up.shape)
             for key in (f"{name}.down", f"{name}.up"):
                 drawn = torch.rand(fresh[key].shape, generator=random)

@@ -15,19 +15,19 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trainer.adapters.lora import LoRA
+from trainer.adapters.low_rank_adapter import LowRankAdapter, LowRankOptions
 from trainer.adapters.rank_mask import METADATA_KEY, RankMask, RankSchedule, TLoRALinear
 from trainer.contract.errors import ConfigError
 from trainer.core.seams import BuildContext
 
 
-class TLoRA(LoRA):
+class TLoRA(LowRankAdapter):
     """Trains a LoRA of which a timestep's share of the ranks acts.
 
     The file is an ordinary LoRA; that it is a T-LoRA its metadata say.
     """
 
-    class Config(LoRA.Config):
+    class Config(LowRankOptions):
         """Options of `[adapter] kind = "tlora"`."""
 
         min_rank: int = Field(1, ge=1)
@@ -86,8 +86,8 @@ class TLoRA(LoRA):
 
     def make_layer(self, name: str, base: nn.Module, seed: int) -> TLoRALinear:
         """Return a masked branch that adds nothing yet; initial factors are those of LoRA."""
-        plain = super().make_layer(name, base, seed)
-        return TLoRALinear(base, plain.down, plain.up, plain.scale, plain.dropout, mask=self._mask)
+        factors = self.first_factors(name, base, seed)
+        return TLoRALinear(base, *factors, self.scale, self.config.dropout, mask=self._mask)
 
     def write_output(
         self,
