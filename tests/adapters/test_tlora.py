@@ -243,6 +243,25 @@ def test_two_files_with_masks_of_their_own_work_side_by_side(build, tmp_path):
     torch.testing.assert_close(run(both, inputs), run(model, inputs), rtol=2e-4, atol=2e-5)
 
 
+@torch.no_grad()
+def test_two_experts_with_the_same_file_keep_their_own_timesteps(build, tmp_path):
+    trained_on = make_transformer()
+    adapter = trained(trained_on, build)
+    path = tmp_path / "t.safetensors"
+    state = {n: p.detach() for n, p in adapter.trainable().items()}
+    adapter.write_output(state, path, layout="comfy", dtype=torch.float32, metadata={})
+    experts = [make_transformer(), make_transformer(seed=1)]
+    for expert in experts:
+        attach(expert, load_adapter(path))
+    calls = [(experts[i % 2], batch(experts[0], (t,))) for i, t in enumerate((950.0, 20.0, 500.0))]
+    interleaved = [run(*call) for call in calls]
+    alone = [run(*call) for call in (calls[1], calls[0], calls[2])]
+    assert torch.equal(interleaved[0], alone[1])
+    assert torch.equal(interleaved[1], alone[0])
+    assert torch.equal(interleaved[2], alone[2])
+    torch.testing.assert_close(interleaved[0], run(trained_on, calls[0][1]), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [

@@ -71,6 +71,12 @@ def test_a_sample_with_the_file_is_the_sample_of_the_training(project, whole):
     assert (ours - base).abs().max() > 20 * (ours - theirs).abs().max()
 
 
+def test_learning_rate_rises_again_after_each_restart(whole):
+    kind, done = whole
+    rates = [event["lr"] for event in done.of("step")]
+    assert rates == ([0.02, 0.02, 0.01, 0.02, 0.01, 0.02] if kind == "relora" else [0.02] * STEPS)
+
+
 def test_the_file_is_an_ordinary_lora(project, whole):
     kind, _ = whole
     read = load_adapter(project.output(kind))
@@ -123,6 +129,13 @@ def test_deepspeed_trains_the_same(project, whole, stage):
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=1e-4)
+    if kind == "ggpo":
+        norms = {k: v for k, v in held(project, name).items() if k.endswith("_norms_O")}
+        assert len(norms) == 2 * len(load_adapter(project.output(name)))
+        for key, value in held(project, kind).items():
+            if key in norms:
+                assert value.min() > 0
+                torch.testing.assert_close(norms[key], value, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trainer.adapters.low_rank_adapter import LowRankAdapter, LowRankOptions
 from trainer.adapters.perturbed_linear import NoiseState, PerturbedLinear, product_row_norms
-from trainer.core.seams import BuildContext, Engine, Technique
+from trainer.core.seams import BuildContext, Technique, TrainingState
 from trainer.core.types import Batch
 
 
@@ -70,12 +70,12 @@ class Perturbation(Technique):
         self._layers = dict(layers)
         self._noise = noise
         self._every = every_steps
-        self._engine: Engine | None = None
+        self._state: TrainingState | None = None
         self._seen: dict[str, _Seen] = {}
 
-    def connect(self, engine: Engine) -> None:
-        """Take the engine, and watch the gradients."""
-        self._engine = engine
+    def connect(self, state: TrainingState) -> None:
+        """Take what means over processes go through, and watch the gradients."""
+        self._state = state
         for name, layer in self._layers.items():
             for which, parameter in (("down", layer.down), ("up", layer.up)):
                 hook = partial(self._saw, name, which, parameter)
@@ -119,14 +119,14 @@ class Perturbation(Technique):
 
     @torch.no_grad()
     def _measure(self) -> None:
-        if self._engine is None:
+        if self._state is None:
             raise RuntimeError("call connect() first")
         for name, layer in self._layers.items():
             seen = self._seen.pop(name, _Seen())
             means = {}
             for which, parameter in (("down", layer.down), ("up", layer.up)):
                 gradient = seen.gradients.get(which, torch.zeros_like(parameter))
-                means[which] = self._engine.mean_over_ranks(gradient)
+                means[which] = self._state.mean_over_ranks(gradient)
             factors = {"down": layer.down, "up": layer.up} | seen.factors
             layer.gradient_norms_O.copy_(
                 product_row_norms(

@@ -23,7 +23,7 @@ from trainer.adapters.low_rank_adapter import LowRankAdapter, LowRankOptions, ra
 from trainer.adapters.wrapping import unwrap
 from trainer.contract.errors import ConfigError
 from trainer.core.rng import generator
-from trainer.core.seams import BuildContext, Engine, Technique
+from trainer.core.seams import BuildContext, Technique, TrainingState
 
 
 class FrozenPart(LoRALinear):
@@ -136,21 +136,21 @@ class Restarts(Technique):
         self._adapter = adapter
         self._options = adapter.config
         self._seed = seed
-        self._engine: Engine | None = None
+        self._state: TrainingState | None = None
 
-    def connect(self, engine: Engine) -> None:
-        """Take the engine, which holds the weights and the optimizer's state.
+    def connect(self, state: TrainingState) -> None:
+        """Take the weights and the optimizer's state.
 
         Raises:
             ConfigError: the optimizer keeps its state in a form of its own.
         """
-        if self._options.optimizer_reset_ratio and not engine.has_elementwise_state:
+        if self._options.optimizer_reset_ratio and not state.has_elementwise_state:
             raise ConfigError(
                 "ReLoRA forgets a part of the optimizer's state, and that of this optimizer cannot "
                 "be taken apart",
                 hint='set optimizer.kind = "adamw", or adapter.optimizer_reset_ratio = 0',
             )
-        self._engine = engine
+        self._state = state
 
     def lr_factor(self, step: int) -> float:
         """Return 1 in the first cycle; after a restart the rate rises to 1 in a straight line."""
@@ -181,7 +181,7 @@ class Restarts(Technique):
 
     @torch.no_grad()
     def _restart(self, cycle: int) -> None:
-        if self._engine is None:
+        if self._state is None:
             raise RuntimeError("call connect() first")
         fresh: dict[str, Tensor] = {}
         kept: dict[str, Tensor] = {}
@@ -195,9 +195,9 @@ class Restarts(Technique):
             for key in (f"{name}.down", f"{name}.up"):
                 drawn = torch.rand(fresh[key].shape, generator=random)
                 kept[key] = (drawn >= ratio).float()
-        self._engine.overwrite(fresh)
+        self._state.overwrite(fresh)
         if ratio:
-            self._engine.scale_state(kept)
+            self._state.scale_state(kept)
 
 
 def truncated(down_KI: Tensor, up_OK: Tensor, rank: int) -> tuple[Tensor, Tensor]:

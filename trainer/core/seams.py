@@ -197,6 +197,31 @@ class Need(StrEnum):
     FULL_GRADS = "full_grads"
 
 
+class TrainingState(Protocol):
+    """What an engine holds, for techniques that look at it or change it between two steps."""
+
+    @property
+    def has_elementwise_state(self) -> bool:
+        """Whether the optimizer keeps one value an element, which `scale_state` needs."""
+        ...
+
+    def overwrite(self, values: Mapping[str, Tensor]) -> None:
+        """Replace trained parameters, given whole and equal on all ranks. A collective call."""
+        ...
+
+    def scale_state(self, factors: Mapping[str, Tensor]) -> None:
+        """Multiply the optimizer's state of parameters, value by value; step counts stay.
+
+        Raises:
+            ValueError: not `has_elementwise_state`, or no such parameter.
+        """
+        ...
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """Return the mean of a float32 tensor over all ranks, on its device. A collective call."""
+        ...
+
+
 class Technique:
     """Optional behaviour. Override only what you need; every default does nothing."""
 
@@ -205,8 +230,8 @@ class Technique:
     needs: ClassVar[frozenset[Need]] = frozenset()
     Config: ClassVar[type[Options]]
 
-    def connect(self, engine: Engine) -> None:
-        """Take notice of the engine, once, before the first step and before `load_state_dict`.
+    def connect(self, state: TrainingState) -> None:
+        """Take what the engine holds, once, before the first step and before `load_state_dict`.
 
         Raises:
             ConfigError: the engine or its optimizer cannot do what this needs.
@@ -286,27 +311,6 @@ class Engine(Protocol):
 
         A collective call; ranks other than 0 may get an empty dict.
         """
-        ...
-
-    @property
-    def has_elementwise_state(self) -> bool:
-        """Whether the optimizer keeps one value an element, which `scale_state` needs."""
-        ...
-
-    def overwrite(self, values: Mapping[str, Tensor]) -> None:
-        """Replace trained parameters, given whole and equal on all ranks. A collective call."""
-        ...
-
-    def scale_state(self, factors: Mapping[str, Tensor]) -> None:
-        """Multiply the optimizer's state of parameters, value by value; step counts stay.
-
-        Raises:
-            ValueError: not `has_elementwise_state`, or no such parameter.
-        """
-        ...
-
-    def mean_over_ranks(self, values: Tensor) -> Tensor:
-        """Return the mean of a float32 tensor over all ranks, on its device. A collective call."""
         ...
 
     def save_state(self, folder: Path) -> None:

@@ -205,7 +205,7 @@ def build_engine(
 
 def _make_engine(
     config: RunConfig, model: TrainedModel, build: BuildContext, world: World
-) -> Engine:
+) -> LocalEngine | DeepSpeedEngine:
     factory: OptimizerFactory = build_plugin(config.optimizer, "kind", build, where="optimizer")
     if engine_kind(config) == "local":
         if world.world_size > 1 or config.distributed.zero_stage:
