@@ -99,7 +99,7 @@ def test_the_file_is_an_ordinary_lora(project, whole):
     assert all("all its ranks act" in message for message in warned)
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("at", [1, 2])
 def test_a_run_goes_on_bit_for_bit_from_any_phase(project, whole, at):
     kind, _ = whole
     name = f"{kind}-{at}"
@@ -115,7 +115,7 @@ def test_a_run_goes_on_bit_for_bit_from_any_phase(project, whole, at):
     shutil.rmtree(project.run(name).root)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_trains_the_same(project, whole, stage):
     kind, _ = whole
     name = f"{kind}-zero{stage}"
