@@ -71,10 +71,7 @@ class LoRALinear(AdapterLinear):
         low_NR = F.dropout(low_NR, self.dropout, self.training)
         if self.mask_BR is not None and self.training:
             low_NR = _masked(low_NR, self.mask_BR, x)
-        branch_NO = _Branch.apply(low_NR, up_OR, factor)  # type: ignore[no-untyped-call]
-        low_NR, up_OR = low_NR.detach(), up_OR.detach()
-        out_NO: Tensor = _Add.apply(self.base(x_NI), branch_NO, low_NR, up_OR, factor)  # type: ignore[no-untyped-call]
-        return _unflatten(out_NO, x)
+        return add_low_rank(self.base, x, low_NR, up_OR, factor)
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return down and up; with a start [A; A0] and [B, -B0]."""
@@ -87,6 +84,25 @@ class LoRALinear(AdapterLinear):
     def extra_repr(self) -> str:
         """Name the rank and scale where the module is printed."""
         return f"rank={self.down.shape[0]}, scale={self.scale:g}, strength={self.strength:g}"
+
+
+def add_low_rank(
+    base: nn.Module, x: Tensor, low_NR: Tensor, up_OR: Tensor, factor: float
+) -> Tensor:
+    """Return base(x) + factor · low @ upᵀ, (..., O).
+
+    Args:
+        base: the layer that is adapted.
+        x: its input, (..., I), N rows in all.
+        low_NR: what the down factor made of x.
+        up_OR: in the dtype of x.
+        factor: scale of the product.
+    """
+    branch_NO = _Branch.apply(low_NR, up_OR, factor)  # type: ignore[no-untyped-call]
+    low_NR, up_OR = low_NR.detach(), up_OR.detach()
+    base_NO = base(x.reshape(-1, x.shape[-1]))
+    out_NO: Tensor = _Add.apply(base_NO, branch_NO, low_NR, up_OR, factor)  # type: ignore[no-untyped-call]
+    return _unflatten(out_NO, x)
 
 
 class _Branch(torch.autograd.Function):

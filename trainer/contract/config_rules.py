@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from trainer.contract.adapter_kind_rules import adapter_kind_rule
 from trainer.contract.adapter_rules import adapter_files, adapter_rule
 from trainer.contract.catalog import ATTENTION, SOLVERS
 from trainer.contract.cluster_rules import cluster_rule, hostfile_problems
@@ -349,4 +350,5 @@ _RULES: tuple[Rule, ...] = (
     _fp8,
     _output,
     adapter_rule,
+    adapter_kind_rule,
 )

@@ -28,6 +28,8 @@ def run_merge(request: MergeRequest, emit: Emit) -> None:
         dtype=_DTYPES[request.dtype] if request.dtype else None,
         force=request.force,
     )
+    for note in report.notes:
+        emit("warning", message=note)
     emit(
         "output",
         path=str(report.output),

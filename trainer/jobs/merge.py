@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import fitting_modules
 from trainer.adapters.base import AdapterFile, Update
+from trainer.adapters.rank_mask import lost_by_merging
 from trainer.contract.diffusers_names import MARKER
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.experts import SHARED
@@ -35,6 +36,8 @@ class MergeReport:
     num_tensors: int
     num_changed: int
     num_bytes: int
+    notes: tuple[str, ...] = ()
+    """What of the LoRAs a merge cannot keep, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,7 @@ def merge_loras(
         num_tensors=len(plan),
         num_changed=len(shares),
         num_bytes=output.stat().st_size,
+        notes=tuple(filter(None, (lost_by_merging(a.metadata, a.path) for a in adapters))),
     )
 
 

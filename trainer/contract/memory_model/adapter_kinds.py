@@ -31,8 +31,29 @@ class Branch:
     """Of what a token takes for the time of the product, there and in the backward."""
 
 
+def _rank(options: Options) -> int:
+    return int(options["rank"])
+
+
+def _relora_held(options: Options, layers: Sequence[tuple[Options, Sizes]]) -> int:
+    """The frozen part, where it has a limit; it grows by the trained part a cycle else."""
+    rank = int(options.get("frozen_max_rank") or 0)
+    return sum(rank * (inputs + outputs) for _, (inputs, outputs) in layers)
+
+
+def _vera_held(options: Options, layers: Sequence[tuple[Options, Sizes]]) -> int:
+    """One matrix for each width at each end."""
+    widths = {i for _, (i, _) in layers}, {o for _, (_, o) in layers}
+    return _rank(options) * sum(map(sum, widths))
+
+
 TRAINED_PARAMETERS: dict[str, Callable[[Options, int, int], int]] = {
-    "lora": lambda options, inputs, outputs: int(options["rank"]) * (inputs + outputs),
+    "lora": lambda options, *sizes: _rank(options) * sum(sizes),
+    "tlora": lambda options, *sizes: _rank(options) * sum(sizes),
+    "singlora": lambda options, *sizes: _rank(options) * max(sizes),
+    "relora": lambda options, *sizes: _rank(options) * sum(sizes),
+    "ggpo": lambda options, *sizes: _rank(options) * sum(sizes),
+    "vera": lambda options, inputs, outputs: _rank(options) + outputs,
 }
 """Trained elements of a layer with so many inputs and outputs."""
 
@@ -43,6 +64,9 @@ BRANCHES: dict[str, Callable[[Options, int, int], Branch]] = {
 
 HELD: dict[str, Callable[[Options, Sequence[tuple[Options, Sizes]]], int]] = {
     "lora": lambda options, layers: _lora_held(layers) if _keeps_start(options) else 0,
+    "relora": _relora_held,
+    "ggpo": lambda options, layers: sum(2 * outputs for _, (_, outputs) in layers),
+    "vera": _vera_held,
 }
 """Float32 elements that are kept on the GPU and not trained, of all layers together, given the
 adapter's options and each layer's own. What is not in the table holds nothing."""

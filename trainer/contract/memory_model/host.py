@@ -78,6 +78,8 @@ def disk_parts(work: Workload) -> dict[str, int]:
         **{name: round(size) for name, size in cache_disk_parts(work, work.clip).items()},
         # One more while the newest is being written.
         "checkpoints": round(state * (min(kept, saves + 1) + 1)),
-        "outputs": round(outputs * work.targets.output * ELEMENT[config.output.dtype]),
+        "outputs": round(
+            outputs * work.adapters * work.targets.output * ELEMENT[config.output.dtype]
+        ),
         **{name: round(size) for name, size in offloaded_disk_parts(work).items()},
     }
