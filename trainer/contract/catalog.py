@@ -9,6 +9,9 @@ from trainer.contract.registry import Entry, Registry
 ADAPTERS: Registry[Any] = Registry(
     "adapter",
     Entry("lora", "trainer.adapters.lora:LoRA", "low-rank update of the block linears"),
+    Entry("loha", "trainer.adapters.loha:LoHa", "elementwise product of two low-rank updates"),
+    Entry("lokr", "trainer.adapters.lokr:LoKr", "Kronecker product of two small matrices"),
+    Entry("dora", "trainer.adapters.dora:DoRA", "low-rank directions, lengths of their own"),
     Entry(
         "none", "trainer.adapters.full:FullFineTune", "no adapter: train the model's own weights"
     ),

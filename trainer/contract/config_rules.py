@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from trainer.contract.adapter_layouts import layout_problem
 from trainer.contract.catalog import ATTENTION, SOLVERS
 from trainer.contract.cluster_rules import cluster_rule, hostfile_problems
 from trainer.contract.config import RunConfig
@@ -343,6 +344,9 @@ def _output(config: RunConfig) -> Iterator[Problem]:
             "output.layout",
             hint="leave layout out (the file gets Wan's own names, which ComfyUI reads)",
         )
+    problem = layout_problem(config.adapter.kind, config.output.layout, "output.layout")
+    if problem is not None:
+        yield problem
 
 
 _RULES: tuple[Rule, ...] = (
