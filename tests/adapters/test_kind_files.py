@@ -15,8 +15,8 @@ from torch import nn
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import attach, merge_into
 from trainer.adapters.formats.writer import save_adapter
-from trainer.contract.adapter_layouts import LAYOUTS_OF_KIND, TITLES
 from trainer.contract.errors import ConfigError, ModelFileError
+from trainer.contract.stored_kinds import STORED_KINDS
 from trainer.jobs.convert import convert_lora
 from trainer.jobs.inspect_lora import inspect_lora
 
@@ -370,7 +370,7 @@ def test_layouts_that_diffusers_cannot_load_are_refused(transformer, tmp_path):
     for kind in ("loha", "lokr"):
         path = tmp_path / kind
         save_adapter(make_updates(transformer, kind), path)
-        with pytest.raises(ConfigError, match=TITLES[kind]) as caught:
+        with pytest.raises(ConfigError, match=STORED_KINDS[kind].title) as caught:
             convert_lora(path, tmp_path / "out.safetensors", layout="peft")
         assert "comfy" in str(caught.value)
         assert not (tmp_path / "out.safetensors").exists()
@@ -413,7 +413,7 @@ def test_any_chain_of_layouts_keeps_every_update(tmp_path, modules, layouts):
         for name, (kind, rank, outputs, inputs, alpha, seed) in modules.items()
     }
     kinds = {update.kind for update in updates.values()}
-    possible = set.intersection(*(set(LAYOUTS_OF_KIND[kind]) for kind in kinds))
+    possible = set.intersection(*(set(STORED_KINDS[kind].written) for kind in kinds))
     possible -= {"peft"} if {"lora", "dora"} <= kinds else set()
     path, current = tmp_path / "lora.safetensors", updates
     for layout in layouts:

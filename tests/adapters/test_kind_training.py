@@ -21,10 +21,8 @@ from trainer.adapters.apply import attach
 from trainer.adapters.dora import DoRA
 from trainer.adapters.loha import LoHa
 from trainer.adapters.lokr import LoKr
-from trainer.adapters.targets import linear_layers
-from trainer.contract.adapter_layouts import LAYOUTS_OF_KIND
 from trainer.contract.catalog import ADAPTERS
-from trainer.contract.memory_model.adapter_kinds import TRAINED_PARAMETERS
+from trainer.contract.stored_kinds import STORED_KINDS
 from trainer.engine.deepspeed import DeepSpeedEngine
 from trainer.engine.local import LocalEngine
 from trainer.engine.process_group import join, leave
@@ -131,38 +129,6 @@ def test_lokr_trains_whole_matrices_where_factors_would_be_no_smaller(build, opt
     assert update.shape == (48, 24)
 
 
-def test_the_estimate_knows_the_ranks_where_none_is_given():
-    for kind, adapter in ADAPTER.items():
-        rank = adapter.Config().rank
-        assert TRAINED_PARAMETERS[kind]({}, 64, 64) == TRAINED_PARAMETERS[kind](
-            {"rank": rank}, 64, 64
-        )
-
-
-def expected_parameters(model, kind, options):
-    count = TRAINED_PARAMETERS[kind]
-    layers = {n: m for n, m in linear_layers(model).items() if n.startswith("blocks.")}
-    return sum(count(options, m.in_features, m.out_features) for m in layers.values())
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("loha", {"rank": 3}),
-        ("lokr", {"rank": 1}),
-        ("lokr", {"rank": 1, "factor": 4, "decompose_both": True}),
-        ("lokr", {}),
-        ("dora", {}),
-    ],
-)
-def test_the_estimate_counts_its_parameters(build, kind, options):
-    model = make_transformer()
-    expected = expected_parameters(model, kind, options)
-    adapter = ADAPTER[kind](ADAPTER[kind].Config(**options), build)
-    adapter.inject(model, 0)
-    assert sum(p.numel() for p in adapter.trainable().values()) == expected
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_streaming_and_recomputing_change_no_bit(build, kind):
     reference = train_streamed(*make_model(build, kind, checkpointing=False))
@@ -191,10 +157,10 @@ def test_a_streamed_dora_starts_from_the_lengths_of_the_streamed_rows(build):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_attached_to_a_streamed_model(build, kind, tmp_path):
-    model, trainable = make_model(build, kind, checkpointing=False)
-    adapter = ADAPTER[kind](ADAPTER[kind].Config(**OPTIONS[kind]), build)
-    path = tmp_path / "lora.safetensors"
-    adapter.write_output(trainable, path, layout="kohya", dtype=torch.float32, metadata={})
+    model = build_model(replace(CONFIG, num_layers=4))
+    adapter = inject(model, build, kind, stirred=True)
+    path, state = tmp_path / "lora.safetensors", adapter.trainable()
+    adapter.write_output(state, path, layout="kohya", dtype=torch.float32, metadata={})
     streamed = build_model(replace(CONFIG, num_layers=4)).requires_grad_(False)
     streams = OrderedStreams()
     streamed.blocks.swap = BlockSwap(streamed.blocks, 4, streams)
@@ -230,7 +196,7 @@ def to_fp8(model):
     return model
 
 
-LAYOUTS = [(kind, layout) for kind in KINDS for layout in LAYOUTS_OF_KIND[kind]]
+LAYOUTS = [(kind, layout) for kind in KINDS for layout in STORED_KINDS[kind].written]
 
 
 @pytest.mark.parametrize(("kind", "layout"), LAYOUTS)

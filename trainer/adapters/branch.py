@@ -123,12 +123,3 @@ class _Add(torch.autograd.Function):
 
 def _unflatten(out_NO: Tensor, like: Tensor) -> Tensor:
     return out_NO if like.dim() == 2 else out_NO.view(*like.shape[:-1], -1)
-
-
-def by_module(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return trained tensors, keyed `<module>.<name in the layer>`, module by module."""
-    grouped: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        module, _, name = key.rpartition(".")
-        grouped.setdefault(module, {})[name] = tensor
-    return grouped

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,55 +11,23 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.adapters.base import Update
-from trainer.adapters.branch import by_module
 from trainer.adapters.dora_linear import DoRAFactors, DoRALinear, squared_rows
-from trainer.adapters.formats.names import block_index
-from trainer.adapters.linear_adapter import LinearAdapter, TargetOptions
+from trainer.adapters.scaled_adapter import ScaledAdapter, ScaledOptions, by_module
 from trainer.core.rng import generator
-from trainer.core.seams import BuildContext
-from trainer.memory.block_swap import BlockSwap
-from trainer.models.block_stack import BlockStack
 
 
-class DoRA(LinearAdapter):
+class DoRA(ScaledAdapter):
     """Trains factors and magnitudes; the transformer itself stays frozen."""
 
     network_module = "lycoris.kohya"
 
-    class Config(TargetOptions):
+    class Config(ScaledOptions):
         """Options of `[adapter] kind = "dora"`."""
 
         rank: int = Field(16, ge=1, le=4096)
         """Rank of the update of the rows' directions."""
-        alpha: float | None = Field(None, gt=0)
-        """That update is scaled by alpha / rank; empty: the rank, so that the scale is 1."""
 
     config: DoRA.Config
-
-    def __init__(self, config: DoRA.Config, build: BuildContext) -> None:
-        super().__init__(config, build)
-        self.scale = (config.rank if config.alpha is None else config.alpha) / config.rank
-        self._swap: BlockSwap | None = None
-
-    @property
-    def facts(self) -> Mapping[str, float]:
-        """The same factors are another update at another scale."""
-        return {"scale (alpha / rank)": self.scale}
-
-    def inject(self, transformer: nn.Module, seed: int) -> None:
-        """Freeze the transformer and put a layer around every target.
-
-        Weights that are streamed come to the device once, for the lengths of their rows.
-
-        Raises:
-            ConfigError: the patterns are wrong or select nothing.
-        """
-        blocks = getattr(transformer, "blocks", None)
-        self._swap = blocks.swap if isinstance(blocks, BlockStack) else None
-        with nullcontext() if self._swap is None else self._swap.forward(returns=False):
-            super().inject(transformer, seed)
-        if self._swap is not None:
-            self._swap.release()
 
     def make_layer(self, name: str, base: nn.Module, seed: int) -> DoRALinear:
         """Return a layer that changes nothing yet.
@@ -68,11 +35,8 @@ class DoRA(LinearAdapter):
         The down factor is Kaiming-uniform (a = √5, so ±1/√I), the up factor zero, and the
         magnitudes are the lengths of the base's rows.
         """
-        index = block_index(name)
-        if self._swap is not None and index is not None:
-            self._swap.need(index)
         inputs, outputs = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
-        rank, device = self.config.rank, self.build.device
+        rank, device = self.rank_of(name), self.build.device
         bound = 1 / math.sqrt(inputs)
         down = torch.empty(rank, inputs).uniform_(
             -bound, bound, generator=generator(seed, "adapter", name)
@@ -84,15 +48,14 @@ class DoRA(LinearAdapter):
             nn.Parameter(down.to(device)),
             nn.Parameter(torch.zeros(outputs, rank, device=device)),
             nn.Parameter(squares.sqrt()),
-            self.scale,
+            self.alpha_of(name) / rank,
             squares,
         )
 
     def updates(self, state: Mapping[str, Tensor]) -> dict[str, Update]:
         """Return the update that `state`, keyed as `trainable`, stands for."""
-        alpha = self.scale * self.config.rank
         return {
-            name: DoRAFactors(own["down"], own["up"], own["magnitude"], alpha)
+            name: DoRAFactors(own["down"], own["up"], own["magnitude"], self.alpha_of(name))
             for name, own in by_module(state).items()
         }
 

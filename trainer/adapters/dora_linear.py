@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from trainer.adapters.adapter_linear import AdapterLinear
 from trainer.adapters.base import Update
+from trainer.adapters.lora_linear import update_norm
+from trainer.adapters.wrapping import base_weight
 from trainer.contract.errors import ModelFileError
-from trainer.quant.linear import Fp8Linear
 
 _SHORTEST = 1e-12
 """Rows shorter than this count as so long."""
@@ -130,9 +131,9 @@ def squared_rows(base: nn.Module) -> Tensor:
     if weight.device.type == "meta":
         raise RuntimeError("the weight of this layer is not here; stream its block first")
     if not isinstance(base, AdapterLinear):
-        weight = base.dequantised() if isinstance(base, Fp8Linear) else weight
+        weight = base_weight(base)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        rows_O: Tensor = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=wide)
+        rows_O: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
         return rows_O.square()
     dtype, inputs = weight.dtype if weight.itemsize > 1 else torch.bfloat16, base.in_features
     bias_O: Tensor = base(torch.zeros(1, inputs, dtype=dtype, device=weight.device))[0].float()
@@ -300,6 +301,4 @@ class DoRAFactors(Update):
 
     def norm(self) -> float:
         """Return the Frobenius norm of s·BA alone: how far the directions are pushed."""
-        up, down = self.up_OR.double(), self.down_RI.double()
-        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
-        return abs(self.scale) * float(squared.sqrt())
+        return float(update_norm(self.down_RI, self.up_OR, self.scale))

@@ -24,7 +24,7 @@ NAMES = ("w1_a", "w1_b", "w2_a", "w2_b")
 class HadamardProduct:
     """x · ΔWᵀ with ΔW = (W1a W1b) ⊙ (W2a W2b), formed in the dtype of x for each use.
 
-    Forward takes 2 matrices of the weight's size beside the result, backward 4.
+    At most 2 matrices of the weight's size exist at a time.
     """
 
     def add_(self, out_NO: Tensor, x_NI: Tensor, tensors: Tensors, factor: float) -> Tensor:

@@ -10,20 +10,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.adapters.base import Update
-from trainer.adapters.branch import BranchLinear, by_module
-from trainer.adapters.linear_adapter import LinearAdapter, TargetOptions
+from trainer.adapters.branch import BranchLinear
 from trainer.adapters.lokr_linear import kronecker_layer, lokr_factors
+from trainer.adapters.scaled_adapter import ScaledAdapter, ScaledOptions, by_module
 from trainer.contract.kronecker import lokr_shapes
 from trainer.core.rng import generator
-from trainer.core.seams import BuildContext
 
 
-class LoKr(LinearAdapter):
+class LoKr(ScaledAdapter):
     """Trains the matrices of LoKr; the transformer itself stays frozen."""
 
     network_module = "networks.lokr"
 
-    class Config(TargetOptions):
+    class Config(ScaledOptions):
         """Options of `[adapter] kind = "lokr"`."""
 
         rank: int = Field(16, ge=1, le=4096)
@@ -39,15 +38,6 @@ class LoKr(LinearAdapter):
 
     config: LoKr.Config
 
-    def __init__(self, config: LoKr.Config, build: BuildContext) -> None:
-        super().__init__(config, build)
-        self.scale = (config.rank if config.alpha is None else config.alpha) / config.rank
-
-    @property
-    def facts(self) -> Mapping[str, float]:
-        """The same matrices are another update at another scale."""
-        return {"scale (alpha / rank)": self.scale}
-
     def make_layer(self, name: str, base: nn.Module, seed: int) -> BranchLinear:
         """Return a product that adds nothing yet, because W2 or its second factor is 0.
 
@@ -58,7 +48,7 @@ class LoKr(LinearAdapter):
         shapes = lokr_shapes(
             inputs,
             outputs,
-            options.rank,
+            self.rank_of(name),
             factor=options.factor,
             decompose_both=options.decompose_both,
         )
@@ -67,10 +57,10 @@ class LoKr(LinearAdapter):
             bound = 0.0 if key in {"w2", "w2_b"} else 1 / math.sqrt(shape[1])
             drawn = torch.empty(shape).uniform_(-bound, bound, generator=random)
             tensors[key] = nn.Parameter(drawn.to(self.build.device))
-        alpha = self.scale * options.rank
-        return kronecker_layer(base, tensors, lokr_factors(tensors, alpha).scale)
+        return kronecker_layer(base, tensors, lokr_factors(tensors, self.alpha_of(name)).scale)
 
     def updates(self, state: Mapping[str, Tensor]) -> dict[str, Update]:
         """Return the update that `state`, keyed as `trainable`, stands for."""
-        alpha = self.scale * self.config.rank
-        return {name: lokr_factors(own, alpha) for name, own in by_module(state).items()}
+        return {
+            name: lokr_factors(own, self.alpha_of(name)) for name, own in by_module(state).items()
+        }

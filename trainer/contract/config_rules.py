@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from trainer.contract.adapter_layouts import layout_problem
+from trainer.contract.adapter_rules import adapter_files, adapter_rule
 from trainer.contract.catalog import ATTENTION, SOLVERS
 from trainer.contract.cluster_rules import cluster_rule, hostfile_problems
 from trainer.contract.config import RunConfig
@@ -15,6 +15,7 @@ from trainer.contract.memory_rules import activations_rule, compile_rule, stream
 from trainer.contract.offload_rules import offload_rule
 from trainer.contract.registry import nearest
 from trainer.contract.sequence_rules import sequence_rule
+from trainer.contract.stored_kinds import layout_problem
 from trainer.contract.variants import VARIANTS
 
 JobName = Literal["cache", "train", "sample", "eval"]
@@ -39,6 +40,7 @@ def check_files(config: RunConfig, job: JobName) -> list[Problem]:
         for field in ("transformer", "transformer_high_noise", "vae", "text_encoder", "tokenizer",
                       "image_encoder")
     ]  # fmt: skip
+    named += adapter_files(config)
     named.append(("dataset.file", config.dataset.file))
     named.append(("sampling.prompts_file", config.sampling.prompts_file))
     for index, prompt in enumerate(config.sampling.prompts):
@@ -366,4 +368,5 @@ _RULES: tuple[Rule, ...] = (
     _attention,
     _fp8,
     _output,
+    adapter_rule,
 )

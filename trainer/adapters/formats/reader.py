@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from trainer.adapters.base import AdapterFile, Update
-from trainer.adapters.formats.keys import ALPHA, SHARED, Expert, Key, parse_key, unsupported_kind
-from trainer.adapters.formats.kinds import STORED_KINDS, StoredKind
+from trainer.adapters.formats.builders import BUILDERS
 from trainer.adapters.formats.peft_config import PeftConfig, find_peft_settings
-from trainer.adapters.formats.vera import VERA_ROLES, VeraProjections
+from trainer.adapters.formats.vera import VeraProjections
 from trainer.contract.errors import ModelFileError
+from trainer.contract.lora_keys import ALPHA, SHARED, Expert, Key, parse_key, unsupported_kind
+from trainer.contract.stored_kinds import STORED_KINDS, VERA_ROLES, StoredKind
 from trainer.io.mapped_load import WeightFiles, open_weights
 
 _FILES_IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -50,7 +51,7 @@ def load_adapter(path: Path | str, *, expert: Expert | None = None) -> AdapterFi
     scales = _Scales(path, files.metadata, keys)
     projections = _projections(path, files, layers, shared, scales)
     modules = {
-        name: kinds[name].build(_Module(path, files, name, layer, scales, projections))
+        name: BUILDERS[kinds[name].name](_Module(path, files, name, layer, scales, projections))
         for name, layer in layers.items()
     }
     scales.check_magnitudes(modules)
@@ -283,8 +284,7 @@ def _projections(
     )
 
 
-_VECTORS = frozenset({"magnitude", *VERA_ROLES})
-"""Roles whose tensors may have one dimension."""
+_VECTORS = frozenset[str]().union(*(kind.vectors for kind in STORED_KINDS.values()))
 
 
 def _tensor(path: Path, files: WeightFiles, key: str) -> Tensor:

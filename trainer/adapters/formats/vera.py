@@ -18,9 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VERA_ROLES = ("vera_lambda_b", "vera_lambda_d")
-"""A module's own vectors: (O,) and (R,)."""
-VERA_SHARED = re.compile(r"(?:.+\.)?(?P<role>vera_[AB])(?:\.[^.]+)?")
 _SQUARE = re.compile(r".*_attn\.(?:[qkvo]|[kv]_img)")
 
 

@@ -12,13 +12,12 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from trainer.adapters.base import Update
-from trainer.adapters.formats.kinds import STORED_KINDS, StoredKind
-from trainer.adapters.formats.names import diffusers_name
 from trainer.adapters.formats.peft_config import HEADER_KEY, header_settings
 from trainer.adapters.formats.reader import load_adapter
-from trainer.contract.adapter_layouts import layout_problem
 from trainer.contract.errors import ConfigError, ModelFileError
+from trainer.contract.layer_names import diffusers_name
 from trainer.contract.registry import nearest
+from trainer.contract.stored_kinds import STORED_KINDS, StoredKind, layout_problem
 from trainer.io.atomic_save import same_bytes, save_safetensors
 
 Layout = Literal["comfy", "kohya", "peft"]

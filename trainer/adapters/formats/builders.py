@@ -1,13 +1,8 @@
-"""The kinds of adapter that files hold: their keys, what belongs together, what it is made into.
-
-One entry a kind. Reading and writing know no kind by name.
-"""
+"""From the tensors of one module of a file to its update, for each kind that files hold."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from itertools import product
 from typing import Protocol
 
 import torch
@@ -15,10 +10,13 @@ from torch import Tensor
 
 from trainer.adapters.base import LoRAFactors, Update
 from trainer.adapters.dora_linear import DoRAFactors
-from trainer.adapters.formats.vera import VERA_ROLES, VeraProjections
+from trainer.adapters.formats.vera import VeraProjections
 from trainer.adapters.loha_linear import LoHaFactors
 from trainer.adapters.lokr_linear import lokr_factors
 from trainer.contract.errors import ModelFileError
+from trainer.contract.stored_kinds import VERA_ROLES
+
+_HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
 class StoredModule(Protocol):
@@ -41,29 +39,6 @@ class StoredModule(Protocol):
     def wrong(self, reason: str) -> ModelFileError:
         """Return an error that names file and module."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredKind:
-    """How a kind lies in files.
-
-    Attributes:
-        title: its name for people.
-        endings: role -> regular expression of what follows a module's name in its key.
-        forms: the sets of roles that a module may have.
-        build: makes the update.
-        written: layout -> name in `Update.tensors` -> ending that is written.
-        columns: of those, what the layouts of ComfyUI hold as a column (O, 1), and we as (O,).
-        network_module: `ss_network_module` of files in kohya's layout.
-    """
-
-    title: str
-    endings: Mapping[str, str]
-    forms: tuple[frozenset[str], ...]
-    build: Callable[[StoredModule], Update]
-    written: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    columns: frozenset[str] = frozenset()
-    network_module: str = ""
 
 
 def _lora(module: StoredModule) -> LoRAFactors:
@@ -146,71 +121,11 @@ def _size(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-_INFIX = r"(?:\.[^.]+)?"
-"""The name that PEFT gives an adapter in a running model."""
-_LORA = {
-    "down": rf"(?:lora_down|lora_A|lora\.down){_INFIX}\.weight",
-    "up": rf"(?:lora_up|lora_B|lora\.up){_INFIX}\.weight",
+BUILDERS: dict[str, Callable[[StoredModule], Update]] = {
+    "lora": _lora,
+    "dora": _dora,
+    "loha": _loha,
+    "lokr": _lokr,
+    "vera": _vera,
 }
-_HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-_MATRICES = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")), (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
-_LOKR = tuple(role for matrix in _MATRICES for form in matrix for role in form)
-_AB = {"down": "lora_A.weight", "up": "lora_B.weight"}
-_DOWN_UP = {"down": "lora_down.weight", "up": "lora_up.weight"}
-
-
-def _prefixed(roles: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    return {
-        layout: {role.partition("_")[2]: role for role in roles} for layout in ("comfy", "kohya")
-    }
-
-
-STORED_KINDS: dict[str, StoredKind] = {
-    "lora": StoredKind(
-        title="LoRA",
-        endings=_LORA,
-        forms=(frozenset(_LORA),),
-        build=_lora,
-        written={"comfy": _AB, "kohya": _DOWN_UP, "peft": _AB},
-        network_module="networks.lora_wan",
-    ),
-    "dora": StoredKind(
-        title="DoRA",
-        endings={
-            **_LORA,
-            "magnitude": rf"(?:dora_scale|lora_magnitude_vector{_INFIX}(?:\.weight)?)",
-        },
-        forms=(frozenset({*_LORA, "magnitude"}),),
-        build=_dora,
-        written={
-            "comfy": {**_AB, "magnitude": "dora_scale"},
-            "kohya": {**_DOWN_UP, "magnitude": "dora_scale"},
-            "peft": {**_AB, "magnitude": "lora_magnitude_vector"},
-        },
-        columns=frozenset({"magnitude"}),
-        network_module="lycoris.kohya",
-    ),
-    "loha": StoredKind(
-        title="LoHa",
-        endings={role: role + _INFIX for role in _HADA},
-        forms=(frozenset(_HADA),),
-        build=_loha,
-        written=_prefixed(_HADA),
-        network_module="networks.loha",
-    ),
-    "lokr": StoredKind(
-        title="LoKr",
-        endings={role: role + _INFIX for role in _LOKR},
-        forms=tuple(frozenset(a + b) for a, b in product(*_MATRICES)),
-        build=_lokr,
-        written=_prefixed(_LOKR),
-        network_module="networks.lokr",
-    ),
-    "vera": StoredKind(
-        title="VeRA",
-        endings={role: role + _INFIX for role in VERA_ROLES},
-        forms=(frozenset(VERA_ROLES),),
-        build=_vera,
-    ),
-}
-"""By `Update.kind`; what is read becomes an update of its own kind, VeRA becomes a LoRA."""
+"""By `StoredKind.name`. What is read becomes an update of its own kind, VeRA becomes a LoRA."""

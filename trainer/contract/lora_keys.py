@@ -6,9 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.adapters.formats.kinds import STORED_KINDS
-from trainer.adapters.formats.names import canonical_from_flat, canonical_name, is_diffusers_name
-from trainer.adapters.formats.vera import VERA_SHARED
+from trainer.contract.layer_names import canonical_from_flat, canonical_name, is_diffusers_name
+from trainer.contract.stored_kinds import STORED_KINDS, VERA_SHARED
 
 ALPHA = "alpha"
 SHARED = ""
