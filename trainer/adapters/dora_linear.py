@@ -2,7 +2,7 @@
 
 W' = m ⊙ (W + s·BA) / ‖W + s·BA‖, the norm row by row (an output each) and, as the paper's section
 4.3 proposes, a constant for the gradient. Liu et al., arXiv:2402.09353. A strength t between none
-and all gives W + t·(W' − W), as in ComfyUI and LyCORIS; PEFT scales s instead.
+and all gives W + t·(W' − W), as in ComfyUI; PEFT and LyCORIS scale s or the lengths instead.
 
 Shape letters: N rows (tokens of all samples), R rank, I input width, O output width.
 """
@@ -25,7 +25,7 @@ from trainer.contract.errors import ModelFileError
 
 _SHORTEST = 1e-12
 """Rows shorter than this count as so long."""
-_ROWS = 2048
+_ROWS = 512
 """Tokens whose float32 products exist at a time in backward."""
 _PROBES = 256
 """Inputs that an adapted layer is asked for at a time."""
@@ -40,7 +40,7 @@ class DoRALinear(AdapterLinear):
     summed along each row: ‖W‖² is computed once, and WAᵀ and b are what `base` answers to the rows
     of A and to zeros. So whatever makes the weight available in the base's forward (fp8, block
     swap, ZeRO-3, another adapter) serves this, too. Autograd keeps the input, the rank-wide
-    activations, and the output, which what follows keeps anyway.
+    activations, and the output, which most of what follows keeps anyway.
 
     Args:
         base: the linear layer.

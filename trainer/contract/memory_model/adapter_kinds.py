@@ -17,6 +17,8 @@ from trainer.contract.memory_model.product_kinds import (
     lokr_largest,
     lokr_parameters,
     lokr_passing,
+    lokr_passing_again,
+    lokr_products,
 )
 
 Options = Mapping[str, Any]
@@ -37,7 +39,13 @@ class Branch:
     formed_again: int = 0
     """Of those that the backward makes."""
     passing: int = 0
-    """Of what a token takes for the time of the product, there and in the backward."""
+    """Of what a token takes for the time of the product."""
+    passing_again: int = 0
+    """Of what it takes for that in the backward."""
+    rescales: bool = False
+    """The output is kept for the backward, which copies its gradient."""
+    products: int = 0
+    """Multiplications of a token in the forward, beside those of the low-rank activations."""
 
 
 TRAINED_PARAMETERS: dict[str, Callable[[Options, int, int], int]] = {
@@ -61,14 +69,16 @@ BRANCHES: dict[str, Callable[[Options, int, int], Branch]] = {
         factors=loha_parameters(options, *sizes),
         formed=2 * math.prod(sizes),
         formed_again=2 * math.prod(sizes),
+        passing_again=sizes[0],
+        products=math.prod(sizes),
     ),
     "lokr": lambda options, *sizes: Branch(
-        factors=lokr_parameters(options, *sizes), passing=lokr_passing(options, *sizes)
+        factors=lokr_parameters(options, *sizes),
+        passing=lokr_passing(options, *sizes),
+        passing_again=lokr_passing_again(options, *sizes),
+        products=lokr_products(options, *sizes),
     ),
-    # Its backward copies the gradient, because the base's is another one than its own.
-    "dora": lambda options, inputs, outputs: replace(
-        _low_rank(int(options["rank"]), inputs, outputs), passing=outputs
-    ),
+    "dora": lambda options, *sizes: replace(_low_rank(int(options["rank"]), *sizes), rescales=True),
 }
 """What is not in the table is a low-rank product of the rank."""
 

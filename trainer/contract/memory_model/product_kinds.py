@@ -27,15 +27,31 @@ def lokr_largest(options: Options, inputs: int, outputs: int) -> int:
 
 
 def lokr_passing(options: Options, inputs: int, outputs: int) -> int:
-    """Return the elements a token takes on its way through W2 and W1, each made twice at most."""
-    factor = options.get("factor")
-    between = split_width(inputs, factor)[0] * split_width(outputs, factor)[1]
-    return 2 * between + outputs
+    """Return the elements that a token takes on its way through W2 and W1."""
+    (small_in, _), (_, large_out) = _cut(options, inputs, outputs)
+    return small_in * large_out + outputs
+
+
+def lokr_passing_again(options: Options, inputs: int, outputs: int) -> int:
+    """Return the elements that it takes in the backward."""
+    (small_in, _), (small_out, large_out) = _cut(options, inputs, outputs)
+    return small_in * large_out + max(small_in * small_out, inputs)
+
+
+def lokr_products(options: Options, inputs: int, outputs: int) -> int:
+    """Return the multiplications of a token: through W2, then through W1."""
+    (small_in, large_in), (small_out, large_out) = _cut(options, inputs, outputs)
+    return small_in * large_out * (large_in + small_out)
 
 
 def dora_parameters(options: Options, inputs: int, outputs: int) -> int:
     """Return the numbers of a low-rank product and one length an output."""
     return int(options["rank"]) * (inputs + outputs) + outputs
+
+
+def _cut(options: Options, inputs: int, outputs: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    factor = options.get("factor")
+    return split_width(inputs, factor), split_width(outputs, factor)
 
 
 def _lokr_sizes(options: Options, inputs: int, outputs: int) -> list[int]:
