@@ -196,15 +196,22 @@ def peft_folder(tmp_path, config, shapes):
 
 TARGETS = {"target_modules": ["q", "o", "ffn.0", "ffn.2"], "init_weights": False}
 PEFT_CONFIGS = {
-    "loha": peft.LoHaConfig(r=3, alpha=5, alpha_pattern={"ffn.0": 2}, **TARGETS),
-    "lokr": peft.LoKrConfig(r=1, alpha=5, decompose_both=True, **TARGETS),
-    "lokr, whole": peft.LoKrConfig(
-        r=64, alpha=16, rank_pattern={"ffn.2": 32}, alpha_pattern={"self_attn.q": 8}, **TARGETS
+    "loha": (peft.LoHaConfig, {"r": 3, "alpha": 5, "alpha_pattern": {"ffn.0": 2}}),
+    "lokr": (peft.LoKrConfig, {"r": 1, "alpha": 5, "decompose_both": True}),
+    "lokr, whole": (
+        peft.LoKrConfig,
+        {
+            "r": 64,
+            "alpha": 16,
+            "rank_pattern": {"ffn.2": 32},
+            "alpha_pattern": {"self_attn.q": 8},
+        },
     ),
-    "lokr, factor": peft.LoKrConfig(r=2, alpha=1, decompose_factor=4, **TARGETS),
-    "vera": peft.VeraConfig(r=4, save_projection=True, **TARGETS),
-    "vera, drawn": peft.VeraConfig(
-        r=4, save_projection=False, projection_prng_key=7, d_initial=0.3, **TARGETS
+    "lokr, factor": (peft.LoKrConfig, {"r": 2, "alpha": 1, "decompose_factor": 4}),
+    "vera": (peft.VeraConfig, {"r": 4, "save_projection": True}),
+    "vera, drawn": (
+        peft.VeraConfig,
+        {"r": 4, "save_projection": False, "projection_prng_key": 7, "d_initial": 0.3},
     ),
 }
 
@@ -212,10 +219,13 @@ PEFT_CONFIGS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", PEFT_CONFIGS)
 def test_peft_checkpoints_are_read(tmp_path, case):
-    wanted = peft_folder(tmp_path, PEFT_CONFIGS[case], SHAPES)
+    config, options = PEFT_CONFIGS[case]
+    wanted = peft_folder(tmp_path, config(**options, **TARGETS), SHAPES)
     assert set(wanted) == set(SHAPES)
     adapter = load_adapter(tmp_path)
-    assert adapter.notes == ()
+    told = {"vera": "stored in the file", "vera, drawn": "drawn from projection_prng_key"}
+    assert len(adapter.notes) == (case in told)
+    assert all(told[case] in note for note in adapter.notes)
     assert {u.kind for u in adapter.values()} == {case[:4] if "vera" not in case else "lora"}
     for name, delta in wanted.items():
         torch.testing.assert_close(adapter[name].delta(), delta, rtol=1e-5, atol=1e-6)

@@ -60,7 +60,7 @@ def load_adapter(path: Path | str, *, expert: Expert | None = None) -> AdapterFi
         path=path,
         layout="+".join(sorted({key.layout for key in keys.values() if key.module != SHARED})),
         metadata=files.metadata,
-        notes=scales.notes(),
+        notes=(*scales.notes(), *projections.notes()),
     )
 
 

@@ -51,6 +51,14 @@ class VeraProjections:
             )
         return a_RI[:, :inputs], b_OR[:outputs]
 
+    def notes(self) -> tuple[str, ...]:
+        """Say that modules were VeRA, and where their shared matrices come from."""
+        if not self.outputs:
+            return ()
+        origin = "stored in the file" if self.stored else "drawn from projection_prng_key"
+        told = f"{len(self.outputs)} modules are VeRA with matrices {origin}: read as LoRA"
+        return (told,)
+
     def _drawn(self) -> tuple[Tensor, Tensor] | str:
         rank, seed = (self.settings.get(key) for key in ("r", "projection_prng_key"))
         if not isinstance(rank, int) or not isinstance(seed, int) or not 0 < rank < 2**16:
