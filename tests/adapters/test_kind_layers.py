@@ -120,6 +120,22 @@ def test_compiles_into_one_graph(kind):
         torch.testing.assert_close(plain, fused)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_dora_on_an_adapter_compiles(known):
+    results = []
+    for compiled in (False, True):
+        inner = make_update("lora", OUTPUTS, INPUTS, seed=4)
+        below = inner.beside(base_layer(), torch.float32, torch.device("cpu"))
+        layer, x = trained(make_update("dora", OUTPUTS, INPUTS), below), inputs(2, 5)
+        if not known:  # as on a block that was streamed when the DoRA was put on it
+            layer.base_squares = None
+        call = torch.compile(layer, backend="aot_eager", fullgraph=known) if compiled else layer
+        call(x).square().sum().backward()
+        results.append([x.grad, *(p.grad for p in layer.parameters(recurse=False))])
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(plain, fused)
+
+
 @pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
 def test_keeps_the_input_small_tensors_and_at_most_its_own_output(kind):
     kept = []

@@ -109,10 +109,17 @@ class DoRALinear(AdapterLinear):
     def _base_squares(self, device: torch.device) -> Tensor:
         below = _below(self.base)
         if self.base_squares is None or below is None or below != self._seen:
-            with torch.inference_mode(mode=False), torch.no_grad():
-                squares_O = squared_rows(self.base).to(device, self.magnitude.dtype)
-            self.base_squares, self._seen = squares_O, below
+            self._seen = below
+            squares_O: Tensor = self._renewed_squares(device)
+            return squares_O
         return self.base_squares
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _renewed_squares(self, device: torch.device) -> Tensor:
+        """Compute ‖W‖² anew; rare, and not for a compiler."""
+        squares_O = squared_rows(self.base).to(device, self.magnitude.dtype)
+        self.base_squares = squares_O
+        return squares_O
 
     def extra_repr(self) -> str:
         """Name the rank and scale where the module is printed."""
