@@ -140,3 +140,12 @@ def test_other_settings_are_within_the_promise(name: str) -> None:
 )
 def test_released_models_are_within_the_promise(setting: dict[str, Any]) -> None:
     assert abs(difference(make_config(**setting))) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
+@pytest.mark.parametrize("family", ["checkpointed", "everything kept", "fp8"])
+def test_other_kinds_of_adapter(kind: str, family: str) -> None:
+    for frames, rank in ((1, 16), (33, 64)):
+        adapter = {"kind": kind, "rank": rank}
+        setting = {"num_layers": 2, "frames": frames, "adapter": adapter, **FAMILIES[family]}
+        assert abs(difference(make_config(**setting))) < 0.01

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,15 @@ from safetensors.torch import save_file
 from trainer.adapters.targets import linear_layers
 from trainer.contract.catalog import ADAPTERS
 from trainer.contract.config import RunConfig
+from trainer.contract.memory_model.flops import step_flops
 from trainer.contract.memory_model.phases import training_parts
 from trainer.contract.memory_model.trained import find_targets
-from trainer.contract.memory_model.weights import linear_shapes, num_parameters, parameter_sizes
+from trainer.contract.memory_model.weights import (
+    block_layers,
+    linear_shapes,
+    num_parameters,
+    parameter_sizes,
+)
 from trainer.contract.memory_model.workload import workload_of
 from trainer.contract.variants import VARIANTS, TransformerConfig, get_variant
 from trainer.core.seams import BuildContext
@@ -70,6 +77,10 @@ def test_every_kind_trains_as_many_parameters_as_the_estimate_says(kind: str) ->
         {"exclude": [r"blocks\.<0-1>\..*"], "include": [r"head\.head", "text_embedding.2"]},
         {"rank": 4, "rank_pattern": {r".*\.ffn\..*": 7, r"blocks\.2\..*": 2}},
         {"rank": 3, "init": "pissa"},
+        {"kind": "loha", "rank": 3, "rank_pattern": {r".*\.ffn\..*": 7}},
+        {"kind": "lokr", "rank": 1, "factor": 4, "decompose_both": True},
+        {"kind": "lokr", "rank": 2, "rank_pattern": {r".*\.ffn\..*": 700}},
+        {"kind": "dora", "rank": 5},
         {"kind": "none", "targets": "ffn"},
         {"kind": "none", "exclude": [".*"], "include": [r"blocks\.1", ".*norm3", "head"]},
     ],
@@ -108,3 +119,19 @@ def test_frozen_adapters_are_counted_where_they_lie(tmp_path: Path) -> None:
         config = make_config("wan2.2-t2v-a14b", adapter={"frozen": both}, model={"expert": expert})
         assert training_parts(workload_of(config))["frozen adapters"] == number * 4000 * 2
     assert "frozen adapters" not in training_parts(workload_of(make_config()))
+
+
+def test_products_of_the_kinds_count_in_the_time_of_a_step() -> None:
+    def lora(**adapter: Any) -> float:
+        return step_flops(workload_of(make_config(adapter={"rank": 16, **adapter}))).lora
+
+    plain, shape = lora(kind="lora"), get_variant("wan2.1-t2v-1.3b").transformer
+    layers = block_layers(shape).values()
+    widths, matrices = (sum(map(count, layers)) for count in (sum, math.prod))
+    assert lora(kind="dora") == plain
+    assert lora(kind="loha") == pytest.approx(plain * matrices / (16 * widths))
+    # 1536 is cut into 32 · 48, so that a token takes 32 · 48 · (48 + 32) multiplications.
+    only = {"exclude": [".*"], "include": [r".*\.self_attn\.q"]}
+    assert lora(kind="lokr", **only) == pytest.approx(
+        lora(kind="lora", **only) * 32 * 48 * 80 / (16 * 2 * 1536)
+    )

@@ -14,6 +14,9 @@ ADAPTERS: Registry[Any] = Registry(
     Entry("relora", "trainer.adapters.relora:ReLoRA", "LoRAs one after the other, kept as one"),
     Entry("ggpo", "trainer.adapters.ggpo:GGPO", "LoRA under noise, for flat minima"),
     Entry("vera", "trainer.adapters.vera:VeRA", "two vectors a layer on shared random matrices"),
+    Entry("loha", "trainer.adapters.loha:LoHa", "elementwise product of two low-rank updates"),
+    Entry("lokr", "trainer.adapters.lokr:LoKr", "Kronecker product of two small matrices"),
+    Entry("dora", "trainer.adapters.dora:DoRA", "low-rank directions, lengths of their own"),
     Entry(
         "none", "trainer.adapters.full:FullFineTune", "no adapter: train the model's own weights"
     ),

@@ -24,6 +24,7 @@ from trainer.contract.memory_rules import activations_rule, compile_rule, stream
 from trainer.contract.offload_rules import offload_rule
 from trainer.contract.registry import nearest
 from trainer.contract.sequence_rules import sequence_rule
+from trainer.contract.stored_kinds import layout_problem
 from trainer.contract.variants import VARIANTS
 
 JobName = Literal["cache", "train", "sample", "eval"]
@@ -329,6 +330,9 @@ def _output(config: RunConfig) -> Iterator[Problem]:
             "output.layout",
             hint="leave layout out (the file gets Wan's own names, which ComfyUI reads)",
         )
+    problem = layout_problem(config.adapter.kind, config.output.layout, "output.layout")
+    if problem is not None:
+        yield problem
 
 
 _RULES: tuple[Rule, ...] = (

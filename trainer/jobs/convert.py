@@ -70,7 +70,12 @@ def convert_lora(
 
 
 def _most_precise(adapter: AdapterFile) -> torch.dtype:
-    dtypes = {tensor.dtype for update in adapter.values() for tensor in update.tensors().values()}
+    dtypes = {
+        tensor.dtype
+        for update in adapter.values()
+        for role, tensor in update.tensors().items()
+        if role not in update.precise
+    }
     return _common(dtypes)
 
 

@@ -6,9 +6,20 @@ are its own where a config gives layers different ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from trainer.contract.memory_model.product_kinds import (
+    dora_parameters,
+    loha_parameters,
+    lokr_largest,
+    lokr_parameters,
+    lokr_passing,
+    lokr_passing_again,
+    lokr_products,
+)
 
 Options = Mapping[str, Any]
 Sizes = tuple[int, int]
@@ -28,7 +39,13 @@ class Branch:
     formed_again: int = 0
     """Of those that the backward makes."""
     passing: int = 0
-    """Of what a token takes for the time of the product, there and in the backward."""
+    """Of what a token takes for the time of the product."""
+    passing_again: int = 0
+    """Of what it takes for that in the backward."""
+    rescales: bool = False
+    """The output is kept for the backward, which copies its gradient."""
+    products: int = 0
+    """Multiplications of a token in the forward, beside those of the low-rank activations."""
 
 
 def _rank(options: Options) -> int:
@@ -54,11 +71,37 @@ TRAINED_PARAMETERS: dict[str, Callable[[Options, int, int], int]] = {
     "relora": lambda options, *sizes: _rank(options) * sum(sizes),
     "ggpo": lambda options, *sizes: _rank(options) * sum(sizes),
     "vera": lambda options, inputs, outputs: _rank(options) + outputs,
+    "loha": loha_parameters,
+    "lokr": lokr_parameters,
+    "dora": dora_parameters,
 }
 """Trained elements of a layer with so many inputs and outputs."""
 
+LARGEST: dict[str, Callable[[Options, int, int], int]] = {
+    "singlora": lambda options, *sizes: _rank(options) * max(sizes),
+    "vera": lambda options, inputs, outputs: max(_rank(options), outputs),
+    "loha": lambda options, *sizes: int(options["rank"]) * max(sizes),
+    "lokr": lokr_largest,
+    "dora": lambda options, *sizes: int(options["rank"]) * max(sizes),
+}
+"""Elements of a layer's largest trained tensor; what is not in the table trains two factors."""
+
 BRANCHES: dict[str, Callable[[Options, int, int], Branch]] = {
     "lora": lambda options, *sizes: _low_rank(_lora_width(options), *sizes),
+    "loha": lambda options, *sizes: Branch(
+        factors=loha_parameters(options, *sizes),
+        formed=2 * math.prod(sizes),
+        formed_again=2 * math.prod(sizes),
+        passing_again=sizes[0],
+        products=math.prod(sizes),
+    ),
+    "lokr": lambda options, *sizes: Branch(
+        factors=lokr_parameters(options, *sizes),
+        passing=lokr_passing(options, *sizes),
+        passing_again=lokr_passing_again(options, *sizes),
+        products=lokr_products(options, *sizes),
+    ),
+    "dora": lambda options, *sizes: replace(_low_rank(int(options["rank"]), *sizes), rescales=True),
 }
 """What is not in the table is a low-rank product of the rank."""
 
@@ -67,6 +110,7 @@ HELD: dict[str, Callable[[Options, Sequence[tuple[Options, Sizes]]], int]] = {
     "relora": _relora_held,
     "ggpo": lambda options, layers: sum(2 * outputs for _, (_, outputs) in layers),
     "vera": _vera_held,
+    "dora": lambda options, layers: sum(outputs for _, (_, outputs) in layers),
 }
 """Float32 elements that are kept on the GPU and not trained, of all layers together, given the
 adapter's options and each layer's own. What is not in the table holds nothing."""
@@ -80,6 +124,14 @@ OUTPUT: dict[str, Callable[[Options, int], int]] = {
 def trained_parameters(kind: str, options: Options, inputs: int, outputs: int) -> int:
     """Return the trained elements of one layer."""
     return TRAINED_PARAMETERS[kind](options, inputs, outputs)
+
+
+def largest_tensor(kind: str, options: Options, inputs: int, outputs: int) -> int:
+    """Return the elements of the largest trained tensor of one layer."""
+    if kind in LARGEST:
+        return LARGEST[kind](options, inputs, outputs)
+    trained = trained_parameters(kind, options, inputs, outputs)
+    return -(-trained * max(inputs, outputs) // (inputs + outputs))
 
 
 def branch(kind: str, options: Options, inputs: int, outputs: int) -> Branch:

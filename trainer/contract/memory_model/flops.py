@@ -36,7 +36,7 @@ class StepFlops:
     attention_again: float
     """Share of it that is recomputed."""
     lora: float
-    """Products of the LoRA's forward."""
+    """Products of the adapter's forward."""
     again: float
     """Share of the blocks that is recomputed."""
     own_share: float
@@ -75,7 +75,7 @@ def step_flops(work: Workload) -> StepFlops:
         for name, (inputs, outputs) in layers.items()
     )
     lora = sum(
-        2.0 * rows * layer.branch.width * sum(layers[name])
+        2.0 * rows * (layer.branch.width * sum(layers[name]) + layer.branch.products)
         for block in work.targets.blocks
         for name, layer in block.layers
     )

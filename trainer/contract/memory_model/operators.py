@@ -127,13 +127,17 @@ class Operators:
         out = self._product(rows, layer, unused=unused)
         if not unused:
             ledger.touch((branch.formed + rows * branch.passing) * e)
+        kept_out = ledger.keep(out) if branch.rescales else None
         if not ledger.recording:
             ledger.drop(down, low, up)
 
         def backward(grad: Buffer) -> Buffer | None:
+            if branch.rescales:
+                ledger.touch(rows * layer.outputs * e)
+                ledger.drop(kept_out)
             base = self._input_gradient(rows, layer)
             low_grad = ledger.new(rows * branch.width * e)
-            ledger.touch((branch.formed_again + rows * branch.passing) * e)
+            ledger.touch((branch.formed_again + rows * branch.passing_again) * e)
             ledger.touch(factors * layer.outputs * e)
             ledger.drop(grad, low, up)
             ledger.gradient(trained * layer.outputs * FLOAT32)

@@ -16,6 +16,7 @@ from trainer.contract.lora_header import FileLayer, lora_layers
 from trainer.contract.memory_model.adapter_kinds import (
     branch,
     held_elements,
+    largest_tensor,
     output_elements,
     trained_parameters,
 )
@@ -128,7 +129,7 @@ def _adapter_targets(
             TrainedPart(
                 name=name,
                 parameters=trained,
-                largest=-(-trained * max(sizes[name]) // sum(sizes[name])),
+                largest=largest_tensor(kind, own, inputs, outputs),
                 sizes=sizes[name],
                 rank=layer.rank,
                 alpha=layer.alpha,
