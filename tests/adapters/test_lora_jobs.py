@@ -14,8 +14,10 @@ from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.events import encode
 from trainer.contract.jobs import ConvertRequest, InspectRequest, LoRAUse, MergeRequest
 from trainer.contract.variants import VARIANTS
-from trainer.jobs.inspect_lora import fitting_variants, inspect_lora
-from trainer.jobs.lora_tools import run_convert, run_inspect, run_merge
+from trainer.jobs.lora_convert import run as run_convert
+from trainer.jobs.lora_inspect import fitting_variants, inspect_lora
+from trainer.jobs.lora_inspect import run as run_inspect
+from trainer.jobs.merge import run as run_merge
 from trainer.models.wan.loading import load_transformer, save_transformer
 
 from .tiny_models import (
@@ -303,7 +305,7 @@ def test_a_header_of_any_size_can_be_inspected(model, tmp_path, metadata):
 
 
 def test_merging_reads_one_tensor_at_a_time(base, lora, tmp_path, monkeypatch):
-    import trainer.jobs.merge as module
+    import trainer.jobs.merge_weights as module
 
     alive, most = set(), 0
     original = module.read_tensor

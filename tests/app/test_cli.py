@@ -17,7 +17,7 @@ from trainer.contract.jobs import REQUESTS
 GROUPS = {
     "presets": ["list", "show", "diff"],
     "config": ["show", "deepspeed"],
-    "lora": ["inspect", "convert"],
+    "lora": ["inspect", "convert", "merge", "subtract", "blend", "ema", "resize", "extract"],
     "runs": ["list", "show", "watch", "stop", "save", "sample"],
 }
 EVERY_COMMAND = [[name] for name in COMMANDS] + [

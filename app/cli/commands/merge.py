@@ -7,15 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli import jobs, output
-from app.cli.options import Loras, Overrides, command_app, lora_use
+from app.cli import jobs
+from app.cli.commands.lora_options import refuse_existing, show_written
+from app.cli.options import Json, Loras, Overrides, command_app, lora_use
 from trainer.contract.errors import UserError
 
 app = command_app()
 
 
 @app.command()
-def merge(
+def merge(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     target: Annotated[
         Path, typer.Option("--output", "-o", help="File to write.", show_default=False)
     ],
@@ -26,6 +27,15 @@ def merge(
     base: Annotated[
         Path | None, typer.Option("--base", help="Transformer weights: a file or a folder.")
     ] = None,
+    base_high_noise: Annotated[
+        Path | None,
+        typer.Option(
+            "--base-high-noise",
+            metavar="FILE",
+            help="Wan 2.2: the high-noise expert, --base being the low-noise one. Writes "
+            "OUT_high_noise and OUT_low_noise.",
+        ),
+    ] = None,
     loras: Loras = None,
     dtype: Annotated[
         str | None,
@@ -33,8 +43,11 @@ def merge(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     overrides: Overrides = None,
+    as_json: Json = False,
 ) -> None:
-    """Bake LoRAs into a base model and write the result as one file.
+    """Bake LoRAs into a base model, or into both experts of Wan 2.2.
+
+    A base in fp8 stays in fp8 unless --dtype says otherwise; what rounding costs is told.
 
     Example: menma merge --base wan.safetensors --lora fish.safetensors:0.8 -o wan-fish.safetensors
     """
@@ -46,22 +59,20 @@ def merge(
     if base is None or not uses:
         missing = "--base FILE" if base is None else "--lora FILE"
         raise UserError(f"{missing} is missing", hint="menma merge --help shows an example")
-    if target.exists() and not force:
-        raise UserError(
-            f"{target} exists already", hint="choose another file with -o, or add --force"
-        )
+    if base_high_noise is None:
+        refuse_existing(target, force=force)
     result = jobs.run_or_leave(
         "merge",
         {
             "base": str(base),
+            "base_high_noise": None if base_high_noise is None else str(base_high_noise),
             "loras": uses,
             "output": str(target),
             "dtype": dtype,
             "force": force,
         },
     )
-    for path in result.paths:
-        output.data(path)
+    show_written(result, as_json=as_json, many=True)
 
 
 def _from_config(

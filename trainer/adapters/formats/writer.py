@@ -58,7 +58,7 @@ def save_adapter(
     stored = {name: _rounded(name, prepare(pair), dtype) for name, pair in _low_rank(updates)}
     tensors, header = write(stored)
     table = {**(metadata or {}), **_facts(stored), **header}
-    table["sshs_model_hash"] = _model_hash(tensors)
+    table["sshs_model_hash"] = model_hash(tensors)
 
     def check(file: Path) -> None:
         _check_equal(stored, load_adapter(file))
@@ -138,8 +138,8 @@ def _facts(stored: Factors) -> dict[str, str]:
     }
 
 
-def _model_hash(tensors: Table) -> str:
-    # The hash that kohya-style tools and web sites identify a LoRA by: the file without header.
+def model_hash(tensors: Table) -> str:
+    """Return the hash that kohya-style tools and web sites know a LoRA by: all but the header."""
     content = to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()})
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
