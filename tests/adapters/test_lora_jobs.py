@@ -124,7 +124,7 @@ def test_a_diffusers_folder_becomes_one_file_of_original_names(model, lora, tmp_
     )
 
 
-def test_fp8_needs_a_precision_to_write(model, lora, tmp_path):
+def test_fp8_can_be_written_more_precisely(model, lora, tmp_path):
     tensors = dict(model.state_dict())
     weight = tensors["blocks.0.ffn.0.weight"]
     scale = weight.abs().max() / 448
@@ -133,9 +133,6 @@ def test_fp8_needs_a_precision_to_write(model, lora, tmp_path):
     tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
     base, output = tmp_path / "fp8.safetensors", tmp_path / "out.safetensors"
     save_file(tensors, base)
-    with pytest.raises(ModelFileError, match="swallow"):
-        merge(base, output, lora)
-    assert not output.exists()
     merge(base, output, lora, dtype="fp32")
     written = load_file(output)
     assert set(written) == set(model.state_dict())

@@ -26,6 +26,8 @@ class Update(ABC):
 
     kind: ClassVar[str]
     """Name of the kind that it is a form of, for people and metadata."""
+    precise: ClassVar[frozenset[str]] = frozenset()
+    """Roles that files hold in float32, whatever the others are rounded to."""
 
     alpha: float
     """Strength as the kind counts it; usually `scale` is alpha / rank."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.adapters.base import AdapterFile, LoRAFactors, Update
@@ -128,40 +128,20 @@ def blend_loras(
     check_strengths((use.path, use.strength) for use in uses)
     adapters = open_loras(uses)
     tables = [low_rank(adapter, "a blend") for adapter in adapters]
-    strengths = [use.strength for use in uses]
     # Joined in the order of the names, so that the order of the arguments does not matter.
-    order = sorted(range(len(uses)), key=lambda index: uses[index].path.name)
-    names = sorted(union(tables))
-    weights = _weights(blend, tables, strengths, names)
-    made: list[dict[str, Update]] = [{} for _ in uses]
-    energies = [Energies() for _ in uses]
-    for number, name in enumerate(names, start=1):
-        rows = weights[group_of(name)]
-        for index, row in enumerate(rows):
-            parts = [
-                Part(uses[j].path, tables[j][name], row[j] * strengths[j])
-                for j in order
-                if name in tables[j]
-            ]
-            update = sum_module(name, parts, cut or Cut(), energies[index])
-            if update is not None:
-                made[index][name] = update
-        if on_module is not None:
-            on_module(number, len(names), name)
-    _check_filled(uses, made)
-    mark = blend.mark(sorted(_slot(adapter) for adapter in adapters))
-    written: dict[int, Written] = {}
+    made, energies = _blended(uses, tables, blend, cut or Cut(), on_module)
+    mark = blend.mark(sorted(_slot(adapter) for adapter in adapters)) if blend.share else ""
+    results: dict[int, Written] = {}
 
     def writer(index: int) -> Callable[[Path], None]:
         def write(path: Path) -> None:
-            metadata = tool_metadata(adapters[index], "blend", share=blend.share, votes=blend.votes)
-            if blend.share:
-                metadata[SHARED_KEY] = mark
-            written[index] = write_lora(
+            facts = {"share": blend.share, "votes": blend.votes, "groups": dict(blend.groups)}
+            metadata = tool_metadata(adapters[index], "blend", **facts)
+            results[index] = write_lora(
                 made[index],
-                Target(path=path, layout=folder.layout, dtype=folder.dtype, force=True),
+                replace(folder, path=path, force=True),
                 [adapters[index]],
-                metadata,
+                metadata | ({SHARED_KEY: mark} if mark else {}),
                 exact=not energies[index].kept,
             )
 
@@ -169,9 +149,43 @@ def blend_loras(
 
     write_together({outputs[index]: writer(index) for index in range(len(uses))})
     return [
-        (_at(written[index], outputs[index]), made[index], energies[index])
+        (replace(results[index], path=outputs[index]), made[index], energies[index])
         for index in range(len(uses))
     ]
+
+
+def _blended(
+    uses: Sequence[LoRAUse],
+    tables: Sequence[Table],
+    blend: Blend,
+    cut: Cut,
+    on_module: Callable[[int, int, str], None] | None,
+) -> tuple[list[dict[str, Update]], list[Energies]]:
+    # Joined in the order of the names, so that the order of the arguments does not matter.
+    order = sorted(range(len(uses)), key=lambda index: uses[index].path.name)
+    strengths = [use.strength for use in uses]
+    names = sorted(union(tables))
+    weights = _weights(blend, tables, strengths, names)
+    made: list[dict[str, Update]] = [{} for _ in uses]
+    energies = [Energies() for _ in uses]
+    for number, name in enumerate(names, start=1):
+        for index, row in enumerate(weights[group_of(name)]):
+            parts = [
+                Part(uses[j].path, tables[j][name], row[j] * strengths[j])
+                for j in order
+                if name in tables[j]
+            ]
+            update = sum_module(name, parts, cut, energies[index])
+            if update is not None:
+                made[index][name] = update
+        if on_module is not None:
+            on_module(number, len(names), name)
+    for use, updates in zip(uses, made, strict=True):
+        if not updates:
+            raise ConfigError(
+                f"nothing would be left of {use.path}", hint="its strength must differ from 0"
+            )
+    return made, energies
 
 
 def group_of(name: str) -> str:
@@ -209,23 +223,5 @@ def _outputs(uses: Sequence[LoRAUse], folder: Target) -> list[Path]:
     return outputs
 
 
-def _check_filled(uses: Sequence[LoRAUse], made: Sequence[Mapping[str, Update]]) -> None:
-    for use, updates in zip(uses, made, strict=True):
-        if not updates:
-            raise ConfigError(
-                f"nothing would be left of {use.path}", hint="its strength must differ from 0"
-            )
-
-
 def _slot(adapter: AdapterFile) -> str:
     return adapter.metadata.get("ss_loraid", adapter.path.stem)
-
-
-def _at(written: Written, path: Path) -> Written:
-    return Written(
-        path=path,
-        layout=written.layout,
-        dtype=written.dtype,
-        num_modules=written.num_modules,
-        notes=written.notes,
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +142,13 @@ def split_experts(source: Path, target: Target) -> list[ConvertReport]:
 
     def writer(expert: Expert) -> Callable[[Path], None]:
         def write(path: Path) -> None:
-            own = Target(path=path, layout=target.layout, dtype=target.dtype, force=True)
+            own = replace(target, path=path, force=True)
             reports[expert] = _write(adapters[expert], own, expert)
 
         return write
 
     write_together({outputs[expert]: writer(expert) for expert in EXPERTS})
-    return [_at(reports[expert], outputs[expert]) for expert in EXPERTS]
+    return [replace(reports[expert], output=outputs[expert]) for expert in EXPERTS]
 
 
 def join_experts(first: Path, second: Path, target: Target) -> ConvertReport:
@@ -236,12 +236,7 @@ def _write(adapter: AdapterFile, target: Target, expert: Expert | None) -> Conve
         metadata[FOLDED_KEY] = adapter.metadata[FOLDED_KEY]
     if expert is not None:
         metadata.setdefault("menma.expert", expert)
-    own = Target(
-        path=target.path,
-        layout=target.layout,
-        dtype=target.dtype or common_dtype([updates]),
-        force=target.force,
-    )
+    own = replace(target, dtype=target.dtype or common_dtype([updates]))
     written = write_lora(updates, own, [adapter], metadata)
     return ConvertReport(
         output=target.path,
@@ -277,16 +272,4 @@ def _write_pair(
         dtype=dtype,
         num_modules=sum(map(len, updates.values())),
         notes=tuple(note for adapter in pair.values() for note in adapter.notes),
-    )
-
-
-def _at(report: ConvertReport, path: Path) -> ConvertReport:
-    return ConvertReport(
-        output=path,
-        source_layout=report.source_layout,
-        layout=report.layout,
-        dtype=report.dtype,
-        num_modules=report.num_modules,
-        notes=report.notes,
-        expert=report.expert,
     )

@@ -42,8 +42,7 @@ def combined_metadata(
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Return the header of a LoRA made from several files, and notes for people.
 
-    Kept is what all of them say alike. LORAID slots are listed (`ss_loraid = "1,2"`), if all of
-    them are slots of one allocation; else the result is no slot any more.
+    Kept is what all of them say alike. LORAID slots are listed (`ss_loraid = "1,2"`).
 
     Args:
         adapters: the files.
@@ -57,32 +56,36 @@ def combined_metadata(
         for key, value in first.items()
         if all(other.get(key) == value for other in others) and not key.startswith(_SLOT)
     }
-    slots, notes = _slots(headers)
     names = [adapter.path.name for adapter in adapters]
     step = {"tool": tool, "files": names, **facts}
     before = [step for adapter_steps in map(history, headers) for step in adapter_steps]
     return {
         **kept,
-        **slots,
+        **_slots(headers),
         "modelspec.merged_from": ", ".join(names),
         HISTORY_KEY: json.dumps([*before, step]),
-    }, (*notes, *_variant_notes(adapters))
+    }, _variant_notes(adapters)
 
 
-def _slots(headers: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], tuple[str, ...]]:
+def _slots(headers: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return the LORAID keys of a file that these were joined into.
+
+    Slots of one allocation give all their numbers and units. Mixed with other files they give a
+    file that is marked as shared: its numbers no longer say which layers are in it.
+    """
     tables = [{k: v for k, v in header.items() if k.startswith(_SLOT)} for header in headers]
-    if not any(tables):
-        return {}, ()
+    numbers = _joined(tables, _SLOT)
+    if not numbers:
+        return {}
     schemes = [{k: v for k, v in table.items() if k not in _LISTS} for table in tables]
-    if not all(table.get(_SLOT) for table in tables) or any(s != schemes[0] for s in schemes):
-        note = "the files are not all LORAID slots of one allocation: the result is marked as none"
-        return {}, (note,)
-    lists = {
-        key: ",".join(sorted({table[key] for table in tables}, key=_numbers))
-        for key in _LISTS
-        if all(key in table for table in tables)
-    }
-    return {**schemes[0], **lists}, ()
+    if not all(_SLOT in table for table in tables) or any(s != schemes[0] for s in schemes):
+        return {_SLOT: numbers, f"{_SLOT}_shared": f"{numbers};mixed"}
+    return {**schemes[0], **{key: text for key in _LISTS if (text := _joined(tables, key))}}
+
+
+def _joined(tables: Sequence[Mapping[str, str]], key: str) -> str:
+    parts = {part for table in tables for part in table.get(key, "").split(",") if part}
+    return ",".join(sorted(parts, key=_numbers))
 
 
 def _numbers(text: str) -> tuple[list[int], str]:

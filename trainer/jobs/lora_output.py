@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.adapters.base import AdapterFile, Update
+from trainer.adapters.base import AdapterFile, LoRAFactors, Update
 from trainer.adapters.formats.writer import LAYOUTS, save_adapter
 from trainer.contract.errors import ConfigError
 from trainer.contract.files import disk_errors
@@ -154,7 +154,9 @@ def common_dtype(inputs: Sequence[Mapping[str, Update]]) -> torch.dtype:
     found: torch.dtype | None = None
     for adapter in inputs:
         for update in adapter.values():
-            for tensor in update.tensors().values():
+            for role, tensor in update.tensors().items():
+                if role in update.precise:
+                    continue
                 wide = tensor.dtype if tensor.dtype.itemsize > 1 else torch.bfloat16
                 found = wide if found is None else torch.promote_types(found, wide)
     return found or torch.bfloat16
@@ -185,10 +187,12 @@ def _is_lossless(updates: Mapping[str, Update], layout: str, dtype: torch.dtype)
     return all(
         bool((tensor.to(dtype).double() == tensor.double()).all())
         for update in updates.values()
-        for tensor in _stored(update, layout)
+        for role, tensor in _stored(update, layout).items()
+        if role not in update.precise
     )
 
 
-def _stored(update: Update, layout: str) -> list[Tensor]:
-    fold = layout == "comfy" and is_plain(update)
-    return list((update.folded() if fold else update).tensors().values())  # type: ignore[attr-defined]  # plain ones have it
+def _stored(update: Update, layout: str) -> dict[str, Tensor]:
+    if layout == "comfy" and isinstance(update, LoRAFactors):
+        return update.folded().tensors()
+    return update.tensors()

@@ -116,7 +116,7 @@ def delta_of(path: Path, name: str, update: Update) -> Tensor:
     """
     try:
         return update.delta()
-    except NotImplementedError as error:
+    except ModelFileError as error:
         raise ModelFileError(
             f"{path}: the {update.kind} update of {name} depends on the weights of the base model",
             hint="merge it into its base with `menma merge`, then use `menma lora extract`",

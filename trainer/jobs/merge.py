@@ -27,6 +27,7 @@ class MergeReport:
     num_changed: int
     num_bytes: int
     rounding: Rounding
+    notes: tuple[str, ...] = ()
 
 
 def run(request: MergeRequest, emit: Emit) -> None:
@@ -58,6 +59,8 @@ def run(request: MergeRequest, emit: Emit) -> None:
 
 def emit_report(report: MergeReport, emit: Emit) -> None:
     """Say what was written, and warn where rounding has cost much of the LoRA."""
+    for note in report.notes:
+        emit("warning", message=note)
     if words := report.rounding.warning():
         emit("warning", message=words, hint="--dtype bf16 writes a more precise, larger file")
     emit(
@@ -186,6 +189,7 @@ def _report(merge: Merge, output: Path) -> MergeReport:
         num_changed=merge.num_changed,
         num_bytes=output.stat().st_size,
         rounding=merge.rounding,
+        notes=merge.notes,
     )
 
 

@@ -111,6 +111,7 @@ class Merge:
     """A merge of which everything is known to fit; `write` does it.
 
     Attributes:
+        notes: what had to be assumed of the LoRAs, for people.
         rounding: filled while writing.
     """
 
@@ -119,6 +120,7 @@ class Merge:
     shares: Mapping[str, Sequence[_Share]]
     plan: Mapping[str, _Planned]
     metadata: Mapping[str, str]
+    notes: tuple[str, ...] = ()
     rounding: Rounding = field(default_factory=Rounding)
     _scales: dict[str, Tensor] = field(default_factory=dict)
 
@@ -206,8 +208,9 @@ def plan_merge(base: Path, loras: Sequence[LoRAUse], dtype: torch.dtype | None =
     adapters = [load_adapter(lora.path, expert=lora.expert) for lora in loras]
     shares = _shares(files, tensors, loras, adapters)
     plan = _plan(files, tensors, shares, dtype)
-    metadata = _metadata(files, loras, keep_quantisation=dtype is None)
-    return Merge(files, tensors, shares, plan, metadata)
+    metadata = _metadata(files, loras, adapters, keep_quantisation=dtype is None)
+    notes = tuple(f"{a.path.name}: {note}" for a in adapters for note in a.notes)
+    return Merge(files, tensors, shares, plan, metadata, notes)
 
 
 def _shares(
@@ -277,7 +280,11 @@ def _check_expert(lora: LoRAUse, adapter: AdapterFile, base: WeightFiles) -> Non
 
 
 def _metadata(
-    files: WeightFiles, loras: Sequence[LoRAUse], *, keep_quantisation: bool
+    files: WeightFiles,
+    loras: Sequence[LoRAUse],
+    adapters: Sequence[AdapterFile],
+    *,
+    keep_quantisation: bool,
 ) -> dict[str, str]:
     own = dict(files.metadata)
     if not keep_quantisation:
@@ -287,11 +294,19 @@ def _metadata(
         shape = recognise(files).config
         own[CONFIG_KEY] = transformer_metadata(shape, "")[CONFIG_KEY]
     names = [files.path.name, *(lora.path.name for lora in loras)]
-    parts = [{"file": lora.path.name, "strength": lora.strength} for lora in loras]
+    parts = [
+        {"file": lora.path.name, "strength": lora.strength, **_slot(adapter)}
+        for lora, adapter in zip(loras, adapters, strict=True)
+    ]
     return own | {
         "modelspec.merged_from": ", ".join(names),
         "menma.merged": json.dumps(merged_before(own) + parts),
     }
+
+
+def _slot(adapter: AdapterFile) -> dict[str, str]:
+    """Return what a LoRA says of its LORAID slot, so that the model tells which are inside."""
+    return {key: text for key, text in adapter.metadata.items() if key.startswith("ss_loraid")}
 
 
 def merged_before(metadata: Mapping[str, str]) -> list[Any]:

@@ -25,7 +25,7 @@ def inspect(file: File, expert: Expert = None, as_json: Json = False) -> None:
         output.data(line)
 
 
-def convert(
+def convert(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     source: Annotated[
         Path, typer.Argument(metavar="IN", help="LoRA in any known layout.", show_default=False)
     ],

@@ -84,7 +84,7 @@ def extract(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument
 ) -> None:
     """Make a LoRA of what two checkpoints differ in.
 
-    Example: menma lora extract wan.safetensors tuned.safetensors --rank 64 -o tuned-lora.safetensors
+    Example: menma lora extract wan.safetensors tuned.safetensors --rank 64 -o out.safetensors
     """
     request = {
         "base": str(base),

@@ -25,7 +25,7 @@ from app.cli.options import Json, lora_use
 from trainer.contract.errors import UserError
 
 
-def merge(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
+def merge(
     files: Uses,
     target: Target,
     rank: Rank = None,
