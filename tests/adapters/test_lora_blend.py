@@ -166,4 +166,7 @@ def test_mistakes_are_named_and_nothing_is_written(three, tmp_path, capfd):
     assert "groups" in said(groups={"selff": 1.0})
     assert "is a file" in said(output=three[0])
     assert "is an input" in said(output=tmp_path, force=True)
-    assert "two LoRAs are named one" in said(files=[files[0], files[0]])
+    elsewhere = tmp_path / "elsewhere" / "one.safetensors"
+    elsewhere.parent.mkdir()
+    lora(elsewhere)
+    assert "two LoRAs are named one" in said(files=[files[0], {"path": elsewhere}])

@@ -93,9 +93,15 @@ def test_alphas_that_cannot_come_back_exactly_are_left_folded(tmp_path):
 
 @pytest.mark.parametrize(
     "table",
-    ["{", "[]", '{"alpha": "x", "dtype": "bfloat16"}', '{"alpha": 2, "dtype": "Tensor"}',
-     '{"alpha": {"blocks.0.self_attn.q": 7}, "dtype": "float32"}', '{"alpha": 0, "dtype": "float32"}'],
-)  # fmt: skip
+    [
+        "{",
+        "[]",
+        '{"alpha": "x", "dtype": "bfloat16"}',
+        '{"alpha": 2, "dtype": "Tensor"}',
+        '{"alpha": {"blocks.0.self_attn.q": 7}, "dtype": "float32"}',
+        '{"alpha": 0, "dtype": "float32"}',
+    ],
+)
 def test_a_damaged_entry_of_the_header_changes_no_update(tmp_path, table):
     path = tmp_path / "a.safetensors"
     lora(path, layout="comfy", metadata={"menma.folded_alpha": table})

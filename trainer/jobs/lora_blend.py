@@ -11,7 +11,7 @@ from trainer.adapters.low_rank import Cut
 from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import LoRABlendRequest, LoRAUse
 from trainer.jobs.base import Emit
-from trainer.jobs.lora_files import inside_block, low_rank, open_loras, union
+from trainer.jobs.lora_files import check_distinct, inside_block, low_rank, open_loras, union
 from trainer.jobs.lora_metadata import tool_metadata
 from trainer.jobs.lora_output import (
     DTYPES,
@@ -21,7 +21,7 @@ from trainer.jobs.lora_output import (
     write_lora,
     write_together,
 )
-from trainer.jobs.lora_sum import Energies, Part, check_strengths, rank_counts, sum_module
+from trainer.jobs.lora_sum import Energies, Part, rank_counts, sum_module
 
 GROUPS = ("cross", "self", "ffn", "other")
 SHARED_KEY = "ss_loraid_shared"
@@ -124,8 +124,8 @@ def blend_loras(
         ModelFileError: a file cannot be read, is no plain LoRA, or of another model or expert.
         DiskError: the disk is full, read-only or faulty; what was there is as it was.
     """
+    check_distinct(uses)
     outputs = _outputs(uses, folder)
-    check_strengths((use.path, use.strength) for use in uses)
     adapters = open_loras(uses)
     tables = [low_rank(adapter, "a blend") for adapter in adapters]
     # Joined in the order of the names, so that the order of the arguments does not matter.

@@ -15,7 +15,6 @@ from trainer.jobs.lora_metadata import combined_metadata, tool_metadata
 from trainer.jobs.lora_output import DTYPES, Target, Written, check_output, write_lora
 from trainer.jobs.lora_sum import (
     Energies,
-    check_strengths,
     cut_of,
     rank_counts,
     sum_module,
@@ -67,7 +66,6 @@ def merge_lora_files(
         DiskError: the disk is full, read-only or faulty; the output is as it was.
     """
     check_output(target.path, [use.path for use in uses], force=target.force)
-    check_strengths((use.path, use.strength) for use in uses)
     uses = sorted(uses, key=lambda use: (use.path.name, str(use.path), use.expert or ""))
     adapters = open_loras(uses)
     strengths = [use.strength for use in uses]

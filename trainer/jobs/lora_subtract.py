@@ -20,7 +20,7 @@ from trainer.jobs.lora_merge import (
     target_of,
 )
 from trainer.jobs.lora_output import DTYPES, Target, check_output
-from trainer.jobs.lora_sum import check_strengths, cut_of
+from trainer.jobs.lora_sum import cut_of
 from trainer.jobs.merge import MergeReport, emit_report, merge_loras
 from trainer.jobs.merge_weights import merged_before
 
@@ -72,7 +72,6 @@ def subtract_from_lora(
     """
     everything = [minuend, *uses]
     check_output(target.path, [use.path for use in everything], force=target.force)
-    check_strengths((use.path, use.strength) for use in everything)
     adapters = open_loras(everything)
     weights = [1.0, *(-use.strength for use in uses)]
     return sum_and_write(adapters, weights, target, cut or Cut(), "subtract", on_module)

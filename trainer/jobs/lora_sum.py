@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trainer.adapters.base import AdapterFile, LoRAFactors, Update
@@ -132,17 +131,6 @@ def weighted_parts(
         for adapter, weight in zip(adapters, weights, strict=True)
         if name in adapter
     ]
-
-
-def check_strengths(strengths: Iterable[tuple[Path, float]]) -> None:
-    """Refuse strengths that are not finite.
-
-    Raises:
-        ConfigError: names the file.
-    """
-    for path, strength in strengths:
-        if not torch.isfinite(torch.tensor(strength)):
-            raise ConfigError(f"the strength of {path} is {strength}", hint="give a finite number")
 
 
 def rank_counts(updates: Mapping[str, Update]) -> dict[str, int]:
