@@ -50,6 +50,8 @@ def _comfyui(layouts: set[str], kinds: set[str], both_experts: bool) -> str:
 def _diffusers(
     adapter: AdapterFile, layouts: set[str], kinds: set[str], has_alpha: bool, both_experts: bool
 ) -> str:
+    if kinds == {"dora"}:
+        return "" if layouts == {"peft"} else "of DoRA it reads the peft layout only"
     if other := _other_kind(kinds, {"lora"}):
         return other
     if len(layouts) > 1 or "bare" in layouts:
