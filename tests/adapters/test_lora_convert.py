@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from trainer.adapters import load_adapter
 from trainer.adapters.base import LoRAFactors
 from trainer.adapters.formats.writer import save_adapter
-from trainer.jobs.lora_convert import restored
-from trainer.jobs.lora_inspect import inspect_lora
+from trainer.jobs.convert import restored
+from trainer.jobs.inspect_lora import inspect_lora
 
 from .lora_tool_runs import deltas, header, lora, refusal, same_bits, tool
 from .tiny_models import make_factors, make_transformer, make_twin, model_inputs, run_twin

@@ -14,10 +14,8 @@ from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.events import encode
 from trainer.contract.jobs import ConvertRequest, InspectRequest, LoRAUse, MergeRequest
 from trainer.contract.variants import VARIANTS
-from trainer.jobs.lora_convert import run as run_convert
-from trainer.jobs.lora_inspect import fitting_variants, inspect_lora
-from trainer.jobs.lora_inspect import run as run_inspect
-from trainer.jobs.merge import run as run_merge
+from trainer.jobs.inspect_lora import fitting_variants, inspect_lora
+from trainer.jobs.lora_tools import run_convert, run_inspect, run_merge
 from trainer.models.wan.loading import load_transformer, save_transformer
 
 from .tiny_models import (

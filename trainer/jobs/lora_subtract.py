@@ -21,7 +21,8 @@ from trainer.jobs.lora_merge import (
 )
 from trainer.jobs.lora_output import DTYPES, Target, check_output
 from trainer.jobs.lora_sum import cut_of
-from trainer.jobs.merge import MergeReport, emit_report, merge_loras
+from trainer.jobs.lora_tools import emit_merged
+from trainer.jobs.merge import MergeReport, merge_loras
 from trainer.jobs.merge_weights import merged_before
 
 
@@ -54,7 +55,7 @@ def run(request: LoRASubtractRequest, emit: Emit) -> None:
         force=request.force,
         emit=emit,
     )
-    emit_report(report, emit)
+    emit_merged(report, emit)
 
 
 def subtract_from_lora(

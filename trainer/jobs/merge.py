@@ -1,4 +1,4 @@
-"""The job `merge`: bake LoRAs into a base model's file, or into both experts of Wan 2.2."""
+"""Bake LoRAs into a base model's file, or into both experts of Wan 2.2."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 from trainer.adapters.formats.keys import Expert
 from trainer.contract.errors import ConfigError, ModelFileError
-from trainer.contract.jobs import LoRAUse, MergeRequest
+from trainer.contract.jobs import LoRAUse
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import Emit
 from trainer.jobs.lora_files import EXPERTS, check_distinct, experts_of, lora_file
-from trainer.jobs.lora_output import DTYPES, check_output, write_together
+from trainer.jobs.lora_output import check_output, write_together
 from trainer.jobs.merge_weights import Merge, Rounding, plan_merge
 
 
@@ -28,49 +28,6 @@ class MergeReport:
     num_bytes: int
     rounding: Rounding
     notes: tuple[str, ...] = ()
-
-
-def run(request: MergeRequest, emit: Emit) -> None:
-    """Job `merge`; an `output` event a file: path, numbers of tensors, what rounding has cost."""
-    dtype = DTYPES[request.dtype] if request.dtype else None
-    if request.base_high_noise is None:
-        progress = _Progress(emit, request.base.name)
-        report = merge_loras(
-            request.base,
-            request.loras,
-            request.output,
-            dtype=dtype,
-            force=request.force,
-            on_plan=progress.begin,
-            on_tensor=progress.tensor,
-        )
-        reports = [report]
-    else:
-        bases: dict[Expert, Path] = {
-            "high_noise": request.base_high_noise,
-            "low_noise": request.base,
-        }
-        reports = merge_pair(
-            bases, request.loras, request.output, dtype=dtype, force=request.force, emit=emit
-        )
-    for report in reports:
-        emit_report(report, emit)
-
-
-def emit_report(report: MergeReport, emit: Emit) -> None:
-    """Say what was written, and warn where rounding has cost much of the LoRA."""
-    for note in report.notes:
-        emit("warning", message=note)
-    if words := report.rounding.warning():
-        emit("warning", message=words, hint="--dtype bf16 writes a more precise, larger file")
-    emit(
-        "output",
-        path=str(report.output),
-        num_tensors=report.num_tensors,
-        num_changed=report.num_changed,
-        num_bytes=report.num_bytes,
-        rounding=report.rounding.fields(),
-    )
 
 
 def merge_loras(
@@ -154,7 +111,7 @@ def merge_pair(
                 hint="merge into the other one alone, or write --lora FILE@" + expert,
             )
         merges[expert] = plan_merge(bases[expert], uses, dtype)
-    progress = _Progress(emit, output.name)
+    progress = MergeProgress(emit, output.name)
     progress.begin(sum(len(merge.plan) for merge in merges.values()))
 
     def writer(merge: Merge) -> Callable[[Path], None]:
@@ -164,7 +121,7 @@ def merge_pair(
     return [_report(merge, outputs[expert]) for expert, merge in merges.items()]
 
 
-class _Progress:
+class MergeProgress:
     """Counts written tensors as a phase."""
 
     def __init__(self, emit: Emit, detail: str) -> None:

@@ -1,4 +1,4 @@
-"""The job `convert`: rewrite a LoRA in another layout."""
+"""Rewrite a LoRA in another layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from trainer.adapters.base import AdapterFile, LoRAFactors, Update
 from trainer.adapters.formats.keys import Expert
 from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import ConvertRequest, LoRAUse
-from trainer.jobs.base import Emit
 from trainer.jobs.lora_files import (
     EXPERTS,
     check_distinct,
@@ -56,23 +55,6 @@ class ConvertReport:
     expert: Expert | None = None
 
 
-def run(request: ConvertRequest, emit: Emit) -> None:
-    """Job `convert`; an `output` event a file, with the path and both layouts."""
-    emit("phase", name="convert", detail=request.input.name)
-    for report in convert(request):
-        for note in report.notes:
-            emit("log", message=note)
-        emit(
-            "output",
-            path=str(report.output),
-            source_layout=report.source_layout,
-            layout=report.layout,
-            dtype=dtype_name(report.dtype),
-            num_modules=report.num_modules,
-            expert=report.expert,
-        )
-
-
 def convert(request: ConvertRequest) -> list[ConvertReport]:
     """Do what a request asks: one file, a pair joined to one file, or a pair split into two.
 
@@ -80,12 +62,8 @@ def convert(request: ConvertRequest) -> list[ConvertReport]:
         ConfigError: `join`, `split` and `expert` contradict each other, or as `convert_lora`.
         ModelFileError, DiskError: as `convert_lora`.
     """
-    target = Target(
-        path=request.output,
-        layout=request.layout,
-        dtype=DTYPES[request.dtype] if request.dtype else None,
-        force=request.force,
-    )
+    dtype = DTYPES[request.dtype] if request.dtype else None
+    target = Target(path=request.output, layout=request.layout, dtype=dtype, force=request.force)
     chosen = [request.expert is not None, request.join is not None, request.split]
     if sum(chosen) > 1:
         raise ConfigError(
@@ -98,11 +76,28 @@ def convert(request: ConvertRequest) -> list[ConvertReport]:
         return split_experts(request.input, target)
     if request.expert is None and holds_both_experts(request.input):
         return [_convert_pair(request.input, target)]
-    return [convert_lora(request.input, target, expert=request.expert)]
+    return [
+        convert_lora(
+            request.input,
+            request.output,
+            layout=request.layout,
+            dtype=dtype,
+            expert=request.expert,
+            force=request.force,
+        )
+    ]
 
 
-def convert_lora(source: Path, target: Target, *, expert: Expert | None = None) -> ConvertReport:
-    """Write the LoRA in `source` in another layout; the update it makes is the same.
+def convert_lora(
+    source: Path,
+    output: Path,
+    *,
+    layout: str = "comfy",
+    dtype: torch.dtype | None = None,
+    expert: Expert | None = None,
+    force: bool = False,
+) -> ConvertReport:
+    """Write the LoRA in `source` to `output` in another layout; the update it makes is the same.
 
     `comfy` has no alpha: the scale is multiplied into one factor, which rounds it in 16 bits
     unless the scale is 2ⁿ. The header keeps the alphas, and a conversion to a layout with alpha
@@ -110,17 +105,20 @@ def convert_lora(source: Path, target: Target, *, expert: Expert | None = None) 
 
     Args:
         source: LoRA in any known layout.
-        target: file, layout and precision; without a precision the file's own.
+        output: a .safetensors file.
+        layout: `comfy`, `kohya` or `peft`.
+        dtype: of the written factors; None: the most precise one in the file.
         expert: which LoRA to take from a file that holds two.
+        force: replace `output` if it is there.
 
     Raises:
-        ConfigError: the output is there already or is the input, or there is no such layout.
-        ModelFileError: the file cannot be read, or a value does not fit the precision.
-        DiskError: the disk is full, read-only or faulty; the output is as it was.
+        ConfigError: `output` is there already or is the input, or there is no such layout.
+        ModelFileError: the file cannot be read, or a value does not fit `dtype`.
+        DiskError: the disk is full, read-only or faulty; `output` is as it was.
     """
-    check_output(target.path, [source], force=target.force)
+    check_output(output, [source], force=force)
     adapter = load_adapter(source, expert=expert)
-    return _write(adapter, target, expert)
+    return _write(adapter, Target(path=output, layout=layout, dtype=dtype, force=force), expert)
 
 
 def split_experts(source: Path, target: Target) -> list[ConvertReport]:

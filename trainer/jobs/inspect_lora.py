@@ -1,8 +1,7 @@
-"""The job `inspect`: what a LoRA file holds, in figures."""
+"""What a LoRA file holds, in figures."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,22 +12,10 @@ from trainer.adapters.apply import describe
 from trainer.adapters.base import AdapterFile, Update
 from trainer.adapters.formats.keys import Expert
 from trainer.adapters.formats.names import block_index
-from trainer.contract.jobs import InspectRequest
 from trainer.contract.variants import VARIANTS, TransformerConfig
 from trainer.io.mapped_load import open_weights
-from trainer.jobs.base import Emit
 from trainer.jobs.lora_files import EXPERTS, holds_both_experts, inside_block, lora_file
 from trainer.jobs.lora_programs import programs_that_load
-
-_LONGEST_VALUE = 2000
-_METADATA_BYTES = 24 * 1024
-
-
-def run(request: InspectRequest, emit: Emit) -> None:
-    """Job `inspect`; its `output` event has the summary of `inspect_lora` under `lora`."""
-    summary = inspect_lora(request.path, expert=request.expert)
-    summary["metadata"] = _shortened(summary["metadata"])
-    emit("output", path=str(request.path), lora=summary)
 
 
 def inspect_lora(path: Path, *, expert: Expert | None = None) -> dict[str, Any]:
@@ -147,20 +134,3 @@ def _dtype(update: Update) -> str:
 
 def _counts(values: Iterable[Any]) -> dict[str, int]:
     return {str(value): count for value, count in sorted(Counter(values).items())}
-
-
-def _shortened(metadata: dict[str, str]) -> dict[str, Any]:
-    # An event line is limited; some trainers write every caption into the header. Sorted, because
-    # a safetensors header is read in no particular order; one overlong key hides only itself.
-    short: dict[str, Any] = {}
-    room = _METADATA_BYTES
-    for key, value in sorted(metadata.items()):
-        whole = len(value) <= _LONGEST_VALUE
-        text = value if whole else f"{value[:200]}… ({len(value)} characters)"
-        size = len(json.dumps({key: text}))
-        if size <= room:
-            room -= size
-            short[key] = text
-    if len(short) < len(metadata):
-        short["…"] = f"and {len(metadata) - len(short)} more keys"
-    return short
