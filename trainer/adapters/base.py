@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,23 @@ class Update(ABC):
         """Return what is stored, by the role that it has; without alpha."""
 
     @abstractmethod
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Return the same update with other tensors, keyed and shaped as those of `tensors`."""
+
+    @abstractmethod
+    def folded(self) -> Self:
+        """Return the same update with scale 1, for readers that know no alpha.
+
+        The scale goes into one tensor, in float32; unchanged tensors when it is 1 already.
+        """
+
+    @abstractmethod
     def delta(self, strength: float = 1.0) -> Tensor:
-        """Return what is added to the weight, (O, I), float32 on the tensors' device."""
+        """Return what is added to the weight, (O, I), float32 on the tensors' device.
+
+        Raises:
+            ModelFileError: the kind's change depends on the weight that it is added to.
+        """
 
     @abstractmethod
     def beside(self, base: nn.Module, dtype: torch.dtype, device: torch.device) -> AdapterLinear:
@@ -110,6 +125,10 @@ class LoRAFactors(Update):
     def tensors(self) -> dict[str, Tensor]:
         """Return `down` (R, I) and `up` (O, R)."""
         return {"down": self.down_RI, "up": self.up_OR}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> LoRAFactors:
+        """Return the same update of these factors."""
+        return replace(self, down_RI=tensors["down"], up_OR=tensors["up"])
 
     def delta(self, strength: float = 1.0) -> Tensor:
         """Return strength · scale · up @ down."""

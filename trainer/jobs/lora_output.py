@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from trainer.adapters.base import AdapterFile, LoRAFactors, Update
+from trainer.adapters.base import AdapterFile, Update
 from trainer.adapters.formats.writer import LAYOUTS, save_adapter
 from trainer.contract.errors import ConfigError
 from trainer.contract.files import disk_errors
@@ -187,12 +186,6 @@ def _is_lossless(updates: Mapping[str, Update], layout: str, dtype: torch.dtype)
     return all(
         bool((tensor.to(dtype).double() == tensor.double()).all())
         for update in updates.values()
-        for role, tensor in _stored(update, layout).items()
+        for role, tensor in (update.folded() if layout == "comfy" else update).tensors().items()
         if role not in update.precise
     )
-
-
-def _stored(update: Update, layout: str) -> dict[str, Tensor]:
-    if layout == "comfy" and isinstance(update, LoRAFactors):
-        return update.folded().tensors()
-    return update.tensors()
