@@ -73,9 +73,15 @@ def test_the_order_of_the_files_does_not_matter(pair, tmp_path):
 
 def test_disjoint_loras_keep_every_bit(tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    scheme = {"ss_loraid_slots": "2", "ss_loraid_num_blocks": "3"}
-    for path, half, slot in ((one, "attention", "1"), (two, "ffn", "2")):
-        said = {**scheme, "ss_loraid": slot, "ss_loraid_units": f"{slot}0-{slot}9"}
+    scheme = {
+        "ss_loraid_slots": "3",
+        "ss_loraid_granularity": "module",
+        "ss_loraid_allocation": "contiguous",
+        "ss_loraid_num_blocks": "3",
+        "ss_loraid_expert": "none",
+    }
+    for path, half, slot, units in ((one, "attention", "1", "0-1"), (two, "ffn", "2", "3-4")):
+        said = {**scheme, "ss_loraid": slot, "ss_loraid_units": units}
         lora(path, names=HALVES[half], alpha=3.0, dtype=torch.bfloat16, metadata=said)
     output = tmp_path / "both.safetensors"
     tool("lora_merge", loras=[use(two), use(one)], output=output)
@@ -84,8 +90,8 @@ def test_disjoint_loras_keep_every_bit(tmp_path):
         for key, value in load_file(path).items():
             assert same_bits(load_file(output)[key], value)
     said = header(output)
-    assert (said["ss_loraid"], said["ss_loraid_units"]) == ("1,2", "10-19,20-29")
-    assert said["ss_loraid_slots"] == "2"
+    assert (said["ss_loraid"], said["ss_loraid_units"]) == ("1,2", "0-1,3-4")
+    assert scheme.items() <= said.items()
     mixed, plain = tmp_path / "mixed.safetensors", tmp_path / "plain.safetensors"
     lora(plain, seed=3)
     tool("lora_merge", loras=[use(one), use(plain)], output=mixed)
