@@ -70,5 +70,5 @@ if defined DEMO (echo   menma new --help) else (echo   menma demo)
 exit /b 0
 
 :tests
-"%VPY%" -m pytest -n auto --maxprocesses 4 --dist loadfile
+"%VPY%" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 exit /b %errorlevel%

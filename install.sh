@@ -134,6 +134,7 @@ if [ -n "$test" ]; then
   # A worker a core, four at most: each of them is a torch of its own. By file: what a file's tests
   # share is made once.
   pytest=("$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile)
+  pytest+=(--no-loadscope-reorder)
   pytest+=(${pytest_arguments[@]+"${pytest_arguments[@]}"})
   say "running: ${pytest[*]}"
   exec "${pytest[@]}"

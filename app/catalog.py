@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "lora": "app.cli.commands.lora",
     "merge": "app.cli.commands.merge",
     "runs": "app.cli.commands.runs",
+    "queue": "app.cli.commands.queue",
     "bench": "app.cli.commands.bench",
     "doctor": "app.cli.commands.doctor",
     "version": "app.cli.commands.version",

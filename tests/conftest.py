@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # With other load on two cores, two torch threads are many times slower than one; and a float
 # reduction's order, so a bit-for-bit comparison, depends on their number.
@@ -11,6 +12,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -18,3 +20,13 @@ from hypothesis import settings
 settings.register_profile("menma", deadline=None)
 settings.load_profile("menma")
 torch.set_num_threads(1)
+
+# Started in the background, a shell's child ignores Ctrl-C, and so would the commands under test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first, so that no worker is left with one when all others end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -25,6 +25,12 @@ START_TIMEOUT_S = 30.0
 SECRET_NAME = re.compile(r"TOKEN(?!IZ)|KEY|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
 URL_LOGIN = re.compile(r"(\w+://)[^/\s:@]+(:[^/\s@]*)?@")
 MASK = "***"
+JOB_TOKEN = "MENMA_JOB"
+"""Variable that names the queue's job in whose place a command works."""
+JOB_FOLDER = "MENMA_JOB_FOLDER"
+"""Variable with the folder of that job."""
+LAUNCHED = "launched.json"
+"""File in that folder that names the run which the command started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,11 +111,26 @@ def masked_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def start(run: RunDir, lock: RunLock, command: Sequence[str]) -> None:
+def start(
+    run: RunDir,
+    lock: RunLock,
+    command: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> None:
     """Start the supervisor with `command` as its trainer, and wait until it has begun.
+
+    Args:
+        run: prepared.
+        lock: of the run; the supervisor takes it over.
+        command: argv of the trainer.
+        cwd: where both work; None: here.
+        environment: theirs; None: this process's.
 
     Raises:
         RunError: it did not begin; the message has what it said.
+        OSError: `cwd` is not there.
     """
     arguments = [sys.executable, "-m", "app.runs.supervise", str(run.root)]
     options: dict[str, Any] = {}
@@ -119,18 +140,23 @@ def start(run: RunDir, lock: RunLock, command: Sequence[str]) -> None:
     else:
         arguments += ["--lock-fd", str(lock.descriptor)]
         options |= {"pass_fds": (lock.descriptor,), "start_new_session": True}
-    with run.console.open("ab") as console:
-        began_at = console.tell()
-        process = subprocess.Popen(
-            [*arguments, "--", *command],
-            stdin=subprocess.DEVNULL,
-            stdout=console,
-            stderr=console,
-            env=child_environment(),
-            **options,
-        )
-    if sys.platform != "win32":
-        lock.release()  # our copy of the descriptor; the supervisor's keeps the lock
+    if folder := os.environ.get(JOB_FOLDER):
+        write_json(Path(folder) / LAUNCHED, {"run": str(run.root.absolute())})
+    try:
+        with run.console.open("ab") as console:
+            began_at = console.tell()
+            process = subprocess.Popen(
+                [*arguments, "--", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=console,
+                env=child_environment() | dict(environment or {}),
+                cwd=cwd,
+                **options,
+            )
+    finally:
+        if sys.platform != "win32":
+            lock.release()  # our copy of the descriptor; the supervisor's keeps the lock
     _await_status(run, process, began_at)
 
 

@@ -28,6 +28,8 @@ class Status:
     exit_code: int | None = None
     signal: int | None = None
     """The signal that ended the trainer."""
+    job: str = ""
+    """Token of the queue's job that this start belongs to; empty: none."""
     reason: str = ""
     """What the supervisor knows about a bad end, for people."""
 
@@ -46,6 +48,7 @@ class Status:
                 "ended": self.ended,
                 "exit_code": self.exit_code,
                 "signal": self.signal,
+                "job": self.job,
                 "reason": self.reason,
             },
         )
@@ -68,6 +71,7 @@ def read_status(run: RunDir) -> Status | None:
             ended=content.get("ended"),
             exit_code=content.get("exit_code"),
             signal=content.get("signal"),
+            job=str(content.get("job", "")),
             reason=str(content.get("reason", "")),
         )
     except (OSError, ValueError, KeyError, TypeError):

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from app.runs import control
 from app.runs.child import child_environment, trainer_command
+from app.runs.launch import JOB_TOKEN
 from app.runs.lock import RunLock
 from app.runs.processes import ProcessId, boot_id, end_tree, host_name
 from app.runs.status import Status
@@ -54,6 +55,7 @@ class Supervisor:
             boot_id=boot_id(),
             host=host_name(),
             started=time.time(),
+            job=os.environ.get(JOB_TOKEN, ""),
         )
 
     def run(self) -> int:

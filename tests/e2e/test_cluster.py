@@ -23,6 +23,7 @@ WHY_NOT = obstacle()
 needs_namespaces = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 OPTIONS = ("--set", "distributed.engine=deepspeed", "--set", "distributed.timeout_s=120")
 STEPS = ("--set", "training.max_steps=6", "--set", "checkpoint.every_steps=3")
+ZERO = ("--set", "distributed.zero_stage=2")
 ENDLESS = ("--set", "training.max_steps=100000")
 
 
@@ -47,19 +48,20 @@ def assert_same_output(one: Project, other: Project) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def two_local_processes(project: Project, folder: Path, *options: str) -> Project:
-    whole = copy_project(project, folder)
-    whole.done("train", whole.config, *OPTIONS, *options, "--gpus", "2")
+@pytest.fixture(scope="module")
+def local(cached_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Return what two processes of this machine train."""
+    whole = copy_project(cached_project, tmp_path_factory.mktemp("local"))
+    whole.done(
+        "train", whole.config, *OPTIONS, *STEPS, *ZERO, "--set", "distributed.num_processes=2"
+    )
     return whole
 
 
 @needs_namespaces
-@pytest.mark.parametrize("stage", [0, 2])
-def test_two_machines_train_what_two_processes_train(open_project, pair, tmp_path, stage):
-    zero = ("--set", f"distributed.zero_stage={stage}")
-    local = two_local_processes(open_project, tmp_path / "local", *STEPS, *zero)
+def test_two_machines_train_what_two_processes_train(open_project, pair, local):
     hosts = pair.hostfile(open_project.folder)
-    arguments = ("train", open_project.config, "--hostfile", hosts, *OPTIONS, *STEPS, *zero)
+    arguments = ("train", open_project.config, "--hostfile", hosts, *OPTIONS, *STEPS, *ZERO)
     outcome = pair.menma(open_project, *arguments)
     assert outcome.code == 0, f"{outcome}\n{open_project.run.console.read_text()}"
     assert_same_output(open_project, local)
@@ -117,7 +119,9 @@ def test_machines_that_do_not_share_the_run_directory_are_refused(open_project, 
     (tmp_path / "elsewhere").mkdir()
     elsewhere = ("--set", f"output.runs_dir={tmp_path}/elsewhere")
     hosts = pair.hostfile(open_project.folder)
-    arguments = ("train", open_project.config, "--hostfile", hosts, *OPTIONS, *STEPS, *elsewhere)
+    soon = ("--set", "distributed.timeout_s=50")
+    options = (*OPTIONS, *STEPS, *elsewhere, *soon)
+    arguments = ("train", open_project.config, "--hostfile", hosts, *options)
     outcome = pair.menma(open_project, *arguments)
     assert outcome.code == 2, outcome
     console = (tmp_path / "elsewhere" / "tiny" / "console.log").read_text()
@@ -194,9 +198,8 @@ def ends_of(tasks: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
     return [task.returncode for task in tasks], words
 
 
-def test_tasks_of_srun_are_one_run(open_project, tmp_path):
-    local = two_local_processes(open_project, tmp_path / "local", *STEPS)
-    arguments = ("train", str(open_project.config), *OPTIONS, *STEPS)
+def test_tasks_of_srun_are_one_run(open_project, local):
+    arguments = ("train", str(open_project.config), *OPTIONS, *STEPS, *ZERO)
     codes, words = ends_of(tasks_of_srun(open_project, *arguments))
     assert codes == [0, 0], f"{words}\n{open_project.run.console.read_text()}"
     assert_same_output(open_project, local)
@@ -227,12 +230,12 @@ def test_options_that_contradict_srun_are_refused(open_project):
 
 
 @pytest.mark.parametrize("program", ["trainer", "app"])
-def test_torchrun_starts_the_processes(open_project, tmp_path, program):
-    local = two_local_processes(open_project, tmp_path / "local", *STEPS)
+def test_torchrun_starts_the_processes(open_project, local, tmp_path, program):
     request = tmp_path / "request.json"
-    settings = [text for text in (*OPTIONS, *STEPS) if text != "--set"]
+    settings = [text for text in (*OPTIONS, *STEPS, *ZERO) if text != "--set"]
     request.write_text(json.dumps({"config": str(open_project.config), "set": settings}))
-    what = [str(request)] if program == "trainer" else [str(open_project.config), *OPTIONS, *STEPS]
+    by_hand = [str(open_project.config), *OPTIONS, *STEPS, *ZERO]
+    what = [str(request)] if program == "trainer" else by_hand
     launcher = [sys.executable, "-m", "torch.distributed.run", "--master_port", str(free_port())]
     launcher += ["--master_addr", "127.0.0.1", "--nproc_per_node", "1", "--nnodes", "2"]
     nodes = [

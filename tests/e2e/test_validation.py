@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 T2V = "wan2.1-t2v-1.3b"
 WINDOWS = {"target_frames": [5], "frame_extraction": "uniform", "frame_sample": 2}
-SPLIT = {"split": 0.4, "every_steps": 2, "seed": 1}
+SPLIT = {"split": 0.4, "every_steps": 2, "seed": 1, "timesteps": [100, 700]}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_the_loss_is_what_a_plain_loop_over_the_formula_gives(project, plain, mo
     model.eval()
     for index in (0, 2):  # the base, and what was trained
         _, loss, by_timestep = curve(plain)[index]
-        assert list(by_timestep) == ["100", "300", "500", "700", "900"]
+        assert list(by_timestep) == ["100", "700"]
         for timestep, found in by_timestep.items():
             assert found == pytest.approx(by_hand(model, config, float(timestep)), rel=2e-5)
         assert loss == pytest.approx(np.mean(list(by_timestep.values())), rel=1e-9)

@@ -21,7 +21,6 @@ from tests.engine.toy import AdamWFactory
 from trainer.adapters.full import FullFineTune
 from trainer.adapters.lora import LoRA
 from trainer.attention.base import AttentionBackend
-from trainer.attention.flex import FlexAttention
 from trainer.attention.sequence import SequenceGroup
 from trainer.contract.errors import ConfigError
 from trainer.contract.variants import VARIANTS, TransformerConfig
@@ -272,11 +271,24 @@ def _without_gradients(world: World) -> dict[str, float]:
         plain = velocity(shared, row, 7) - velocity(alone, row, 7)
     with torch.inference_mode():
         inference = velocity(shared, row, 7) - velocity(alone, row, 7)
-    shared.attend = alone.attend = FlexAttention()
+    shared.attend = alone.attend = explicit_attention
     with torch.no_grad():
         flex = velocity(shared, row, 7) - velocity(alone, row, 7)
     found = {"no_grad": plain, "inference": inference, "another backend": flex}
     return {name: float(difference.abs().max()) for name, difference in found.items()}
+
+
+def explicit_attention(
+    q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, bias_BS: Tensor | None = None
+) -> Tensor:
+    """Compute attention by its formula."""
+    scores = torch.einsum("blnk,bsnk->bnls", q_BLNK, k_BSNK) / q_BLNK.shape[-1] ** 0.5
+    if bias_BS is not None:
+        scores = scores + bias_BS[:, None, None, :]
+    return torch.einsum("bnls,bsnk->blnk", scores.softmax(-1), v_BSNK)
+
+
+explicit_attention.takes_bias = True  # type: ignore[attr-defined]
 
 
 class Judge(Technique):

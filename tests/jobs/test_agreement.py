@@ -68,12 +68,12 @@ def test_many_ranks_are_not_all_listed():
 
 def test_a_shared_folder_is_seen_and_left_clean(tmp_path: Path):
     world = Others(0, [str, str])
-    require_shared_folder(world, ["a", "b"], tmp_path / "run")
+    require_shared_folder(world, ["a", "b"], tmp_path / "run", 60)
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_alone_nobody_else_has_to_see(tmp_path: Path):
-    require_shared_folder(World.alone(), ["a"], tmp_path / "run")
+    require_shared_folder(World.alone(), ["a"], tmp_path / "run", 60)
     assert not (tmp_path / "run").exists()
 
 
@@ -81,6 +81,7 @@ def test_a_folder_that_is_not_shared_is_refused_on_every_rank(tmp_path: Path, mo
     monkeypatch.setattr(agreement, "_SEEN_WITHIN_S", 0)
     yes, no = (lambda text: "yes"), (lambda text: "no")
     with pytest.raises(DataError, match=r"b, c does not see the run directory that a writes"):
-        require_shared_folder(Others(0, [str, no, yes, no]), ["a", "b", "a", "c"], tmp_path)
+        require_shared_folder(Others(0, [str, no, yes, no]), ["a", "b", "a", "c"], tmp_path, 60)
+    monkeypatch.undo()  # nobody waits longer than the others wait for it
     with pytest.raises(DataError, match="b does not see"):
-        require_shared_folder(Others(1, [yes, str]), ["a", "b"], tmp_path / "elsewhere")
+        require_shared_folder(Others(1, [yes, str]), ["a", "b"], tmp_path / "elsewhere", 0.1)

@@ -55,10 +55,16 @@ def require_same(world: World, facts: Mapping[str, str]) -> list[str]:
     return hosts
 
 
-def require_shared_folder(world: World, hosts: list[str], folder: Path) -> None:
+def require_shared_folder(world: World, hosts: list[str], folder: Path, timeout_s: float) -> None:
     """Make sure that every machine sees the folder of the run. A collective call.
 
     Checkpoints are written by all ranks into one folder, and read by all of them.
+
+    Args:
+        world: this process's place.
+        hosts: the machine of each rank.
+        folder: of the run.
+        timeout_s: how long a rank waits for the others.
 
     Raises:
         DataError: on every rank, some machine does not see what rank 0 wrote; names it.
@@ -72,7 +78,7 @@ def require_shared_folder(world: World, hosts: list[str], folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             mark.touch()
     world.barrier()
-    sees = _appears(mark)
+    sees = _appears(mark, min(_SEEN_WITHIN_S, timeout_s / 2))  # the others wait for the answer
     missing = sorted(
         {
             hosts[rank]
@@ -90,8 +96,8 @@ def require_shared_folder(world: World, hosts: list[str], folder: Path) -> None:
         )
 
 
-def _appears(file: Path) -> bool:
-    deadline = time.monotonic() + _SEEN_WITHIN_S
+def _appears(file: Path, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
     while True:
         with suppress(OSError):
             if file.name in {entry.name for entry in file.parent.iterdir()}:

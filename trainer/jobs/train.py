@@ -118,7 +118,7 @@ class TrainingRun:
         # Whatever can be wrong is found in the order of its cost: headers, caches, then weights.
         variant = settle_variant(self.config)
         hosts = require_same(world, ground(self.config))
-        require_shared_folder(world, hosts, self.run_dir.root)
+        require_shared_folder(world, hosts, self.run_dir.root, distributed.timeout_s)
         self.config = config = resolve_for_training(self.config, variant, world, self.emit)
         data = open_data(config, variant, world, str(self.request.config))
         require_same(world, {"dataset": data.cached.fingerprint})
