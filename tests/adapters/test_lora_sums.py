@@ -200,6 +200,22 @@ def test_a_lora_is_taken_out_of_a_merged_base(pair, tmp_path):
     assert "with strength 0.5, but with 1" in event["said"][0]
 
 
+def test_ranks_with_timesteps_of_their_own_lose_them(tmp_path):
+    one, output = tmp_path / "one.safetensors", tmp_path / "out.safetensors"
+    lora(one, metadata={"menma.tlora": "{}", "ss_seed": "7"})
+    loras = [use(one)]
+    for job, request in (
+        ("lora_merge", {"loras": loras}),
+        ("lora_resize", {"input": one, "rank": 2}),
+    ):
+        (event,) = tool(job, **request, output=output, force=True)
+        assert "one.safetensors is a T-LoRA" in event["said"][0]
+        assert "menma.tlora" not in header(output)
+        assert header(output)["ss_seed"] == "7"
+    tool("convert", input=one, output=output, layout="peft", force=True)
+    assert header(output)["menma.tlora"] == "{}"
+
+
 class Hadamard(LoRAFactors):
     """A stand-in for a kind without factors."""
 

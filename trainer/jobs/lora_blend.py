@@ -12,7 +12,7 @@ from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import LoRABlendRequest, LoRAUse
 from trainer.jobs.base import Emit
 from trainer.jobs.lora_files import check_distinct, inside_block, low_rank, open_loras, union
-from trainer.jobs.lora_metadata import tool_metadata
+from trainer.jobs.lora_metadata import lost_notes, tool_metadata
 from trainer.jobs.lora_output import (
     DTYPES,
     Target,
@@ -144,6 +144,8 @@ def blend_loras(
                 metadata | ({SHARED_KEY: mark} if mark else {}),
                 exact=not energies[index].kept,
             )
+            lost = lost_notes([adapters[index]])
+            results[index] = replace(results[index], notes=(*lost, *results[index].notes))
 
         return write
 

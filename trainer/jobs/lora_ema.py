@@ -32,7 +32,7 @@ from trainer.jobs.lora_files import (
     lora_file,
     low_rank,
 )
-from trainer.jobs.lora_metadata import HISTORY_KEY, history, tool_metadata
+from trainer.jobs.lora_metadata import HISTORY_KEY, history, lost_notes, tool_metadata
 from trainer.jobs.lora_output import DTYPES, Target, check_output, dtype_name, write_lora
 from trainer.jobs.lora_sum import Energies
 
@@ -173,6 +173,8 @@ def average_exactly(
         updates[name] = result.factors
         energies.add(name, result)
         emit("phase", name="average", done=number, total=len(tables[-1]), detail=name)
+    for note in lost_notes(adapters[-1:]):
+        emit("log", message=note)
     metadata = tool_metadata(adapters[-1], "ema", exact=True, weights=list(weights))
     target = Target(path=output, dtype=DTYPES[dtype] if dtype else None, force=True)
     written = write_lora(updates, target, [adapters[-1]], metadata)

@@ -18,6 +18,8 @@ from trainer.io.mapped_load import open_weights
 EXPERTS: tuple[Expert, ...] = ("high_noise", "low_noise")
 _EXPERT_KEYS = ("menma.expert", "ss_loraid_expert")
 _EXPERT_WORDS: Mapping[str, Expert] = {"high": "high_noise", "low": "low_noise"}
+_SHARED = "shared"
+"""In metadata: trained for both experts."""
 _LOW_NOISE_PART = re.compile(r"(?:^|\.)transformer_2\.")
 _ANCHOR = "patch_embedding.weight"
 _FILES_IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -101,6 +103,8 @@ def experts_of(use: LoRAUse, metadata: Mapping[str, str]) -> frozenset[Expert]:
     """
     if use.expert is not None:
         return frozenset({use.expert})
+    if metadata.get("menma.expert") == _SHARED:
+        return frozenset(EXPERTS)
     told = " ".join(metadata.get(key, "") for key in _EXPERT_KEYS)
     for text in (told, use.path.stem):
         words = re.split(r"[^a-z]+", text.lower())

@@ -11,7 +11,7 @@ from trainer.contract.errors import ModelFileError
 from trainer.contract.jobs import LoRAMergeRequest, LoRAOutput, LoRAUse
 from trainer.jobs.base import Emit
 from trainer.jobs.lora_files import open_loras, union
-from trainer.jobs.lora_metadata import combined_metadata, tool_metadata
+from trainer.jobs.lora_metadata import combined_metadata, lost_notes, tool_metadata
 from trainer.jobs.lora_output import DTYPES, Target, Written, check_output, write_lora
 from trainer.jobs.lora_sum import (
     Energies,
@@ -102,7 +102,8 @@ def sum_and_write(
     else:
         metadata, notes = combined_metadata(adapters, tool, **facts)
     written = write_lora(updates, target, adapters, metadata, exact=not energies.kept)
-    notes = (*(note for adapter in adapters for note in _named(adapter)), *notes, *written.notes)
+    named = (note for adapter in adapters for note in _named(adapter))
+    notes = (*named, *lost_notes(adapters), *notes, *written.notes)
     return Summed(written, rank_counts(updates), energies, notes)
 
 

@@ -14,6 +14,8 @@ from trainer.jobs.lora_output import FOLDED_KEY
 HISTORY_KEY = "menma.history"
 _OF_THE_TENSORS = (HEADER_KEY, FOLDED_KEY, "sshs_model_hash", "sshs_legacy_hash")
 """Describe the tensors of one file; whoever writes tensors writes them anew."""
+_TIMED_RANKS = "menma.tlora"
+"""Says which ranks act at which timestep; no longer true when ranks are joined, cut or scaled."""
 _SLOT = "ss_loraid"
 _LISTS = (_SLOT, f"{_SLOT}_units")
 """Of several LORAID slots the result has all."""
@@ -33,6 +35,7 @@ def tool_metadata(adapter: AdapterFile, tool: str, **facts: Any) -> dict[str, st
         facts: what it was asked for; JSON values.
     """
     kept = kept_metadata(adapter)
+    kept.pop(_TIMED_RANKS, None)
     step = {"tool": tool, "files": [adapter.path.name], **facts}
     return {**kept, HISTORY_KEY: json.dumps([*history(kept), step])}
 
@@ -50,6 +53,8 @@ def combined_metadata(
         facts: what it was asked for; JSON values.
     """
     headers = [kept_metadata(adapter) for adapter in adapters]
+    for header in headers:
+        header.pop(_TIMED_RANKS, None)
     first, *others = headers
     kept = {
         key: value
@@ -90,6 +95,15 @@ def _joined(tables: Sequence[Mapping[str, str]], key: str) -> str:
 
 def _numbers(text: str) -> tuple[list[int], str]:
     return [int(number) for number in re.findall(r"\d+", text)], text
+
+
+def lost_notes(adapters: Sequence[AdapterFile]) -> tuple[str, ...]:
+    """Return what of the files a tool that changes ranks cannot keep, for people."""
+    return tuple(
+        f"{adapter.path.name} is a T-LoRA: in the result all ranks act at every timestep"
+        for adapter in adapters
+        if _TIMED_RANKS in adapter.metadata
+    )
 
 
 def _variant_notes(adapters: Sequence[AdapterFile]) -> tuple[str, ...]:

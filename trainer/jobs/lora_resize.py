@@ -10,7 +10,7 @@ from trainer.contract.jobs import LoRAResizeRequest, LoRAUse
 from trainer.jobs.base import Emit
 from trainer.jobs.lora_files import is_plain
 from trainer.jobs.lora_merge import OnModule, Summed, counting, emit_summed, target_of
-from trainer.jobs.lora_metadata import tool_metadata
+from trainer.jobs.lora_metadata import lost_notes, tool_metadata
 from trainer.jobs.lora_output import Target, check_output, write_lora
 from trainer.jobs.lora_sum import Energies, cut_of, delta_of, rank_counts
 
@@ -71,7 +71,7 @@ def resize_lora(
     if not all(map(is_plain, adapter.values())):
         metadata.pop("ss_network_module", None)  # named the kind that it was
     written = write_lora(updates, target, [adapter], metadata, exact=not energies.kept)
-    notes = [*adapter.notes, *written.notes]
+    notes = [*adapter.notes, *lost_notes([adapter]), *written.notes]
     if kept:
         notes.append(f"{kept} of {len(adapter)} modules have rank {cut.max_rank} or less already")
     return Summed(written, rank_counts(updates), energies, tuple(notes))
