@@ -95,7 +95,7 @@ def models(tmp_path):
     """A model, and the same with a LoRA of rank 6 merged into it."""
     base, tuned = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
     model = make_transformer()
-    save_transformer(model, base, metadata={"menma.variant": "wan2.1-t2v-1.3b"})
+    save_file(model.state_dict(), base, metadata={"menma.variant": "wan2.1-t2v-1.3b"})
     lora(tmp_path / "truth.safetensors", rank=6, alpha=3.0, names=[
         "blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.2.ffn.0", "head.head",
     ])  # fmt: skip

@@ -223,10 +223,10 @@ def _metadata(old: Checkpoint, new: Checkpoint, facts: Mapping[str, object]) -> 
     kept = {
         key: value
         for key, value in new.files.metadata.items()
-        if key.startswith(_KEPT) or key in _KEPT_KEYS
+        if value and (key.startswith(_KEPT) or key in _KEPT_KEYS)
     }
     for key in _KEPT_KEYS[:2]:
-        if key in old.files.metadata:
+        if old.files.metadata.get(key):
             kept.setdefault(key, old.files.metadata[key])
     architecture = kept.get("modelspec.architecture", "wan/transformer")
     names = [old.files.path.name, new.files.path.name]
