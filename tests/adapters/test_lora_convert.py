@@ -144,9 +144,14 @@ def test_two_experts_in_one_file_and_back(experts, tmp_path, layout):
         assert header(file)["menma.expert"] == event["expert"]
 
 
-def test_two_experts_keep_every_bit_where_alpha_has_a_place(experts, tmp_path):
+@pytest.mark.parametrize("way", [("peft",), ("comfy",), ("comfy", "peft"), ("comfy", "comfy")])
+def test_two_experts_come_back_to_the_last_bit(experts, tmp_path, way):
     both, split = tmp_path / "both.safetensors", tmp_path / "again.safetensors"
-    convert(experts["high_noise"], both, "peft", join=experts["low_noise"])
+    convert(experts["high_noise"], both, way[0], join=experts["low_noise"])
+    for number, layout in enumerate(way[1:]):
+        following = tmp_path / f"{number}.safetensors"
+        convert(both, following, layout)
+        both = following
     convert(both, split, "kohya", split=True)
     for expert, file in experts.items():
         again = load_file(tmp_path / f"again_{expert}.safetensors")

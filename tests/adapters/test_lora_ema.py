@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from trainer.adapters import load_adapter
 from trainer.adapters.base import LoRAFactors
 from trainer.adapters.formats.writer import save_adapter
 from trainer.contract.errors import ConfigError
@@ -131,6 +132,22 @@ def test_the_hash_is_that_of_the_written_tensors(tmp_path):
     assert header(output)["sshs_model_hash"] == header(files[-1])["sshs_model_hash"]
     tool("lora_ema", files=files, output=again, beta=0.5)
     assert header(again)["sshs_model_hash"] != header(files[-1])["sshs_model_hash"]
+
+
+def test_both_parts_of_a_file_with_two_experts_are_averaged(tmp_path):
+    pairs, output = [], tmp_path / "out.safetensors"
+    for number in range(2):
+        for seed, expert in enumerate(("high_noise", "low_noise")):
+            lora(tmp_path / f"{expert}.safetensors", seed=10 * number + seed)
+        pairs.append(tmp_path / f"pair{number}.safetensors")
+        one, other = (tmp_path / f"{expert}.safetensors" for expert in ("high_noise", "low_noise"))
+        tool("convert", input=one, join=other, output=pairs[-1], layout="peft")
+    (event,) = tool("lora_ema", files=pairs, output=output, beta=0.5)
+    assert event["num_modules"] == 60
+    first, second = map(load_file, pairs)
+    for key, value in load_file(output).items():
+        torch.testing.assert_close(value, (first[key] + second[key]) / 2)
+    assert load_adapter(output, expert="low_noise").layout == "peft"
 
 
 def test_exact_averages_the_updates(tmp_path):

@@ -176,17 +176,22 @@ def join_experts(first: Path, second: Path, target: Target) -> ConvertReport:
         "high_noise": adapters[high],
         "low_noise": adapters[1 - high],
     }
-    return _write_pair(pair, target, adapters[0].layout)
+    updates = {expert: restored(adapter) for expert, adapter in pair.items()}
+    return _write_pair(pair, updates, target, adapters[0].layout)
 
 
-def restored(adapter: AdapterFile) -> dict[str, Update]:
+def restored(adapter: AdapterFile, expert: Expert | None = None) -> dict[str, Update]:
     """Return the updates of a file with the alphas that were folded into its factors.
 
     Taken out only where that is exact: the scale is 2ⁿ, or folding the narrower original factors
     again gives every bit of the file. Else the update stays as it is.
+
+    Args:
+        adapter: the file.
+        expert: which part of a file with both experts it is.
     """
-    table = _folded(adapter.metadata)
-    if table is None:
+    table = _folded(adapter.metadata, expert)
+    if "alpha" not in table:
         return dict(adapter)
     narrow = next((d for d in DTYPES.values() if dtype_name(d) == table.get("dtype")), None)
     if narrow is None:
@@ -217,21 +222,24 @@ def _unfolded(update: Update, alpha: float | None, narrow: torch.dtype) -> Updat
     return LoRAFactors(down_RI, up_OR, alpha) if same and unique else update
 
 
-def _folded(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+def _folded(metadata: Mapping[str, str], expert: Expert | None) -> dict[str, Any]:
+    """Return the header's entry on folded alphas, {} where there is none that can be read."""
     try:
-        table = json.loads(metadata.get(FOLDED_KEY, "null"))
+        table = json.loads(metadata.get(FOLDED_KEY, "{}"))
     except ValueError:
-        return None
-    return table if isinstance(table, dict) and "alpha" in table else None
+        return {}
+    if isinstance(table, dict) and expert is not None:
+        table = table.get(expert, table)
+    return table if isinstance(table, dict) else {}
 
 
 def _write(adapter: AdapterFile, target: Target, expert: Expert | None) -> ConvertReport:
-    updates = dict(adapter) if target.layout == "comfy" else restored(adapter)
+    updates = dict(adapter) if target.layout == "comfy" else restored(adapter, expert)
     metadata = kept_metadata(adapter) | {
         "menma.converted_from": f"{adapter.layout}, {adapter.path.name}"
     }
-    if target.layout == "comfy" and FOLDED_KEY in adapter.metadata:
-        metadata[FOLDED_KEY] = adapter.metadata[FOLDED_KEY]
+    if target.layout == "comfy" and (table := _folded(adapter.metadata, expert)):
+        metadata[FOLDED_KEY] = json.dumps(table)
     if expert is not None:
         metadata.setdefault("menma.expert", expert)
     own = replace(target, dtype=target.dtype or common_dtype([updates]))
@@ -250,18 +258,19 @@ def _write(adapter: AdapterFile, target: Target, expert: Expert | None) -> Conve
 def _convert_pair(source: Path, target: Target) -> ConvertReport:
     check_output(target.path, [source], force=target.force)
     pair = {expert: load_adapter(source, expert=expert) for expert in EXPERTS}
-    return _write_pair(pair, target, pair["high_noise"].layout)
+    updates = {expert: restored(adapter, expert) for expert, adapter in pair.items()}
+    return _write_pair(pair, updates, target, pair["high_noise"].layout)
 
 
 def _write_pair(
-    pair: Mapping[Expert, AdapterFile], target: Target, source_layout: str
+    pair: Mapping[Expert, AdapterFile],
+    updates: Mapping[Expert, Mapping[str, Update]],
+    target: Target,
+    source_layout: str,
 ) -> ConvertReport:
     layout = target.layout or "comfy"
-    updates = {
-        expert: dict(adapter) if layout == "comfy" else restored(adapter)
-        for expert, adapter in pair.items()
-    }
-    dtype = target.dtype or common_dtype(list(pair.values()))
+    kept = layout == "comfy" and target.dtype is None
+    dtype = target.dtype or common_dtype(list(pair.values() if kept else updates.values()))
     write_pair(pair, updates, target.path, layout=layout, dtype=dtype)
     return ConvertReport(
         output=target.path,

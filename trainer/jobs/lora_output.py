@@ -16,7 +16,7 @@ import torch
 from trainer.adapters.base import AdapterFile, Update
 from trainer.adapters.formats.writer import LAYOUTS, save_adapter
 from trainer.contract.errors import ConfigError
-from trainer.contract.files import disk_errors
+from trainer.contract.files import disk_errors, fsync
 from trainer.jobs.lora_files import is_plain
 
 FOLDED_KEY = "menma.folded_alpha"
@@ -137,6 +137,7 @@ def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
         for path in files:
             with disk_errors(path):
                 (folders[path.parent] / path.name).replace(path)
+                fsync(path.parent)
     finally:
         for folder in folders.values():
             shutil.rmtree(folder, ignore_errors=True)

@@ -26,6 +26,7 @@ from trainer.io.atomic_save import save_safetensors
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.lora_files import EXPERTS
 from trainer.jobs.lora_metadata import kept_metadata
+from trainer.jobs.lora_output import FOLDED_KEY, common_dtype, folded_alphas
 
 _PREFIXES: Mapping[str, tuple[str, Mapping[Expert, str]]] = {
     "comfy": (
@@ -83,6 +84,8 @@ def write_pair(
                 own = json.loads(files.metadata.get(HEADER_KEY, "{}"))
                 settings |= {of_part[expert] + k.removeprefix(prefix): v for k, v in own.items()}
     metadata = _common(pair)
+    if layout == "comfy":
+        metadata |= _folded(updates)
     if settings:
         metadata |= {HEADER_KEY: json.dumps(settings), "format": "pt"}
     metadata["sshs_model_hash"] = model_hash(tensors)
@@ -94,6 +97,15 @@ def write_pair(
                 raise RuntimeError(f"the {expert} part that was written has other modules")
 
     save_safetensors(tensors, path, metadata, check=check)
+
+
+def _folded(updates: Mapping[Expert, Mapping[str, Update]]) -> dict[str, str]:
+    tables = {
+        expert: json.loads(found[FOLDED_KEY])
+        for expert, own in updates.items()
+        if (found := folded_alphas(own, common_dtype([own])))
+    }
+    return {FOLDED_KEY: json.dumps(tables)} if tables else {}
 
 
 def _common(pair: Mapping[Expert, AdapterFile]) -> dict[str, str]:
