@@ -212,6 +212,10 @@ def test_ranks_with_timesteps_of_their_own_lose_them(tmp_path):
         assert "one.safetensors is a T-LoRA" in event["said"][0]
         assert "menma.tlora" not in header(output)
         assert header(output)["ss_seed"] == "7"
+    base, merged = tmp_path / "base.safetensors", tmp_path / "merged.safetensors"
+    save_transformer(make_transformer(), base)
+    (event,) = tool("merge", base=base, loras=loras, output=merged)
+    assert "one.safetensors is a T-LoRA" in event["said"][0]
     tool("convert", input=one, output=output, layout="peft", force=True)
     assert header(output)["menma.tlora"] == "{}"
 

@@ -23,6 +23,7 @@ from trainer.io.formats.stored_tensors import FP8_DTYPES, StoredTensor, read_ten
 from trainer.io.mapped_load import WeightFiles, open_weights
 from trainer.io.stream_save import TensorSlot, stream_safetensors
 from trainer.jobs.lora_files import EXPERTS
+from trainer.jobs.lora_metadata import lost_notes
 from trainer.models.wan.detect import CONFIG_KEY, official_tensors, recognise, transformer_metadata
 
 _QUANTISATION_KEY = "_quantization_metadata"
@@ -111,7 +112,7 @@ class Merge:
     """A merge of which everything is known to fit; `write` does it.
 
     Attributes:
-        notes: what had to be assumed of the LoRAs, for people.
+        notes: what had to be assumed of the LoRAs, and what a merge cannot keep, for people.
         rounding: filled while writing.
     """
 
@@ -209,8 +210,9 @@ def plan_merge(base: Path, loras: Sequence[LoRAUse], dtype: torch.dtype | None =
     shares = _shares(files, tensors, loras, adapters)
     plan = _plan(files, tensors, shares, dtype)
     metadata = _metadata(files, loras, adapters, keep_quantisation=dtype is None)
-    notes = tuple(f"{a.path.name}: {note}" for a in adapters for note in a.notes)
-    return Merge(files, tensors, shares, plan, metadata, notes)
+    notes = [f"{a.path.name}: {note}" for a in adapters for note in a.notes]
+    notes += lost_notes(adapters)
+    return Merge(files, tensors, shares, plan, metadata, tuple(notes))
 
 
 def _shares(
