@@ -217,6 +217,9 @@ def test_a_pair_is_described_expert_by_expert(experts, tmp_path):
     assert one["norm"] == pytest.approx(found["pair"]["low_noise"]["norm"])
     assert not one["programs"]["ComfyUI"]["loads"]
     json.dumps(found)
+    small = tmp_path / "small.safetensors"
+    tool("lora_resize", input=both, output=small, rank=2, expert="low_noise")
+    assert inspect_lora(small)["expert"] == header(small)["menma.expert"] == "low_noise"
     (event,) = tool("inspect", path=both)
     assert event["lora"]["pair"]["high_noise"]["ranks"] == {"4": 30}
 

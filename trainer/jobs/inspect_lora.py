@@ -14,7 +14,7 @@ from trainer.adapters.formats.keys import Expert
 from trainer.adapters.formats.names import block_index
 from trainer.contract.variants import VARIANTS, TransformerConfig
 from trainer.io.mapped_load import open_weights
-from trainer.jobs.lora_files import EXPERTS, holds_both_experts, inside_block, lora_file
+from trainer.jobs.lora_files import EXPERTS, inside_block, lora_file, parts_in
 from trainer.jobs.lora_programs import programs_that_load
 
 
@@ -35,7 +35,8 @@ def inspect_lora(path: Path, *, expert: Expert | None = None) -> dict[str, Any]:
     Raises:
         ModelFileError: the file cannot be read as a LoRA.
     """
-    both = holds_both_experts(path)
+    told = parts_in(path)
+    both = len(told) > 1
     names = list(open_weights(lora_file(path)))
     has_alpha = any(name.endswith(".alpha") for name in names)
     chosen = EXPERTS if both and expert is None else (expert,)
@@ -43,7 +44,7 @@ def inspect_lora(path: Path, *, expert: Expert | None = None) -> dict[str, Any]:
     summaries: dict[Expert | None, dict[str, Any]] = {}
     for part in chosen:
         parts[part] = load_adapter(path, expert=part)
-        summaries[part] = _summary(parts[part], part if both else None)
+        summaries[part] = _summary(parts[part], part if both else next(iter(told), None))
         summaries[part]["programs"] = programs_that_load(
             parts[part], has_alpha=has_alpha, both_experts=both
         )

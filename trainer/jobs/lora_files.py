@@ -33,10 +33,22 @@ def open_loras(uses: Sequence[LoRAUse]) -> list[AdapterFile]:
         ModelFileError: one cannot be read, or they are of different models or experts.
     """
     check_distinct(uses)
-    adapters = [load_adapter(use.path, expert=use.expert) for use in uses]
+    adapters = [load_lora(use) for use in uses]
     check_same_model(adapters)
     check_same_expert(uses, adapters)
     return adapters
+
+
+def load_lora(use: LoRAUse) -> AdapterFile:
+    """Read a LoRA, or the part of it that is wanted; its header then says which expert it is for.
+
+    Raises:
+        ModelFileError: it cannot be read.
+    """
+    adapter = load_adapter(use.path, expert=use.expert)
+    if use.expert is not None:
+        adapter.metadata["menma.expert"] = use.expert
+    return adapter
 
 
 def check_distinct(uses: Sequence[LoRAUse]) -> None:
@@ -120,10 +132,17 @@ def expert_of(use: LoRAUse, adapter: AdapterFile) -> Expert | None:
     return next(iter(found)) if len(found) == 1 else None
 
 
+def parts_in(path: Path) -> tuple[Expert, ...]:
+    """Return the experts of Wan 2.2 that the names in a file tell apart; () where they do not."""
+    low = [bool(_LOW_NOISE_PART.search(name)) for name in open_weights(lora_file(path))]
+    if not any(low):
+        return ()
+    return ("low_noise",) if all(low) else EXPERTS
+
+
 def holds_both_experts(path: Path) -> bool:
     """Tell whether a file holds a LoRA for each expert of Wan 2.2."""
-    low = [bool(_LOW_NOISE_PART.search(name)) for name in open_weights(lora_file(path))]
-    return any(low) and not all(low)
+    return parts_in(path) == EXPERTS
 
 
 def lora_file(path: Path) -> Path:

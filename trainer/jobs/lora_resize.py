@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from trainer.adapters import load_adapter
 from trainer.adapters.base import LoRAFactors, Update
 from trainer.adapters.low_rank import Cut, factorise, truncate
 from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import LoRAResizeRequest, LoRAUse
 from trainer.jobs.base import Emit
-from trainer.jobs.lora_files import is_plain
+from trainer.jobs.lora_files import is_plain, load_lora
 from trainer.jobs.lora_merge import OnModule, Summed, counting, emit_summed, target_of
 from trainer.jobs.lora_metadata import lost_notes, tool_metadata
 from trainer.jobs.lora_output import Target, check_output, write_lora
@@ -46,7 +45,7 @@ def resize_lora(
             "nothing says how far to resize",
             hint="give --rank R, --energy E, --frobenius F or --ratio Q",
         )
-    adapter = load_adapter(use.path, expert=use.expert)
+    adapter = load_lora(use)
     updates: dict[str, Update] = {}
     energies = Energies()
     kept = 0
