@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Annotated, Any
 
@@ -67,7 +69,8 @@ def root(
 ) -> None:
     """From a folder of clips to a LoRA (or a full fine-tune) of a Wan 2.1 / 2.2 video model.
 
-    First time here: `menma demo` shows the whole way on a tiny model, `menma new` writes a config.
+    Alone on a terminal it opens the app: runs, queue, curves. First time here: `menma demo` shows
+    the whole way on a tiny model, `menma new` writes a config.
     """
     if version:
         from app.cli.commands.version import show_version
@@ -75,7 +78,19 @@ def root(
         show_version()
         raise typer.Exit
     if context.invoked_subcommand is None:
+        if _has_screen():
+            from app.tui.app import run_app
+
+            if words := run_app():
+                output.say(words)
+            return
         output.data(context.get_help())
+
+
+def _has_screen() -> bool:
+    """Tell whether there is a terminal that the full-screen app can draw on."""
+    dumb = os.environ.get("TERM", "") in {"dumb", ""}
+    return sys.stdin.isatty() and sys.stdout.isatty() and not dumb
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from app.cli import output
@@ -86,10 +87,22 @@ def output_files(run: RunDir) -> list[str]:
     return [str(file) for file in [*final, *(file for file in found if file not in final)]]
 
 
-def _say_done(run: RunDir, state: RunState) -> None:
+def newest_output_files(run: RunDir) -> list[str]:
+    """Return the files of the last step that was written: the final ones, where there are some.
+
+    Of a run that trains both experts of Wan 2.2 these are two.
+    """
     files = output_files(run)
-    if files:
-        output.data(files[0])
+
+    def step(file: str) -> str:
+        return Path(file).stem.partition("-step")[2]
+
+    return [file for file in files if step(file) == step(files[0])]
+
+
+def _say_done(run: RunDir, state: RunState) -> None:
+    for file in newest_output_files(run):
+        output.data(file)
     took = ""
     if state.started is not None and state.ended is not None:
         took = f" after {duration(state.ended - state.started)}"

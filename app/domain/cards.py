@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from app.domain.environment import gpus
-from trainer.contract.config import RunConfig
-from trainer.contract.errors import UserError
+from app.domain.environment import GIB, gpus, ram_bytes
+from trainer.contract.config import Prompt, RunConfig
+from trainer.contract.errors import ConfigError, UserError
 from trainer.contract.memory_model import (
     Circumstances,
+    Clip,
     Correction,
     Estimate,
     Gpu,
+    caching_seconds,
     estimate,
+    estimate_sampling,
     find_gpu,
     gpu_of_memory,
     measured_correction,
@@ -62,14 +66,67 @@ def estimate_here(config: RunConfig, variant: str) -> Estimate | None:
     card = choose_card(None, None)
     if card is None:
         return None
-    model = config.model.model_copy(update={"variant": variant})
-    config = config.model_copy(update={"model": model})
+    config = _as_variant(config, variant)
     return estimate(config, card.gpu, circumstances(config, card))
 
 
-def circumstances(config: RunConfig, card: Card) -> Circumstances:
-    """Return what is known of the machine that the card is in."""
+def caching_here(
+    config: RunConfig, variant: str, windows: Mapping[Clip, int], num_captions: int
+) -> tuple[float, str] | None:
+    """Return the seconds of caching on this machine's GPU, and its name; None: not known.
+
+    Args:
+        config: checked.
+        variant: what `model.variant = "auto"` was found to be.
+        windows: size -> how many of it.
+        num_captions: captions.
+    """
+    card = choose_card(None, None) if variant in VARIANTS else None
+    if card is None:
+        return None
+    found = caching_seconds(_as_variant(config, variant), card.gpu, windows, num_captions)
+    return None if found is None else (found, card.gpu.name)
+
+
+def sampling_here(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[float, str] | None:
+    """Return the seconds of sampling on this machine's GPU, and its name; None: not known.
+
+    Args:
+        config: checked.
+        prompts: what is made; settings that they leave open are the config's.
+    """
+    on_gpu = prompts and config.distributed.device != "cpu"
+    card = choose_card(None, None) if on_gpu else None
+    if card is None:
+        return None
+    sampling = config.sampling.model_copy(update={"prompts": tuple(prompts)})
+    try:
+        found = estimate_sampling(config.model_copy(update={"sampling": sampling}), card.gpu)
+    except ConfigError:  # the job says what is wrong
+        return None
+    return None if found.total_s is None else (found.total_s, card.gpu.name)
+
+
+def circumstances(config: RunConfig, card: Card, *, ram_gib: float | None = None) -> Circumstances:
+    """Return what is known of the machine that the card is in.
+
+    Args:
+        config: checked.
+        card: the GPU.
+        ram_gib: RAM of the machine; None: that of this machine if the card is here.
+    """
     correction = measured_correction(config) if card.here else Correction()
+    machine = None if ram_gib is None else round(ram_gib * GIB)
+    if machine is None and card.here:
+        machine = ram_bytes()
     return Circumstances(
-        num_gpus=card.count, correction=correction.factor, measured_runs=correction.runs
+        num_gpus=card.count,
+        correction=correction.factor,
+        measured_runs=correction.runs,
+        machine_bytes=machine,
     )
+
+
+def _as_variant(config: RunConfig, variant: str) -> RunConfig:
+    model = config.model.model_copy(update={"variant": variant})
+    return config.model_copy(update={"model": model})

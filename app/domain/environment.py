@@ -76,6 +76,13 @@ def gpus() -> list[dict[str, Any]]:
     return [gpu for line in answer.stdout.splitlines() if (gpu := _gpu(line)) is not None]
 
 
+def ram_bytes() -> int:
+    """Return the RAM of this machine."""
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
 def report(folder: Path) -> dict[str, Any]:
     """Return everything `menma doctor` shows, plain values.
 

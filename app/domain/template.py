@@ -55,8 +55,11 @@ def _with_files(preset: Preset | None) -> dict[str, Any]:
     values: dict[str, Any] = dict(preset.values) if preset else {}
     model = dict(values.get("model", {}))
     usual = {**FILES, **(preset.files if preset else {})}
-    trained = "transformer_high_noise" if model.get("expert") == "high_noise" else "transformer"
-    needed = [trained, "vae", "text_encoder"]
+    high, low = ["transformer_high_noise"], ["transformer"]
+    needed = {"high_noise": high, "both": low + high, "shared": low + high}.get(
+        str(model.get("expert")), low
+    )
+    needed = [*needed, "vae", "text_encoder"]
     variant = VARIANTS.get(str(model.get("variant")))
     if variant is not None and variant.transformer.image_dim is not None:
         needed.append("image_encoder")

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from trainer.contract.memory_model import Estimate, Fit, automatic_words
+from app.runs.durations import duration
+from trainer.contract.memory_model import Estimate, Fit, JobCost, automatic_words
 
 GIB = 2**30
+SMALLEST_SHOWN = GIB // 20
+"""Smaller parts of RAM are in the JSON only."""
+_VERDICTS = {
+    "fits": "it fits",
+    "tight": "tight: without the margin it fits",
+    "does not fit": "it does not fit",
+    "unknown": "",
+}
 
 
 def rows(result: Estimate) -> Iterator[tuple[str, str, str]]:
@@ -24,19 +33,15 @@ def verdict_line(result: Estimate) -> str:
     if result.gpu is None:
         return f"Peak: {peak}."
     has = f"{result.gpu.name} has {result.gpu.memory_gib:.1f} GiB"
-    words = {
-        "fits": "it fits",
-        "tight": "tight: without the margin it fits",
-        "does not fit": "it does not fit",
-        "unknown": "",
-    }
-    return f"Peak: {peak}. {has}: {words[result.verdict]}."
+    return f"Peak: {peak}. {has}: {_VERDICTS[result.verdict]}."
 
 
 def summary(result: Estimate) -> Iterator[str]:
     """Yield what follows the table: verdict, time, host memory, disk."""
     clips = f"{result.clip}, batch {result.clip.batch}, {result.tokens:,} tokens a clip"
     yield f"{result.variant}, largest batch {clips}."
+    if result.turns is not None:
+        yield f"Experts: {result.turns.in_words(0)}."
     yield from automatic_lines(result)
     yield verdict_line(result)
     if result.measured_runs:
@@ -45,11 +50,78 @@ def summary(result: Estimate) -> Iterator[str]:
             f"x {result.correction:.2f}."
         )
     if result.step_seconds is not None:
-        yield f"An update takes about {seconds(result.step_seconds)}{_shares(result)}."
-    host = ", ".join(f"{name} {gib(size)}" for name, size in result.host_parts.items())
-    yield f"Host memory while training: {gib(result.host_bytes)} GiB ({host})."
+        shares = _shares(result.step_parts)
+        yield f"An update takes about {seconds(result.step_seconds)}{shares}."
+    yield from _job_times(result)
+    yield from _host_lines(result)
     disk = ", ".join(f"{name} {_size(size)}" for name, size in result.disk_parts.items())
     yield f"Disk: {disk}."
+
+
+def _job_times(result: Estimate) -> Iterator[str]:
+    """Yield how long caching and sampling take, where the GPU's arithmetic is known."""
+    if caching := result.jobs.get("caching"):
+        parts = dict(caching.item_s)
+        caption = parts.pop("caption", None)
+        if caption is not None:
+            yield (
+                f"Caching a clip of {caching.clip} takes about {seconds(sum(parts.values()))} "
+                f"({_listed_seconds(parts)}), a caption {seconds(caption)}, loading "
+                f"{seconds(sum(caching.once_s.values()))}."
+            )
+    if (sampling := result.jobs.get("sampling")) and sampling.total_s is not None:
+        yield (
+            f"`menma sample` takes about {seconds(sampling.total_s)}: {_videos(sampling)} of "
+            f"{seconds(sum(sampling.item_s.values()))}{_shares(sampling.item_s)}, and before "
+            f"that {_listed_seconds(sampling.once_s)}."
+        )
+    if (samples := result.jobs.get("samples")) and samples.total_s is not None:
+        yield (
+            f"Samples of the run take about {seconds(samples.total_s)} each time, "
+            f"{samples.rounds} times: {seconds(samples.rounds * samples.total_s)}."
+        )
+
+
+def _videos(job: JobCost) -> str:
+    many = f"{job.items} videos, the longest" if job.items != 1 else "a video"
+    return f"{many} of {job.clip} and {job.num_forwards} passes,"
+
+
+def _host_lines(result: Estimate) -> Iterator[str]:
+    """Yield the RAM of each job, and whether the machine has it."""
+    yield f"Host memory while training: {_parts(result.host_bytes, result.host_parts)}."
+    for name, job in result.jobs.items():
+        if job.host_phases:
+            parts = _parts(job.host_bytes, job.host_parts, f"{job.host_phase}: ")
+            yield f"Host memory while {name}: {parts}."
+    if result.machine_bytes is not None:
+        most = max(result.host_peaks, key=lambda name: result.host_peaks[name])
+        yield (
+            f"RAM: {gib(result.machine_bytes)} GiB; {most} takes "
+            f"{gib(result.host_peaks[most])} (± {gib(result.host_margin_bytes)}): "
+            f"{_VERDICTS[result.host_verdict]}."
+        )
+
+
+def _parts(total: int, parts: Mapping[str, int], head: str = "") -> str:
+    large = {name: size for name, size in parts.items() if size >= SMALLEST_SHOWN}
+    listed = ", ".join(f"{name} {gib(size)}" for name, size in large.items())
+    return f"{gib(total)} GiB ({head}{listed})"
+
+
+def _listed_seconds(parts: Mapping[str, float]) -> str:
+    least = 0.01 * sum(parts.values())
+    return ", ".join(f"{name} {seconds(value)}" for name, value in parts.items() if value > least)
+
+
+def caching_line(value: float, gpu: str) -> str:
+    """Say how long caching a dataset takes."""
+    return f"Caching all training clips takes about {seconds(value)} on {gpu}."
+
+
+def sampling_line(value: float, gpu: str) -> str:
+    """Say how long sampling takes."""
+    return f"By the estimate this takes about {seconds(value)} on {gpu}."
 
 
 def automatic_lines(result: Estimate) -> Iterator[str]:
@@ -91,13 +163,17 @@ def gib(size: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """Write seconds, with two digits that mean something."""
+    """Write seconds, with two digits that mean something; minutes, hours where there are many."""
+    if value >= 120:
+        return duration(value)
+    if value < 0.1:
+        return f"{1000 * value:.2g} ms"
     return f"{value:.0f} s" if value >= 10 else f"{value:.2g} s"
 
 
-def _shares(result: Estimate) -> str:
-    total = sum(result.step_parts.values())
-    largest = sorted(result.step_parts.items(), key=lambda item: -item[1])[:3]
+def _shares(parts: Mapping[str, float]) -> str:
+    total = sum(parts.values())
+    largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     shares = ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in largest)
     return f" ({shares})"
 

@@ -11,6 +11,7 @@ import pytest
 from app_runs import ENVIRONMENT
 
 from app.catalog import COMMANDS
+from app.cli.jobs import JobResult
 from trainer.contract.config_io import load_config
 from trainer.contract.jobs import REQUESTS
 
@@ -194,6 +195,46 @@ def test_merge_takes_options_or_a_config(menma, config):
     assert menma("merge", "--base", "b", "--lora", f"{lora}:0.8", "-o", "m", "--force").code == 0
     request = recorded("merge")
     assert (request.base, request.loras[0].strength, request.force) == (Path("b"), 0.8, True)
+
+
+def test_merge_makes_a_file_for_each_expert_that_is_trained(menma, config, monkeypatch):
+    asked = []
+
+    def run(job, request):
+        asked.append(REQUESTS[job].model_validate(request))
+        paths = [f"m_{expert}.safetensors" for expert in ("high_noise", "low_noise")]
+        return JobResult(events=[{"type": "output", "path": path} for path in paths])
+
+    monkeypatch.setattr("app.cli.jobs.run_or_leave", run)
+    text = Path(config).read_text(encoding="utf-8")
+    model = '[model]\nvariant = "wan2.2-t2v-a14b"\nexpert = "both"\ntransformer = "low.pth"\n'
+    model += 'transformer_high_noise = "high.pth"\n'
+    both, shared = Path("both.toml"), Path("shared.toml")
+    both.write_text(text.split("[model]")[0] + model, encoding="utf-8")
+    shared.write_text(both.read_text().replace('"both"', '"shared"'), encoding="utf-8")
+    output = Path("runs/fish/output")
+    output.mkdir(parents=True)
+    missing = menma("merge", both, "-o", "m.safetensors")
+    assert missing.code == 2
+    assert "fish_high_noise.safetensors does not exist yet" in missing.err
+    for name in ("fish_high_noise", "fish_low_noise", "fish"):
+        (output / f"{name}.safetensors").touch()
+    answer = menma("merge", both, "-o", "m.safetensors")
+    assert answer.out.split() == ["m_high_noise.safetensors", "m_low_noise.safetensors"]
+    (request,) = asked
+    assert (str(request.base), str(request.base_high_noise)) == ("low.pth", "high.pth")
+    loras = [(use.path.name, use.expert) for use in request.loras]
+    experts = ("high_noise", "low_noise")
+    assert loras == [(f"fish_{expert}.safetensors", expert) for expert in experts]
+    menma("merge", shared, "-o", "m.safetensors")
+    loras = [(use.path.name, use.expert) for use in asked[-1].loras]
+    assert loras == [("fish.safetensors", expert) for expert in experts]
+    refused = menma("merge", both, "--base", "x", "-o", "m.safetensors")
+    assert refused.code == 2
+    assert "do not say which of them" in refused.err
+    Path("m_low_noise.safetensors").touch()
+    refused = menma("merge", both, "-o", "m.safetensors")
+    assert "m_low_noise.safetensors exists already" in refused.err
 
 
 def test_nothing_is_overwritten_without_force(menma, config):

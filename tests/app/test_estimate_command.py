@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -225,3 +226,65 @@ def test_check_says_what_auto_becomes(menma, sized, monkeypatch):
     assert answer.code == 0
     assert "For NVIDIA L40S: memory.blocks_to_swap = auto: " in answer.err
     assert "it fits" in answer.err
+
+
+def test_other_jobs_are_told_with_their_ram_and_time(menma, sized):
+    text = sized.read_text(encoding="utf-8") + '\n[[sampling.prompts]]\nprompt = "a fish"\n'
+    sized.write_text(text, encoding="utf-8")
+    options = ["--set", FOURTEEN, "--set", "sampling.every_steps=500", "--ram", "4"]
+    answer = menma("estimate", sized, "--gpu", "H200", *options)
+    assert answer.code == 0
+    words = answer.err
+    assert "Caching a clip of 832x480x81 takes about" in words
+    assert "`menma sample` takes about" in words
+    assert "100 passes" in words
+    assert "Samples of the run take about" in words
+    for job in ("training", "caching", "sampling"):
+        assert f"Host memory while {job}: " in words
+    assert "RAM: 4.0 GiB; " in words
+    assert "it does not fit." in words
+    found = json.loads(menma("estimate", sized, "--gpu", "H200", "--json", *options).out)
+    assert set(found["jobs"]) == {"caching", "sampling", "samples"}
+    assert found["host"]["verdict"] == "does not fit"
+    assert found["jobs"]["sampling"]["total_seconds"] > 10
+    unknown = menma("estimate", sized, "--vram", "24")
+    assert ("takes about" in unknown.err, "Host memory while caching" in unknown.err) == (
+        False,
+        True,
+    )
+
+
+def test_check_says_how_long_caching_takes(menma, sized, monkeypatch):
+    rows = [{"bucket": "832x480x81", "items": 1000, "tokens": 32760}]
+    end = {
+        "type": "end",
+        "reason": "done",
+        "variant": "wan2.1-t2v-14b",
+        "clips": 1000,
+        "buckets": rows,
+        "num_buckets": 1,
+    }
+    monkeypatch.setenv("FAKE_EVENTS", json.dumps([end]))
+    assert "Caching" not in menma("check", sized).err
+    monkeypatch.setattr(cards, "gpus", lambda: [listed("NVIDIA H200", 139.8)])
+    answer = menma("check", sized)
+    assert "Caching all training clips takes about 1" in answer.err
+    monkeypatch.setenv("FAKE_EVENTS", json.dumps([{**end, "num_buckets": 2}]))
+    assert "Caching" not in menma("check", sized).err
+
+
+def test_sample_says_how_long_it_takes(menma, sized, monkeypatch):
+    words = ["sample", sized, "--set", FOURTEEN, "--steps", "10", "-p", "a fish"]
+    assert "By the estimate" not in menma(*words).err  # no GPU here
+    monkeypatch.setattr(cards, "gpus", lambda: [listed("NVIDIA H200", 139.8)])
+    found = []
+    for more in ([], ["-p", "another", "--set", "memory.blocks_to_swap=auto"]):
+        match = re.search(r"this takes about (\d+) s on NVIDIA H200\.", menma(*words, *more).err)
+        found.append(int(match[1]))
+    one = 20 * 2.43 + 1.4  # passes of 2.43 s, and the decoding
+    assert found[0] == pytest.approx(one, rel=0.1)
+    assert found[1] - found[0] == pytest.approx(one, rel=0.1)
+    for quiet in (["--set", "distributed.device=cpu"], ["--set", "model.variant=auto"]):
+        assert "By the estimate" not in menma(*words, *quiet).err
+    Path("many.txt").write_text("a fish\n", encoding="utf-8")
+    assert "By the estimate" not in menma("sample", sized, "--prompts-file", "many.txt").err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,14 @@ def test_experts_get_their_own_file():
     assert "transformer_high_noise" in model
     assert "transformer" not in model
     assert model["expert"] == "high_noise"
+
+
+@pytest.mark.parametrize("expert", ["both", "shared"])
+def test_both_experts_get_both_files(expert: str):
+    preset = read_preset("wan2.2-t2v-high-lora")
+    values = {**preset.values, "model": {**preset.values["model"], "expert": expert}}
+    model = tomllib.loads(render_config("fish", replace(preset, values=values)))["model"]
+    assert {"transformer", "transformer_high_noise"} <= model.keys()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -328,6 +328,36 @@ def test_an_expert_of_a_pair_is_measured_at_its_own_timesteps(tmp_path: Path) ->
         np.testing.assert_array_equal(seen, np.stack(list(decode_frames(vae, latents))))
 
 
+@pytest.mark.parametrize("expert", ["both", "shared"])
+def test_both_experts_are_measured_and_draw_the_videos_together(
+    tmp_path: Path, expert: str
+) -> None:
+    project = make_project(tmp_path, "wan2.2-t2v-a14b", expert="low_noise")
+    project.config["sampling"]["num_steps"] = 4  # so that both experts have a part in it
+    project.config["model"]["expert"] = expert
+    project.config["experts"] = {"steps_per_turn": 1, "high_noise_share": 0.5}
+    project.train("pair")
+    config = project.write("pair.toml", name="pair", probe__kind="watching")
+    end = evaluate(project, config)
+    suffixes = {"high_noise": "_high_noise", "low_noise": "_low_noise"} if expert == "both" else {}
+    for field, who, timestep in (("transformer", "low_noise", "200"),
+                                 ("transformer_high_noise", "high_noise", "950")):  # fmt: skip
+        alone = project.write(f"{who}.toml", name="pair", model__expert=who)
+        model = weights(project, field, variant="wan2.2-t2v-a14b")
+        base = loss_of(project, alone, model)
+        lora = project.run("pair").output / f"pair{suffixes.get(who, '')}.safetensors"
+        merge_into(model, load_adapter(lora))
+        trained = loss_of(project, alone, model)
+        for whose, wanted in (("base", base), ("trained", trained)):
+            found = end["validation"][whose]["by_timestep"][timestep]
+            assert found == pytest.approx(wanted.loss, rel=1e-5)
+    prompts = [{"prompt": shot.prompt, "seed": shot.seed} for shot in SHOTS]
+    done = project.sample(config=config, run_dir="runs/pair", prompts=prompts, output="samples")
+    vae = load_vae(project.folder / "models/vae.safetensors")
+    for seen, latents in zip(Watching.seen, done.latents, strict=True):
+        np.testing.assert_array_equal(seen, np.stack(list(decode_frames(vae, latents))))
+
+
 def test_a_model_that_starts_from_a_picture_has_a_loss_and_no_probe(tmp_path: Path) -> None:
     project = make_project(tmp_path, "wan2.1-fun-inp-1.3b")
     config = project.write("i2v.toml", name="i2v")

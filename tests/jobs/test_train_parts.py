@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trainer.adapters.lora import LoRA
 from trainer.attention.sequence import SequenceGroup
 from trainer.contract.config import RunConfig
+from trainer.contract.errors import ConfigError
 from trainer.contract.variants import VARIANTS, TransformerConfig
 from trainer.core.seams import BuildContext, Technique
 from trainer.core.types import Batch, LossTerm
@@ -26,6 +27,7 @@ from trainer.engine.local import LocalEngine
 from trainer.engine.process_group import World
 from trainer.jobs import train_parts
 from trainer.jobs.run_items import RunItems
+from trainer.jobs.train_experts import share_parameters
 from trainer.jobs.train_parts import (
     Session,
     TrainedModel,
@@ -142,9 +144,9 @@ def test_processes_that_share_clips_get_the_same_ones(monkeypatch: pytest.Monkey
         world = World(rank, 4, rank, torch.device("cpu"), group)
         data = open_data(config, BUILD.variant, world, "x.toml")
         assert data.total_steps == 2, "four microbatches a step, of six"
-        with closing(data.steps.starting_at(0)) as steps:  # type: ignore[type-var]
+        with closing(data.steps.starting_at(0)) as steps:
             seen.append(next(steps))
-        said = output_metadata(config, BUILD.variant, data, Session(), 1)
+        said = output_metadata(config, BUILD.variant, data, Session(), 1, 2)
         assert said["menma.world_size"] == "2"
     assert seen[0] == seen[1]
     assert seen[2] == seen[3]
@@ -159,7 +161,7 @@ def test_outputs_say_how_far_they_were_trained(step: int, epoch: int) -> None:
     steps = TrainingSteps(order, rank=1, world_size=2, gradient_accumulation_steps=3)
     data = TrainingData(None, order, steps, total_steps=7)  # type: ignore[arg-type]
     config = RunConfig.model_validate({"training": {"gradient_accumulation_steps": 3}})
-    said = output_metadata(config, BUILD.variant, data, Session(), step)
+    said = output_metadata(config, BUILD.variant, data, Session(), step, 7)
     assert {
         "ss_steps": str(step),
         "ss_epoch": str(epoch),
@@ -168,3 +170,43 @@ def test_outputs_say_how_far_they_were_trained(step: int, epoch: int) -> None:
         "ss_num_batches_per_epoch": "12",
         "menma.world_size": "2",
     }.items() <= said.items()
+
+
+class Starting(LoRA):
+    """Starts from the weights that it is added to."""
+
+    def inject(self, transformer: Any, seed: int) -> None:
+        super().inject(transformer, seed)
+        with torch.no_grad():
+            for name, layer in self._layers.items():
+                layer.down.add_(transformer.get_submodule(name).weight.sum())
+
+
+class Busy(LoRA):
+    """Has something to do after a step."""
+
+    def techniques(self) -> tuple[Technique, ...]:
+        return (Technique(),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [(LoRA, None), (Starting, "model.expert"), (Busy, "adapter.kind")]
+)
+def test_one_adapter_stands_for_two_models_where_it_can(kind: type[LoRA], key: str | None) -> None:
+    models = []
+    for seed in range(2):
+        transformer = WanTransformer(TransformerConfig(**SHAPE), seed=seed)
+        adapter = kind(LoRA.Config(rank=2), BUILD)
+        adapter.inject(transformer, 0)
+        models.append(TrainedModel(transformer, adapter, (), None))  # type: ignore[arg-type]
+    if key is not None:
+        with pytest.raises(ConfigError, match="cannot be shared") as found:
+            share_parameters(*models)
+        assert [problem.key for problem in found.value.problems] == [key]
+        return
+    share_parameters(*models)
+    one, other = (model.adapter.trainable() for model in models)
+    assert one.keys() == other.keys()
+    assert all(one[name] is other[name] for name in one)
+    named = dict(models[1].transformer.named_parameters())
+    assert all(any(value is there for there in named.values()) for value in one.values())

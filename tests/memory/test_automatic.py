@@ -23,6 +23,7 @@ from trainer.contract.memory_model import (
     resolve_memory,
 )
 from trainer.contract.memory_model.header import sizes_of_file, variant_of_file
+from trainer.contract.memory_model.stack import training_peak
 from trainer.contract.memory_model.workload import workload_of
 from trainer.contract.variants import VARIANTS
 
@@ -258,3 +259,23 @@ def test_a_file_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
     assert sizes_of_file(tmp_path / "none.safetensors") == {}
     write_header(file, {"patch_embedding.weight": {"shape": [64, 48, 1, 2, 2]}})
     assert variant_of_file(file) is VARIANTS["wan2.2-ti2v-5b"]  # of no released width
+
+
+def test_a_search_reads_the_dataset_once_and_walks_the_blocks_once_a_checkpointing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from trainer.contract import dataset_config
+
+    looked = []
+    parse = dataset_config.parse_dataset
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        looked.append(args)
+        return parse(*args, **kwargs)
+
+    monkeypatch.setattr(dataset_config, "parse_dataset", counting)
+    training_peak.cache_clear()
+    found = resolve_memory(small(memory=AUTO), gpu_of_memory(18, "RTX 4090"))
+    assert 0 < found.values["blocks_to_swap"] < LAYERS  # found by halving
+    assert len(looked) == 1
+    assert training_peak.cache_info().misses <= 5

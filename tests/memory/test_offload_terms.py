@@ -268,3 +268,24 @@ def test_fit_sends_a_full_fine_tune_s_state_to_ram() -> None:
     small = find_fit(config, find_gpu("RTX 4090"))
     assert small.found  # with the weights in RAM, too
     assert "distributed.offload_parameters" in {change.key for change in small.changes}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_fp8_numbers_are_sharded_and_their_scales_stay_whole(ranks: int) -> None:
+    """14B: 14.1 GB of numbers in the blocks, 0.44 GB of scales, 0.4 GB outside of the blocks."""
+    where = {"engine": "deepspeed", "zero_stage": 3, "num_processes": ranks}
+    parts, whole = {}, {}
+    for kind in ("fp8_scaled", "bf16"):
+        config = make_config(
+            FOURTEEN.name, frames=1, memory={"weight_format": kind}, distributed=where
+        )
+        result = estimate(config, H100)
+        parts[kind], whole[kind] = result.phase("training").parts, result.host_parts
+    numbers = LAYERS * (8 * DIM**2 + 2 * DIM * FOURTEEN.transformer.ffn_dim)
+    found = parts["fp8_scaled"]["weights"]
+    assert found == pytest.approx(numbers / ranks + numbers / 32, rel=0.04)
+    assert parts["bf16"]["weights"] == pytest.approx(2 * numbers / ranks, rel=0.05)
+    gathered = [parts[kind]["ZeRO-3 gathered weights"] for kind in parts]
+    assert gathered == [GB, 2 * GB]  # elements are counted
+    loading = "weights while loading"
+    assert whole["fp8_scaled"][loading] < 0.55 * whole["bf16"][loading]

@@ -96,6 +96,44 @@ def test_nothing_of_the_weight_s_size_is_kept_in_floats_for_the_backward():
     assert large[0].data_ptr() == layer.weight.data_ptr()
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_numbers_held_as_bytes_are_the_same_numbers(name):
+    layer, twin = make_layer(SPECS[name]), make_layer(SPECS[name])
+    twin.hold_bytes()
+    twin.hold_bytes()  # again changes nothing
+    assert (twin.weight.dtype, twin.weight.requires_grad) == (torch.uint8, False)
+    assert torch.equal(twin.dequantised(), layer.dequantised())
+    assert repr(twin) == repr(layer)
+    for rows in (1, 7):
+        outs, grads = [], []
+        for one in (layer, twin):
+            x = random(rows, IN).requires_grad_()
+            out = one(x)
+            out.square().sum().backward()
+            outs.append(out.detach())
+            grads.append(x.grad)
+        assert torch.equal(*outs)
+        assert torch.equal(*grads)
+
+
+def test_bytes_may_be_away_between_forward_and_backward():
+    layer = make_layer(SPECS["blocks"])
+    layer.hold_bytes()
+    gradients = []
+    for away in (False, True):
+        x = random(5, IN).requires_grad_()
+        out = layer(x)
+        here = layer.weight.data
+        if away:  # as ZeRO-3 does it
+            layer.weight.data = torch.empty(0, dtype=torch.uint8)
+            with pytest.raises(RuntimeError):
+                out.sum().backward(retain_graph=True)
+            layer.weight.data = here.clone()
+        out.sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("name", ["blocks", "rows"])
 def test_checkpointing_gives_the_same_bits_and_skips_the_last_product(name, monkeypatch):
     layer = make_layer(SPECS[name])

@@ -98,15 +98,20 @@ class Bench:
         return RunKeeper(
             engine=self.engine,
             store=store,
-            adapter=FakeAdapter(module, scale),  # type: ignore[arg-type]
             techniques=techniques,
             run_dir=self.run_dir,
             emit=emit,
             reporter=RunReporter(emit, torch.device("cpu"), 1),
             identity=identity,
-            output=OutputFile(
-                name="x", layout="comfy", dtype=torch.float32, metadata=lambda s: {"step": str(s)}
-            ),
+            outputs=[
+                OutputFile(
+                    name="x",
+                    adapter=FakeAdapter(module, scale),  # type: ignore[arg-type]
+                    layout="comfy",
+                    dtype=torch.float32,
+                    metadata=lambda s: {"step": str(s)},
+                )
+            ],
             resume=store.latest() if resume else None,
             make_samples=samples,
             validator=validator,

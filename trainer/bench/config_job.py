@@ -17,6 +17,7 @@ from trainer.bench.stopwatch import Measured, measure_steps
 from trainer.contract.config import RunConfig
 from trainer.contract.config_io import load_config_with_sources, place_problems
 from trainer.contract.errors import ConfigError, Problem
+from trainer.contract.experts import boundary_of, for_expert, trains_both
 from trainer.contract.jobs import BenchConfigRequest
 from trainer.contract.memory_model import Circumstances, Gpu, estimate, gpu_of_memory
 from trainer.contract.memory_model.flops import StepFlops, step_flops
@@ -76,7 +77,8 @@ def run(request: BenchConfigRequest, emit: Emit) -> None:
 def read(request: BenchConfigRequest) -> RunConfig:
     """Return the config to be measured: its variant named, its weight files left out.
 
-    Where there is a weight file, its header tells variant and shape, as in training.
+    Of a run with both experts of Wan 2.2: a step of one, which takes as long as the other's. Where
+    there is a weight file, its header tells variant and shape, as in training.
 
     Raises:
         ConfigError: everything that is wrong with it, or cannot work here.
@@ -90,7 +92,10 @@ def read(request: BenchConfigRequest) -> RunConfig:
             hint="leave it out of the config that is measured",
         )
         raise ConfigError(problems=place_problems([problem], loaded.sources))
-    config = _in_shape_of_its_file(loaded.config)
+    config = loaded.config
+    if trains_both(config):
+        config = for_expert(config, "low_noise", boundary_of(config))
+    config = _in_shape_of_its_file(config)
     work = workload_of(_with_nothing_automatic(config))
     config = with_variant(config, work.variant)
     model = config.model.model_copy(update=dict.fromkeys(_WEIGHT_FILES))

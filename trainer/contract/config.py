@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from trainer.contract.expert_config import ExpertSection, ExpertsSection
 from trainer.contract.options import Options
 from trainer.contract.plugin_options import option_names
 
@@ -43,8 +44,12 @@ class ModelSection(Options):
     """Transformer weights, file or folder, any known layout. Wan 2.2: the low-noise expert."""
     transformer_high_noise: Path | None = None
     """Wan 2.2 only: weights of the high-noise expert."""
-    expert: Literal["low_noise", "high_noise"] | None = None
-    """Wan 2.2 only: the expert that is trained."""
+    expert: Literal["low_noise", "high_noise", "both", "shared"] | None = None
+    """Wan 2.2 only: the expert that is trained; `both` trains one adapter for each in turns,
+    `shared` one adapter that works in both."""
+    expert_boundary: float | None = Field(None, gt=0, lt=1)
+    """Wan 2.2 only: sigma at and above which the high-noise expert works, in training, validation
+    and samples; empty: the variant's."""
     vae: Path | None = None
     """VAE weights (2.1 or 2.2, recognised). Needed by caching and sampling."""
     text_encoder: Path | None = None
@@ -439,6 +444,12 @@ class RunConfig(Options):
     """What is trained."""
     objective: ObjectiveSection = ObjectiveSection()
     """Noise and loss."""
+    experts: ExpertsSection = ExpertsSection()
+    """Turns of Wan 2.2's experts."""
+    high_noise: ExpertSection = ExpertSection()
+    """What is special to the high-noise expert."""
+    low_noise: ExpertSection = ExpertSection()
+    """What is special to the low-noise expert."""
     optimizer: OptimizerSection = OptimizerSection()
     """Updates."""
     lr_schedule: LRScheduleSection = LRScheduleSection()

@@ -10,6 +10,14 @@ from trainer.contract.catalog import ATTENTION, SOLVERS
 from trainer.contract.cluster_rules import cluster_rule, hostfile_problems
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, Problem
+from trainer.contract.expert_rules import experts_rule
+from trainer.contract.experts import (
+    boundary_of,
+    expert_timesteps,
+    single_expert,
+    trained_experts,
+    trains_both,
+)
 from trainer.contract.memory_rules import activations_rule, compile_rule, streaming_rule
 from trainer.contract.offload_rules import offload_rule
 from trainer.contract.registry import nearest
@@ -88,11 +96,11 @@ def _dataset_files(config: RunConfig) -> list[Problem]:
 def validation_timesteps(config: RunConfig, expert_boundary: float) -> tuple[float, ...]:
     """Return those of `validation.timesteps` at which the trained expert works.
 
-    That is all of them for a model without experts. The high-noise expert works at the boundary,
-    too, as in sampling.
+    That is all of them for a model without experts, or a run with both. The
+    high-noise expert works at the boundary, too, as in sampling.
     """
     boundary = 1000 * expert_boundary
-    expert = config.model.expert
+    expert = single_expert(config)
     return tuple(
         timestep
         for timestep in config.validation.timesteps
@@ -101,17 +109,16 @@ def validation_timesteps(config: RunConfig, expert_boundary: float) -> tuple[flo
 
 
 def trained_timesteps(config: RunConfig, expert_boundary: float) -> tuple[float, float]:
-    """Return the trained range of timesteps in [0, 1000], the expert's own where none is given."""
-    low, high = 0.0, 1000.0
-    if config.model.expert == "high_noise":
-        low = 1000 * expert_boundary
-    elif config.model.expert == "low_noise":
-        high = 1000 * expert_boundary
-    objective = config.objective
-    return (
-        low if objective.min_timestep is None else objective.min_timestep,
-        high if objective.max_timestep is None else objective.max_timestep,
-    )
+    """Return the trained range of timesteps in [0, 1000], the expert's own where none is given.
+
+    Of a run with both experts: that of both together.
+    """
+    experts = trained_experts(config)
+    if experts:
+        ranges = [expert_timesteps(config, expert, expert_boundary) for expert in experts]
+        return min(low for low, _ in ranges), max(high for _, high in ranges)
+    low, high = config.objective.min_timestep, config.objective.max_timestep
+    return (0.0 if low is None else low, 1000.0 if high is None else high)
 
 
 def is_fp8(config: RunConfig) -> bool:
@@ -130,6 +137,8 @@ def _required_files(config: RunConfig, job: JobName) -> list[str]:
     if samples or job == "sample" or (job == "eval" and config.probe.kind != "none"):
         both = known is not None and known.experts
         return ["transformer", *(["transformer_high_noise"] if both else []), *encoders]
+    if trains_both(config):
+        return ["transformer", "transformer_high_noise"]
     return ["transformer_high_noise" if config.model.expert == "high_noise" else "transformer"]
 
 
@@ -138,40 +147,20 @@ def _variant(config: RunConfig) -> Iterator[Problem]:
     if name != "auto" and name not in VARIANTS:
         hint = nearest(name, VARIANTS)
         yield Problem(f"unknown model variant {name!r}", "model.variant", hint=hint)
-        return
-    experts = name != "auto" and VARIANTS[name].experts
-    if experts and config.model.expert is None:
-        yield Problem(
-            f"{name} has two experts and one is trained at a time",
-            "model.expert",
-            hint='set expert = "high_noise" or "low_noise"',
-        )
-    if config.model.expert is not None and not experts:
-        yield Problem(
-            f"only Wan 2.2 A14B has experts, variant is {name!r}",
-            "model.expert",
-            hint='leave it out, or set model.variant = "wan2.2-t2v-a14b" or "wan2.2-i2v-a14b"',
-        )
 
 
 def _timesteps(config: RunConfig) -> Iterator[Problem]:
-    known = VARIANTS.get(config.model.variant)
-    experts = known is not None and known.experts
-    if config.model.expert is not None and not experts:
-        return  # `_variant` says so; there is no range to judge
-    boundary = known.expert_boundary if known is not None else 0.0
-    low, high = trained_timesteps(config, boundary)
+    if config.model.expert is not None:
+        return  # `experts_rule` judges the range of each expert
+    low, high = trained_timesteps(config, 0.0)
     if low < high:
         return
-    hint = "min_timestep must be smaller than max_timestep"
-    if config.model.expert is not None:
-        own = (
-            (boundary * 1000, 1000) if config.model.expert == "high_noise" else (0, boundary * 1000)
-        )
-        hint += f"; the {config.model.expert} expert works from {own[0]:g} to {own[1]:g}"
     key = "max_timestep" if config.objective.min_timestep is None else "min_timestep"
-    message = f"the range of trained timesteps is empty: {low:g} to {high:g}"
-    yield Problem(message, f"objective.{key}", hint=hint)
+    yield Problem(
+        f"the range of trained timesteps is empty: {low:g} to {high:g}",
+        f"objective.{key}",
+        hint="min_timestep must be smaller than max_timestep",
+    )
 
 
 def _dataset(config: RunConfig) -> Iterator[Problem]:
@@ -225,15 +214,15 @@ def _validation(config: RunConfig) -> Iterator[Problem]:
             "validation.every_steps",
             hint="set validation.split = 0.1, or add [[validation.sources]]",
         )
-    known = VARIANTS.get(config.model.variant)
-    if known is None or not known.experts or config.model.expert is None:
-        return  # nothing to judge, or `_variant` says what is wrong
-    if validation.every_steps and not validation_timesteps(config, known.expert_boundary):
+    boundary = boundary_of(config)
+    if not boundary or config.model.expert is None:
+        return  # nothing to judge, or `experts_rule` says what is wrong
+    if validation.every_steps and not validation_timesteps(config, boundary):
         side = "not below" if config.model.expert == "high_noise" else "below"
         yield Problem(
             f"the {config.model.expert} expert works at none of these timesteps",
             "validation.timesteps",
-            hint=f"give some {side} {1000 * known.expert_boundary:g}",
+            hint=f"give some {side} {1000 * boundary:g}",
         )
 
 
@@ -322,12 +311,6 @@ def _fp8(config: RunConfig) -> Iterator[Problem]:
             "memory.weight_format",
             hint='set weight_format = "bf16", or adapter.kind = "lora"',
         )
-    if config.distributed.zero_stage == 3:
-        yield Problem(
-            "ZeRO-3 gathers the shards of weights from all processes, which cannot be done in fp8",
-            "distributed.zero_stage",
-            hint='set zero_stage = 0, 1 or 2, or memory.weight_format = "bf16"',
-        )
     if memory.fp8_matmul and memory.fp8_format != "e4m3":
         yield Problem(
             "GPUs multiply e4m3 with e4m3; e5m2 weights have too few bits for it",
@@ -347,6 +330,7 @@ def _output(config: RunConfig) -> Iterator[Problem]:
 
 _RULES: tuple[Rule, ...] = (
     _variant,
+    experts_rule,
     _timesteps,
     _dataset,
     _sampling,

@@ -16,6 +16,7 @@ from typing import Any
 
 from trainer.contract.config import RunConfig
 from trainer.contract.config_rules import trained_timesteps
+from trainer.contract.experts import boundary_of
 from trainer.contract.variants import VARIANTS
 
 IMPLEMENTATION = "https://github.com/Wan-Video/Wan2.1"
@@ -55,7 +56,7 @@ def training_metadata(
         config: as it ran.
         facts: how far it ran.
         variant: name in `VARIANTS`, "" when the model is of no released size.
-        expert: `high_noise` or `low_noise` for Wan 2.2, else None.
+        expert: `high_noise` or `low_noise` for Wan 2.2, `shared` for both, else None.
     """
     table: dict[str, Any] = {
         **_run(config, facts),
@@ -148,8 +149,7 @@ def _model(config: RunConfig, variant: str) -> dict[str, Any]:
 
 def _timesteps(config: RunConfig, variant: str) -> tuple[float, float]:
     """Return the range that was trained: an expert's own, where the config gives none."""
-    boundary = VARIANTS[variant].expert_boundary if variant in VARIANTS else 0.0
-    return trained_timesteps(config, boundary)
+    return trained_timesteps(config, boundary_of(config, VARIANTS.get(variant)))
 
 
 def _family(variant: str) -> str:

@@ -14,6 +14,8 @@ from trainer.contract.errors import ConfigError
 from trainer.contract.registry import nearest
 
 Conditioning = Literal["none", "first_frame", "first_last_frame", "control"]
+Expert = Literal["low_noise", "high_noise"]
+"""One of Wan 2.2's two transformers."""
 
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"

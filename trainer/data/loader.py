@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
@@ -150,7 +150,7 @@ class TrainingSteps:
         self._accumulation = gradient_accumulation_steps
         self._pin_memory = pin_memory
 
-    def starting_at(self, step: int) -> Iterator[list[Batch]]:
+    def starting_at(self, step: int) -> Generator[list[Batch], None, None]:
         """Yield this rank's microbatches of step `step` + 1, then of the next ones."""
         with BatchLoader(
             self.order,

@@ -147,7 +147,8 @@ def read_window(clip: Clip, frames: range, size: tuple[int, int]) -> Tensor:
 
 def to_video(frames_FHW3: Tensor) -> Tensor:
     """Return uint8 frames as video_3FHW in [-1, 1], float32: what a VAE takes."""
-    return frames_FHW3.permute(3, 0, 1, 2).to(torch.float32) / 127.5 - 1
+    # In place: of a clip of 1280x720x81 a second copy would take 0.9 GB.
+    return frames_FHW3.permute(3, 0, 1, 2).to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def _index_images(path: Path, kind: MediaKind, target_fps: float, source_fps: float | None) -> Clip:

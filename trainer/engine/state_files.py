@@ -146,6 +146,36 @@ def load(state: EngineState, folder: Path) -> None:
             _fill_weight(state, piece, pieces)
 
 
+def save_parts(folder: Path, parts: Sequence[str], step: int) -> None:
+    """Say in `folder` that its sub-folders `parts` hold a state each, written by `save`.
+
+    One process calls it, after its own `save` of every part.
+
+    Args:
+        folder: of the checkpoint.
+        parts: names of the sub-folders.
+        step: steps made so far, of all parts together.
+    """
+    layout = read_layout(folder / parts[0])
+    write_json(folder / _INFO, {"format": FORMAT, **layout, "parts": list(parts), "step": step})
+
+
+def read_parts(folder: Path) -> tuple[tuple[str, ...], int]:
+    """Return what `save_parts` wrote: the parts, and the step.
+
+    Raises:
+        ModelFileError: nothing was written there, or a state that has no parts.
+    """
+    info = read_json(folder / _INFO)
+    if "parts" not in info:
+        raise ModelFileError(
+            f"{folder} holds one set of trained parameters, and this run trains two in turns",
+            hint="resume with the model.expert that it was written with, or start anew with "
+            "--resume never",
+        )
+    return tuple(info["parts"]), int(info["step"])
+
+
 def read_layout(folder: Path) -> dict[str, Any]:
     """Return {"engine", "world_size", "zero_stage"} of what `save` wrote into `folder`.
 
@@ -165,6 +195,10 @@ def await_parts(folder: Path, within_s: float = 90.0) -> None:
         DiskError: a part did not appear within `within_s` seconds; names it.
     """
     info = read_json(folder / _INFO)
+    if "parts" in info:
+        for part in info["parts"]:
+            await_parts(folder / part, within_s)
+        return
     wanted = [_rank_file(folder, rank) for rank in range(_writers(info)) if _writers(info) > 1]
     deadline = time.monotonic() + within_s
     while missing := sorted(set(wanted) - set(_rank_files(folder))):

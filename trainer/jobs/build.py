@@ -16,6 +16,7 @@ from trainer.contract.config import PluginSection, RunConfig
 from trainer.contract.config_io import problems_of
 from trainer.contract.config_rules import is_fp8, trained_timesteps
 from trainer.contract.errors import ConfigError, Problem
+from trainer.contract.experts import trained_experts
 from trainer.contract.memory_rules import too_many_blocks
 from trainer.core.flow import NUM_TRAIN_TIMESTEPS
 from trainer.core.seams import BuildContext, Need, Technique
@@ -24,13 +25,12 @@ from trainer.memory.block_swap import BlockSwap, spread
 from trainer.memory.checkpoint_offload import CheckpointOffload
 from trainer.memory.host_share import HostShare
 from trainer.memory.streams import Streams, streams_of
-from trainer.models.wan.quantised import FP8_FORMATS
+from trainer.models.wan.quantised import FP8_FORMATS, hold_bytes
 from trainer.models.wan.transformer import WanTransformer
 from trainer.quant.fp8 import Fp8Spec
 from trainer.training.step import Objective, SigmaRange
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ExpertName = Literal["low_noise", "high_noise"]
 HeldElsewhere = Callable[[int], Collection[int]]
 """Given the number of blocks, which of them another process of this machine holds."""
 WeightsSource = Callable[[torch.device, HeldElsewhere | None], WanTransformer]
@@ -127,18 +127,33 @@ def _hooks_blocks(technique: type[Technique]) -> bool:
     return technique.block_hooks is not Technique.block_hooks
 
 
-def trained_transformer_file(config: RunConfig) -> tuple[Path, str]:
-    """Return the weight file that is trained, and the config key that names it.
+def trained_transformer_files(config: RunConfig) -> tuple[Path, ...]:
+    """Return the weight files that a run trains on: two where it trains both experts.
+
+    Raises:
+        ConfigError: one is not given.
+    """
+    fields = [
+        "transformer_high_noise" if expert == "high_noise" else "transformer"
+        for expert in trained_experts(config)
+    ]
+    files = []
+    for field in fields or ["transformer"]:
+        path: Path | None = getattr(config.model, field)
+        if path is None:
+            raise ConfigError(f"model.{field} is needed, but not given")
+        files.append(path)
+    return tuple(files)
+
+
+def trained_transformer_file(config: RunConfig) -> Path:
+    """Return the weight file that a run with one transformer trains on.
 
     Raises:
         ConfigError: none is given.
     """
-    model = config.model
-    field = "transformer_high_noise" if model.expert == "high_noise" else "transformer"
-    path: Path | None = getattr(model, field)
-    if path is None:
-        raise ConfigError(f"model.{field} is needed, but not given")
-    return path, f"model.{field}"
+    (path,) = trained_transformer_files(config)
+    return path
 
 
 def weights_dtype(config: RunConfig) -> torch.dtype:
@@ -216,6 +231,8 @@ def make_base(
     place = torch.device("cpu") if num_streamed else device
     follows = share is not None and not share.leads
     transformer = weights(place, partial(spread, num_streamed) if follows else None)
+    if config.distributed.zero_stage == 3:  # gathers weights from all processes
+        hold_bytes(transformer)
     transformer.attend = ATTENTION.load(config.memory.attention)()
     transformer.gradient_checkpointing = config.memory.checkpointed_every
     transformer.blocks.keep_attention = config.memory.keep_attention

@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from trainer.contract.config import RunConfig
 from trainer.contract.config_io import load_config_with_sources, place_problems
 from trainer.contract.config_rules import check_files
 from trainer.contract.dataset_config import DatasetConfig
 from trainer.contract.errors import ConfigError, DataError, Problem, UserError
+from trainer.contract.experts import trains_both
 from trainer.contract.jobs import CheckRequest
 from trainer.contract.variants import Variant
+from trainer.core.seams import BuildContext
 from trainer.data.cache_index import is_cached
 from trainer.data.cache_settings import CacheSettings
 from trainer.data.checks import DatasetCheck, check_dataset
@@ -26,6 +30,7 @@ from trainer.jobs.config_checks import (
     weight_problems,
 )
 from trainer.jobs.distributed_checks import distributed_problems
+from trainer.jobs.expert_share import settle_turns
 from trainer.jobs.memory_checks import memory_notes, memory_problems
 from trainer.jobs.run_items import cache_settings, holdout_of
 from trainer.jobs.start import machine_problems
@@ -51,6 +56,7 @@ def run(request: CheckRequest, emit: Emit) -> None:
         *machine_problems(config),
         *distributed_problems(config),
     ]
+    shares: dict[str, object] = {}
     variant = _variant(config, problems)
     if variant is not None:
         problems += _file_problems(with_variant(config, variant))
@@ -63,13 +69,14 @@ def run(request: CheckRequest, emit: Emit) -> None:
         )
         problems += [problem for problem in more if problem.key not in told]
         problems += memory_problems(config, trains=True)
+        shares = _expert_shares(config, variant, problems, emit)
         problems = list(dict.fromkeys(problems))
     for note in memory_notes(config):
         emit("warning", message=note)
     summary = _dataset(config, variant, problems, emit)
     if problems:
         raise ConfigError(problems=place_problems(problems, loaded.sources))
-    emit("end", reason="done", variant=variant.name if variant else "", **summary)
+    emit("end", reason="done", variant=variant.name if variant else "", **summary, **shares)
 
 
 def _file_problems(config: RunConfig) -> list[Problem]:
@@ -99,6 +106,31 @@ def _prompt_problems(config: RunConfig, variant: Variant) -> list[Problem]:
         section = "sampling." if file is None else ""
         return [replace(p, key=f"{section}{p.key}", file=file) for p in error.problems]
     return []
+
+
+def _expert_shares(
+    config: RunConfig, variant: Variant, problems: list[Problem], emit: Emit
+) -> dict[str, object]:
+    """Say what share of the steps each expert gets, where both are trained."""
+    if not trains_both(config) or not variant.experts:
+        return {}
+    steps = config.training.max_steps if config.training.epochs is None else 0
+    build = BuildContext(
+        variant=variant, seed=config.training.seed, device=torch.device("cpu"), total_steps=steps
+    )
+    try:
+        turns = settle_turns(config, build)
+    except ConfigError as error:
+        problems += error.problems
+        return {}
+    emit("log", message=f"experts: {turns.in_words(steps)}")
+    return {
+        "experts": {
+            "high_noise_share": round(turns.high_noise_share, 6),
+            "steps_per_turn": turns.steps_per_turn,
+            "boundary": variant.expert_boundary,
+        }
+    }
 
 
 def _kind_problems(config: RunConfig, variant: Variant) -> list[Problem]:
@@ -163,6 +195,7 @@ def _dataset(
         "validation_items": checked.validation_items,
         "batches_per_epoch": checked.batches_per_epoch,
         "num_problems": len(checked.problems),
+        "num_buckets": len(checked.buckets),
         "buckets": [
             {"bucket": str(row.bucket), "items": row.items, "tokens": row.tokens}
             for row in checked.buckets[:MAX_LISTED]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError
+from trainer.contract.experts import boundary_of
 from trainer.contract.variants import Variant, get_variant
 from trainer.data.fingerprint import digest, model_identity
 from trainer.io.mapped_load import WeightFiles, open_weights
@@ -24,6 +26,8 @@ from trainer.models.wan.vae_keys import recognise_vae
 def settle_variant(config: RunConfig) -> Variant:
     """Return the variant, from the config or from the header of the transformer's weights.
 
+    With the boundary between the experts that the config says.
+
     Raises:
         ConfigError: `auto`, and no transformer is given.
         ModelFileError: the weights cannot be read, or are not of the variant that is given.
@@ -33,13 +37,17 @@ def settle_variant(config: RunConfig) -> Variant:
     file = file or model.transformer or model.transformer_high_noise
     if file is not None and file.exists():
         name = recognise(open_weights(file), model.variant, dict(model.shape)).variant_name
-        return get_variant(name)
+        return _with_boundary(config, get_variant(name))
     if model.variant == "auto":
         raise ConfigError(
             "model.variant is auto, and there are no transformer weights to recognise it from",
             hint="set model.transformer, or name the variant",
         )
-    return get_variant(model.variant)
+    return _with_boundary(config, get_variant(model.variant))
+
+
+def _with_boundary(config: RunConfig, variant: Variant) -> Variant:
+    return replace(variant, expert_boundary=boundary_of(config, variant))
 
 
 def with_variant(config: RunConfig, variant: Variant) -> RunConfig:

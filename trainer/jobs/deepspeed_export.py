@@ -10,6 +10,7 @@ import torch
 from trainer.contract.config import RunConfig
 from trainer.contract.config_io import load_config_with_sources
 from trainer.contract.errors import ConfigError
+from trainer.contract.experts import for_expert, trains_both
 from trainer.contract.jobs import DeepSpeedRequest
 from trainer.contract.variants import TransformerConfig, Variant
 from trainer.core.seams import BuildContext, OptimizerFactory
@@ -54,6 +55,8 @@ def exported_config(config: RunConfig) -> dict[str, Any]:
             hint='--set distributed.engine="deepspeed" shows what it would be told',
         )
     variant = settle_variant(config)
+    if trains_both(config):  # an engine each, told the same, or one with as much to train
+        config = for_expert(config, "low_noise", variant.expert_boundary)
     device = pick_device(config)
     build = BuildContext(
         variant=variant,

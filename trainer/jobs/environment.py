@@ -16,7 +16,7 @@ import torch
 from trainer.contract.config import RunConfig
 from trainer.contract.config_io import dump_config
 from trainer.data.fingerprint import digest, model_identity
-from trainer.jobs.build import trained_transformer_file
+from trainer.jobs.build import trained_transformer_files
 
 _PACKAGES = (
     "menma",
@@ -76,8 +76,17 @@ def ground(config: RunConfig) -> dict[str, str]:
     return {
         **versions,
         "the config": digest(dump_config(config, base=Path.cwd())),
-        "the weights": model_identity(trained_transformer_file(config)[0]),
+        "the weights": base_identity(config),
     }
+
+
+def base_identity(config: RunConfig) -> str:
+    """Return the fingerprint of the weights that a run trains on.
+
+    Raises:
+        ModelFileError: they cannot be read.
+    """
+    return "+".join(model_identity(path) for path in trained_transformer_files(config))
 
 
 def _version(package: str) -> str | None:

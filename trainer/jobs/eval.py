@@ -8,8 +8,8 @@ decoded and judged.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trainer.contract.config import Prompt, SamplingSection
 from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import LoRAUse
-from trainer.contract.variants import Variant
+from trainer.contract.variants import Expert, Variant
 from trainer.core.seams import ProbeShot
 from trainer.data.fingerprint import digest
 from trainer.data.items import TrainingItem
@@ -28,7 +28,7 @@ from trainer.engine.process_group import World
 from trainer.jobs.sample import Progress, SampleLoaders, attach_loras
 from trainer.sampling.conditions import Conditions, encode_texts
 from trainer.sampling.experts import ExpertSwitch
-from trainer.sampling.pipeline import Expert, SamplingModels, decode_frames, generate
+from trainer.sampling.pipeline import SamplingModels, decode_frames, expert_at, generate
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import describe, write_sample
 from trainer.training.validation import (
@@ -36,6 +36,7 @@ from trainer.training.validation import (
     ValidationSettings,
     Validator,
     choose_items,
+    together,
 )
 
 Video = NDArray[np.uint8]
@@ -80,10 +81,10 @@ class EvalParts:
     """What one evaluation works with."""
 
     variant: Variant
-    trained: Trained | None
-    """None: the base alone."""
-    expert: Expert
-    """The transformer whose loss is measured; `low_noise` for models that have one."""
+    trained: tuple[Trained, ...]
+    """One a transformer at most; empty: the base alone."""
+    experts: tuple[Expert, ...]
+    """The transformers whose loss is measured; `low_noise` for models that have one."""
     loaders: SampleLoaders
     """`transformer` gives base models."""
     load_trained: Callable[[Path], nn.Module]
@@ -166,9 +167,17 @@ class _Evaluation:
 
     def run(self) -> Measured:
         contexts = self._encode_texts()
-        base, trained, transformer = self._losses()
-        latents = self._sample(contexts, transformer)
-        del transformer
+        measured = {expert: self._losses(expert) for expert in self.parts.experts}
+        transformers = {
+            expert: transformer
+            for expert, (_, _, transformer) in measured.items()
+            if transformer is not None
+        }
+        base = _together([base for base, _, _ in measured.values()])
+        trained = _together([trained for _, trained, _ in measured.values()])
+        del measured
+        latents = self._sample(contexts, transformers)
+        transformers.clear()
         self._release()
         return Measured(base=base, trained=trained, videos=self._decode(latents))
 
@@ -180,51 +189,70 @@ class _Evaluation:
         self._release()
         return contexts
 
-    def _losses(self) -> tuple[ValidationResult | None, ValidationResult | None, nn.Module | None]:
+    def _losses(
+        self, expert: Expert
+    ) -> tuple[ValidationResult | None, ValidationResult | None, nn.Module | None]:
         """Return the loss of the base, that with what was trained, and the latter's transformer.
 
-        Loads nothing that neither a loss nor a video needs.
+        Loads nothing that neither a loss nor a video needs. Of a model with experts the
+        transformer is in RAM then: the other one may come first.
         """
-        parts, trained = self.parts, self.parts.trained
-        if parts.validation is None and not parts.shots:
+        parts = self.parts
+        trained = next((one for one in parts.trained if one.expert == expert), None)
+        if self._settings(expert) is None and not parts.shots:
             return None, None, None
         is_model = trained is not None and trained.is_model
         transformer: nn.Module | None = None
-        base = None
-        if parts.validation is not None or not is_model:
-            transformer = parts.loaders.transformer(parts.expert)
-            base = self._loss(transformer)
-        if trained is None:
-            return base, None, transformer
-        if trained.is_model:
+        base = result = None
+        if self._settings(expert) is not None or not is_model:
+            transformer = parts.loaders.transformer(expert)
+            base = self._loss(transformer, expert)
+        if trained is not None and trained.is_model:
             transformer = None
             self._release()
             transformer = parts.load_trained(trained.path)
-        elif transformer is not None:
-            use = LoRAUse(path=trained.path, expert=trained.expert if self._experts else None)
-            attach_loras(transformer, [use], trained.expert if self._experts else None)
-        return base, None if transformer is None else self._loss(transformer), transformer
+        elif trained is not None and transformer is not None:
+            use = LoRAUse(path=trained.path, expert=expert if self._experts else None)
+            attach_loras(transformer, [use], expert if self._experts else None)
+        if trained is not None and transformer is not None:
+            result = self._loss(transformer, expert)
+        if not parts.shots:
+            transformer = None
+        elif transformer is not None and self._experts:
+            transformer.to("cpu")
+        self._release()
+        return base, result, transformer
 
-    def _loss(self, transformer: nn.Module) -> ValidationResult | None:
-        validation, device = self.parts.validation, self.parts.device
+    def _settings(self, expert: Expert) -> ValidationSettings | None:
+        """Return what is measured with `expert`; None where it works at no timestep of it."""
+        validation = self.parts.validation
         if validation is None:
             return None
-        validator = Validator(
-            transformer, validation.items, validation.settings, World.alone(device)
+        variant = self.parts.variant
+        timesteps = tuple(
+            timestep
+            for timestep in validation.settings.timesteps
+            if not variant.experts or expert_at(timestep, variant) == expert
         )
-        return validator.measure()
+        return replace(validation.settings, timesteps=timesteps) if timesteps else None
 
-    def _sample(self, contexts: dict[str, Tensor], transformer: nn.Module | None) -> list[Tensor]:
+    def _loss(self, transformer: nn.Module, expert: Expert) -> ValidationResult | None:
+        validation, settings = self.parts.validation, self._settings(expert)
+        if validation is None or settings is None:
+            return None
+        world = World.alone(self.parts.device)
+        return Validator(transformer, validation.items, settings, world).measure()
+
+    def _sample(
+        self, contexts: dict[str, Tensor], transformers: Mapping[Expert, nn.Module]
+    ) -> list[Tensor]:
         parts = self.parts
-        if not parts.shots or transformer is None:
+        if not parts.shots or not transformers:
             return []
-        if self._experts:
-            transformer.to("cpu")  # until it is its turn: the other one may come first
-            self._release()
 
         def load(expert: Expert) -> nn.Module:
-            own = expert == parts.expert or not self._experts
-            return transformer.to(parts.device) if own else parts.loaders.transformer(expert)
+            own = transformers.get(expert)
+            return parts.loaders.transformer(expert) if own is None else own.to(parts.device)
 
         models = SamplingModels(
             variant=parts.variant,
@@ -258,3 +286,9 @@ class _Evaluation:
         gc.collect()
         if self.parts.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _together(results: Sequence[ValidationResult | None]) -> ValidationResult | None:
+    """Return the measurements of all experts as one; None where there is none."""
+    found = [result for result in results if result is not None]
+    return together(found) if len(found) > 1 else next(iter(found), None)

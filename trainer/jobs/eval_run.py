@@ -15,10 +15,11 @@ from torch import nn
 from trainer.adapters import load_adapter
 from trainer.contract.config import RunConfig, ValidationSection
 from trainer.contract.errors import ConfigError
+from trainer.contract.experts import trained_experts
 from trainer.contract.jobs import EvalRequest
 from trainer.contract.memory_model import Clip
 from trainer.contract.run_dir import RunDir
-from trainer.contract.variants import Variant
+from trainer.contract.variants import Expert, Variant
 from trainer.core.seams import BuildContext, Probe
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.automatic_memory import clip_of, resolve_for_forwards
@@ -40,8 +41,7 @@ from trainer.jobs.eval import (
 from trainer.jobs.run_facts import training_facts
 from trainer.jobs.run_items import load_run_items, validation_settings
 from trainer.jobs.sample import SampleLoaders
-from trainer.jobs.sample_run import newest_output
-from trainer.sampling.pipeline import Expert
+from trainer.jobs.sample_run import newest_outputs
 from trainer.sampling.requests import SampleRequest
 from trainer.training.reporter import peaks_gib
 from trainer.training.validation import ValidationResult
@@ -70,7 +70,7 @@ def run(request: EvalRequest, emit: Emit) -> None:
         EvalParts(
             variant=variant,
             trained=trained,
-            expert=config.model.expert or "low_noise",
+            experts=trained_experts(config) or ("low_noise",),
             loaders=_loaders(config, variant, device, samples=bool(shots)),
             load_trained=lambda path: _load(config, path, device),
             validation=validation,
@@ -122,28 +122,29 @@ def _clips(
 
 def _trained(
     request: EvalRequest, config: RunConfig, notes: list[str]
-) -> tuple[Trained | None, RunDir | None]:
-    """Return the newest output of the run that is meant, and that run.
+) -> tuple[tuple[Trained, ...], RunDir | None]:
+    """Return the newest output of the run that is meant, for each transformer, and that run.
 
     Raises:
         ConfigError: a run is given, and has no output yet.
     """
     run_dir = RunDir(request.run_dir or config.run_dir)
-    newest = newest_output(run_dir)
-    if newest is None:
+    newest = newest_outputs(run_dir, config)
+    if not newest:
         if request.run_dir is not None:
             raise ConfigError(
                 f"{request.run_dir} has no output file yet",
                 hint="wait for its first one; `menma eval` on the config measures the base alone",
             )
         notes.append(f"the base alone: there is no output of a run in {run_dir.root}")
-        return None, None
-    trained = Trained(
-        path=newest,
-        expert=config.model.expert or "low_noise",
-        is_model=config.adapter.kind == "none",
-    )
-    return trained, run_dir
+        return (), None
+    everywhere = trained_experts(config) or ("low_noise",)
+    trained = [
+        Trained(path=path, expert=expert, is_model=config.adapter.kind == "none")
+        for wanted, path in newest.items()
+        for expert in (everywhere if wanted is None else (wanted,))
+    ]
+    return tuple(trained), run_dir
 
 
 def _validation_set(
@@ -201,7 +202,7 @@ def _loaders(
     }
     wanted: tuple[Expert, ...] = ("low_noise", "high_noise")
     if not (samples and variant.experts):
-        wanted = (model.expert or "low_noise",)
+        wanted = trained_experts(config) or ("low_noise",)
     for expert in wanted:
         if files[expert] is None:
             field = "transformer" if expert == "low_noise" else "transformer_high_noise"
@@ -228,26 +229,24 @@ def _load(config: RunConfig, path: Path, device: torch.device) -> nn.Module:
 
 
 def _trained_fields(
-    config: RunConfig, trained: Trained | None, run_dir: RunDir | None
+    config: RunConfig, trained: Sequence[Trained], run_dir: RunDir | None
 ) -> dict[str, Any]:
-    """Return what is known of the trained file and of its training."""
-    if trained is None or run_dir is None:
+    """Return what is known of the trained files and of their training."""
+    if not trained or run_dir is None:
         return {"output": None, "step": None, "adapter": None, "training": None}
-    weights = open_weights(trained.path)
-    step = weights.metadata.get("ss_steps", "")
-    if trained.is_model:
-        num_parameters = sum(prod(tensor.shape) for tensor in weights.values())
-    else:
-        updates = load_adapter(trained.path, expert=config.model.expert).values()
-        num_parameters = sum(update.num_parameters for update in updates)
-    facts = training_facts(run_dir, trained.path)
+    files = {one.path: one for one in trained}  # one that is shared counts once
+    # Of two experts each file counts its own steps.
+    steps = [open_weights(path).metadata.get("ss_steps", "") for path in files]
+    newest = max(files, key=lambda path: path.stat().st_mtime_ns)
+    facts = training_facts(run_dir, newest)
+    paths = [str(path) for path in files]
     return {
-        "output": str(trained.path),
-        "step": int(step) if step.isdecimal() else None,
+        "output": paths[0] if len(paths) == 1 else paths,
+        "step": sum(map(int, steps)) if all(step.isdecimal() for step in steps) else None,
         "adapter": {
             "kind": config.adapter.kind,
-            "parameters": num_parameters,
-            "bytes": trained.path.stat().st_size,
+            "parameters": sum(map(_num_parameters, files.values())),
+            "bytes": sum(path.stat().st_size for path in files),
         },
         "training": {
             "seconds": facts.seconds,
@@ -255,6 +254,13 @@ def _trained_fields(
             "peak_rss_gib": facts.peak_rss_gib,
         },
     }
+
+
+def _num_parameters(trained: Trained) -> int:
+    if trained.is_model:
+        return sum(prod(tensor.shape) for tensor in open_weights(trained.path).values())
+    updates = load_adapter(trained.path, expert=trained.expert).values()
+    return sum(update.num_parameters for update in updates)
 
 
 def _validation_fields(

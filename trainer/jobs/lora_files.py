@@ -12,14 +12,13 @@ from trainer.adapters.base import AdapterFile, LoRAFactors, Update
 from trainer.adapters.formats.keys import Expert
 from trainer.adapters.formats.names import block_index
 from trainer.contract.errors import ConfigError, ModelFileError
+from trainer.contract.experts import SHARED
 from trainer.contract.jobs import LoRAUse
 from trainer.io.mapped_load import open_weights
 
 EXPERTS: tuple[Expert, ...] = ("high_noise", "low_noise")
 _EXPERT_KEYS = ("menma.expert", "ss_loraid_expert")
 _EXPERT_WORDS: Mapping[str, Expert] = {"high": "high_noise", "low": "low_noise"}
-_SHARED = "shared"
-"""In metadata: trained for both experts."""
 _LOW_NOISE_PART = re.compile(r"(?:^|\.)transformer_2\.")
 _ANCHOR = "patch_embedding.weight"
 _FILES_IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -115,7 +114,7 @@ def experts_of(use: LoRAUse, metadata: Mapping[str, str]) -> frozenset[Expert]:
     """
     if use.expert is not None:
         return frozenset({use.expert})
-    if metadata.get("menma.expert") == _SHARED:
+    if metadata.get("menma.expert") == SHARED:
         return frozenset(EXPERTS)
     told = " ".join(metadata.get(key, "") for key in _EXPERT_KEYS)
     for text in (told, use.path.stem):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import attach
 from trainer.contract.jobs import LoRAUse
-from trainer.contract.variants import Variant
+from trainer.contract.variants import Expert, Variant
 from trainer.jobs.lora_files import experts_of
 from trainer.models.wan.conditioning import LatentEncoder
 from trainer.sampling.conditions import (
@@ -30,13 +30,7 @@ from trainer.sampling.conditions import (
     encode_texts,
 )
 from trainer.sampling.experts import ExpertSwitch
-from trainer.sampling.pipeline import (
-    Expert,
-    SamplingModels,
-    VideoDecoder,
-    decode_frames,
-    generate,
-)
+from trainer.sampling.pipeline import SamplingModels, VideoDecoder, decode_frames, generate
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import OutputKind, write_sample
 

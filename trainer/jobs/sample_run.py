@@ -8,9 +8,11 @@ import torch
 
 from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.errors import ConfigError
+from trainer.contract.experts import SHARED, trained_experts
 from trainer.contract.jobs import LoRAUse, SampleJobRequest
 from trainer.contract.run_dir import RunDir
-from trainer.contract.variants import Variant
+from trainer.contract.variants import Expert, Variant
+from trainer.io.mapped_load import open_weights
 from trainer.jobs.automatic_memory import clip_of, resolve_for_forwards
 from trainer.jobs.base import Emit
 from trainer.jobs.build import freeze, load_base, pick_device
@@ -23,7 +25,6 @@ from trainer.jobs.components import (
 )
 from trainer.jobs.config_job import read_config
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
-from trainer.sampling.pipeline import Expert
 from trainer.sampling.prompts import read_prompts
 from trainer.sampling.requests import requests_of
 
@@ -95,10 +96,44 @@ def transformer_files(config: RunConfig, variant: Variant) -> TransformerFiles:
     return files
 
 
-def newest_output(run: RunDir) -> Path | None:
-    """Return the output file that a run wrote last; None: it has none yet."""
+def newest_output(run: RunDir, expert: Expert | None = None) -> Path | None:
+    """Return the output file that a run wrote last; None: it has none yet.
+
+    Args:
+        run: the run.
+        expert: of a run that trains both: the one it is for, by what the files say of themselves.
+    """
     outputs = run.output.glob("*.safetensors")
-    return max(outputs, key=lambda path: path.stat().st_mtime_ns, default=None)
+    newest_first = sorted(outputs, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    if expert is None:
+        return next(iter(newest_first), None)
+    fitting = {None, expert, SHARED}
+    return next(
+        (
+            path
+            for path in newest_first
+            if open_weights(path).metadata.get("menma.expert") in fitting
+        ),
+        None,
+    )
+
+
+def newest_outputs(run: RunDir, config: RunConfig) -> dict[Expert | None, Path]:
+    """Return the output files to use of a run, the newest for each transformer that it trains.
+
+    Args:
+        run: the run.
+        config: tells what it trains.
+
+    Returns:
+        One file under the expert it is for; under None where it is for all that the model has.
+        Empty where there is none yet.
+    """
+    experts: tuple[Expert | None, ...] = (None,)
+    if config.model.expert != SHARED:
+        experts = trained_experts(config) or experts
+    found = {expert: newest_output(run, expert) for expert in experts}
+    return {expert: path for expert, path in found.items() if path is not None}
 
 
 def _prompts(request: SampleJobRequest, config: RunConfig) -> tuple[Prompt, ...]:
@@ -117,15 +152,16 @@ def _use_run(
     folder: Path, config: RunConfig, files: TransformerFiles, loras: list[LoRAUse]
 ) -> None:
     """Put the newest output of a run to use: as a LoRA, or in the place of what it fine-tuned."""
-    newest = newest_output(RunDir(folder))
-    if newest is None:
+    newest = newest_outputs(RunDir(folder), config)
+    if not newest:
         raise ConfigError(
             f"{folder} has no output file yet", hint="wait for its first one, or sample the config"
         )
-    if config.adapter.kind == "none":
-        files[config.model.expert or "low_noise"] = newest
-    else:
-        loras.append(LoRAUse(path=newest, expert=config.model.expert))
+    for expert, path in newest.items():
+        if config.adapter.kind == "none":
+            files[expert or "low_noise"] = path
+        else:
+            loras.append(LoRAUse(path=path, expert=expert))
 
 
 def _loaders(

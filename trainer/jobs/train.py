@@ -14,12 +14,12 @@ from trainer.contract.config_io import dump_config
 from trainer.contract.config_rules import check_files
 from trainer.contract.errors import DiskError, MenmaError
 from trainer.contract.events import EventWriter
+from trainer.contract.experts import for_expert, single_expert, trains_both
 from trainer.contract.files import write_json, write_text
 from trainer.contract.jobs import TrainRequest
 from trainer.contract.run_dir import Request, RunDir
 from trainer.contract.variants import Variant
-from trainer.core.seams import BuildContext, Engine
-from trainer.data.fingerprint import model_identity
+from trainer.core.seams import BuildContext
 from trainer.engine import process_group
 from trainer.engine.failures import failing_together
 from trainer.engine.process_group import World
@@ -27,29 +27,25 @@ from trainer.engine.sequence import sharing_clips
 from trainer.jobs.agreement import require_same, require_shared_folder
 from trainer.jobs.automatic_memory import memory_values, resolve_for_training
 from trainer.jobs.base import INTERRUPTED, Emit, Stopped, explain
-from trainer.jobs.build import DTYPES, pick_device, trained_transformer_file
+from trainer.jobs.build import pick_device
 from trainer.jobs.components import settle_variant, with_variant
 from trainer.jobs.config_job import read_config
-from trainer.jobs.environment import describe_environment, ground
+from trainer.jobs.environment import base_identity, describe_environment, ground
 from trainer.jobs.start import run_elsewhere, take_place
+from trainer.jobs.train_experts import two_transformers
 from trainer.jobs.train_parts import (
     Session,
-    TrainedModel,
     TrainingData,
-    build_engine,
-    build_model,
-    build_validator,
-    learning_rate,
     open_data,
-    output_metadata,
     plan,
     validation_notes,
 )
 from trainer.jobs.train_samples import TrainingSamples
+from trainer.jobs.trainee import Trainee, one_transformer
 from trainer.loop import End, Run
 from trainer.loop import train as run_loop
 from trainer.training.checkpoints import Checkpoint, CheckpointStore
-from trainer.training.keeper import Identity, OutputFile, RunKeeper
+from trainer.training.keeper import Identity, RunKeeper
 from trainer.training.reporter import EventLog, RunReporter, TensorBoardSink, write_peaks
 from trainer.training.requests import Requests
 
@@ -119,7 +115,10 @@ class TrainingRun:
         variant = settle_variant(self.config)
         hosts = require_same(world, ground(self.config))
         require_shared_folder(world, hosts, self.run_dir.root, distributed.timeout_s)
-        self.config = config = resolve_for_training(self.config, variant, world, self.emit)
+        config = resolve_for_training(self.config, variant, world, self.emit)
+        if (expert := single_expert(config)) is not None:
+            config = for_expert(config, expert, variant.expert_boundary)
+        self.config = config
         data = open_data(config, variant, world, str(self.request.config))
         require_same(world, {"dataset": data.cached.fingerprint})
         store = CheckpointStore(
@@ -136,11 +135,12 @@ class TrainingRun:
         )
         samples = self._samples(variant)
         self.emit("phase", name="load", detail="transformer")
-        model = build_model(config, build, world, data.order.largest_batch)
-        self._describe(model, data, variant)
-        engine = build_engine(config, model, build, world)
+        make = two_transformers if trains_both(config) else one_transformer
+        trainee = make(config, build, world, data, self.session)
+        self._describe(trainee, data, variant)
+        engine = trainee.engine
         if samples is not None:
-            samples.use(model.transformer)
+            samples.use(trainee.sampled)
         reporter = RunReporter(self.emit, world.device, 1 / data.steps.epoch_after(1))
         with ExitStack() as stack:
             stack.callback(engine.close)
@@ -148,13 +148,13 @@ class TrainingRun:
             if samples is None:
                 refused["sample"] = "this run has no prompts to sample, or lacks what they need"
             requests = stack.enter_context(Requests(self.run_dir, engine, self.emit, refused))
-            keeper = self._keeper(model, data, engine, store, resume, reporter, samples, build)
+            keeper = self._keeper(trainee, data, store, resume, reporter, samples, build)
             end = run_loop(
                 Run(
                     engine=engine,
-                    steps=data.steps,
-                    lr_at=learning_rate(config, build),
-                    techniques=model.techniques,
+                    steps=trainee.steps,
+                    lr_at=trainee.lr_at,
+                    techniques=trainee.acting,
                     plan=plan(config, data.total_steps),
                     keeper=keeper,
                     reporter=reporter,
@@ -167,9 +167,8 @@ class TrainingRun:
 
     def _keeper(
         self,
-        model: TrainedModel,
+        trainee: Trainee,
         data: TrainingData,
-        engine: Engine,
         store: CheckpointStore,
         resume: Checkpoint | None,
         reporter: RunReporter,
@@ -178,10 +177,9 @@ class TrainingRun:
     ) -> RunKeeper:
         config, variant = self.config, build.variant
         return RunKeeper(
-            engine=engine,
+            engine=trainee.engine,
             store=store,
-            adapter=model.adapter,
-            techniques=model.techniques,
+            techniques=trainee.techniques,
             run_dir=self.run_dir,
             emit=self.emit,
             reporter=reporter,
@@ -189,23 +187,19 @@ class TrainingRun:
                 variant=variant.name,
                 expert=config.model.expert,
                 adapter=config.adapter.kind,
-                base=model_identity(trained_transformer_file(config)[0]),
+                base=base_identity(config),
                 dataset=data.cached.fingerprint,
                 seed=config.training.seed,
                 stream={
                     "processes": self.world.data_size,
                     "accumulation": config.training.gradient_accumulation_steps,
                 },
+                turns=trainee.turns,
             ),
-            output=OutputFile(
-                name=config.name,
-                layout=config.output.layout,
-                dtype=DTYPES[config.output.dtype],
-                metadata=lambda step: output_metadata(config, variant, data, self.session, step),
-            ),
+            outputs=trainee.outputs,
             resume=resume,
             make_samples=samples,
-            validator=build_validator(config, variant, model, data, self.world),
+            validator=trainee.validator,
         )
 
     def _samples(self, variant: Variant) -> TrainingSamples | None:
@@ -246,24 +240,22 @@ class TrainingRun:
             self.emit.add(TensorBoardSink(self.run_dir.tensorboard))
         write_text(self.run_dir.config, dump_config(self.config, base=Path.cwd()))
 
-    def _describe(self, model: TrainedModel, data: TrainingData, variant: Variant) -> None:
+    def _describe(self, trainee: Trainee, data: TrainingData, variant: Variant) -> None:
         if self.world.rank != 0:
             return
-        trained = sum(parameter.numel() for parameter in model.trainable.values())
-        everything = sum(parameter.numel() for parameter in model.transformer.parameters())
         self.emit(
             "log",
-            message=f"{trained:,} of {everything:,} parameters are trained; "
-            f"{len(data.cached.items)} items, {data.order.batches_per_epoch} batches an epoch, "
-            f"{data.total_steps} steps",
-            num_trained=trained,
-            num_parameters=everything,
+            message=f"{trainee.num_trained:,} of {trainee.num_parameters:,} parameters are "
+            f"trained; {len(data.cached.items)} items, {data.order.batches_per_epoch} batches an "
+            f"epoch, {data.total_steps} steps",
+            num_trained=trainee.num_trained,
+            num_parameters=trainee.num_parameters,
         )
         if self.world.sequence is not None:
             message = f"{self.world.sequence.size} processes share the tokens of each clip"
             self.emit("log", message=message)
-        if model.transformer.quantisation is not None:
-            self.emit("log", message=model.transformer.quantisation.in_words())
+        for note in trainee.notes:
+            self.emit("log", message=note)
         for kind, message in validation_notes(self.config, variant, data):
             self.emit(kind, message=message)
         for problem in data.cached.problems:

@@ -39,7 +39,7 @@ from trainer.jobs.run_items import load_run_items, validation_settings
 from trainer.loop import Plan
 from trainer.models.wan.transformer import WanTransformer
 from trainer.training.lr import LearningRate
-from trainer.training.step import TrainStep
+from trainer.training.step import TrainStep, TurningStep
 from trainer.training.validation import Validator
 
 
@@ -64,7 +64,7 @@ class TrainedModel:
     transformer: WanTransformer
     adapter: Adapter
     techniques: tuple[Technique, ...]
-    step: TrainStep
+    step: TrainStep | TurningStep
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -114,6 +114,9 @@ def build_model(
     world: World,
     largest_batch: int,
     weights: WeightsSource | None = None,
+    *,
+    techniques: tuple[Technique, ...] | None = None,
+    on_load: Callable[[WanTransformer], None] = lambda _transformer: None,
 ) -> TrainedModel:
     """Load the transformer, add what is trained, and make the step.
 
@@ -123,6 +126,8 @@ def build_model(
         world: this process's place.
         largest_batch: items of the largest microbatch.
         weights: makes the transformer; None: from the config's file.
+        techniques: as in `assemble_model`.
+        on_load: told of the transformer before anything is added to it.
 
     Raises:
         ConfigError: adapter or techniques do not fit the model or the data.
@@ -134,11 +139,16 @@ def build_model(
     def load() -> WanTransformer:
         share = neighbours(world) if config.memory.swapped_blocks else None
         if weights is not None:
-            return make_base(config, weights, device=device, share=share)
-        path, _ = trained_transformer_file(config)
-        return load_base(config, path, device=device, share=share)
+            transformer = make_base(config, weights, device=device, share=share)
+        else:
+            path = trained_transformer_file(config)
+            transformer = load_base(config, path, device=device, share=share)
+        on_load(transformer)
+        return transformer
 
-    return assemble_model(config, build, largest_batch, load, sequence=world.sequence)
+    return assemble_model(
+        config, build, largest_batch, load, sequence=world.sequence, techniques=techniques
+    )
 
 
 def assemble_model(
@@ -148,6 +158,7 @@ def assemble_model(
     load: Callable[[], WanTransformer],
     *,
     sequence: SequenceGroup | None = None,
+    techniques: tuple[Technique, ...] | None = None,
 ) -> TrainedModel:
     """Put together the step around the transformer that `load` returns.
 
@@ -159,11 +170,13 @@ def assemble_model(
         largest_batch: items of the largest microbatch.
         load: makes the transformer.
         sequence: the processes that compute each clip together; None: this one alone does.
+        techniques: those of another model, to work here, too; None: the config's, made anew.
 
     Raises:
         ConfigError: adapter or techniques do not fit the model or the data.
     """
-    techniques = build_techniques(config, build, largest_batch)
+    if techniques is None:
+        techniques = build_techniques(config, build, largest_batch)
     objective = build_objective(config, build)
     adapter: Adapter = build_plugin(config.adapter, "kind", build, where="adapter")
     transformer = load()
@@ -289,15 +302,20 @@ def plan(config: RunConfig, total_steps: int) -> Plan:
 
 
 def output_metadata(
-    config: RunConfig, variant: Variant, data: TrainingData, session: Session, step: int
+    config: RunConfig,
+    variant: Variant,
+    data: TrainingData,
+    session: Session,
+    step: int,
+    total_steps: int,
 ) -> Mapping[str, str]:
-    """Return the header of the output file of `step`."""
+    """Return the header of the output file of `step`, one of `total_steps`."""
     facts = TrainingFacts(
         session_id=session.id,
         started_at=session.started_at,
         finished_at=time.time(),
         step=step,
-        total_steps=data.total_steps,
+        total_steps=total_steps,
         epoch=math.ceil(data.steps.epoch_after(step)),
         num_items=data.order.items_per_epoch,
         num_batches_per_epoch=data.order.batches_per_epoch,

@@ -12,14 +12,14 @@ from torch import nn
 
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import NonFiniteError
-from trainer.contract.variants import Variant
+from trainer.contract.variants import Expert, Variant
 from trainer.engine.process_group import World
 from trainer.jobs.build import freeze, load_base
 from trainer.jobs.components import lazy_image_encoder, lazy_text_encoder, lazy_vae
 from trainer.models.wan.transformer import WanTransformer
 from trainer.models.wan.vae import WanVAE
 from trainer.sampling.conditions import Conditions, encode_files, encode_texts
-from trainer.sampling.pipeline import Expert, SamplingModels, decode_frames, generate
+from trainer.sampling.pipeline import SamplingModels, decode_frames, generate
 from trainer.sampling.prompts import read_prompts
 from trainer.sampling.requests import SampleRequest, requests_of
 from trainer.sampling.results import write_sample
@@ -58,13 +58,13 @@ class TrainingSamples:
         self._warn = warn
         self._requests = requests_of(prompts, variant, sampling)
         self._together = config.distributed.zero_stage == 3
-        self._trained: WanTransformer | None = None
+        self._trained: Callable[[Expert], WanTransformer | None] | None = None
         self._other: nn.Module | None = None
         self._encode()
 
-    def use(self, transformer: WanTransformer) -> None:
-        """Sample with this transformer from now on."""
-        self._trained = transformer
+    def use(self, trained: Callable[[Expert], WanTransformer | None]) -> None:
+        """Sample with what `trained` returns; of an expert that it has not, with the base."""
+        self._trained = trained
 
     def __call__(self, step: int) -> Sequence[Path]:
         """Make the samples of `step`; return the files of all ranks. A collective call."""
@@ -149,8 +149,9 @@ class TrainingSamples:
     def _expert(self, expert: Expert) -> nn.Module:
         if self._trained is None:
             raise RuntimeError("call use() first")
-        if not self._variant.experts or expert == self._config.model.expert:
-            return self._trained
+        trained = self._trained(expert)
+        if trained is not None:
+            return trained
         if self._other is None:
             self._other = freeze(self._load_other(expert))
         return self._other.to(self._world.device)

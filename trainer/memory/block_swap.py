@@ -93,11 +93,7 @@ class BlockSwap:
         self._streams = streams
         self._ring = min(ring, num)
         self._flats = [FlatBlock(blocks[index]) for index in self.streamed]
-        if share is None:
-            for flat in self._flats:
-                flat.take(streams.host_bytes(flat.num_bytes))
-        else:
-            _take_shared(self._flats, streams, share)
+        hold_on_host(self._flats, streams, share)
         self._number = {index: number for number, index in enumerate(self.streamed)}
         self._slots: list[_Slot] = []
         self._slot_of_storage: dict[int, _Slot] = {}
@@ -248,7 +244,24 @@ class BlockSwap:
         slot.block, slot.awaited = number, False
 
 
-def _take_shared(flats: Sequence[FlatBlock], streams: Streams, share: HostShare) -> None:
+def hold_on_host(
+    flats: Sequence[FlatBlock], streams: Streams, share: HostShare | None = None
+) -> None:
+    """Take the tensors of blocks over into host memory that copies may run from.
+
+    Args:
+        flats: the blocks.
+        streams: of the device that the copies go to.
+        share: the processes of this machine that hold the same, once, filled by the one that
+            leads; then a collective call. None: memory of this process's own.
+
+    Raises:
+        RunError: the memory cannot be locked or shared.
+    """
+    if share is None:
+        for flat in flats:
+            flat.take(streams.host_bytes(flat.num_bytes))
+        return
     sizes = [-(-flat.num_bytes // PAGE) * PAGE for flat in flats]
     layout = "\n".join(flat.layout for flat in flats)
 

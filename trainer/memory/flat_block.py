@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,16 +51,19 @@ class FlatBlock:
 
     host: Tensor
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, *, without: nn.Module | None = None) -> None:
         """Lay the tensors out; `take` takes them over.
 
         Args:
             block: on the host, best not pinned: its own memory is given up tensor by tensor. On
                 the meta device where the host buffer is filled by somebody else.
+            without: a part of `block` that is left as it is.
         """
         offset = 0
         self._places: list[Place] = []
-        for module, name, tensor in _frozen(block):
+        for module, name, tensor in _frozen(
+            block, set() if without is None else {*without.modules()}
+        ):
             place = Place(module, name, tensor.dtype, tuple(tensor.shape), offset)
             self._places.append(place)
             offset += -(-place.num_bytes // ALIGNMENT) * ALIGNMENT
@@ -103,8 +106,12 @@ class FlatBlock:
         self.enter(self._absent)
 
 
-def _frozen(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+def _frozen(
+    block: nn.Module, without: Collection[nn.Module]
+) -> Iterator[tuple[nn.Module, str, Tensor]]:
     for module in block.modules():
+        if module in without:
+            continue
         for name, parameter in module._parameters.items():
             if parameter is not None and not parameter.requires_grad:
                 yield module, name, parameter

@@ -80,8 +80,10 @@ def _make(num: int) -> tuple[int, Tensor]:
             raise
     except OSError as error:
         raise RunError(
-            f"{num / 2**30:.2f} GiB of shared memory for block swap cannot be had: {error}",
-            hint="set a smaller memory.blocks_to_swap, or use fp8 weights",
+            f"{num / 2**30:.2f} GiB of shared memory for weights that wait in RAM cannot be had: "
+            f"{error}",
+            hint="use fp8 weights, a smaller memory.blocks_to_swap, or one expert of Wan 2.2 at a "
+            "time (model.expert)",
         ) from error
 
 

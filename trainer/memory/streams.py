@@ -190,10 +190,11 @@ def pin(pages: Tensor, device: torch.device, copies: torch.cuda.Stream) -> None:
         answer = int(runtime.cudaHostRegister(address, num, 0))
     if answer:
         raise RunError(
-            f"the driver cannot lock {num / 2**30:.2f} GiB of RAM for block swap "
+            f"the driver cannot lock {num / 2**30:.2f} GiB of RAM for weights that wait there "
             f"(CUDA error {answer})",
-            hint="set a smaller memory.blocks_to_swap, use fp8 weights, or raise the limit of "
-            "locked memory (ulimit -l; in a container: --ulimit memlock=-1)",
+            hint="use fp8 weights, a smaller memory.blocks_to_swap, or one expert of Wan 2.2 at a "
+            "time (model.expert), or raise the limit of locked memory (ulimit -l; in a container: "
+            "--ulimit memlock=-1)",
         )
 
     def unpin() -> None:

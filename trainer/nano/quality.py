@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from trainer.clipart.judge import Seen, look
 from trainer.clipart.scenes import UNCAPTIONED, Frames, Scene, draw
 from trainer.clipart.split import held_out_scene
-from trainer.contract.variants import get_variant
+from trainer.contract.variants import Expert, get_variant
 from trainer.models import load_image_encoder, load_text_encoder, load_transformer, load_vae
 from trainer.models.wan.text_encoder import TextEncoder
 from trainer.models.wan.vae import WanVAE
 from trainer.nano.files import EXPERT_VARIANT, FILES, I2V_VARIANT, T2V_VARIANT
 from trainer.nano.vae_training import as_video, psnr
-from trainer.sampling.pipeline import Expert, SamplingModels, decode_frames, generate
+from trainer.sampling.pipeline import SamplingModels, decode_frames, generate
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.video_io import write_png
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from trainer.sampling.pipeline import Expert
+from trainer.contract.variants import Expert
 
 
 class ExpertSwitch:

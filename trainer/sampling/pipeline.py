@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from trainer.contract.catalog import SOLVERS
 from trainer.contract.errors import NonFiniteError
-from trainer.contract.variants import Variant
+from trainer.contract.variants import Expert, Variant
 from trainer.core.flow import to_timestep
 from trainer.models.block_stack import BlockStack
 from trainer.models.wan.conditioning import LatentEncoder, first_frame_timestep, keep_first_frame
@@ -26,7 +26,6 @@ from trainer.sampling.requests import SampleRequest
 from trainer.sampling.schedule import Solver
 from trainer.sampling.video_io import Frame
 
-Expert = Literal["low_noise", "high_noise"]
 OnStep = Callable[[int, int], None]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from trainer.io.atomic_save import save_safetensors
 from trainer.io.mapped_load import open_weights
 from trainer.training.checkpoints import Checkpoint, CheckpointStore
 from trainer.training.reporter import EventLog, RunReporter, write_peaks
-from trainer.training.validation import Validator
+from trainer.training.validation import ValidationResult
 
 _TECHNIQUES = "techniques.safetensors"
 _MUST_AGREE = {
@@ -37,6 +37,10 @@ _MAY_CHANGE = {
         "gradient_accumulation_steps",
         _ORDER,
     ),
+    "turns": (
+        "how the experts share the steps, or the boundary between them",
+        "but each expert's schedule and data go on from another place",
+    ),
 }
 """Facts of a checkpoint: what changed, and what is otherwise then."""
 
@@ -47,7 +51,7 @@ class Identity:
 
     variant: str
     expert: str | None
-    """Wan 2.2: the expert that is trained."""
+    """Wan 2.2: the expert that is trained, or how both are."""
     adapter: str
     """Kind of adapter."""
     base: str
@@ -58,17 +62,34 @@ class Identity:
     stream: Mapping[str, int] = field(default_factory=dict)
     """What decides which microbatches a step takes: processes (those that share clips count as
     one) and accumulation."""
+    turns: Mapping[str, float] | None = None
+    """How two experts share the steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputFile:
-    """How output files are written."""
+    """What of the trained parameters is written into a file, and how."""
 
     name: str
+    adapter: Adapter
     layout: str
     dtype: torch.dtype
     metadata: Callable[[int], Mapping[str, str]]
     """Header strings for the file of a step."""
+    prefix: str = ""
+    """Of the adapter's parameters among those of the engine."""
+
+
+class Validation(Protocol):
+    """Measures the validation loss; a collective call."""
+
+    def measure(self) -> ValidationResult:
+        """Measure now.
+
+        Raises:
+            NonFiniteError: on every rank, the loss of some item is NaN or infinite.
+        """
+        ...
 
 
 class RunKeeper:
@@ -79,26 +100,24 @@ class RunKeeper:
         *,
         engine: Engine,
         store: CheckpointStore,
-        adapter: Adapter,
         techniques: Sequence[Technique],
         run_dir: RunDir,
         emit: EventLog,
         reporter: RunReporter,
         identity: Identity,
-        output: OutputFile,
+        outputs: Sequence[OutputFile],
         resume: Checkpoint | None,
         make_samples: Callable[[int], Sequence[Path]] | None,
-        validator: Validator | None,
+        validator: Validation | None,
     ) -> None:
         self._engine = engine
         self._store = store
-        self._adapter = adapter
         self._techniques = techniques
         self._run_dir = run_dir
         self._emit = emit
         self._reporter = reporter
         self._identity = identity
-        self._output = output
+        self._outputs = tuple(outputs)
         self._resume = resume
         self._make_samples = make_samples
         self._validator = validator
@@ -137,20 +156,25 @@ class RunKeeper:
         """Write `output/<name>.safetensors`, or `<name>-step00000500.safetensors` on the way."""
         with self._reporter.paused():
             state = self._engine.full_parameters()
-            name = self._output.name if final else f"{self._output.name}-step{step:08d}"
-            path = self._run_dir.output / f"{name}.safetensors"
             if self._engine.rank == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                names = self._adapter.trainable()
-                self._adapter.write_output(
-                    {name: state[name] for name in names},
-                    path,
-                    layout=self._output.layout,
-                    dtype=self._output.dtype,
-                    metadata=self._output.metadata(step),
-                )
-                self._emit("output", step=step, path=str(path), final=final)
+                for output in self._outputs:
+                    self._write_output(output, state, step, final=final)
             self._engine.barrier()
+
+    def _write_output(
+        self, output: OutputFile, state: Mapping[str, Tensor], step: int, *, final: bool
+    ) -> None:
+        name = output.name if final else f"{output.name}-step{step:08d}"
+        path = self._run_dir.output / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        output.adapter.write_output(
+            {name: state[output.prefix + name] for name in output.adapter.trainable()},
+            path,
+            layout=output.layout,
+            dtype=output.dtype,
+            metadata=output.metadata(step),
+        )
+        self._emit("output", step=step, path=str(path), final=final)
 
     def validate(self, step: int) -> None:
         """Measure and report the validation loss; a run without validation has none.
@@ -187,7 +211,7 @@ class RunKeeper:
         """Return what a later run is compared with."""
         return {
             **asdict(self._identity),
-            "facts": dict(self._adapter.facts),
+            "facts": dict(self._outputs[0].adapter.facts),
             "techniques": [type(technique).__name__ for technique in self._techniques],
         }
 

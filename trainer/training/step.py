@@ -6,7 +6,7 @@ noise on any rank, in any batch and after any restart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -155,6 +155,30 @@ class TrainStep(nn.Module):
     def _technique_random(self, index: int, what: str, batch: Batch) -> torch.Generator:
         # A stream of its own: switching one technique on must not shift another's draws.
         return generator(self.seed, "technique", index, what, *batch.item_seeds)
+
+
+class TurningStep(nn.Module):
+    """Several steps with the same trained parameters, of which one works at a time.
+
+    Args:
+        steps: by name; their extra modules are the same.
+    """
+
+    def __init__(self, steps: Mapping[str, TrainStep]) -> None:
+        super().__init__()
+        self.steps = nn.ModuleDict(dict(steps))
+        self.working = next(iter(steps))
+
+    @property
+    def extra(self) -> nn.ModuleDict:
+        """What techniques add to be trained."""
+        extra: nn.ModuleDict = self.steps[self.working].extra  # type: ignore[assignment]
+        return extra
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss terms of the step whose name is in `working`."""
+        terms: dict[str, Tensor] = self.steps[self.working](batch)
+        return terms
 
 
 def predict_velocity(transformer: nn.Module, noisy: NoisyInput, batch: Batch) -> Tensor:

@@ -178,6 +178,17 @@ class Validator:
         )
 
 
+def together(results: Sequence[ValidationResult]) -> ValidationResult:
+    """Return measurements of the same items at different timesteps as one."""
+    by_timestep = {t: loss for result in results for t, loss in result.by_timestep.items()}
+    return ValidationResult(
+        loss=sum(by_timestep.values()) / len(by_timestep),
+        by_timestep=dict(sorted(by_timestep.items())),
+        num_items=results[0].num_items,
+        seconds=sum(result.seconds for result in results),
+    )
+
+
 def item_noise(
     item: TrainingItem, shape: Sequence[int], timestep: float, number: int, seed: int
 ) -> Tensor:

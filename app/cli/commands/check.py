@@ -46,6 +46,7 @@ def check(config: Config, overrides: Overrides = None, as_json: Json = False) ->
     if not as_json:
         _show_dataset(result.end)
         _show_estimate(checked, str(result.end.get("variant", "")))
+        _show_caching(checked, result.end)
         output.say(f"{config} is fine. Next: menma cache {config}, then menma train {config}")
 
 
@@ -65,6 +66,7 @@ def _report(
             "validation_clips": found.get("validation_clips"),
             "validation_items": found.get("validation_items"),
             "batches_per_epoch": found.get("batches_per_epoch"),
+            "experts": found.get("experts"),
             "buckets": found.get("buckets", []),
         }
     )
@@ -98,6 +100,25 @@ def _show_estimate(config: RunConfig, variant: str) -> None:
         output.say(line)
     else:
         output.warn(line, hint="settings that fit: menma estimate CONFIG --fit")
+
+
+def _show_caching(config: RunConfig, end: Mapping[str, Any]) -> None:
+    """Say how long caching takes on this machine's GPU, where there is one."""
+    from app.domain.cards import caching_here
+    from app.render.estimates import caching_line
+    from trainer.contract.memory_model import Clip
+
+    rows = end.get("buckets", [])
+    if not rows or len(rows) != end.get("num_buckets"):  # else not all are listed
+        return
+    windows: dict[Clip, int] = {}
+    for row in rows:
+        width, height, num_frames = map(int, row["bucket"].split("x"))
+        windows[Clip(width=width, height=height, num_frames=num_frames)] = int(row["items"])
+    captions = int(end.get("clips", 0)) + 1  # and the empty one
+    found = caching_here(config, str(end.get("variant", "")), windows, captions)
+    if found is not None:
+        output.say(caching_line(*found))
 
 
 def _problem(problem: Problem) -> dict[str, Any]:

@@ -26,6 +26,10 @@ def estimate(
         float | None,
         typer.Option("--vram", metavar="GIB", min=1, help="For a GPU with this much memory."),
     ] = None,
+    ram: Annotated[
+        float | None,
+        typer.Option("--ram", metavar="GIB", min=1, help="For a machine with this much RAM."),
+    ] = None,
     fit: Annotated[
         bool, typer.Option("--fit", help="Search the settings that fit and are fastest.")
     ] = False,
@@ -49,14 +53,14 @@ def estimate(
             "no GPU was found in this machine",
             hint='name the one to estimate for: --gpu "RTX 4090", or --vram 24',
         )
-    known = cards.circumstances(checked, card)
+    known = cards.circumstances(checked, card, ram_gib=ram)
     if not fit:
         result = memory_model.estimate(checked, card.gpu, known)
         if as_json:
             output.json_data(result.to_json())
             return
         _show(result)
-        if result.verdict != "fits":
+        if result.verdict != "fits":  # of the GPU: RAM is not searched for
             output.say("Settings that fit: the same command with --fit")
         return
     found = memory_model.find_fit(checked, card.gpu, known)

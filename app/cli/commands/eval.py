@@ -120,8 +120,9 @@ def _show(heads: Sequence[str], results: Sequence[dict[str, Any]]) -> None:
     if not measured:
         return
     for head, result in measured:
-        if result["output"]:
-            output.say(f"{head}: {result['output']}")
+        files = result["output"] or []
+        for file in [files] if isinstance(files, str) else files:
+            output.say(f"{head}: {file}")
         for note in result["notes"] or ():
             output.say(f"{head}: {note}")
     rows = compare([result for _, result in measured])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from app.cli import jobs
 from app.cli.commands.lora_options import refuse_existing, show_written
 from app.cli.options import Json, Loras, Overrides, command_app, lora_use
 from trainer.contract.errors import UserError
+from trainer.contract.expert_turns import EXPERTS
 
 app = command_app()
 
@@ -49,48 +51,72 @@ def merge(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
 
     A base in fp8 stays in fp8 unless --dtype says otherwise; what rounding costs is told.
 
+    A config that trains both experts of Wan 2.2 gives two files, FILE_high_noise and
+    FILE_low_noise.
+
     Example: menma merge --base wan.safetensors --lora fish.safetensors:0.8 -o wan-fish.safetensors
     """
-    uses = [lora_use(text) for text in loras or ()]
+    asked = _Merge(base, base_high_noise, [lora_use(text) for text in loras or ()])
     if config is not None:
-        base, uses = _from_config(config, overrides or [], base, uses)
+        asked = _from_config(config, overrides or [], asked)
     elif overrides:
         raise UserError("--set changes values of a config, and none is given")
-    if base is None or not uses:
-        missing = "--base FILE" if base is None else "--lora FILE"
+    if asked.base is None or not asked.loras:
+        missing = "--base FILE" if asked.base is None else "--lora FILE"
         raise UserError(f"{missing} is missing", hint="menma merge --help shows an example")
-    if base_high_noise is None:
-        refuse_existing(target, force=force)
-    result = jobs.run_or_leave(
-        "merge",
-        {
-            "base": str(base),
-            "base_high_noise": None if base_high_noise is None else str(base_high_noise),
-            "loras": uses,
-            "output": str(target),
-            "dtype": dtype,
-            "force": force,
-        },
-    )
-    show_written(result, as_json=as_json, many=True)
+    for path in _outputs(target, both=asked.base_high_noise is not None):
+        refuse_existing(path, force=force)
+    high_noise = asked.base_high_noise
+    request = {
+        "base": str(asked.base),
+        "base_high_noise": None if high_noise is None else str(high_noise),
+        "loras": asked.loras,
+        "output": str(target),
+        "dtype": dtype,
+        "force": force,
+    }
+    show_written(jobs.run_or_leave("merge", request), as_json=as_json, many=True)
 
 
-def _from_config(
-    path: Path, overrides: list[str], base: Path | None, uses: list[dict[str, Any]]
-) -> tuple[Path | None, list[dict[str, Any]]]:
+@dataclass(frozen=True, slots=True)
+class _Merge:
+    """What goes into which model; with two experts `base` is the low-noise one."""
+
+    base: Path | None
+    base_high_noise: Path | None
+    loras: list[dict[str, Any]]
+
+
+def _outputs(target: Path, *, both: bool) -> list[Path]:
+    """Return what the job will write."""
+    stems = [f"{target.stem}_{expert}" for expert in EXPERTS] if both else [target.stem]
+    return [target.with_stem(stem) for stem in stems]
+
+
+def _from_config(path: Path, overrides: list[str], asked: _Merge) -> _Merge:
     """Take from the config what the command line leaves out."""
     from trainer.contract.config_io import load_config
+    from trainer.contract.experts import output_names, trained_experts, trains_both
     from trainer.contract.run_dir import RunDir
 
     config = load_config(path, overrides)
-    high_noise = config.model.expert == "high_noise"
-    transformer = config.model.transformer_high_noise if high_noise else config.model.transformer
-    if not uses:
-        trained = RunDir(config.run_dir).output / f"{config.name}.safetensors"
+    both = trains_both(config)
+    if both and asked != _Merge(None, None, []):
+        raise UserError(
+            f"{path} trains both experts: --base and --lora do not say which of them is meant",
+            hint="leave them out, or leave the config out and give both",
+        )
+    names, loras = output_names(config), asked.loras
+    for expert in () if loras else trained_experts(config) or (None,):
+        trained = RunDir(config.run_dir).output / f"{names[expert]}.safetensors"
         if not trained.is_file():
             raise UserError(
                 f"{trained} does not exist yet",
                 hint=f"train it with `menma train {path}`, or name a file with --lora",
             )
-        uses = [{"path": str(trained)}]
-    return base or transformer, uses
+        loras = [*loras, {"path": str(trained), **({"expert": expert} if both else {})}]
+    model = config.model
+    if both:
+        return _Merge(model.transformer, model.transformer_high_noise, loras)
+    alone = model.transformer_high_noise if model.expert == "high_noise" else model.transformer
+    return _Merge(asked.base or alone, asked.base_high_noise, loras)

@@ -16,13 +16,14 @@ import typer
 
 from app.cli import output
 from app.cli.options import Config, Json, Overrides, command_app
+from app.queue.adding import make_spec, parse_gpus, short_name
 from app.queue.jobs import Job, JobSpec, JobState, kind_of
 from app.queue.look import JobView, job_run, look_at, look_at_all
+from app.queue.order import ordered
 from app.queue.store import QueueStore, queue_folder
 from app.queue.worker import ensure_worker
 from app.runs import control
 from app.runs.durations import duration
-from app.runs.launch import JOB_FOLDER, JOB_TOKEN, SECRET_NAME
 from trainer.contract.errors import UserError
 
 app = command_app(help="Queue jobs: they run one after the other, without this terminal.")
@@ -41,8 +42,6 @@ Gpus = Annotated[
     typer.Option("--gpus", metavar="N|0,1,…", help="How many GPUs it takes, or which; 0: none."),
 ]
 Held = Annotated[bool, typer.Option("--hold", help="Wait until it is resumed.")]
-NAME_LENGTH = 32
-_OURS = (JOB_TOKEN, JOB_FOLDER, "PYTHONPATH", "PYTHONSAFEPATH", "_", "OLDPWD", "PWD", "SHLVL")
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -244,7 +243,7 @@ def duplicate(
         argv = _edited(argv)
     new = JobSpec(
         argv=tuple(argv),
-        name=name or _name(argv),
+        name=name or short_name(argv),
         cwd=spec.cwd,
         environment=spec.environment,
         priority=spec.priority,
@@ -314,15 +313,6 @@ def worker(
         raise BusyError("a worker is at work already", hint="`menma queue list`") from None
 
 
-def ordered(views: Sequence[JobView]) -> list[JobView]:
-    """Return the jobs as people want to see them: live, waiting, then the last that ended."""
-    live = [view for view in views if view.state.is_live]
-    ended = [view for view in views if view.state.has_ended]
-    rest = [view for view in views if not view.state.is_live and not view.state.has_ended]
-    ended.sort(key=lambda view: view.job.outcome.time if view.job.outcome else 0.0, reverse=True)
-    return [*live, *rest, *ended]
-
-
 def _spec(
     argv: Sequence[str],
     *,
@@ -332,39 +322,10 @@ def _spec(
     gpus: str | None,
     held: bool,
 ) -> JobSpec:
-    kind = kind_of(argv)
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in _OURS and not SECRET_NAME.search(key)
-    }
-    return JobSpec(
-        argv=tuple(argv),
-        name=name or _name(argv),
-        cwd=Path.cwd(),
-        environment=environment,
-        priority=priority,
-        gpus=_gpus(gpus, argv) if gpus or kind.uses_gpu else 0,
-        after=tuple(after or ()),
-        held=held,
+    wanted = None if gpus is None else parse_gpus(gpus)
+    return make_spec(
+        argv, name=name, priority=priority, after=tuple(after or ()), gpus=wanted, held=held
     )
-
-
-def _gpus(text: str | None, argv: Sequence[str]) -> int | tuple[str, ...]:
-    """Read `2` as a number and `0,1` (or `0,`) as indexes; `menma train --gpus N` says it, too."""
-    if text is None and "--gpus" in argv[:-1]:
-        text = argv[argv.index("--gpus") + 1]
-    if text is None:
-        return 1
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise UserError(f"--gpus {text}: a number of GPUs, or indexes such as 0,1")
-    return tuple(parts) if "," in text else int(parts[0])
-
-
-def _name(argv: Sequence[str]) -> str:
-    words = [word for word in argv[1:] if not word.startswith("-")]
-    return Path(words[0]).stem[:NAME_LENGTH] if words else argv[0]
 
 
 def _edited(argv: Sequence[str]) -> list[str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from app.cli import jobs, output
 from app.cli.options import Json, Loras, Overrides, command_app, lora_use
 from trainer.contract.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.contract.config import RunConfig
 
 app = command_app()
 
@@ -112,7 +115,7 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "output": str(target or (run_dir / "samples" if run_dir else "samples")),
         "run_dir": _text(run_dir),
     }
-    _check(config, request)
+    _say_duration(_check(config, request), request)
     result = jobs.run_or_leave("sample", request)
     if as_json:
         output.json_data(result.all("sample"))
@@ -145,14 +148,29 @@ def _prompts(
     return [{"prompt": text, **given} for text in texts]
 
 
-def _check(config: Path, request: dict[str, Any]) -> None:
-    """Find what is wrong before torch is loaded."""
+def _check(config: Path, request: dict[str, Any]) -> RunConfig:
+    """Find what is wrong before torch is loaded; return the config."""
     from app.domain.complete import complete_config
 
     loaded = complete_config(config, request["set"], "sample")
     has_prompts = loaded.sampling.prompts or loaded.sampling.prompts_file
     if not (request["prompts"] or request["prompts_file"] or has_prompts):
         raise UserError("there is no prompt", hint='add --prompt "..." or --prompts-file FILE')
+    return loaded
+
+
+def _say_duration(config: RunConfig, request: dict[str, Any]) -> None:
+    """Say how long it takes on this machine's GPU, where there is one and prompts are known."""
+    from app.domain.cards import sampling_here
+    from app.render.estimates import sampling_line
+    from trainer.contract.config import Prompt
+
+    prompts = [Prompt.model_validate(values) for values in request["prompts"]]
+    if not prompts and not (request["prompts_file"] or config.sampling.prompts_file):
+        prompts = list(config.sampling.prompts)
+    found = sampling_here(config, prompts)
+    if found is not None:
+        output.say(sampling_line(*found))
 
 
 def _text(path: Path | None) -> str | None:

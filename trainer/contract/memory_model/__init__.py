@@ -9,9 +9,12 @@ from trainer.contract.memory_model.automatic import (
     Automatic,
     automatic_words,
     estimate,
+    estimate_sampling,
     resolve_memory,
 )
+from trainer.contract.memory_model.caching import caching_seconds
 from trainer.contract.memory_model.clips import Clip
+from trainer.contract.memory_model.costs import JobCost
 from trainer.contract.memory_model.estimating import Circumstances
 from trainer.contract.memory_model.fit import Change, Fit, find_fit
 from trainer.contract.memory_model.gpus import GPUS, Gpu, find_gpu, gpu_of_memory
@@ -28,10 +31,13 @@ __all__ = [
     "Estimate",
     "Fit",
     "Gpu",
+    "JobCost",
     "Phase",
     "Verdict",
     "automatic_words",
+    "caching_seconds",
     "estimate",
+    "estimate_sampling",
     "find_fit",
     "find_gpu",
     "gpu_of_memory",

@@ -10,17 +10,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainer.contract.config import RunConfig
+from trainer.contract.config import DatasetSection, RunConfig
 from trainer.contract.config_rules import check_rules
 from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.memory_model.clips import Clip
+from trainer.contract.memory_model.costs import JobCost
 from trainer.contract.memory_model.estimating import (
     Circumstances,
     estimate_inference,
     estimate_resolved,
+    estimate_workload,
+    with_jobs,
 )
 from trainer.contract.memory_model.gpus import GIB, Gpu, find_gpu
 from trainer.contract.memory_model.result import Estimate
+from trainer.contract.memory_model.sampling import sampling_cost
 from trainer.contract.memory_model.search import (
     CHECKPOINTING,
     SWAP,
@@ -32,7 +36,8 @@ from trainer.contract.memory_model.search import (
     paced,
     with_settings,
 )
-from trainer.contract.memory_model.workload import workload_of
+from trainer.contract.memory_model.videos import planned_videos
+from trainer.contract.memory_model.workload import variant_of, workload_of
 
 _ON_CPU: Settings = {SWAP: 0, CHECKPOINTING: True}
 _CHECKPOINTING = (False, 4, 3, 2, True)
@@ -138,16 +143,18 @@ def resolve_memory(
     if gpu is None:
         return _automatic(base, fields)
 
+    known = known or Circumstances()
+    work = workload_of(base, num_gpus=1 if forwards else known.num_gpus)
+    sampling = config.sampling
+    samples = ("sampling",) if sampling.every_steps or sampling.at_start else ()
+
     def judge(settings: Settings) -> Estimate:
-        chosen = with_settings(base, settings)
+        chosen = work.under(with_settings(base, settings))
         if forwards:
             return estimate_inference(chosen, forwards, gpu, known)
-        result = estimate_resolved(chosen, paced(gpu), known)
-        sampling = config.sampling
-        samples = ("sampling",) if sampling.every_steps or sampling.at_start else ()
-        return result.only("training", *samples)
+        return estimate_workload(chosen, paced(gpu), known, ("training", *samples))
 
-    num_blocks = workload_of(base).shape.num_layers
+    num_blocks = work.shape.num_layers
     checkpointing = CHECKPOINTING in keys and not forwards
     choices: list[Choice] = []
     for value in _CHECKPOINTING if checkpointing else (None,):
@@ -186,7 +193,26 @@ def estimate(
             hint="name the GPU, or set a value",
         )
     resolved = resolve_memory(config, card, known)
-    return replace(estimate_resolved(resolved.config, card, known), automatic=resolved.values)
+    result = estimate_resolved(resolved.config, card, known)
+    return replace(with_jobs(result, resolved.config, known), automatic=resolved.values)
+
+
+def estimate_sampling(config: RunConfig, gpu: Gpu) -> JobCost:
+    """Return what `menma sample` takes for the config's prompts, with `auto` as it chooses it.
+
+    The dataset is not looked at.
+
+    Args:
+        config: checked.
+        gpu: the card.
+
+    Raises:
+        ConfigError: the variant cannot be told.
+    """
+    bare = config.model_copy(update={"dataset": DatasetSection()})
+    videos = planned_videos(bare.sampling, variant_of(bare))
+    resolved = resolve_memory(bare, gpu, forwards=[video.clip for video in videos])
+    return sampling_cost(workload_of(resolved.config), gpu)
 
 
 def _swapping(

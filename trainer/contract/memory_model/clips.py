@@ -47,6 +47,19 @@ def training_clips(config: RunConfig, variant: Variant) -> tuple[Clip, ...]:
     return tuple(_largest(source, variant) for source in dataset.load().sources)
 
 
+def cached_clips(config: RunConfig, variant: Variant) -> tuple[Clip, ...]:
+    """Return the largest clip of each source that is cached, those to validate on included.
+
+    Raises:
+        ConfigError: the dataset file is missing or a key is wrong.
+    """
+    trained = training_clips(config, variant)
+    if not config.validation.sources:
+        return trained
+    sources = config.validation.load_sources(config.dataset.load().general)
+    return (*trained, *(_largest(source, variant) for source in sources))
+
+
 def default_clip(variant: Variant) -> Clip:
     """Return the size that the variant was made for."""
     return Clip(width=variant.width, height=variant.height, num_frames=variant.num_frames)

@@ -11,8 +11,12 @@ from trainer.contract.memory_model.clips import Clip
 from trainer.contract.variants import Variant
 
 UMT5_PARAMETERS = 5_680_910_336
-_UMT5_DIM, _UMT5_FFN, _UMT5_HEADS = 4096, 10240, 64
+UMT5_LAYERS, UMT5_DIM, UMT5_FFN, UMT5_HEADS = 24, 4096, 10240, 64
+UMT5_TABLE_PARAMETERS = 256_384 * UMT5_DIM
+"""Of its embedding table, the largest tensor of all models."""
+UMT5_LAYER_PARAMETERS = UMT5_PARAMETERS - UMT5_TABLE_PARAMETERS
 CLIP_PARAMETERS = 632_076_800
+CLIP_LAYERS, CLIP_DIM, CLIP_FFN, CLIP_TOKENS, CLIP_PATCH = 32, 1280, 5120, 257, 14
 
 VAE_PARAMETERS = {"2.1": 126_892_531, "2.2": 704_688_668}
 _PIXEL_BYTES = {
@@ -31,8 +35,8 @@ def text_encoder_bytes(element: int) -> float:
 
 def text_encoding_bytes(text_len: int, element: int) -> float:
     """Return what encoding a caption of full length takes; each caption runs alone."""
-    attention = 2 * _UMT5_HEADS * text_len**2 + 7 * text_len * _UMT5_DIM
-    feed_forward = text_len * (5 * _UMT5_FFN + 2 * _UMT5_DIM)
+    attention = 2 * UMT5_HEADS * text_len**2 + 7 * text_len * UMT5_DIM
+    feed_forward = text_len * (5 * UMT5_FFN + 2 * UMT5_DIM)
     return max(attention, feed_forward) * element
 
 
@@ -61,5 +65,5 @@ def image_encoder_bytes(variant: Variant, element: int) -> float:
     """Return the weights of CLIP ViT-H and what it takes for an image; 0 where none is used."""
     if variant.transformer.image_dim is None:
         return 0.0
-    activations = 257 * 1280 * 16 * 2 * element
+    activations = CLIP_TOKENS * CLIP_DIM * 16 * 2 * element
     return CLIP_PARAMETERS * element + activations

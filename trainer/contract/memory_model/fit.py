@@ -11,7 +11,7 @@ from typing import Any
 from trainer.contract.config import RunConfig
 from trainer.contract.config_rules import check_rules
 from trainer.contract.memory_model.automatic import resolve_memory
-from trainer.contract.memory_model.estimating import Circumstances, estimate_resolved
+from trainer.contract.memory_model.estimating import Circumstances, estimate_resolved, with_jobs
 from trainer.contract.memory_model.gpus import GIB, Gpu
 from trainer.contract.memory_model.result import PHASES, Estimate
 from trainer.contract.memory_model.search import (
@@ -115,7 +115,7 @@ def find_fit(config: RunConfig, gpu: Gpu, known: Circumstances | None = None) ->
 
     choices = [Choice(one, judge_training(one)) for one in ({}, *_alternatives(config))]
     best = fewest_swapped(best_choice(choices), judge_training)
-    before = judge({})
+    before = with_jobs(estimate_resolved(config, gpu, known), config, known)
     phases = _phases(config)
     settings = {**best.settings, **_tiles(config, best.settings, judge, phases)}
     changes, made = [], {}
@@ -132,7 +132,9 @@ def find_fit(config: RunConfig, gpu: Gpu, known: Circumstances | None = None) ->
                 exact=key not in LOSSY,
             )
         )
-    return Fit(before=before, after=judge(settings), changes=tuple(changes), phases=phases)
+    fitted = with_settings(config, settings)
+    after = with_jobs(estimate_resolved(fitted, gpu, known), fitted, known)
+    return Fit(before=before, after=after, changes=tuple(changes), phases=phases)
 
 
 def _phases(config: RunConfig) -> tuple[str, ...]:

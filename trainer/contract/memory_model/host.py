@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from trainer.contract.memory_model.clips import Clip
 from trainer.contract.memory_model.gpus import GIB
 from trainer.contract.memory_model.offload import offloaded_disk_parts, offloaded_host_parts
 from trainer.contract.memory_model.workload import ELEMENT, Workload
@@ -18,9 +19,12 @@ def host_parts(work: Workload) -> dict[str, int]:
     parts = {"processes": here * PROCESS_BYTES}
     if work.zero_stage == 3:  # every process loads the whole model before it is sharded
         parts["weights while loading"] = here * work.weight_bytes
+    experts = 1 if work.turns is None else 2
+    if work.turns is not None:  # a pinned copy of each, shared by the processes of a machine
+        parts["parked experts"] = experts * work.resident_bytes
     if work.swapped:  # one pinned copy, shared by the processes of a machine
         swapped = work.swapped * work.block_bytes
-        parts["swapped blocks"] = swapped
+        parts["swapped blocks"] = experts * swapped
         # Blocks that stay on the GPU pass through RAM, too, since the GPU may not hold them all.
         parts["weights while loading"] = here * (work.weight_bytes - swapped)
     if work.config.memory.offload_checkpoints:
@@ -28,18 +32,19 @@ def host_parts(work: Workload) -> dict[str, int]:
         parts["parked activations"] = here * work.recomputed * tokens
     parts |= offloaded_host_parts(work)
     # A copy of the trained weights on the way to a file.
-    parts["saving"] = work.trained_parameters * 4.0
+    parts["saving"] = work.adapters * work.trained_parameters * 4.0
     sampling = work.config.sampling
-    if work.variant.experts and (sampling.every_steps or sampling.at_start):
+    samples = sampling.every_steps or sampling.at_start
+    if work.variant.experts and work.turns is None and samples:
         parts["parked expert"] = here * work.weight_bytes
     return {name: round(size) for name, size in parts.items()}
 
 
-def disk_parts(work: Workload) -> dict[str, int]:
-    """Return the bytes of files: caches for one item, checkpoints and outputs of the whole run."""
-    config, variant, shape = work.config, work.variant, work.shape
-    element = ELEMENT[config.memory.cache_dtype]
-    cells = work.tokens * math.prod(shape.patch_size)
+def cache_disk_parts(work: Workload, clip: Clip) -> dict[str, float]:
+    """Return the bytes that are cached of one item and of a caption of full length."""
+    variant, shape = work.variant, work.shape
+    element = ELEMENT[work.config.memory.cache_dtype]
+    cells = clip.tokens(variant) * math.prod(shape.patch_size)
     channels = shape.out_channels + (
         shape.in_channels - shape.out_channels if variant.conditioning != "none" else 0
     )
@@ -47,7 +52,16 @@ def disk_parts(work: Workload) -> dict[str, int]:
     if shape.image_dim:
         images = shape.image_tokens * (2 if shape.image_position_embedding else 1)
         item += images * shape.image_dim * element
-    trained = work.trained_parameters
+    return {
+        "latents of an item": item,
+        "longest caption": shape.text_len * shape.text_dim * element,
+    }
+
+
+def disk_parts(work: Workload) -> dict[str, int]:
+    """Return the bytes of files: caches for one item, checkpoints and outputs of the whole run."""
+    config = work.config
+    trained = work.adapters * work.trained_parameters
     kept = config.checkpoint.keep_last
     saves = (
         config.training.max_steps // config.checkpoint.every_steps
@@ -59,8 +73,7 @@ def disk_parts(work: Workload) -> dict[str, int]:
     if config.output.every_steps:
         outputs += (config.training.max_steps - 1) // config.output.every_steps
     return {
-        "latents of an item": round(item),
-        "longest caption": shape.text_len * shape.text_dim * element,
+        **{name: round(size) for name, size in cache_disk_parts(work, work.clip).items()},
         # One more while the newest is being written.
         "checkpoints": round(state * (min(kept, saves + 1) + 1)),
         "outputs": round(outputs * trained * ELEMENT[config.output.dtype]),

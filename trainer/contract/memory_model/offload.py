@@ -9,7 +9,7 @@ from __future__ import annotations
 from trainer.contract.memory_model.optimizers import optimizer_memory
 from trainer.contract.memory_model.weights import (
     block_layers,
-    block_other_parameters,
+    block_linear_parameters,
     outer_layers,
 )
 from trainer.contract.memory_model.workload import Workload
@@ -45,11 +45,14 @@ def parameters_place(work: Workload) -> str:
 
 def weights_on_gpu(work: Workload) -> float:
     """Return the bytes of weights that stay on each GPU."""
-    world = work.world_size
-    if parameters_place(work) == "none":
-        return work.resident_bytes / (world if work.zero_stage == 3 else 1)
-    # Biases, norms and modulations are smaller than ZeRO-3 parts.
-    return work.shape.num_layers * block_other_parameters(work.shape) * work.element
+    if work.zero_stage < 3:
+        return work.resident_bytes
+    # Biases, norms, modulations and scales are smaller than what ZeRO-3 takes apart.
+    matrices = block_linear_parameters(work.shape) * (1 if work.fp8 else work.element)
+    whole = work.shape.num_layers * (work.block_bytes - matrices)
+    if parameters_place(work) != "none":
+        return whole
+    return whole + (work.resident_bytes - whole) / work.world_size
 
 
 def gathered_bytes(work: Workload) -> float:
@@ -57,7 +60,7 @@ def gathered_bytes(work: Workload) -> float:
     if parameters_place(work) == "nvme":
         return max(WEIGHTS_AHEAD, _largest_layer(work)) * work.element
     blocks = work.shape.num_layers * work.block_bytes
-    return min(GATHERED_ELEMENTS * work.element, blocks)
+    return min(GATHERED_ELEMENTS * (1 if work.fp8 else work.element), blocks)
 
 
 def gpu_buffers(work: Workload) -> float:
@@ -78,7 +81,7 @@ def offloaded_host_parts(work: Workload) -> Parts:
     if place == "cpu":
         # Masters and float32 gradients, both pinned, and the optimizer's own state.
         state = 2 * FLOAT32 + optimizer_memory(work.config.optimizer.kind).state
-        parts["offloaded optimizer"] = trained_here * state
+        parts["offloaded optimizer"] = work.adapters * trained_here * state
     elif place == "nvme":
         group = min(SUB_GROUP_ELEMENTS, trained / world)
         parts["offload buffers"] = here * (OPTIMIZER_BUFFERS + 1) * FLOAT32 * group
@@ -88,7 +91,7 @@ def offloaded_host_parts(work: Workload) -> Parts:
         else:  # weights on the way back to the GPU, and gradients of the microbatches before
             copies = trained_here * work.gradient_element * (2 if repeated else 1)
             copies += here * _largest_trained(work) * work.gradient_element
-        parts["gradients and weights in transit"] = copies
+        parts["gradients and weights in transit"] = work.adapters * copies
     place = parameters_place(work)
     if place == "cpu":
         parts["offloaded weights"] = work.weight_bytes * work.share_here

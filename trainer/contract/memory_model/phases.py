@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from trainer.contract.config import Prompt, SamplingSection
+from trainer.contract.config import SamplingSection
 from trainer.contract.memory_model import encoders
-from trainer.contract.memory_model.clips import Clip, default_clip, training_clips
+from trainer.contract.memory_model.clips import Clip, cached_clips
 from trainer.contract.memory_model.gpus import GIB
-from trainer.contract.memory_model.result import Phase
+from trainer.contract.memory_model.result import PHASES, Phase
 from trainer.contract.memory_model.stack import forward_peak
 from trainer.contract.memory_model.training import (
     Parts,
@@ -16,6 +16,7 @@ from trainer.contract.memory_model.training import (
     standing_parts,
     step_peak,
 )
+from trainer.contract.memory_model.videos import planned_videos
 from trainer.contract.memory_model.workload import ELEMENT, Workload
 from trainer.contract.variants import Variant
 
@@ -29,18 +30,19 @@ SAMPLING_LATENTS = 8
 """Copies of the latents, float32: the solver's history, both velocities, the mixture."""
 
 
-def phases(work: Workload, correction: float = 1.0) -> tuple[Phase, ...]:
-    """Return all phases; `correction` multiplies everything but the context."""
-    found = {
-        "captions": _captions(work),
-        "latents": _latents(work),
-        "training": training_parts(work),
+def phases(
+    work: Workload, correction: float = 1.0, names: Sequence[str] = PHASES
+) -> tuple[Phase, ...]:
+    """Return the phases of these names; `correction` multiplies everything but the context."""
+    made: dict[str, Callable[[], Phase]] = {
+        "captions": lambda: _phase("captions", _captions(work), correction),
+        "latents": lambda: _phase("latents", _latents(work), correction),
+        "training": lambda: _phase(
+            "training", training_parts(work), correction, ranks=work.world_size
+        ),
+        "sampling": lambda: _sampling(work, correction),
     }
-    ranks = {"training": work.world_size}
-    first = tuple(
-        _phase(name, parts, correction, ranks=ranks.get(name, 1)) for name, parts in found.items()
-    )
-    return (*first, _sampling(work, correction))
+    return tuple(made[name]() for name in names)
 
 
 def training_parts(work: Workload) -> Parts:
@@ -54,20 +56,7 @@ def training_parts(work: Workload) -> Parts:
 
 def sampling_clip(sampling: SamplingSection, variant: Variant) -> Clip:
     """Return the largest video that the config's prompts ask for."""
-    usual = default_clip(variant)
-
-    def clip(prompt: Prompt | None) -> Clip:
-        given = [prompt, sampling] if prompt is not None else [sampling]
-        sizes = {
-            field: next(
-                (value for place in given if (value := getattr(place, field)) is not None),
-                getattr(usual, field),
-            )
-            for field in ("width", "height", "num_frames")
-        }
-        return Clip(**sizes)
-
-    clips = [clip(prompt) for prompt in sampling.prompts] or [clip(None)]
+    clips = [video.clip for video in planned_videos(sampling, variant)]
     return max(clips, key=lambda one: (one.tokens(variant), one.width * one.height))
 
 
@@ -82,7 +71,7 @@ def _captions(work: Workload) -> Parts:
 def _latents(work: Workload) -> Parts:
     memory, variant = work.config.memory, work.variant
     element = ELEMENT[memory.vae_dtype]
-    clips = training_clips(work.config, variant)
+    clips = cached_clips(work.config, variant)
     parts = {
         "VAE": encoders.vae_bytes(variant, element),
         "encoding": max(
@@ -123,7 +112,7 @@ def _sampling(work: Workload, correction: float) -> Phase:
     standing = {name: size for name, size in standing_parts(work).items() if name != "inputs"}
     # Processes that share clips make a sample together, too.
     forward = _forwarding(work, clip, ranks=work.sequence_ranks)
-    if variant.experts:
+    if variant.experts and work.turns is None:
         forward["other expert"] = work.resident_bytes + work.ring_bytes
     most = max(({**standing, **parts} for parts in (forward, _decoding(work, clip))), key=_total)
     return _phase("sampling", most, correction, ranks=work.world_size)

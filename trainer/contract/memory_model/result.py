@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from trainer.contract.expert_turns import Turns
 from trainer.contract.memory_model.clips import Clip
+from trainer.contract.memory_model.costs import JobCost
 from trainer.contract.memory_model.gpus import GIB, Gpu
 
 Verdict = Literal["fits", "tight", "does not fit", "unknown"]
@@ -18,6 +20,9 @@ MARGIN_SHARE = 0.05
 MEASURED_MARGIN_SHARE = 0.03
 """The same where runs on this machine correct the estimate."""
 MARGIN_LEAST = 256 * 2**20
+HOST_MARGIN_SHARE = 0.1
+"""Of the RAM: what the system, the file cache and fragmentation add is not modelled."""
+HOST_MARGIN_LEAST = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,15 @@ class Estimate:
     """Of the transformer."""
     automatic: Mapping[str, bool | int] = field(default_factory=dict)
     """What `auto` became: fields of `[memory]` -> values that were chosen for this GPU."""
+    jobs: Mapping[str, JobCost] = field(default_factory=dict)
+    """`caching`, `sampling` (`menma sample`) and, where the run makes some, `samples`; {} where
+    only training was asked for."""
+    machine_bytes: int | None = None
+    """RAM of the machine; None: not known."""
+
+    turns: Turns | None = None
+    """How two experts share the steps; None: one is trained, or only draws of the timestep sampler
+    would tell (`menma check` makes them)."""
 
     @property
     def deciding(self) -> Phase:
@@ -89,14 +103,30 @@ class Estimate:
         """Whether it fits the GPU: with the margin, only without it, or not at all."""
         if self.gpu is None:
             return "unknown"
-        if self.peak_bytes > self.gpu.memory_bytes:
-            return "does not fit"
-        return "fits" if self.peak_bytes + self.margin_bytes <= self.gpu.memory_bytes else "tight"
+        return _verdict(self.peak_bytes, self.margin_bytes, self.gpu.memory_bytes)
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of all processes of this machine."""
+        """Host memory of all processes of this machine while training."""
         return sum(self.host_parts.values())
+
+    @property
+    def host_peaks(self) -> Mapping[str, int]:
+        """Host memory of each job; the samples of a run are part of training."""
+        own = {name: job.host_bytes for name, job in self.jobs.items() if job.host_phases}
+        return {"training": self.host_bytes, **own}
+
+    @property
+    def host_margin_bytes(self) -> int:
+        """By how much the highest of these may be wrong."""
+        return max(round(max(self.host_peaks.values()) * HOST_MARGIN_SHARE), HOST_MARGIN_LEAST)
+
+    @property
+    def host_verdict(self) -> Verdict:
+        """Whether the job that takes most RAM fits: with the margin, only without it, or not."""
+        if self.machine_bytes is None:
+            return "unknown"
+        return _verdict(max(self.host_peaks.values()), self.host_margin_bytes, self.machine_bytes)
 
     def phase(self, name: str) -> Phase:
         """Return a phase.
@@ -142,7 +172,26 @@ class Estimate:
             "correction": round(self.correction, 4),
             "measured_runs": self.measured_runs,
             "automatic": dict(self.automatic),
+            "jobs": {name: job.to_json() for name, job in self.jobs.items()},
+            "host": {
+                "peaks_gib": {name: _gib(size) for name, size in self.host_peaks.items()},
+                "margin_gib": _gib(self.host_margin_bytes),
+                "machine_gib": None if self.machine_bytes is None else _gib(self.machine_bytes),
+                "verdict": self.host_verdict,
+            },
+            "experts": None
+            if self.turns is None
+            else {
+                "high_noise_share": round(self.turns.high_noise_share, 6),
+                "steps_per_turn": self.turns.steps_per_turn,
+            },
         }
+
+
+def _verdict(peak: int, margin: int, has: int) -> Verdict:
+    if peak > has:
+        return "does not fit"
+    return "fits" if peak + margin <= has else "tight"
 
 
 def _gib(size: float) -> float:

@@ -47,6 +47,7 @@ class StackPeak:
         return self.activations + self.gradients + self.live_block
 
 
+@lru_cache(maxsize=64)  # weights and their place do not count, of which searches try many
 def training_peak(
     shape: BlockShape,
     blocks: tuple[Trained, ...],

@@ -17,11 +17,18 @@ MEMORY_SHARE = 0.88
 """Share of the named memory bandwidth that is reached."""
 
 
+def peak_rate(gpu: Gpu, element: int) -> float:
+    """Return the GPU's operations a second for elements of 2 or 4 bytes; 0: not known."""
+    if not gpu.bf16_tflops or not gpu.memory_gb_s:
+        return 0.0
+    return gpu.bf16_tflops * 1e12 * (1.0 if element == 2 else 0.25)
+
+
 def step_parts(work: Workload, gpu: Gpu) -> dict[str, float]:
     """Return the seconds of one weight update by what takes them; {} for an unknown GPU."""
-    if not gpu.bf16_tflops or not gpu.memory_gb_s:
+    peak = peak_rate(gpu, work.element)
+    if not peak:
         return {}
-    peak = gpu.bf16_tflops * 1e12 * (1.0 if work.element == 2 else 0.25)
     shape = work.shape
     flops = step_flops(work)
     repeats = work.config.training.gradient_accumulation_steps

@@ -49,6 +49,7 @@ def traffic_parts(work: Workload, gpu: Gpu, pace: Pace) -> dict[str, float]:
         "gradients between GPUs": _gradients(work, gpu, pace),
         "weights between GPUs": _weights(work, gpu, pace),
         "sequence exchange": _exchange(work, gpu),
+        "change of the expert": _change_of_expert(work, gpu),
     }
 
 
@@ -56,8 +57,8 @@ def _repeats(work: Workload) -> int:
     return work.config.training.gradient_accumulation_steps
 
 
-def _beside(seconds: float, computing: float) -> float:
-    """Return what a transfer costs that runs beside a computation."""
+def beside(seconds: float, computing: float) -> float:
+    """Return the seconds that a transfer costs which runs beside a computation."""
     return max(0.0, seconds - computing) + COPY_COST * seconds
 
 
@@ -67,7 +68,7 @@ def _host_copies(work: Workload, gpu: Gpu, pace: Pace) -> float:
     if work.config.memory.offload_checkpoints:
         copied += work.recomputed * work.block_shape().tokens_bytes
     seconds = _repeats(work) * copied / (gpu.host_gb_s * 1e9)
-    return _beside(seconds, pace.forward) + _beside(seconds, pace.backward)
+    return beside(seconds, pace.forward) + beside(seconds, pace.backward)
 
 
 def _offloaded_update(work: Workload, gpu: Gpu) -> float:
@@ -97,7 +98,7 @@ def _offloaded_weights(work: Workload, gpu: Gpu, pace: Pace) -> float:
     if place == "nvme":  # layer by layer, when one is needed: nothing is beside anything
         on_disk = offloaded_disk_parts(work)["weights on NVMe"]
         return 2 * (seconds + _repeats(work) * on_disk / (NVME_GB_S * 1e9))
-    return _beside(seconds, pace.forward) + _beside(seconds, pace.backward)
+    return beside(seconds, pace.forward) + beside(seconds, pace.backward)
 
 
 def _gradients(work: Workload, gpu: Gpu, pace: Pace) -> float:
@@ -105,7 +106,7 @@ def _gradients(work: Workload, gpu: Gpu, pace: Pace) -> float:
     sent = work.trained_parameters * work.gradient_element * _others(work.world_size)
     seconds = sent / (gpu.link_gb_s * 1e9)
     if work.zero_stage >= 2:
-        return _beside(_repeats(work) * seconds, pace.backward)
+        return beside(_repeats(work) * seconds, pace.backward)
     return 2 * seconds if work.zero_stage == 0 else seconds
 
 
@@ -119,7 +120,31 @@ def _weights(work: Workload, gpu: Gpu, pace: Pace) -> float:
     seconds = _repeats(work) * work.weight_bytes * others / link
     if parameters_place(work) == "nvme":
         return 2 * seconds
-    return _beside(seconds, pace.forward) + _beside(seconds, pace.backward)
+    return beside(seconds, pace.forward) + beside(seconds, pace.backward)
+
+
+def forward_traffic(work: Workload, gpu: Gpu, computing: float) -> dict[str, float]:
+    """Return the seconds of one forward's weights where the processes of a run hold parts of them.
+
+    Args:
+        work: one process's share.
+        gpu: with its links.
+        computing: seconds of the forward, beside which copies run.
+    """
+    if work.zero_stage != 3:
+        return {}
+    gathered = work.weight_bytes * _others(work.world_size) / (gpu.link_gb_s * 1e9)
+    place = parameters_place(work)
+    if place == "none":
+        return {"weights between GPUs": beside(gathered, computing)}
+    fetched = work.weight_bytes / work.world_size / (gpu.host_gb_s * 1e9)
+    if place == "cpu":
+        return {
+            "weights between GPUs": beside(gathered, computing),
+            "offloaded weights": beside(fetched, computing),
+        }
+    on_disk = offloaded_disk_parts(work)["weights on NVMe"] / (NVME_GB_S * 1e9)
+    return {"weights between GPUs": gathered, "offloaded weights": fetched + on_disk}
 
 
 def _exchange(work: Workload, gpu: Gpu) -> float:
@@ -127,6 +152,18 @@ def _exchange(work: Workload, gpu: Gpu) -> float:
     sent = EXCHANGES * work.block_shape().tokens_bytes * _others(work.sequence_ranks)
     passes = 2 * work.shape.num_layers + work.recomputed
     return _repeats(work) * passes * sent / (gpu.link_gb_s * 1e9)
+
+
+def _change_of_expert(work: Workload, gpu: Gpu) -> float:
+    """An expert's weights from RAM, spread over the steps between two changes.
+
+    The expert with the smaller share has single turns, each between two changes.
+    """
+    if work.turns is None:
+        return 0.0
+    smaller = min(work.turns.high_noise_share, 1 - work.turns.high_noise_share)
+    changes = 2 * smaller / work.turns.steps_per_turn
+    return changes * work.resident_bytes / (gpu.host_gb_s * 1e9)
 
 
 def _others(ranks: int) -> float:

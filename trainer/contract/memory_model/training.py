@@ -31,7 +31,7 @@ and what arrives."""
 def standing_parts(work: Workload) -> Parts:
     """Return what is on the GPU through the whole training."""
     memory = optimizer_memory(work.config.optimizer.kind)
-    trained, world = work.trained_parameters, work.world_size
+    trained, world = work.adapters * work.trained_parameters, work.world_size
     stage = work.zero_stage
     sharded_optimizer = world if stage >= 1 else 1
     parts: Parts = {"weights": weights_on_gpu(work)}
@@ -47,7 +47,8 @@ def standing_parts(work: Workload) -> Parts:
         parts["offload buffers"] = gpu_buffers(work)
     if stage and world >= 1:
         buckets = 1 if stage == 1 else 2  # with overlap one is filled while one is sent
-        parts["ZeRO buckets"] = buckets * min(BUCKET_ELEMENTS, trained) * work.gradient_element
+        bucket = min(BUCKET_ELEMENTS, work.trained_parameters)
+        parts["ZeRO buckets"] = buckets * bucket * work.gradient_element
     if stage == 3:
         parts["ZeRO-3 gathered weights"] = gathered_bytes(work)
     parts["inputs"] = inputs_bytes(work)

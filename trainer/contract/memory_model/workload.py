@@ -10,6 +10,8 @@ from pathlib import Path
 from trainer.contract.config import RunConfig
 from trainer.contract.config_rules import is_fp8
 from trainer.contract.errors import ConfigError
+from trainer.contract.expert_turns import Turns
+from trainer.contract.experts import boundary_of, known_turns, trains_both
 from trainer.contract.hostfile import processes_here_of, world_size_of
 from trainer.contract.memory_model.block import BlockShape, Trained
 from trainer.contract.memory_model.clips import Clip, training_clips
@@ -56,6 +58,26 @@ class Workload:
     def full(self) -> bool:
         """Whether the model's own weights are trained."""
         return self.config.adapter.kind == "none"
+
+    @cached_property
+    def known_turns(self) -> Turns | None:
+        """How two experts share the steps; None: one is trained, or only draws would tell."""
+        if not trains_both(self.config):
+            return None
+        return known_turns(self.config, boundary_of(self.config, self.variant))
+
+    @property
+    def turns(self) -> Turns | None:
+        """The same for the estimate; what is not known is half of the steps: most changes."""
+        if not trains_both(self.config):
+            return None
+        group = self.config.experts.steps_per_turn
+        return self.known_turns or Turns(steps_per_turn=group, high_noise_share=0.5)
+
+    @property
+    def adapters(self) -> int:
+        """How many there are, each with an optimizer's state; one of them gets gradients."""
+        return 2 if self.config.model.expert == "both" else 1
 
     @property
     def share_here(self) -> float:
@@ -161,6 +183,16 @@ class Workload:
         if not is_fp8(self.config):
             return None
         return "products" if self.config.memory.fp8_matmul else "dequantised"
+
+    def under(self, config: RunConfig) -> Workload:
+        """Return the same work under a config that differs from its own in `[memory]` only.
+
+        Costs nothing: neither files nor the dataset are looked at again.
+        """
+        swapped = min(config.memory.swapped_blocks, self.shape.num_layers)
+        other = replace(self, config=config, swapped=swapped)
+        other.__dict__["trained_parameters"] = self.trained_parameters  # `[memory]` changes none
+        return other
 
     def block_shape(self, clip: Clip | None = None, *, ranks: int = 1) -> BlockShape:
         """Return the sizes of a block.

@@ -154,6 +154,13 @@ def replace_layer(
     setattr(parent, child, Fp8Linear(quantised, bias, products))
 
 
+def hold_bytes(model: nn.Module) -> None:
+    """Let all fp8 layers hold their numbers as bytes (`Fp8Linear.hold_bytes`)."""
+    for layer in model.modules():
+        if isinstance(layer, Fp8Linear):
+            layer.hold_bytes()
+
+
 def _other_format(weights: WeightFiles, *, is_scaled: bool) -> Problem:
     if is_scaled:
         return Problem(

@@ -1,0 +1,308 @@
+"""The list of runs and jobs, and what can be done with them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from typing import ClassVar
+
+from rich.text import Text
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.coordinate import Coordinate
+from textual.message import Message
+from textual.screen import Screen
+from textual.widgets import DataTable, Footer, Static
+
+from app.queue.look import job_run
+from app.queue.worker import ensure_worker
+from app.runs import control
+from app.runs.launch import console_tail
+from app.tui.overview import BAD, Entry, Overview
+from app.tui.sources import Sources
+from app.tui.widgets import Ask, TextView, Titles
+from trainer.contract.errors import MenmaError
+from trainer.contract.run_dir import RunDir
+
+POLL_S = 1.0
+COLUMNS = ("ID", "KIND", "NAME", "STATE", "STEP", "ETA", "GPU", "LOSS")
+LOG_LINES = 200
+
+
+class JobsScreen(Screen[None]):
+    """What runs, what is next, what broke and why."""
+
+    DEFAULT_CSS = """
+    JobsScreen DataTable { height: 1fr; }
+    JobsScreen #details { height: auto; max-height: 7; padding: 0 1; background: $surface; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("j", "row(1)", "Down", show=False),
+        Binding("k", "row(-1)", "Up", show=False),
+        Binding("g", "first", "First", show=False),
+        Binding("G", "last", "Last", show=False),
+        Binding("enter", "open", "Open"),
+        Binding("S", "stop", "Stop"),
+        Binding("b", "request('save')", "Save"),
+        Binding("s", "request('sample')", "Sample"),
+        Binding("l", "log", "Log"),
+        Binding("c", "command", "Command"),
+        Binding("r", "retry", "Queue again", show=False),
+        Binding("x", "cancel", "Cancel job", show=False),
+        Binding("J", "move(1)", "Later", show=False),
+        Binding("K", "move(-1)", "Sooner", show=False),
+        Binding("P", "pause", "Pause"),
+    ]
+
+    class Read(Message):
+        """The list was read."""
+
+        def __init__(self, overview: Overview) -> None:
+            super().__init__()
+            self.overview = overview
+
+    class Opened(Message):
+        """A run is to be shown."""
+
+        def __init__(self, run: RunDir) -> None:
+            super().__init__()
+            self.run = run
+
+    def __init__(self, sources: Sources) -> None:
+        super().__init__()
+        self._sources = sources
+        self._overview = Overview(())
+
+    def compose(self) -> ComposeResult:
+        """Lay out the list, and what is known of the line in focus."""
+        yield Titles("jobs")
+        yield DataTable(cursor_type="row", zebra_stripes=False)
+        yield Static(id="details")
+        yield Footer()
+
+    def on_mount(self) -> None:
+        """Fill the list now, and again every second."""
+        self.query_one(DataTable).add_columns(*COLUMNS)
+        self.read()
+        self.set_interval(POLL_S, self.read)
+
+    @work(thread=True, exclusive=True, group="overview")
+    def read(self) -> None:
+        """Read the list, in a thread."""
+        self.post_message(self.Read(self._sources.overview()))
+
+    @on(Read)
+    def show(self, message: Read) -> None:
+        """Show the list; the cursor stays on its line."""
+        before, self._overview = self._overview, message.overview
+        if message.overview != before or not self.query_one(DataTable).row_count:
+            self._fill()
+        paused = "  queue paused" if message.overview.paused else ""
+        self.query_one(Titles).tell(f"{message.overview.num_live} live{paused}")
+        self._describe()
+
+    @on(DataTable.RowHighlighted)
+    def highlighted(self) -> None:
+        """Tell about the line that the cursor is on."""
+        self._describe()
+
+    @on(DataTable.RowSelected)
+    def selected(self) -> None:
+        """Open the line; the table takes Enter for itself."""
+        self.action_open()
+
+    def action_row(self, by: int) -> None:
+        """Move the cursor."""
+        table = self.query_one(DataTable)
+        table.move_cursor(row=min(max(table.cursor_row + by, 0), max(table.row_count - 1, 0)))
+
+    def action_first(self) -> None:
+        """Go to the first line."""
+        self.query_one(DataTable).move_cursor(row=0)
+
+    def action_last(self) -> None:
+        """Go to the last line."""
+        table = self.query_one(DataTable)
+        table.move_cursor(row=max(table.row_count - 1, 0))
+
+    def action_open(self) -> None:
+        """Show the run of the line, or what the job has printed."""
+        entry = self._entry()
+        if entry is None:
+            return
+        if entry.run_dir is not None:
+            self.post_message(self.Opened(entry.run_dir))
+        else:
+            self.action_log()
+
+    def action_log(self) -> None:
+        """Show the end of what it has printed."""
+        entry = self._entry()
+        if entry is None or entry.run is None:
+            self.notify("It has not been started yet.")
+            return
+        lines = console_tail(RunDir(entry.run.root), LOG_LINES)
+        self.app.push_screen(TextView(f"Log of {entry.name}", "\n".join(lines) or "nothing yet"))
+
+    def action_command(self) -> None:
+        """Show the command line."""
+        entry = self._entry()
+        if entry is None:
+            return
+        if entry.job is not None:
+            spec = entry.job.job.spec
+            text = f"cd {shlex.quote(str(spec.cwd))}\nmenma {shlex.join(spec.argv)}"
+        else:
+            text = self._sources.command_of(entry)
+        self.app.push_screen(TextView(f"Command of {entry.name}", text))
+
+    def action_request(self, what: str) -> None:
+        """Ask a training to save or to sample."""
+        entry = self._entry()
+        if entry is None or entry.run_dir is None or not entry.live:
+            self.notify("Nothing trains on this line.", severity="warning")
+            return
+        control.request_once(entry.run_dir, "save" if what == "save" else "sample")
+        self.notify(f"{entry.name}: {what} after the current step.")
+
+    def action_stop(self) -> None:
+        """Stop what runs on this line; asked again while it stops: harder."""
+        entry = self._entry()
+        if entry is None or not entry.live or entry.run is None:
+            self.notify("Nothing runs on this line.", severity="warning")
+            return
+        urgency, words = _how_hard(entry)
+        run = job_run(entry.job.job.claim) if entry.job and entry.job.job.claim else None
+        target = run or RunDir(entry.run.root)
+        self._ask(f"{entry.name}: {words}", "Stop", lambda: control.stop(target, urgency))
+
+    def action_cancel(self) -> None:
+        """Take a job that waits out of the queue."""
+        entry = self._entry()
+        store = self._sources.store
+        if entry is None or entry.job is None or store is None or not entry.waits:
+            self.notify("Only a job that waits can be cancelled; S stops one that runs.")
+            return
+        number = entry.job.job.id
+        self._ask(f"Cancel job {number}, {entry.name}?", "Cancel job", lambda: store.cancel(number))
+
+    def action_retry(self) -> None:
+        """Queue a job again that has ended."""
+        entry, store = self._entry(), self._sources.store
+        if entry is None or entry.job is None or store is None or entry.live or entry.waits:
+            self.notify("Only a job of the queue that has ended can be queued again.")
+            return
+        job = entry.job.job
+
+        def again() -> None:
+            new = store.add(job.spec)
+            store.replace(job.id, new)
+            ensure_worker(store.folder)
+            self.notify(f"Queued as job {new}.")
+
+        self._try(again)
+
+    def action_move(self, by: int) -> None:
+        """Let a job that waits start sooner or later."""
+        entry, store = self._entry(), self._sources.store
+        if entry is None or entry.job is None or store is None or not entry.waits:
+            return
+        number = entry.job.job.id
+        waiting = [e.job.job.id for e in self._overview.entries if e.waits and e.job]
+        place = waiting.index(number)
+        target = place - 1 if by < 0 else place + 2
+        if target < 0 or place + by >= len(waiting):
+            return
+        before = waiting[target] if target < len(waiting) else None
+        self._try(lambda: store.move(number, before=before))
+
+    def action_pause(self) -> None:
+        """Stop starting jobs, or go on."""
+        store = self._sources.store
+        if store is None:
+            return
+
+        def toggle() -> None:
+            store.paused = not store.paused
+            if not store.paused:
+                ensure_worker(store.folder)
+
+        self._try(toggle)
+
+    def _ask(self, question: str, yes: str, act: Callable[[], None]) -> None:
+        def answered(agreed: bool | None) -> None:
+            if agreed:
+                self._try(act)
+
+        self.app.push_screen(Ask(question, yes), answered)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except (MenmaError, OSError) as error:
+            self.notify(str(error), severity="error", timeout=10)
+        self.read()
+
+    def _entry(self) -> Entry | None:
+        row = self.query_one(DataTable).cursor_row
+        entries = self._overview.entries
+        return entries[row] if 0 <= row < len(entries) else None
+
+    def _fill(self) -> None:
+        table = self.query_one(DataTable)
+        row = table.cursor_row
+        key = (
+            table.coordinate_to_cell_key(Coordinate(row, 0)).row_key.value
+            if table.row_count
+            else None
+        )
+        table.clear()
+        for entry in self._overview.entries:
+            table.add_row(*_cells(entry), key=entry.key)
+        keys = [entry.key for entry in self._overview.entries]
+        table.move_cursor(row=keys.index(key) if key in keys else min(row, max(len(keys) - 1, 0)))
+
+    def _describe(self) -> None:
+        entry = self._entry()
+        if entry is None:
+            words = self._overview.problem or (
+                "Nothing here yet. `menma train CONFIG` trains, `menma queue add …` queues."
+            )
+            self.query_one("#details", Static).update(Text(words))
+            return
+        text = Text(f"{entry.name}: {entry.state}", style="bold")
+        text.append(f"  {entry.why}" if entry.why else "", style="")
+        if entry.job is not None:
+            text.append(f"\nmenma {shlex.join(entry.job.job.spec.argv)}", style="not bold")
+        if entry.run is not None:
+            text.append(f"\n{entry.run.root}", style="not bold")
+        self.query_one("#details", Static).update(text)
+
+
+def _cells(entry: Entry) -> list[Text]:
+    number = str(entry.job.job.id) if entry.job else ""
+    style = "bold" if entry.live else ("underline" if entry.state in BAD else "")
+    words = (
+        number,
+        entry.kind,
+        entry.name[:24],
+        f"{entry.sign} {entry.state}",
+        entry.step,
+        entry.eta,
+        entry.gpu,
+        entry.loss,
+    )
+    right = {0, 4, 5, 7}
+    return [
+        Text(word, style=style if place == 3 else "", justify="right" if place in right else "left")
+        for place, word in enumerate(words)
+    ]
+
+
+def _how_hard(entry: Entry) -> tuple[control.Urgency, str]:
+    if entry.state == "stopping":
+        return control.Urgency.NOW, "it is stopping already. End it now, without saving?"
+    if entry.run_dir is None:
+        return control.Urgency.SAVE, "end it?"
+    return control.Urgency.SAVE, "finish the step, save a checkpoint, end?"

@@ -1,0 +1,200 @@
+"""The files that trainings have written: look into them, sample, merge, convert from here."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from typing import ClassVar
+
+from rich.text import Text
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.screen import Screen
+from textual.widgets import DataTable, Footer, Static
+
+from app.queue.adding import make_spec
+from app.queue.worker import ensure_worker
+from app.runs.child import child_environment
+from app.tui.outputs import Output, find_outputs
+from app.tui.sources import Sources
+from app.tui.widgets import Ask, TextView, Titles
+from trainer.contract.errors import MenmaError
+
+POLL_S = 3.0
+INSPECT_TIMEOUT_S = 120
+COLUMNS = ("FILE", "RUN", "SIZE", "WRITTEN")
+
+
+class LibraryScreen(Screen[None]):
+    """Outputs of all runs, the newest first."""
+
+    DEFAULT_CSS = """
+    LibraryScreen DataTable { height: 1fr; }
+    LibraryScreen #details { height: auto; max-height: 4; padding: 0 1; background: $surface; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("j", "row(1)", "Down", show=False),
+        Binding("k", "row(-1)", "Up", show=False),
+        Binding("enter", "inspect", "Look into it"),
+        Binding("v", "job('sample')", "Sample"),
+        Binding("m", "job('merge')", "Merge"),
+        Binding("c", "job('convert')", "Convert"),
+        Binding("y", "copy", "Copy path"),
+    ]
+
+    class Found(Message):
+        """The files were looked for."""
+
+        def __init__(self, outputs: list[Output]) -> None:
+            super().__init__()
+            self.outputs = outputs
+
+    class Inspected(Message):
+        """A file was looked into."""
+
+        def __init__(self, output: Output, words: str) -> None:
+            super().__init__()
+            self.output, self.words = output, words
+
+    def __init__(self, sources: Sources) -> None:
+        super().__init__()
+        self._sources = sources
+        self._outputs: list[Output] = []
+
+    def compose(self) -> ComposeResult:
+        """Lay out the list."""
+        yield Titles("library")
+        yield DataTable(cursor_type="row")
+        yield Static(id="details")
+        yield Footer()
+
+    def on_mount(self) -> None:
+        """Look now, and again every few seconds."""
+        self.query_one(DataTable).add_columns(*COLUMNS)
+        self.find()
+        self.set_interval(POLL_S, self.find)
+
+    @work(thread=True, exclusive=True, group="outputs")
+    def find(self) -> None:
+        """Look for files, in a thread."""
+        self.post_message(self.Found(find_outputs(self._sources.runs_dir)))
+
+    @on(Found)
+    def show(self, message: Found) -> None:
+        """Show the files; the cursor stays where it is."""
+        if message.outputs != self._outputs:
+            self._outputs = message.outputs
+            table = self.query_one(DataTable)
+            row = table.cursor_row
+            table.clear()
+            for output in self._outputs:
+                table.add_row(
+                    output.file.name,
+                    output.run.root.name,
+                    Text(output.size, justify="right"),
+                    output.age,
+                )
+            table.move_cursor(row=min(row, max(len(self._outputs) - 1, 0)))
+        self._describe()
+
+    @on(DataTable.RowHighlighted)
+    def highlighted(self) -> None:
+        """Tell about the file that the cursor is on."""
+        self._describe()
+
+    @on(DataTable.RowSelected)
+    def selected(self) -> None:
+        """Look into the file; the table takes Enter for itself."""
+        self.action_inspect()
+
+    def action_row(self, by: int) -> None:
+        """Move the cursor."""
+        table = self.query_one(DataTable)
+        table.move_cursor(row=min(max(table.cursor_row + by, 0), max(table.row_count - 1, 0)))
+
+    def action_inspect(self) -> None:
+        """Show what is in the file."""
+        output = self._output()
+        if output is not None:
+            self.notify("Looking into it ...", timeout=2)
+            self._inspect(output)
+
+    @work(thread=True, exclusive=True, group="inspect")
+    def _inspect(self, output: Output) -> None:
+        command = [sys.executable, "-m", "app", "lora", "inspect", str(output.file)]
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=INSPECT_TIMEOUT_S,
+                env=child_environment(),
+                check=False,
+            )
+            words = done.stdout if done.returncode == 0 else done.stderr
+        except (OSError, subprocess.TimeoutExpired) as error:
+            words = str(error)
+        self.post_message(self.Inspected(output, words))
+
+    @on(Inspected)
+    def tell(self, message: Inspected) -> None:
+        """Show what the tool has said."""
+        self.app.push_screen(TextView(message.output.file.name, message.words))
+
+    def action_job(self, kind: str) -> None:
+        """Queue something that is done with the file, after a look at the command."""
+        output = self._output()
+        if output is None:
+            return
+        argv = _command(kind, output)
+
+        def answered(agreed: bool | None) -> None:
+            if agreed:
+                self._queue(argv)
+
+        self.app.push_screen(Ask(f"Queue this?\n\nmenma {shlex.join(argv)}", "Queue"), answered)
+
+    def action_copy(self) -> None:
+        """Copy the path of the file."""
+        output = self._output()
+        if output is not None:
+            self.app.copy_to_clipboard(str(output.file.absolute()))
+            self.notify(f"Copied, if this terminal allows it: {output.file}")
+
+    def _queue(self, argv: list[str]) -> None:
+        store = self._sources.store
+        if store is None:
+            self.notify("the queue cannot be used: see `menma queue list`", severity="error")
+            return
+        try:
+            number = store.add(make_spec(argv))
+            ensure_worker(store.folder)
+        except (MenmaError, OSError) as error:
+            self.notify(str(error), severity="error", timeout=10)
+            return
+        self.notify(f"Queued as job {number}: 1 shows it.")
+
+    def _output(self) -> Output | None:
+        row = self.query_one(DataTable).cursor_row
+        return self._outputs[row] if 0 <= row < len(self._outputs) else None
+
+    def _describe(self) -> None:
+        output = self._output()
+        words = "No output files yet: a training writes them." if output is None else output.file
+        self.query_one("#details", Static).update(Text(str(words)))
+
+
+def _command(kind: str, output: Output) -> list[str]:
+    file, run = output.file, output.run.root
+    if kind == "sample":
+        return ["sample", str(run)]
+    if kind == "merge":
+        merged = file.with_name(f"{file.stem}-merged.safetensors")
+        config = str(output.run.config)
+        return ["merge", config, "--lora", str(file), "-o", str(merged)]
+    target = file.with_name(f"{file.stem}-kohya.safetensors")
+    return ["lora", "convert", str(file), str(target), "--layout", "kohya"]
