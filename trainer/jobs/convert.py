@@ -14,9 +14,9 @@ from trainer.adapters import load_adapter
 from trainer.adapters.base import AdapterFile, LoRAFactors, Update
 from trainer.adapters.formats.keys import Expert
 from trainer.contract.errors import ConfigError
+from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.jobs import ConvertRequest, LoRAUse
 from trainer.jobs.lora_files import (
-    EXPERTS,
     check_distinct,
     check_same_model,
     expert_of,

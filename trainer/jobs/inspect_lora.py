@@ -12,9 +12,10 @@ from trainer.adapters.apply import describe
 from trainer.adapters.base import AdapterFile, Update
 from trainer.adapters.formats.keys import Expert
 from trainer.adapters.formats.names import block_index
+from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.variants import VARIANTS, TransformerConfig
 from trainer.io.mapped_load import open_weights
-from trainer.jobs.lora_files import EXPERTS, inside_block, lora_file, parts_in
+from trainer.jobs.lora_files import inside_block, lora_file, parts_in
 from trainer.jobs.lora_programs import programs_that_load
 
 

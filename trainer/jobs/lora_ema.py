@@ -18,13 +18,13 @@ from trainer.adapters.formats.peft_config import HEADER_KEY
 from trainer.adapters.formats.writer import model_hash
 from trainer.adapters.low_rank import Cut, truncate, weighted_sum
 from trainer.contract.errors import ConfigError, ModelFileError
+from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.jobs import LoRAEmaRequest, LoRAUse
 from trainer.io.atomic_save import save_safetensors
 from trainer.io.mapped_load import WeightFiles, open_weights
 from trainer.jobs.base import Emit
 from trainer.jobs.ema_weights import constant_betas, file_weights, linear_betas, power_betas
 from trainer.jobs.lora_files import (
-    EXPERTS,
     check_distinct,
     check_same_expert,
     check_same_model,

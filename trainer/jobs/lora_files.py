@@ -12,11 +12,11 @@ from trainer.adapters.base import AdapterFile, LoRAFactors, Update
 from trainer.adapters.formats.keys import Expert
 from trainer.adapters.formats.names import block_index
 from trainer.contract.errors import ConfigError, ModelFileError
+from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.experts import SHARED
 from trainer.contract.jobs import LoRAUse
 from trainer.io.mapped_load import open_weights
 
-EXPERTS: tuple[Expert, ...] = ("high_noise", "low_noise")
 _EXPERT_KEYS = ("menma.expert", "ss_loraid_expert")
 _EXPERT_WORDS: Mapping[str, Expert] = {"high": "high_noise", "low": "low_noise"}
 _LOW_NOISE_PART = re.compile(r"(?:^|\.)transformer_2\.")

@@ -21,10 +21,10 @@ from trainer.adapters.formats.keys import Expert
 from trainer.adapters.formats.peft_config import HEADER_KEY
 from trainer.adapters.formats.writer import model_hash, save_adapter
 from trainer.contract.errors import ConfigError
+from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.files import disk_errors
 from trainer.io.atomic_save import save_safetensors
 from trainer.io.mapped_load import open_weights
-from trainer.jobs.lora_files import EXPERTS
 from trainer.jobs.lora_metadata import kept_metadata
 from trainer.jobs.lora_output import FOLDED_KEY, common_dtype, folded_alphas
 

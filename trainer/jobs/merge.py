@@ -10,10 +10,11 @@ import torch
 
 from trainer.adapters.formats.keys import Expert
 from trainer.contract.errors import ConfigError, ModelFileError
+from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.jobs import LoRAUse
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import Emit
-from trainer.jobs.lora_files import EXPERTS, check_distinct, experts_of, lora_file
+from trainer.jobs.lora_files import check_distinct, experts_of, lora_file
 from trainer.jobs.lora_output import check_output, write_together
 from trainer.jobs.merge_weights import Merge, Rounding, plan_merge
 

@@ -17,12 +17,12 @@ from trainer.adapters.base import AdapterFile, Update
 from trainer.adapters.formats.keys import Expert
 from trainer.adapters.formats.names import canonical_name
 from trainer.contract.errors import ModelFileError
+from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.jobs import LoRAUse
 from trainer.io.formats.diffusers_names import MARKER
 from trainer.io.formats.stored_tensors import FP8_DTYPES, StoredTensor, read_tensor
 from trainer.io.mapped_load import WeightFiles, open_weights
 from trainer.io.stream_save import TensorSlot, stream_safetensors
-from trainer.jobs.lora_files import EXPERTS
 from trainer.jobs.lora_metadata import lost_notes
 from trainer.models.wan.detect import CONFIG_KEY, official_tensors, recognise, transformer_metadata
 
