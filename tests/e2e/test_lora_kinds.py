@@ -96,7 +96,7 @@ def test_the_file_is_an_ordinary_lora(project, whole):
     )
     warned = [event["message"] for event in events.of("warning")]
     assert bool(warned) == (kind == "tlora")
-    assert all("all its ranks act" in message for message in warned)
+    assert all("all ranks act at every timestep" in message for message in warned)
 
 
 @pytest.mark.parametrize("at", [1, 2])

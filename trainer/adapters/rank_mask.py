@@ -174,13 +174,3 @@ def masked_beside(
         )
     down, up = (factor.to(device, dtype) for factor in (update.down_RI, update.up_OR))
     return TLoRALinear(base, down, up, update.scale, mask=mask)
-
-
-def lost_by_merging(metadata: Mapping[str, str], path: object) -> str | None:
-    """Return what merging a file takes away of it, for people; None: nothing."""
-    if RankSchedule.of_file(metadata, path) is None:
-        return None
-    return (
-        f"{path} is a T-LoRA: merged, all its ranks act at every timestep, since a weight knows "
-        "no timestep. It was trained with fewer on much noise; attach it instead where you can"
-    )

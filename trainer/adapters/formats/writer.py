@@ -65,7 +65,7 @@ def save_adapter(
     table = {**(metadata or {}), **_facts(stored), **header}
     if "menma.kind" in table:
         table["menma.kind"] = "+".join(sorted({update.kind for update in updates.values()}))
-    table["sshs_model_hash"] = _model_hash(tensors)
+    table["sshs_model_hash"] = model_hash(tensors)
 
     def check(file: Path) -> None:
         _check_equal(stored, load_adapter(file))
@@ -167,8 +167,8 @@ def _facts(stored: Updates) -> dict[str, str]:
     }
 
 
-def _model_hash(tensors: Table) -> str:
-    # The hash that kohya-style tools and web sites identify a LoRA by: the file without header.
+def model_hash(tensors: Table) -> str:
+    """Return the hash that kohya-style tools and web sites know a LoRA by: all but the header."""
     content = to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()})
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
