@@ -60,8 +60,8 @@ def lora_use(text: str) -> dict[str, Any]:
             pass  # a colon of the path itself, as in C:\lora.safetensors
         else:
             rest = file
-    if not Path(rest).is_file():
+    if not Path(rest).exists():
         raise UserError(
-            f"no such LoRA file: {rest}", hint="write --lora FILE, or --lora FILE:0.8 for strength"
+            f"no such LoRA file: {rest}", hint="write FILE, or FILE:0.8 for its strength"
         )
     return {"path": rest, **use}

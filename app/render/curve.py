@@ -54,6 +54,8 @@ class Point:
     high: float
     mean: float
     """The average when they were over."""
+    end: int
+    """The last of them."""
 
 
 class Curve:
@@ -85,11 +87,11 @@ class Curve:
         if not self.points or self._in_last == self._per_point:
             if len(self.points) == self._most:
                 self._halve()
-            self.points.append(Point(step, value, value, mean))
+            self.points.append(Point(step, value, value, mean, step))
             self._in_last = 1
             return
         self._in_last += 1
-        _take_in(self.points[-1], value, value, mean)
+        _take_in(self.points[-1], value, value, mean, step)
 
     def _halve(self) -> None:
         pairs = zip(self.points[::2], self.points[1::2], strict=True)
@@ -179,20 +181,21 @@ class _Scale:
         return math.log10(max(value, 1e-300)) if self._log else value
 
 
-def _take_in(point: Point, low: float, high: float, mean: float) -> None:
+def _take_in(point: Point, low: float, high: float, mean: float, end: int) -> None:
     if math.isfinite(low):
         point.low = min(point.low, low) if math.isfinite(point.low) else low
         point.high = max(point.high, high) if math.isfinite(point.high) else high
-    point.mean = mean
+    point.mean, point.end = mean, end
 
 
 def _joined(first: Point, second: Point) -> Point:
-    _take_in(first, second.low, second.high, second.mean)
+    _take_in(first, second.low, second.high, second.mean, second.end)
     return first
 
 
 def _span(points: Sequence[Point], marks: Sequence[tuple[int, float]]) -> tuple[int, int]:
-    known = [point.step for point in (*points[:1], *points[-1:])] + [step for step, _ in marks]
+    known = [step for step, _ in marks]
+    known += [points[0].step, points[-1].end] if points else []
     return (min(known), max(known)) if known else (0, 1)
 
 

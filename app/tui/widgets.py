@@ -63,7 +63,6 @@ class LossCurve(Widget):
         super().__init__(id=id)
         self._curve = Curve()
         self._marks: tuple[tuple[int, float], ...] = ()
-        self._plot: Plot | None = None
 
     def show(self, curve: Curve, marks: tuple[tuple[int, float], ...]) -> None:
         """Draw a curve, and single points on it."""
@@ -72,11 +71,13 @@ class LossCurve(Widget):
 
     def step_at_cursor(self) -> int | None:
         """Return the step under the cursor."""
-        if self.cursor is None or self._plot is None:
+        points = self._curve.points
+        if self.cursor is None or not points:
             return None
         width = max(self.size.width - self.AXIS, 1)
         share = min(max(self.cursor, 0), width - 1) / max(width - 1, 1)
-        return round(self._plot.first + share * (self._plot.last - self._plot.first))
+        first, last = points[0].step, points[-1].end
+        return round(first + share * (last - first))
 
     def move_cursor(self, by: int) -> None:
         """Move the cursor; it comes from the right end."""
@@ -92,7 +93,6 @@ class LossCurve(Widget):
         if not self._curve.points:
             return Text("no steps yet", style=self._style("muted"))
         drawn = plot(self._curve.points, width, height, log=self.logarithmic, marks=self._marks)
-        self._plot = drawn
         return self._with_axes(drawn, width, height)
 
     def _with_axes(self, drawn: Plot, width: int, height: int) -> Text:

@@ -122,7 +122,7 @@ def test_a_diffusers_folder_becomes_one_file_of_original_names(model, lora, tmp_
     )
 
 
-def test_fp8_needs_a_precision_to_write(model, lora, tmp_path):
+def test_fp8_can_be_written_more_precisely(model, lora, tmp_path):
     tensors = dict(model.state_dict())
     weight = tensors["blocks.0.ffn.0.weight"]
     scale = weight.abs().max() / 448
@@ -131,9 +131,6 @@ def test_fp8_needs_a_precision_to_write(model, lora, tmp_path):
     tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
     base, output = tmp_path / "fp8.safetensors", tmp_path / "out.safetensors"
     save_file(tensors, base)
-    with pytest.raises(ModelFileError, match="swallow"):
-        merge(base, output, lora)
-    assert not output.exists()
     merge(base, output, lora, dtype="fp32")
     written = load_file(output)
     assert set(written) == set(model.state_dict())
@@ -303,7 +300,7 @@ def test_a_header_of_any_size_can_be_inspected(model, tmp_path, metadata):
 
 
 def test_merging_reads_one_tensor_at_a_time(base, lora, tmp_path, monkeypatch):
-    import trainer.jobs.merge as module
+    import trainer.jobs.merge_weights as module
 
     alive, most = set(), 0
     original = module.read_tensor

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from trainer.adapters import load_adapter
 from trainer.adapters.base import LoRAFactors
-from trainer.adapters.formats.names import (
+from trainer.adapters.formats.writer import save_adapter
+from trainer.adapters.targets import linear_layers
+from trainer.contract.errors import ModelFileError
+from trainer.contract.layer_names import (
     block_index,
     canonical_from_flat,
     canonical_name,
     diffusers_name,
 )
-from trainer.adapters.formats.writer import save_adapter
-from trainer.adapters.targets import linear_layers
-from trainer.contract.errors import ModelFileError
 
 from .tiny_models import make_transformer, make_twin
 
@@ -200,10 +200,13 @@ STEM = f"diffusion_model.{Q}"
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ({f"{STEM}.hada_w1_a": DOWN}, ["LoHa", "hada_w1_a"]),
-        ({f"{STEM}.lokr_w1": DOWN}, ["LoKr"]),
-        ({f"{STEM}.dora_scale": DOWN}, ["DoRA"]),
-        ({f"{STEM}.lora_magnitude_vector": DOWN}, ["DoRA"]),
+        ({f"{STEM}.hada_w1_a": DOWN}, ["mixes", "LoRA", "LoHa", "hada_w1_a"]),
+        ({f"{STEM}.lokr_w1": DOWN}, ["mixes", "LoKr"]),
+        ({f"{STEM}.hada_t1": DOWN}, ["LoHa of a convolution", "hada_t1"]),
+        ({f"{STEM}.lokr_t2": DOWN}, ["LoKr of a convolution"]),
+        ({f"{STEM}.dora_scale": DOWN}, ["8 magnitudes for 3 outputs", "dora_scale"]),
+        ({f"{STEM}.dora_scale": torch.ones(1, 4)}, ["input column", "(1, 4)"]),
+        ({f"{STEM}.lora_magnitude_vector": DOWN}, ["8 magnitudes"]),
         ({f"{STEM}.oft_blocks": DOWN}, ["OFT"]),
         ({f"{STEM}.diff_b": UP}, ["differences"]),
         ({"diffusion_model.blocks.0.norm3.diff": UP}, ["differences"]),

@@ -223,7 +223,7 @@ def test_a_writer_that_loses_the_scale_is_caught_before_the_rename(tmp_path, mon
     unscaled = writer._WRITERS["comfy"][1]
     for lossy, words in (
         (unscaled, "blocks.0.self_attn.q differs"),
-        (lambda stored: unscaled(dict(list(stored.items())[1:])), "same modules"),
+        (lambda stored, kinds: unscaled(dict(list(stored.items())[1:]), kinds), "same modules"),
     ):
         monkeypatch.setitem(writer._WRITERS, "comfy", (writer._unchanged, lossy))
         with pytest.raises(RuntimeError, match=words):

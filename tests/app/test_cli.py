@@ -6,19 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from app_runs import ENVIRONMENT
 
 from app.catalog import COMMANDS
+from app.cli.jobs import JobResult
 from trainer.contract.config_io import load_config
 from trainer.contract.jobs import REQUESTS
 
 GROUPS = {
     "presets": ["list", "show", "diff", "save", "remove"],
     "config": ["show", "deepspeed"],
-    "lora": ["inspect", "convert"],
+    "lora": ["inspect", "convert", "merge", "subtract", "blend", "ema", "resize", "extract"],
     "runs": ["list", "show", "watch", "stop", "save", "sample"],
 }
 EVERY_COMMAND = [[name] for name in COMMANDS] + [
@@ -201,8 +201,9 @@ def test_merge_makes_a_file_for_each_expert_that_is_trained(menma, config, monke
     asked = []
 
     def run(job, request):
-        asked.append(request)
-        return SimpleNamespace(paths=[request["output"]])
+        asked.append(REQUESTS[job].model_validate(request))
+        paths = [f"m_{expert}.safetensors" for expert in ("high_noise", "low_noise")]
+        return JobResult(events=[{"type": "output", "path": path} for path in paths])
 
     monkeypatch.setattr("app.cli.jobs.run_or_leave", run)
     text = Path(config).read_text(encoding="utf-8")
@@ -220,13 +221,14 @@ def test_merge_makes_a_file_for_each_expert_that_is_trained(menma, config, monke
         (output / f"{name}.safetensors").touch()
     answer = menma("merge", both, "-o", "m.safetensors")
     assert answer.out.split() == ["m_high_noise.safetensors", "m_low_noise.safetensors"]
-    assert [request["base"] for request in asked] == ["high.pth", "low.pth"]
-    loras = [Path(request["loras"][0]["path"]).name for request in asked]
-    assert loras == ["fish_high_noise.safetensors", "fish_low_noise.safetensors"]
-    asked.clear()
+    (request,) = asked
+    assert (str(request.base), str(request.base_high_noise)) == ("low.pth", "high.pth")
+    loras = [(use.path.name, use.expert) for use in request.loras]
+    experts = ("high_noise", "low_noise")
+    assert loras == [(f"fish_{expert}.safetensors", expert) for expert in experts]
     menma("merge", shared, "-o", "m.safetensors")
-    assert [request["base"] for request in asked] == ["high.pth", "low.pth"]
-    assert {Path(request["loras"][0]["path"]).name for request in asked} == {"fish.safetensors"}
+    loras = [(use.path.name, use.expert) for use in asked[-1].loras]
+    assert loras == [("fish.safetensors", expert) for expert in experts]
     refused = menma("merge", both, "--base", "x", "-o", "m.safetensors")
     assert refused.code == 2
     assert "do not say which of them" in refused.err

@@ -20,6 +20,7 @@ from app.tui.app import MenmaApp
 from app.tui.overview import read_overview
 from app.tui.screens import jobs as jobs_screen
 from app.tui.screens import library as library_screen
+from app.tui.screens.jobs import JobsScreen
 from app.tui.sources import Sources
 from app.tui.theme import THEMES
 from app.tui.widgets import LossCurve
@@ -101,7 +102,8 @@ def test_runs_and_jobs_are_one_list(folders, size):
     add(folders, "first", "second")
 
     async def steps(pilot, app):
-        text = await seen(pilot, app, "fish")
+        await seen(pilot, app, "fish")
+        text = await seen(pilot, app, "S Stop")
         lines = [line.split() for line in text.splitlines()]
         assert lines[1] == ["ID", "KIND", "NAME", "STATE", "STEP", "ETA", "GPU", "LOSS"]
         assert lines[2][:5] == ["1", "cache", "first", ".", "queued"]
@@ -135,6 +137,33 @@ def test_a_run_is_opened_read_and_left(folders):
         await seen(pilot, app, "KIND")
         await pilot.press("3")
         await seen(pilot, app, "it is warm")
+
+    drive(folders, steps)
+
+
+def test_a_very_long_run_and_a_change_to_another_while_it_is_read(folders):
+    line = json.dumps(
+        {"v": 1, "time": 1.0, "type": "step", "step": 0, "total_steps": 60000, "loss": 0.5}
+    )
+    long = RunDir(folders.runs_dir / "long")
+    long.root.mkdir(parents=True)
+    long.events.write_text(
+        "\n".join(line.replace('"step": 0', f'"step": {step}') for step in range(1, 60_001)) + "\n"
+    )
+    short = finished_run(folders.runs_dir, "short")
+
+    async def steps(pilot, app):
+        for _ in range(3):
+            app.screen.post_message(JobsScreen.Opened(long))
+            await pilot.pause(0.1)
+            await pilot.press("1")
+            app.screen.post_message(JobsScreen.Opened(short))
+            await seen(pilot, app, "step 50/50")
+            await pilot.press("1")
+        app.screen.post_message(JobsScreen.Opened(long))
+        await seen(pilot, app, "step 60000/60000")
+        await pilot.press("left")
+        await seen(pilot, app, "step 60000   loss 0.5")
 
     drive(folders, steps)
 

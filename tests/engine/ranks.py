@@ -225,11 +225,41 @@ def error_of(action: Callable[[], Any], kind: type[MenmaError] = MenmaError) -> 
     return ""
 
 
+def case_edits(world: World, folder: Path) -> dict[str, Any]:
+    """Change weights and optimizer state after three steps, and train three more."""
+    from tests.engine.test_state_edits import NAME, edits
+
+    own = torch.tensor([0.0, 2.0]) + world.rank
+    seen: dict[str, Any] = {"means": engine_means(world, own)}
+    for stage in range(3):
+        engine = build(world, stage)
+        train(engine, range(3))
+        weights, kept = edits(engine._trainable[NAME].shape)
+        engine.overwrite(weights)
+        engine.scale_state(kept)
+        train(engine, range(3, 6))
+        if world.rank == 0:
+            torch.save(engine.full_parameters(), folder / f"edits{stage}.pt")
+        else:
+            engine.full_parameters()
+        seen[f"on_rank{stage}"] = digest(engine._trainable)
+        engine.close()
+    return seen
+
+
+def engine_means(world: World, own: torch.Tensor) -> list[float]:
+    engine = build(world, 0)
+    means: list[float] = engine.mean_over_ranks(own).tolist()
+    engine.close()
+    return means
+
+
 CASES = {
     "train": case_train,
     "foreign": case_foreign,
     "offload": case_offload,
     "faults": case_faults,
+    "edits": case_edits,
 }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tests.engine.toy import AdamWFactory
 from trainer.adapters.full import FullFineTune
 from trainer.adapters.lora import LoRA
+from trainer.adapters.tlora import TLoRA
 from trainer.attention.base import AttentionBackend
 from trainer.attention.sequence import SequenceGroup
 from trainer.contract.errors import ConfigError
@@ -71,6 +72,7 @@ class Model:
     shape: TransformerConfig = SHAPE
     per_token: bool = False
     lora: bool = False
+    kind: Any = LoRA
     prepare: Callable[[WanTransformer], None] = untouched
 
 
@@ -127,6 +129,7 @@ MODELS = {
     "LoRA, parked": Model(grid="odd", lora=True, prepare=parked),
     "LoRA, streamed": Model(grid="odd", lora=True, prepare=streamed),
     "LoRA, compiled": Model(grid="odd", lora=True, prepare=compiled),
+    "T-LoRA": Model(grid="odd", batch=2, per_token=True, lora=True, kind=TLoRA),
     "LoRA on fp8": Model(grid="odd", lora=True, prepare=in_fp8),
 }
 
@@ -147,9 +150,9 @@ def build(shape: TransformerConfig = SHAPE) -> WanTransformer:
     return model
 
 
-def lora(model: WanTransformer, dropout: float = 0.0) -> LoRA:
+def lora(model: WanTransformer, dropout: float = 0.0, kind: Any = LoRA) -> Any:
     """Put a LoRA on the model whose factors are not zero."""
-    adapter = LoRA(LoRA.Config(rank=4, dropout=dropout), BUILD)
+    adapter = kind(kind.Config(rank=4, dropout=dropout), BUILD)
     adapter.inject(model, seed=0)
     random = torch.Generator().manual_seed(0)
     for value in adapter.trainable().values():
@@ -168,7 +171,7 @@ def make_pair(row: Model) -> list[WanTransformer]:
             model.requires_grad_(False)
             if row.prepare is streamed:
                 streamed(model)
-            lora(model)
+            lora(model, kind=row.kind)
         if row.prepare not in {in_fp8, streamed}:
             row.prepare(model)
         pair.append(model)

@@ -9,9 +9,19 @@ import torch
 from memory_oracle import Peak, make_fake, watched
 from torch import nn
 
+from trainer.adapters.branch import BranchLinear
+from trainer.adapters.dora import DoRA
+from trainer.adapters.dora_linear import DoRALinear
 from trainer.adapters.full import FullFineTune
+from trainer.adapters.loha import LoHa
+from trainer.adapters.loha_linear import NAMES, HadamardProduct
+from trainer.adapters.lokr import LoKr
+from trainer.adapters.lokr_linear import kronecker_layer
 from trainer.adapters.lora import LoRA
+from trainer.adapters.lora_linear import LoRALinear
+from trainer.contract.catalog import ADAPTERS
 from trainer.contract.config import RunConfig
+from trainer.contract.kronecker import lokr_shapes
 from trainer.contract.memory_model.workload import Workload, workload_of
 from trainer.core.seams import BuildContext
 from trainer.core.types import Batch
@@ -58,11 +68,12 @@ def _build_step(config: RunConfig, work: Workload) -> tuple[TrainStep, Any]:
     build = BuildContext(variant=work.variant, seed=0, device=torch.device("cpu"), total_steps=1)
     adapter: Any
     if config.adapter.kind == "none":
-        adapter = FullFineTune(FullFineTune.Config(), build)
+        adapter = FullFineTune(FullFineTune.Config(**config.adapter.options("kind")), build)
         adapter.inject(model, 0)
     else:
-        adapter = LoRA(LoRA.Config(**config.adapter.options("kind")), build)
-        with patch.object(LoRA, "_new_factors", _fake_factors):
+        implementation = ADAPTERS.load(config.adapter.kind)
+        adapter = implementation(implementation.Config(**config.adapter.options("kind")), build)
+        with patch.object(implementation, "make_layer", _FAKE_LAYERS[config.adapter.kind]):
             adapter.inject(model, 0)
     model.gradient_checkpointing = config.memory.gradient_checkpointing
     model.blocks.keep_attention = config.memory.keep_attention
@@ -82,10 +93,36 @@ def _fp8_layer(layer: nn.Linear, spec: Any) -> Fp8Linear:
     return Fp8Linear(weight, layer.bias, Fp8Products() if spec.matmul else None)
 
 
-def _fake_factors(self: LoRA, name: str, base: Any, seed: int) -> tuple[nn.Parameter, nn.Parameter]:
-    rank = self.config.rank
+def _fake_layer(self: LoRA, name: str, base: Any, seed: int) -> LoRALinear:
+    rank = self.plan[name].rank
     down, up = torch.empty(rank, base.in_features), torch.empty(base.out_features, rank)
-    return nn.Parameter(down), nn.Parameter(up)
+    start = (down.clone(), up.clone()) if self.config.init != "kaiming" else None
+    return LoRALinear(base, nn.Parameter(down), nn.Parameter(up), 1.0, start=start)
+
+
+def _empty(shapes: dict[str, tuple[int, ...]]) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
+
+
+def _fake_loha(self: LoHa, name: str, base: Any, seed: int) -> BranchLinear:
+    outer, inner = (base.out_features, self.rank_of(name)), (self.rank_of(name), base.in_features)
+    tensors = _empty({key: outer if key.endswith("a") else inner for key in NAMES})
+    return BranchLinear(base, tensors, HadamardProduct(), 1.0)
+
+
+def _fake_lokr(self: LoKr, name: str, base: Any, seed: int) -> BranchLinear:
+    options = {"factor": self.config.factor, "decompose_both": self.config.decompose_both}
+    shapes = lokr_shapes(base.in_features, base.out_features, self.rank_of(name), **options)
+    return kronecker_layer(base, _empty({**shapes}), 1.0)
+
+
+def _fake_dora(self: DoRA, name: str, base: Any, seed: int) -> DoRALinear:
+    inputs, outputs, rank = base.in_features, base.out_features, self.rank_of(name)
+    parts = _empty({"down": (rank, inputs), "up": (outputs, rank), "magnitude": (outputs,)})
+    return DoRALinear(base, *parts.values(), 1.0, torch.empty(outputs))
+
+
+_FAKE_LAYERS = {"lora": _fake_layer, "loha": _fake_loha, "lokr": _fake_lokr, "dora": _fake_dora}
 
 
 def _batch(work: Workload) -> Batch:

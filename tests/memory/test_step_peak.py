@@ -102,6 +102,21 @@ OTHERS: dict[str, dict[str, Any]] = {
     "both, fp8": {"memory": {**FP8, **BOTH}},
     "both, fp8 products": {"memory": {**FP8, **BOTH, "fp8_matmul": True}},
     "both, no self-attention": {"adapter": {"exclude": [r".*self_attn.*"]}, "memory": BOTH},
+    "PiSSA": {"adapter": {"init": "pissa"}},
+    "ranks by pattern": {"adapter": {"rank_pattern": {r".*\.ffn\..*": 128, r".*\.q": 4}}},
+    "feed-forwards themselves": {"full": True, "adapter": {"targets": "ffn"}},
+    "attention itself": {"full": True, "adapter": {"targets": "attention"}},
+    "last block itself": {
+        "full": True,
+        "num_layers": 3,
+        "adapter": {"include": ["blocks.2"], "exclude": [".*"]},
+    },
+    "norms and head": {
+        "full": True,
+        "adapter": {"exclude": [".*"], "include": [r"blocks\..*norm3", "head.head"]},
+    },
+    "all but the embeddings": {"full": True, "adapter": {"exclude": [r".*_embedding", "time_.*"]}},
+    "all but the modulations": {"full": True, "adapter": {"exclude": [r"blocks\..*modulation"]}},
     "head, too": {"adapter": {"include": ["head.head"]}},
     "only the head": {"adapter": {"exclude": [".*"], "include": ["head.head"]}},
 }
@@ -125,3 +140,12 @@ def test_other_settings_are_within_the_promise(name: str) -> None:
 )
 def test_released_models_are_within_the_promise(setting: dict[str, Any]) -> None:
     assert abs(difference(make_config(**setting))) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
+@pytest.mark.parametrize("family", ["checkpointed", "everything kept", "fp8"])
+def test_other_kinds_of_adapter(kind: str, family: str) -> None:
+    for frames, rank in ((1, 16), (33, 64)):
+        adapter = {"kind": kind, "rank": rank}
+        setting = {"num_layers": 2, "frames": frames, "adapter": adapter, **FAMILIES[family]}
+        assert abs(difference(make_config(**setting))) < 0.01

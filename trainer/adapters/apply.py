@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from trainer.adapters.adapter_linear import AdapterLinear
 from trainer.adapters.base import AdapterFile, Update
-from trainer.adapters.formats.names import block_index
+from trainer.adapters.rank_mask import RankMask, RankSchedule, masked_beside
 from trainer.adapters.targets import linear_layers
 from trainer.adapters.wrapping import unwrap, wrap
 from trainer.contract.errors import ModelFileError
+from trainer.contract.layer_names import block_index
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -20,9 +22,15 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Attachment:
     """A LoRA that is on a model until `detach`."""
 
-    def __init__(self, transformer: nn.Module, layers: dict[str, AdapterLinear]) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        layers: dict[str, AdapterLinear],
+        following: RemovableHandle | None = None,
+    ) -> None:
         self._transformer = transformer
         self._layers = layers
+        self._following = following
 
     def set_strength(self, strength: float) -> None:
         """Multiply the update by `strength`; 0 gives the base model, exactly."""
@@ -34,6 +42,8 @@ class Attachment:
         for name, layer in self._layers.items():
             unwrap(self._transformer, name, layer)
         self._layers = {}
+        if self._following is not None:
+            self._following.remove()
 
 
 def attach(
@@ -46,7 +56,8 @@ def attach(
     """Put a LoRA beside the layers of `transformer`; several may be attached at once.
 
     The factors are not trained and do not appear in the state dict. They are copied to the device
-    of the model and the dtype of the layer's weight (bf16 where that is quantised).
+    of the model and the dtype of the layer's weight (bf16 where that is quantised). A T-LoRA acts
+    with the ranks that each forward's timesteps give it, as in its training.
 
     Args:
         transformer: model with canonical module names.
@@ -63,16 +74,22 @@ def attach(
     layers: dict[str, AdapterLinear] = {}
     # Not the layer's own: a streamed layer's weight is on no device between two uses.
     device = next(transformer.parameters()).device
+    schedule = RankSchedule.of_file(adapter.metadata, adapter.path)
+    mask = None if schedule is None else RankMask(schedule)
     for name, update in fitting.items():
         base = linears[name]
         weight = _weight(base)
         dtype = weight.dtype if weight.dtype in _FLOATS else torch.bfloat16
-        layer = update.beside(base, dtype, device)
+        if mask is None:
+            layer = update.beside(base, dtype, device)
+        else:
+            layer = masked_beside(mask, update, base, dtype, device)
         layer.strength = strength
         layer.train(transformer.training)
-        wrap(transformer, name, layer)
         layers[name] = layer
-    return Attachment(transformer, layers)
+    for name, layer in layers.items():
+        wrap(transformer, name, layer)
+    return Attachment(transformer, layers, None if mask is None else mask.follow(transformer))
 
 
 def merge_into(

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from trainer.adapters.adapter_linear import AdapterLinear
-from trainer.adapters.lora_linear import LoRALinear
+from trainer.adapters.lora_linear import LoRALinear, update_norm
 
 
 class Update(ABC):
@@ -26,6 +26,8 @@ class Update(ABC):
 
     kind: ClassVar[str]
     """Name of the kind that it is a form of, for people and metadata."""
+    precise: ClassVar[frozenset[str]] = frozenset()
+    """Roles that files hold in float32, whatever the others are rounded to."""
 
     alpha: float
     """Strength as the kind counts it; usually `scale` is alpha / rank."""
@@ -50,8 +52,23 @@ class Update(ABC):
         """Return what is stored, by the role that it has; without alpha."""
 
     @abstractmethod
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Return the same update with other tensors, keyed and shaped as those of `tensors`."""
+
+    @abstractmethod
+    def folded(self) -> Self:
+        """Return the same update with scale 1, for readers that know no alpha.
+
+        The scale goes into one tensor, in float32; unchanged tensors when it is 1 already.
+        """
+
+    @abstractmethod
     def delta(self, strength: float = 1.0) -> Tensor:
-        """Return what is added to the weight, (O, I), float32 on the tensors' device."""
+        """Return what is added to the weight, (O, I), float32 on the tensors' device.
+
+        Raises:
+            ModelFileError: the kind's change depends on the weight that it is added to.
+        """
 
     @abstractmethod
     def beside(self, base: nn.Module, dtype: torch.dtype, device: torch.device) -> AdapterLinear:
@@ -109,6 +126,10 @@ class LoRAFactors(Update):
         """Return `down` (R, I) and `up` (O, R)."""
         return {"down": self.down_RI, "up": self.up_OR}
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> LoRAFactors:
+        """Return the same update of these factors."""
+        return replace(self, down_RI=tensors["down"], up_OR=tensors["up"])
+
     def delta(self, strength: float = 1.0) -> Tensor:
         """Return strength · scale · up @ down."""
         return (self.up_OR.float() @ self.down_RI.float()).mul_(strength * self.scale)
@@ -119,13 +140,8 @@ class LoRAFactors(Update):
         return LoRALinear(base, down, up, self.scale)
 
     def norm(self) -> float:
-        """Return the norm of the delta from two R x R products.
-
-        ‖BA‖² = trace((BᵀB)(AAᵀ)); in float64, because the products' errors are squared.
-        """
-        up, down = self.up_OR.double(), self.down_RI.double()
-        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
-        return abs(self.scale) * float(squared.sqrt())
+        """Return the norm of the delta without making it."""
+        return float(update_norm(self.down_RI, self.up_OR, self.scale))
 
     def folded(self) -> LoRAFactors:
         """Return the same update with alpha = rank, so that a reader without alpha scales by 1.

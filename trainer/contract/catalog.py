@@ -9,6 +9,14 @@ from trainer.contract.registry import Entry, Registry
 ADAPTERS: Registry[Any] = Registry(
     "adapter",
     Entry("lora", "trainer.adapters.lora:LoRA", "low-rank update of the block linears"),
+    Entry("tlora", "trainer.adapters.tlora:TLoRA", "LoRA whose rank falls with the noise"),
+    Entry("singlora", "trainer.adapters.singlora:SingLoRA", "low-rank update of one matrix, A Aᵀ"),
+    Entry("relora", "trainer.adapters.relora:ReLoRA", "LoRAs one after the other, kept as one"),
+    Entry("ggpo", "trainer.adapters.ggpo:GGPO", "LoRA under noise, for flat minima"),
+    Entry("vera", "trainer.adapters.vera:VeRA", "two vectors a layer on shared random matrices"),
+    Entry("loha", "trainer.adapters.loha:LoHa", "elementwise product of two low-rank updates"),
+    Entry("lokr", "trainer.adapters.lokr:LoKr", "Kronecker product of two small matrices"),
+    Entry("dora", "trainer.adapters.dora:DoRA", "low-rank directions, lengths of their own"),
     Entry(
         "none", "trainer.adapters.full:FullFineTune", "no adapter: train the model's own weights"
     ),

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from trainer.contract.adapter_kind_rules import adapter_kind_rule
+from trainer.contract.adapter_rules import adapter_files, adapter_rule
 from trainer.contract.catalog import ATTENTION, SOLVERS
 from trainer.contract.cluster_rules import cluster_rule, hostfile_problems
 from trainer.contract.config import RunConfig
@@ -22,6 +24,7 @@ from trainer.contract.memory_rules import activations_rule, compile_rule, stream
 from trainer.contract.offload_rules import offload_rule
 from trainer.contract.registry import nearest
 from trainer.contract.sequence_rules import sequence_rule
+from trainer.contract.stored_kinds import layout_problem
 from trainer.contract.variants import VARIANTS
 
 JobName = Literal["cache", "train", "sample", "eval"]
@@ -46,6 +49,7 @@ def check_files(config: RunConfig, job: JobName) -> list[Problem]:
         for field in ("transformer", "transformer_high_noise", "vae", "text_encoder", "tokenizer",
                       "image_encoder")
     ]  # fmt: skip
+    named += adapter_files(config)
     named.append(("dataset.file", config.dataset.file))
     named.append(("sampling.prompts_file", config.sampling.prompts_file))
     for index, prompt in enumerate(config.sampling.prompts):
@@ -326,6 +330,9 @@ def _output(config: RunConfig) -> Iterator[Problem]:
             "output.layout",
             hint="leave layout out (the file gets Wan's own names, which ComfyUI reads)",
         )
+    problem = layout_problem(config.adapter.kind, config.output.layout, "output.layout")
+    if problem is not None:
+        yield problem
 
 
 _RULES: tuple[Rule, ...] = (
@@ -346,4 +353,6 @@ _RULES: tuple[Rule, ...] = (
     _attention,
     _fp8,
     _output,
+    adapter_rule,
+    adapter_kind_rule,
 )

@@ -16,6 +16,7 @@ from trainer.contract.options import Options
 from trainer.contract.registry import Entry, Registry
 
 OutputDtype = Literal["bf16", "fp16", "fp32"]
+LoRALayout = Literal["comfy", "kohya", "peft"]
 
 
 class LoRAUse(Options):
@@ -85,14 +86,16 @@ class DeepSpeedRequest(ConfigRequest):
 
 
 class MergeRequest(Options):
-    """Bake LoRAs into a base model."""
+    """Bake LoRAs into a base model, or into both experts of Wan 2.2."""
 
     base: Path
-    """Transformer weights in any known layout."""
+    """Transformer weights in any known layout; of two experts the low-noise one."""
+    base_high_noise: Path | None = None
+    """Wan 2.2: weights of the high-noise expert; both experts are written."""
     loras: tuple[LoRAUse, ...] = Field(min_length=1)
     """LoRAs to bake in."""
     output: Path
-    """File to write."""
+    """File to write; of two experts OUT_high_noise.safetensors and OUT_low_noise.safetensors."""
     dtype: OutputDtype | None = None
     """Precision of the written weights; empty: the base's own."""
     force: bool = False
@@ -106,12 +109,16 @@ class ConvertRequest(Options):
     """LoRA in any known layout."""
     output: Path
     """File to write."""
-    layout: Literal["comfy", "kohya", "peft"] = "comfy"
+    layout: LoRALayout = "comfy"
     """Key layout of the written file."""
     dtype: OutputDtype | None = None
     """Precision of the written factors; empty: the file's own."""
     expert: Literal["low_noise", "high_noise"] | None = None
     """Which part of a file that holds LoRAs for both experts of Wan 2.2."""
+    join: Path | None = None
+    """The LoRA of the other expert: one file with both is written."""
+    split: bool = False
+    """Write the two parts of a file with both experts as two files."""
     force: bool = False
     """Overwrite the output file."""
 
@@ -122,7 +129,119 @@ class InspectRequest(Options):
     path: Path
     """LoRA in any known layout."""
     expert: Literal["low_noise", "high_noise"] | None = None
-    """Which part of a file that holds LoRAs for both experts of Wan 2.2."""
+    """Which part of a file that holds LoRAs for both experts of Wan 2.2; empty: both."""
+
+
+class LoRAOutput(Options):
+    """How a tool writes the LoRA that it makes."""
+
+    output: Path
+    """File to write."""
+    layout: LoRALayout | None = None
+    """Key layout; empty: that of the first input."""
+    dtype: OutputDtype | None = None
+    """Precision of the factors; empty: that of the inputs, fp32 where that would round a sum."""
+    force: bool = False
+    """Overwrite the output."""
+
+
+class CutOptions(Options):
+    """Which singular values of an update are kept; of several limits the tightest counts."""
+
+    rank: int | None = Field(None, ge=1)
+    """Not more than this many."""
+    energy: float | None = Field(None, gt=0, le=1)
+    """The fewest that hold this share of the squared Frobenius norm."""
+    frobenius: float | None = Field(None, gt=0, le=1)
+    """The fewest that hold this share of the Frobenius norm."""
+    ratio: float | None = Field(None, ge=1)
+    """Those of at least the largest one / ratio."""
+
+
+class LoRAMergeRequest(LoRAOutput, CutOptions):
+    """Add LoRAs to one LoRA."""
+
+    loras: tuple[LoRAUse, ...] = Field(min_length=1)
+    """LoRAs and their strengths."""
+
+
+class LoRASubtractRequest(LoRAOutput, CutOptions):
+    """Take LoRAs out of a model that they were merged into, or out of another LoRA."""
+
+    minuend: Path
+    """Base model with the LoRAs merged in, or a LoRA."""
+    expert: Literal["low_noise", "high_noise"] | None = None
+    """Which part of a LoRA file for both experts of Wan 2.2."""
+    loras: tuple[LoRAUse, ...] = Field(min_length=1)
+    """LoRAs to take out, and the strengths they were merged with."""
+
+
+class LoRAResizeRequest(LoRAOutput, CutOptions):
+    """Change the rank of a LoRA."""
+
+    input: Path
+    """LoRA in any known layout."""
+    expert: Literal["low_noise", "high_noise"] | None = None
+    """Which part of a file for both experts of Wan 2.2."""
+
+
+class LoRAExtractRequest(LoRAOutput, CutOptions):
+    """Make a LoRA of what two checkpoints of one model differ in."""
+
+    base: Path
+    """Transformer weights in any known layout."""
+    tuned: Path
+    """Weights of the same model after training."""
+    allow_partial: bool = False
+    """Write the LoRA although it cannot hold everything that differs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the decompositions are computed."""
+
+
+class LoRAEmaRequest(Options):
+    """Average the files that one run saved on its way; their layout is kept."""
+
+    output: Path
+    """File to write."""
+    dtype: OutputDtype | None = None
+    """Precision of the factors; empty: that of the last file."""
+    force: bool = False
+    """Overwrite the output."""
+    files: tuple[Path, ...] = Field(min_length=2)
+    """Files of one LoRA after different numbers of steps."""
+    beta: float | None = Field(None, ge=0, lt=1)
+    """Share of the average so far that each further file keeps."""
+    beta2: float | None = Field(None, ge=0, lt=1)
+    """The share at the last file; it grows from `beta` in equal steps."""
+    sigma_rel: float | None = Field(None, gt=0)
+    """Width of the average relative to the length of training; at most 1/√12 = 0.2887."""
+    sort: bool = True
+    """Order the files by step, else by name; off: as given."""
+    exact: bool = False
+    """Average the updates instead of the factors, and cut to the rank of the last file."""
+
+
+class LoRABlendRequest(Options):
+    """Let LoRAs take over a share of each other's updates."""
+
+    files: tuple[LoRAUse, ...] = Field(min_length=2)
+    """LoRAs, each of which is written again."""
+    output: Path
+    """Folder of the results, which keep their names."""
+    share: float = Field(ge=0, le=1)
+    """0 changes nothing, at 1 all become the mean."""
+    votes: float = Field(0.0, ge=0, le=16)
+    """Weight of a LoRA's update in the mean: its norm to this power. 0: all count alike."""
+    groups: dict[Literal["cross", "self", "ffn", "other"], float] = Field(default_factory=dict)
+    """Group of layers -> factor on the share there, in [0, 1]; 1 where nothing is said."""
+    rank: int | None = Field(None, ge=1)
+    """Cut updates to this rank; empty: exact, the ranks add up."""
+    layout: LoRALayout | None = None
+    """Key layout; empty: each file's own."""
+    dtype: OutputDtype | None = None
+    """Precision of the factors; empty: each file's own, fp32 where that would round."""
+    force: bool = False
+    """Overwrite files in the folder."""
 
 
 class DemoRequest(Options):
@@ -177,6 +296,12 @@ JOBS: Registry[object] = Registry(
     Entry("merge", "trainer.jobs.lora_tools:run_merge", "bake LoRAs into a base model"),
     Entry("convert", "trainer.jobs.lora_tools:run_convert", "rewrite a LoRA in another layout"),
     Entry("inspect", "trainer.jobs.lora_tools:run_inspect", "describe a LoRA file"),
+    Entry("lora_merge", "trainer.jobs.lora_merge:run", "add LoRAs to one LoRA"),
+    Entry("lora_subtract", "trainer.jobs.lora_subtract:run", "take LoRAs out again"),
+    Entry("lora_resize", "trainer.jobs.lora_resize:run", "change the rank of a LoRA"),
+    Entry("lora_extract", "trainer.jobs.lora_extract:run", "a LoRA from two checkpoints"),
+    Entry("lora_ema", "trainer.jobs.lora_ema:run", "average the files of one run"),
+    Entry("lora_blend", "trainer.jobs.lora_blend:run", "LoRAs share their updates"),
     Entry("demo", "trainer.demo.job:run", "the whole pipeline on a tiny model"),
     Entry("bench", "trainer.bench.job:run", "speed and memory as ratios"),
     Entry("bench_config", "trainer.bench.config_job:run", "time and memory of a config's step"),
@@ -195,6 +320,12 @@ REQUESTS: dict[str, type[Options]] = {
     "merge": MergeRequest,
     "convert": ConvertRequest,
     "inspect": InspectRequest,
+    "lora_merge": LoRAMergeRequest,
+    "lora_subtract": LoRASubtractRequest,
+    "lora_resize": LoRAResizeRequest,
+    "lora_extract": LoRAExtractRequest,
+    "lora_ema": LoRAEmaRequest,
+    "lora_blend": LoRABlendRequest,
     "demo": DemoRequest,
     "bench": BenchRequest,
     "bench_config": BenchConfigRequest,

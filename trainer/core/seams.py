@@ -197,6 +197,31 @@ class Need(StrEnum):
     FULL_GRADS = "full_grads"
 
 
+class TrainingState(Protocol):
+    """What an engine holds, for techniques that look at it or change it between two steps."""
+
+    @property
+    def has_elementwise_state(self) -> bool:
+        """Whether the optimizer keeps one value an element, which `scale_state` needs."""
+        ...
+
+    def overwrite(self, values: Mapping[str, Tensor]) -> None:
+        """Replace trained parameters, given whole and equal on all ranks. A collective call."""
+        ...
+
+    def scale_state(self, factors: Mapping[str, Tensor]) -> None:
+        """Multiply the optimizer's state of parameters, value by value; step counts stay.
+
+        Raises:
+            ValueError: not `has_elementwise_state`, or no such parameter.
+        """
+        ...
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """Return the mean of a float32 tensor over all ranks, on its device. A collective call."""
+        ...
+
+
 class Technique:
     """Optional behaviour. Override only what you need; every default does nothing."""
 
@@ -204,6 +229,20 @@ class Technique:
     maturity: ClassVar[Maturity] = Maturity.EXPERIMENTAL
     needs: ClassVar[frozenset[Need]] = frozenset()
     Config: ClassVar[type[Options]]
+
+    def connect(self, state: TrainingState) -> None:
+        """Take what the engine holds, once, before the first step and before `load_state_dict`.
+
+        Raises:
+            ConfigError: the engine or its optimizer cannot do what this needs.
+        """
+
+    def lr_factor(self, step: int) -> float:
+        """Return what the learning rate of update number `step`, from 1, is multiplied with.
+
+        It depends on the step alone, so that resuming needs no state.
+        """
+        return 1.0
 
     def block_hooks(self) -> Iterable[BlockHook]:
         """Return hooks around each block; before-hooks run in config order, after-hooks back."""

@@ -106,7 +106,7 @@ def save(state: EngineState, folder: Path) -> None:
     if state.state_names:
         _stream_pieces(state, path)
         return
-    tensors = {_key(_WEIGHT, piece): _cut(state.flats[piece.flat], piece) for piece in state.pieces}
+    tensors = {_key(_WEIGHT, piece): cut(state.flats[piece.flat], piece) for piece in state.pieces}
     raw, numbers = _raw_state(state)
     save_safetensors(tensors | raw, path, {"numbers": json.dumps(numbers)}, verify=False)
 
@@ -130,7 +130,7 @@ def load(state: EngineState, folder: Path) -> None:
             _create_state(state)
         with ExitStack() as stack:
             residence = _Residence(state, stack, changed=True)
-            for piece in _by_flat(state):
+            for piece in pieces_by_flat(state):
                 residence.bring(piece.flat)
                 _fill_weight(state, piece, pieces)
                 if filled:
@@ -256,11 +256,13 @@ def _split(path: Path, key: str) -> tuple[str, int, str]:
     return parts[0], int(parts[1]), parts[2]
 
 
-def _cut(flat: Tensor, piece: Piece) -> Tensor:
+def cut(flat: Tensor, piece: Piece) -> Tensor:
+    """Return a piece of its flat, or of a state tensor that is laid out alike, as a view."""
     return flat.detach().view(-1).narrow(0, piece.offset, piece.numel)
 
 
-def _state_of(state: EngineState, flat: Tensor) -> dict[str, Any]:
+def state_of(state: EngineState, flat: Tensor) -> dict[str, Any]:
+    """Return what the optimizer holds of a flat; nothing before its first step."""
     held: dict[str, Any] = state.optimizer.state.get(flat, {})
     return held
 
@@ -282,15 +284,16 @@ class _Residence:
             self._index = index
 
 
-def _by_flat(state: EngineState) -> list[Piece]:
+def pieces_by_flat(state: EngineState) -> list[Piece]:
+    """Return this rank's pieces, those of one flat after the other."""
     return sorted(state.pieces, key=lambda piece: piece.flat)
 
 
 def _stream_pieces(state: EngineState, path: Path) -> None:
     """Write piece after piece: a copy of all of them may be more than the memory holds."""
     found: dict[str, tuple[Piece, str]] = {}
-    for piece in _by_flat(state):
-        stepped = bool(_state_of(state, state.flats[piece.flat]))
+    for piece in pieces_by_flat(state):
+        stepped = bool(state_of(state, state.flats[piece.flat]))
         for kind in (_WEIGHT, *(state.state_names if stepped else ())):
             found[_key(kind, piece)] = (piece, kind)
     with ExitStack() as stack:
@@ -300,7 +303,7 @@ def _stream_pieces(state: EngineState, path: Path) -> None:
             piece, kind = found[key]
             residence.bring(piece.flat)
             flat = state.flats[piece.flat]
-            return _cut(flat if kind == _WEIGHT else _state_of(state, flat)[kind], piece)
+            return cut(flat if kind == _WEIGHT else state_of(state, flat)[kind], piece)
 
         slots = {
             key: TensorSlot((piece.numel,), torch.float32) for key, (piece, _) in found.items()
@@ -314,7 +317,7 @@ def _step_numbers(state: EngineState) -> dict[str, dict[str, float]]:
     return {
         piece.name: {
             key: float(value)
-            for key, value in _state_of(state, state.flats[piece.flat]).items()
+            for key, value in state_of(state, state.flats[piece.flat]).items()
             if key not in state.state_names
         }
         for piece in state.pieces
@@ -325,22 +328,22 @@ def _raw_state(state: EngineState) -> tuple[dict[str, Tensor], dict[str, dict[st
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for index, flat in enumerate(state.flats):
-        held = _state_of(state, flat)
+        held = state_of(state, flat)
         numbers[str(index)] = {k: v for k, v in held.items() if not isinstance(v, Tensor)}
         tensors |= {f"raw|{index}|{k}": v for k, v in held.items() if isinstance(v, Tensor)}
     return tensors, numbers
 
 
 def _fill_weight(state: EngineState, piece: Piece, pieces: _Index) -> None:
-    _copy(_cut(state.flats[piece.flat], piece), piece, pieces[_WEIGHT, piece.name])
+    _copy(cut(state.flats[piece.flat], piece), piece, pieces[_WEIGHT, piece.name])
 
 
 def _fill_state(
     state: EngineState, piece: Piece, pieces: _Index, numbers: dict[str, dict[str, float]]
 ) -> None:
-    held = _state_of(state, state.flats[piece.flat])
+    held = state_of(state, state.flats[piece.flat])
     for name in state.state_names:
-        target = _cut(held[name], piece).zero_()
+        target = cut(held[name], piece).zero_()
         _copy(target, piece, pieces.get((name, piece.name), []))
     for key in held.keys() - set(state.state_names):
         _set_number(held, key, numbers[piece.name].get(key, 0.0))
@@ -354,7 +357,7 @@ def _fill_raw(state: EngineState, file: _RankFile) -> None:
     _create_state(state)
     copies: list[tuple[Tensor, Tensor]] = []
     for index, flat in enumerate(state.flats):
-        held = _state_of(state, flat)
+        held = state_of(state, flat)
         for key, value in held.items():
             if isinstance(value, Tensor):
                 copies.append((value, _raw_tensor(file, f"raw|{index}|{key}", value)))

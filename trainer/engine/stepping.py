@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.core.types import Batch, StepResult
-from trainer.engine import state_files
+from trainer.engine import state_edits, state_files
 from trainer.engine.finite import TermSums
 from trainer.engine.process_group import World
 from trainer.engine.state_files import EngineState
@@ -99,6 +99,32 @@ class SteppingEngine(ABC):
         """
         state_files.load(self._state(), folder)
         self._refresh_weights()
+
+    @property
+    def has_elementwise_state(self) -> bool:
+        """Whether the optimizer keeps one value an element, which `scale_state` needs."""
+        return bool(self._state().state_names)
+
+    def overwrite(self, values: Mapping[str, Tensor]) -> None:
+        """Replace trained parameters, wherever they are kept. Collective.
+
+        Args:
+            values: whole, by canonical name, the same on every rank.
+        """
+        state_edits.overwrite_weights(self._state(), values)
+        self._refresh_weights()
+
+    def scale_state(self, factors: Mapping[str, Tensor]) -> None:
+        """Multiply the optimizer's state of parameters, value by value; its step count stays.
+
+        Args:
+            factors: of the parameters' shapes, by canonical name, the same on every rank.
+        """
+        state_edits.scale_state(self._state(), factors)
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """Return the mean of a float32 tensor over all ranks, on its device. Collective."""
+        return self._world.gather(values.flatten()).mean(dim=0).view_as(values)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -187,7 +187,9 @@ def _open_file(path: Path) -> _Container:
         raise ModelFileError(
             f"{path} is a git-lfs pointer, not the weights", hint="run `git lfs pull`"
         )
-    if start.startswith((b"PK\x03\x04", b"\x80\x02")) and path.suffix not in SAFETENSORS_SUFFIXES:
+    # A safetensors header of 640 bytes starts like a pickle; behind its length is a brace.
+    torch_like = start.startswith((b"PK\x03\x04", b"\x80\x02")) and start[8:9] != b"{"
+    if torch_like and path.suffix not in SAFETENSORS_SUFFIXES:
         return _TorchContainer(path)
     if path.suffix.lower() in TORCH_SUFFIXES:
         raise ModelFileError(

@@ -18,9 +18,12 @@ from trainer.contract.config_rules import is_fp8, trained_timesteps
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.experts import trained_experts
 from trainer.contract.memory_rules import too_many_blocks
+from trainer.contract.variants import Expert
 from trainer.core.flow import NUM_TRAIN_TIMESTEPS
 from trainer.core.seams import BuildContext, Need, Technique
+from trainer.data.fingerprint import digest, model_identity
 from trainer.engine.deepspeed import is_installed
+from trainer.jobs.companions import attach_companions, companion_facts
 from trainer.memory.block_swap import BlockSwap, spread
 from trainer.memory.checkpoint_offload import CheckpointOffload
 from trainer.memory.host_share import HostShare
@@ -156,6 +159,21 @@ def trained_transformer_file(config: RunConfig) -> Path:
     return path
 
 
+def base_identity(config: RunConfig) -> str:
+    """Return a fingerprint of what is trained on: the transformers' files and frozen adapters.
+
+    Raises:
+        ConfigError: there is no file.
+        ModelFileError: a file cannot be read.
+    """
+    identity = "+".join(model_identity(path) for path in trained_transformer_files(config))
+    experts = trained_experts(config) or (None,)
+    frozen = companion_facts(
+        tuple(one for expert in experts for one in config.adapter.companions(expert))
+    )
+    return digest([identity, *frozen]) if frozen else identity
+
+
 def weights_dtype(config: RunConfig) -> torch.dtype:
     """Return the dtype of the transformer's activations, and of weights that are not fp8."""
     return torch.bfloat16 if is_fp8(config) else DTYPES[config.memory.weight_format]
@@ -174,13 +192,19 @@ def fp8_spec(config: RunConfig) -> Fp8Spec | None:
 
 
 def load_base(
-    config: RunConfig, path: Path, *, device: torch.device, share: HostShare | None = None
+    config: RunConfig,
+    path: Path,
+    *,
+    expert: Expert | None,
+    device: torch.device,
+    share: HostShare | None = None,
 ) -> WanTransformer:
-    """Load transformer weights in the precision that the config asks for.
+    """Load transformer weights in the precision that the config asks for, and what is on them.
 
     Args:
         config: the run.
         path: file or folder of the weights.
+        expert: which one of Wan 2.2 they are, for the frozen adapters; None: no expert.
         device: where they compute.
         share: the processes of this machine that load the same weights now: of the blocks that
             are swapped they hold one copy, which the one that leads reads.
@@ -204,7 +228,9 @@ def load_base(
             held_elsewhere=held_elsewhere,
         )
 
-    return make_base(config, read, device=device, share=share)
+    transformer = make_base(config, read, device=device, share=share)
+    attach_companions(config, transformer, expert)
+    return transformer
 
 
 def make_base(

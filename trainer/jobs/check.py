@@ -21,6 +21,7 @@ from trainer.data.cache_index import is_cached
 from trainer.data.cache_settings import CacheSettings
 from trainer.data.checks import DatasetCheck, check_dataset
 from trainer.io.mapped_load import open_weights
+from trainer.jobs.adapter_checks import adapter_problems
 from trainer.jobs.base import MAX_LISTED, Emit
 from trainer.jobs.components import require_vae, settle_variant, with_variant
 from trainer.jobs.config_checks import (
@@ -70,6 +71,7 @@ def run(request: CheckRequest, emit: Emit) -> None:
         problems += [problem for problem in more if problem.key not in told]
         problems += memory_problems(config, trains=True)
         shares = _expert_shares(config, variant, problems, emit)
+        problems += adapter_problems(config)
         problems = list(dict.fromkeys(problems))
     for note in memory_notes(config):
         emit("warning", message=note)

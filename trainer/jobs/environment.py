@@ -15,8 +15,8 @@ import torch
 
 from trainer.contract.config import RunConfig
 from trainer.contract.config_io import dump_config
-from trainer.data.fingerprint import digest, model_identity
-from trainer.jobs.build import trained_transformer_files
+from trainer.data.fingerprint import digest
+from trainer.jobs.build import base_identity
 
 _PACKAGES = (
     "menma",
@@ -78,15 +78,6 @@ def ground(config: RunConfig) -> dict[str, str]:
         "the config": digest(dump_config(config, base=Path.cwd())),
         "the weights": base_identity(config),
     }
-
-
-def base_identity(config: RunConfig) -> str:
-    """Return the fingerprint of the weights that a run trains on.
-
-    Raises:
-        ModelFileError: they cannot be read.
-    """
-    return "+".join(model_identity(path) for path in trained_transformer_files(config))
 
 
 def _version(package: str) -> str | None:

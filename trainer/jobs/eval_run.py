@@ -15,7 +15,7 @@ from torch import nn
 from trainer.adapters import load_adapter
 from trainer.contract.config import RunConfig, ValidationSection
 from trainer.contract.errors import ConfigError
-from trainer.contract.experts import trained_experts
+from trainer.contract.experts import single_expert, trained_experts
 from trainer.contract.jobs import EvalRequest
 from trainer.contract.memory_model import Clip
 from trainer.contract.run_dir import RunDir
@@ -72,7 +72,7 @@ def run(request: EvalRequest, emit: Emit) -> None:
             trained=trained,
             experts=trained_experts(config) or ("low_noise",),
             loaders=_loaders(config, variant, device, samples=bool(shots)),
-            load_trained=lambda path: _load(config, path, device),
+            load_trained=lambda path: _load(config, path, single_expert(config), device),
             validation=validation,
             shots=shots,
             device=device,
@@ -213,7 +213,7 @@ def _loaders(
     def transformer(expert: Expert) -> nn.Module:
         path = files[expert]
         assert path is not None, "checked above"
-        return _load(config, path, device)
+        return _load(config, path, expert, device)
 
     vae = lazy_vae(config, variant, device).load if samples else _not_needed
     text_encoder = lazy_text_encoder(config, device).load if samples else _not_needed
@@ -224,8 +224,8 @@ def _not_needed() -> Any:
     raise AssertionError("an encoder is loaded, though no video is made")
 
 
-def _load(config: RunConfig, path: Path, device: torch.device) -> nn.Module:
-    return freeze(load_base(config, path, device=device))
+def _load(config: RunConfig, path: Path, expert: Expert | None, device: torch.device) -> nn.Module:
+    return freeze(load_base(config, path, expert=expert, device=device))
 
 
 def _trained_fields(

@@ -3,38 +3,70 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import describe
 from trainer.adapters.base import AdapterFile, Update
-from trainer.adapters.formats.keys import Expert
-from trainer.adapters.formats.names import block_index
+from trainer.contract.expert_turns import EXPERTS
+from trainer.contract.layer_names import block_index
+from trainer.contract.lora_keys import Expert
 from trainer.contract.variants import VARIANTS, TransformerConfig
+from trainer.io.mapped_load import open_weights
+from trainer.jobs.lora_files import inside_block, lora_file, parts_in
+from trainer.jobs.lora_programs import programs_that_load
 
 
 def inspect_lora(path: Path, *, expert: Expert | None = None) -> dict[str, Any]:
     """Return a summary of the LoRA in `path` that can be written as JSON.
 
-    Keys: path, size_bytes, kind, layout, num_modules, num_parameters, ranks, alphas, scales and
-    dtypes (value -> number of modules), blocks, modules (name inside the block -> how often), norm
-    (Frobenius, of all updates together), largest (the five largest updates), zero_modules,
-    model (what it fits, in words), variants (the released models it fits), expert, notes, metadata.
+    Keys: path, size_bytes, layout, metadata, notes, pair, and of the LoRA: kind, num_modules,
+    num_parameters, ranks, alphas, scales and dtypes (value -> number of modules), blocks, modules
+    (name inside the block -> how often), norm (Frobenius, of all updates together), norm_by_block
+    (block, or `other` outside of them -> norm), largest (the five largest updates), zero_modules,
+    model (what it fits, in words), variants (the released models it fits), expert, programs (who
+    loads the file whole).
+
+    Of a file with LoRAs for both experts of Wan 2.2, and without `expert`, `pair` has the keys of
+    the LoRA once for `high_noise` and once for `low_noise`, and they are absent outside of it;
+    else `pair` is None.
 
     Raises:
         ModelFileError: the file cannot be read as a LoRA.
     """
-    adapter = load_adapter(path, expert=expert)
+    told = parts_in(path)
+    both = len(told) > 1
+    names = list(open_weights(lora_file(path)))
+    has_alpha = any(name.endswith(".alpha") for name in names)
+    chosen = EXPERTS if both and expert is None else (expert,)
+    parts: dict[Expert | None, AdapterFile] = {}
+    summaries: dict[Expert | None, dict[str, Any]] = {}
+    for part in chosen:
+        parts[part] = load_adapter(path, expert=part)
+        summaries[part] = _summary(parts[part], part if both else next(iter(told), None))
+        summaries[part]["programs"] = programs_that_load(
+            parts[part], has_alpha=has_alpha, both_experts=both
+        )
+    first = next(iter(parts.values()))
+    return {
+        "path": str(path),
+        "size_bytes": first.path.stat().st_size,
+        "layout": "+".join(dict.fromkeys(adapter.layout for adapter in parts.values())),
+        **(summaries[chosen[0]] if len(chosen) == 1 else {}),
+        "pair": {name: summaries[name] for name in EXPERTS} if len(chosen) > 1 else None,
+        "notes": list(dict.fromkeys(note for part in parts.values() for note in part.notes)),
+        "metadata": first.metadata,
+    }
+
+
+def _summary(adapter: AdapterFile, expert: Expert | None) -> dict[str, Any]:
     norms = {name: update.norm() for name, update in adapter.items()}
     largest = sorted(norms, key=lambda name: norms[name], reverse=True)[:5]
     updates = list(adapter.values())
     return {
-        "path": str(path),
-        "size_bytes": adapter.path.stat().st_size,
         "kind": "+".join(sorted({update.kind for update in updates})),
-        "layout": adapter.layout,
         "num_modules": len(adapter),
         "num_parameters": sum(update.num_parameters for update in updates),
         "ranks": _counts(update.rank for update in updates),
@@ -42,16 +74,29 @@ def inspect_lora(path: Path, *, expert: Expert | None = None) -> dict[str, Any]:
         "scales": _counts(f"{update.scale:g}" for update in updates),
         "dtypes": _counts(_dtype(update) for update in updates),
         "blocks": sorted({i for name in adapter if (i := block_index(name)) is not None}),
-        "modules": _counts(_inside_block(name) for name in adapter),
+        "modules": _counts(inside_block(name) for name in adapter),
         "norm": sum(norm * norm for norm in norms.values()) ** 0.5,
+        "norm_by_block": _by_block(norms),
         "largest": {name: norms[name] for name in largest},
         "zero_modules": sum(norm == 0 for norm in norms.values()),
-        "model": describe({name: factors.shape for name, factors in adapter.items()}),
+        "model": describe({name: update.shape for name, update in adapter.items()}),
         "variants": fitting_variants(adapter),
-        "expert": adapter.metadata.get("menma.expert"),
-        "notes": list(adapter.notes),
-        "metadata": adapter.metadata,
+        "expert": expert or adapter.metadata.get("menma.expert"),
     }
+
+
+def _by_block(norms: Mapping[str, float]) -> dict[str, float]:
+    squares: dict[str, float] = {}
+    for name, norm in sorted(norms.items(), key=lambda item: _block_order(item[0])):
+        block = block_index(name)
+        key = "other" if block is None else str(block)
+        squares[key] = squares.get(key, 0.0) + norm * norm
+    return {block: square**0.5 for block, square in squares.items()}
+
+
+def _block_order(name: str) -> float:
+    block = block_index(name)
+    return float("inf") if block is None else block
 
 
 def fitting_variants(adapter: AdapterFile) -> list[str]:
@@ -72,7 +117,7 @@ def _fits(config: TransformerConfig, adapter: AdapterFile) -> bool:
 
 
 def _shape(config: TransformerConfig, name: str) -> tuple[int, int] | None:
-    dim, inner = config.dim, _inside_block(name)
+    dim, inner = config.dim, inside_block(name)
     if inner == "ffn.0":
         return config.ffn_dim, dim
     if inner == "ffn.2":
@@ -87,10 +132,6 @@ def _is_image(name: str) -> bool:
 def _dtype(update: Update) -> str:
     first = next(iter(update.tensors().values()))
     return str(first.dtype).removeprefix("torch.")
-
-
-def _inside_block(name: str) -> str:
-    return name.split(".", 2)[2] if block_index(name) is not None else name
 
 
 def _counts(values: Iterable[Any]) -> dict[str, int]:

@@ -3,60 +3,79 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainer.contract.jobs import ConvertRequest, InspectRequest, MergeRequest
+from trainer.contract.lora_keys import Expert
 from trainer.jobs.base import Emit
-from trainer.jobs.convert import convert_lora
+from trainer.jobs.convert import convert
 from trainer.jobs.inspect_lora import inspect_lora
-from trainer.jobs.merge import merge_loras
+from trainer.jobs.lora_output import DTYPES, dtype_name
+from trainer.jobs.merge import MergeProgress, MergeReport, merge_loras, merge_pair
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LONGEST_VALUE = 2000
-_METADATA_BYTES = 32 * 1024
+_METADATA_BYTES = 24 * 1024
 
 
 def run_merge(request: MergeRequest, emit: Emit) -> None:
-    """Job `merge`; its `output` event has the path and the numbers of tensors."""
-    emit("phase", name="merge", detail=request.base.name)
-    report = merge_loras(
-        request.base,
-        request.loras,
-        request.output,
-        dtype=_DTYPES[request.dtype] if request.dtype else None,
-        force=request.force,
-    )
+    """Job `merge`; an `output` event a file: path, numbers of tensors, what rounding has cost."""
+    dtype = DTYPES[request.dtype] if request.dtype else None
+    if request.base_high_noise is None:
+        progress = MergeProgress(emit, request.base.name)
+        report = merge_loras(
+            request.base,
+            request.loras,
+            request.output,
+            dtype=dtype,
+            force=request.force,
+            on_plan=progress.begin,
+            on_tensor=progress.tensor,
+        )
+        reports = [report]
+    else:
+        bases: dict[Expert, Path] = {
+            "high_noise": request.base_high_noise,
+            "low_noise": request.base,
+        }
+        reports = merge_pair(
+            bases, request.loras, request.output, dtype=dtype, force=request.force, emit=emit
+        )
+    for report in reports:
+        emit_merged(report, emit)
+
+
+def emit_merged(report: MergeReport, emit: Emit) -> None:
+    """Say what was written, and warn where rounding has cost much of the LoRA."""
+    for note in report.notes:
+        emit("warning", message=note)
+    if words := report.rounding.warning():
+        emit("warning", message=words, hint="--dtype bf16 writes a more precise, larger file")
     emit(
         "output",
         path=str(report.output),
         num_tensors=report.num_tensors,
         num_changed=report.num_changed,
         num_bytes=report.num_bytes,
+        rounding=report.rounding.fields(),
     )
 
 
 def run_convert(request: ConvertRequest, emit: Emit) -> None:
-    """Job `convert`; its `output` event has the path and both layouts."""
-    report = convert_lora(
-        request.input,
-        request.output,
-        layout=request.layout,
-        dtype=_DTYPES[request.dtype] if request.dtype else None,
-        expert=request.expert,
-        force=request.force,
-    )
-    for note in report.notes:
-        emit("log", message=note)
-    emit(
-        "output",
-        path=str(report.output),
-        source_layout=report.source_layout,
-        layout=report.layout,
-        dtype=str(report.dtype).removeprefix("torch."),
-        num_modules=report.num_modules,
-    )
+    """Job `convert`; an `output` event a file, with the path and both layouts."""
+    emit("phase", name="convert", detail=request.input.name)
+    for report in convert(request):
+        for note in report.notes:
+            emit("log", message=note)
+        emit(
+            "output",
+            path=str(report.output),
+            source_layout=report.source_layout,
+            layout=report.layout,
+            dtype=dtype_name(report.dtype),
+            num_modules=report.num_modules,
+            expert=report.expert,
+        )
 
 
 def run_inspect(request: InspectRequest, emit: Emit) -> None:

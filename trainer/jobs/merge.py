@@ -1,30 +1,22 @@
-"""Bake LoRAs into a base model's file, one tensor at a time."""
+"""Bake LoRAs into a base model's file, or into both experts of Wan 2.2."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from trainer.adapters import load_adapter
-from trainer.adapters.apply import fitting_modules
-from trainer.adapters.base import AdapterFile, Update
-from trainer.adapters.formats.names import canonical_name
 from trainer.contract.errors import ConfigError, ModelFileError
-from trainer.contract.experts import SHARED
+from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.jobs import LoRAUse
-from trainer.io.formats.diffusers_names import MARKER
-from trainer.io.formats.stored_tensors import FP8_DTYPES, StoredTensor, read_tensor
-from trainer.io.mapped_load import WeightFiles, open_weights
-from trainer.io.stream_save import TensorSlot, stream_safetensors
-from trainer.models.wan.detect import CONFIG_KEY, official_tensors, recognise, transformer_metadata
-
-_SUFFIX = ".safetensors"
+from trainer.contract.lora_keys import Expert
+from trainer.io.mapped_load import open_weights
+from trainer.jobs.base import Emit
+from trainer.jobs.lora_files import check_distinct, experts_of, lora_file
+from trainer.jobs.lora_output import check_output, write_together
+from trainer.jobs.merge_weights import Merge, Rounding, plan_merge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,14 +27,8 @@ class MergeReport:
     num_tensors: int
     num_changed: int
     num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """One LoRA's part in one weight."""
-
-    update: Update
-    strength: float
+    rounding: Rounding
+    notes: tuple[str, ...] = ()
 
 
 def merge_loras(
@@ -52,157 +38,127 @@ def merge_loras(
     *,
     dtype: torch.dtype | None = None,
     force: bool = False,
+    on_plan: Callable[[int], None] | None = None,
     on_tensor: Callable[[str], None] | None = None,
 ) -> MergeReport:
-    """Write `base` with the LoRAs added to its weights: W + Σ strength · alpha / rank · up @ down.
+    """Write `base` with the LoRAs added to its weights: W + Σ strength · delta.
 
     Names, prefix, metadata and (unless `dtype` is given) dtypes of the base are kept, with two
     exceptions: a folder of shards becomes one file, and diffusers' names become original ones.
-    Sums are formed in float32 and rounded once.
+    Sums are formed in float32 and rounded once. A weight in fp8 is turned into floats, and the sum
+    rounded to the same fp8 format again, with a fresh scale where the file has scales; weights
+    that no LoRA changes keep their bytes.
 
     Args:
         base: transformer weights in any known layout.
         loras: what to add.
         output: a .safetensors file.
-        dtype: of the written weights; None keeps each tensor's own. Must be given for a base in
-            fp8, whose rounding would swallow the LoRA.
+        dtype: of the written weights; None keeps each tensor's own.
         force: replace `output` if it is there.
+        on_plan: called with the number of tensors before the first is written.
         on_tensor: called with the name of each tensor that was written.
 
     Raises:
-        ConfigError: `output` is there already, or is one of the inputs.
-        ModelFileError: a LoRA is for another model, or the base is fp8 and `dtype` is None.
+        ConfigError: `output` is there already, or is one of the inputs, or a LoRA is given twice.
+        ModelFileError: a LoRA is for another model or expert, or a value does not fit `dtype`.
         DiskError: the disk is full, read-only or faulty; `output` is as it was.
     """
     check_output(output, [base, *(lora.path for lora in loras)], force=force)
-    files = open_weights(base)
-    tensors = official_tensors(files)
-    adapters = [load_adapter(lora.path, expert=lora.expert) for lora in loras]
-    shares = _shares(files, tensors, loras, adapters)
-    plan = _plan(files, tensors, dtype)
-
-    def read(name: str) -> Tensor:
-        official, slot = plan[name]
-        stored = tensors[official]
-        tensor = _merged(files, stored, shares.get(official, []), slot.dtype)
-        changed = official in shares or slot.dtype != files[stored.name].dtype
-        if changed and not bool(torch.isfinite(tensor).all()):
-            raise ModelFileError(
-                f"{name} has values that {slot.dtype} cannot hold",
-                hint="write bf16, or lower the strengths",
-            )
-        return tensor
-
-    stream_safetensors(
-        {name: slot for name, (_, slot) in plan.items()},
-        read,
-        output,
-        _metadata(files, loras, keep_quantisation=dtype is None),
-        on_tensor=on_tensor,
-    )
-    return MergeReport(
-        output=output,
-        num_tensors=len(plan),
-        num_changed=len(shares),
-        num_bytes=output.stat().st_size,
-    )
+    check_distinct(loras)
+    merge = plan_merge(base, loras, dtype)
+    if on_plan is not None:
+        on_plan(len(merge.plan))
+    merge.write(output, on_tensor)
+    return _report(merge, output)
 
 
-def check_output(output: Path, inputs: Sequence[Path], *, force: bool) -> None:
-    """Refuse an output that would replace something the user did not say to replace.
+def merge_pair(
+    bases: Mapping[Expert, Path],
+    loras: Sequence[LoRAUse],
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    emit: Emit,
+) -> list[MergeReport]:
+    """Merge into both experts of Wan 2.2: OUT_high_noise.safetensors and OUT_low_noise.safetensors.
+
+    A LoRA goes to the expert that is given with it, else that its metadata or name tells, else to
+    both. Both files appear, or none.
 
     Raises:
-        ConfigError: the file is there and `force` is not set, it is one of the inputs (also with
-            `force`), or it is not named .safetensors.
+        ConfigError, ModelFileError, DiskError: as `merge_loras`; also an expert without a LoRA.
     """
-    if output.suffix != _SUFFIX:
-        raise ConfigError(f"{output} must end in .safetensors")
-    if any(path.exists() and output.exists() and path.samefile(output) for path in inputs):
-        raise ConfigError(f"{output} is an input, too", hint="write to another file")
-    if output.exists() and not force:
-        raise ConfigError(f"{output} is there already", hint="give another name, or --force")
-
-
-def _shares(
-    files: WeightFiles,
-    tensors: Mapping[str, StoredTensor],
-    loras: Sequence[LoRAUse],
-    adapters: Sequence[AdapterFile],
-) -> dict[str, list[_Share]]:
-    """Official name of each weight that changes -> what is added to it."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, stored in tensors.items():
-        module, shape = name.removesuffix(".weight"), files[stored.name].shape
-        if module != name and len(shape) == 2 and canonical_name(module) == module:
-            shapes[module] = (shape[0], shape[1])
-    shares: dict[str, list[_Share]] = {}
-    for lora, adapter in zip(loras, adapters, strict=True):
-        _check_expert(lora, adapter, files.metadata)
-        for module, update in fitting_modules(shapes, adapter).items():
-            shares.setdefault(f"{module}.weight", []).append(_Share(update, lora.strength))
-    return shares
-
-
-def _plan(
-    files: WeightFiles, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None
-) -> dict[str, tuple[str, TensorSlot]]:
-    """Name in the output -> official name and what is written there."""
-    coarse = [s for s in tensors.values() if s.scale or files[s.name].dtype in FP8_DTYPES]
-    if coarse and dtype is None:
-        raise ModelFileError(
-            f"{files.path} is fp8 ({coarse[0].name}): its rounding would swallow the LoRA",
-            hint="give the precision to write, such as bf16, or use the bf16 file of the model",
+    check_distinct(loras)
+    inputs = [*bases.values(), *(lora.path for lora in loras)]
+    outputs = {expert: _of_expert(output, expert) for expert in EXPERTS}
+    for path in outputs.values():
+        check_output(path, inputs, force=force)
+    if bases["high_noise"].resolve() == bases["low_noise"].resolve():
+        raise ConfigError(
+            f"{bases['low_noise']} is given for both experts", hint="give the file of each"
         )
-    renamed = any(name.endswith(MARKER) for name in files)
-    plan: dict[str, tuple[str, TensorSlot]] = {}
-    for official, stored in tensors.items():
-        info = files[stored.name]
-        slot = TensorSlot(info.shape, info.dtype if dtype is None else dtype)
-        plan[official if renamed else stored.name] = (official, slot)
-    return plan
+    merges: dict[Expert, Merge] = {}
+    for expert in EXPERTS:
+        _check_base(bases[expert], expert)
+        uses = [
+            lora.model_copy(update={"expert": expert})
+            for lora in loras
+            if expert in experts_of(lora, open_weights(lora_file(lora.path)).metadata)
+        ]
+        if not uses:
+            raise ConfigError(
+                f"no LoRA is for the {expert} expert",
+                hint="merge into the other one alone, or write --lora FILE@" + expert,
+            )
+        merges[expert] = plan_merge(bases[expert], uses, dtype)
+    progress = MergeProgress(emit, output.name)
+    progress.begin(sum(len(merge.plan) for merge in merges.values()))
+
+    def writer(merge: Merge) -> Callable[[Path], None]:
+        return lambda path: merge.write(path, progress.tensor)
+
+    write_together({outputs[expert]: writer(merge) for expert, merge in merges.items()})
+    return [_report(merge, outputs[expert]) for expert, merge in merges.items()]
 
 
-def _check_expert(lora: LoRAUse, adapter: AdapterFile, base: Mapping[str, str]) -> None:
-    wanted, trained = base.get("menma.expert"), adapter.metadata.get("menma.expert")
-    if wanted and trained and trained not in {wanted, SHARED}:
+class MergeProgress:
+    """Counts written tensors as a phase."""
+
+    def __init__(self, emit: Emit, detail: str) -> None:
+        self._emit, self._detail = emit, detail
+        self._done = self._total = 0
+
+    def begin(self, total: int) -> None:
+        """Take the number of tensors."""
+        self._total = total
+        self._emit("phase", name="merge", detail=self._detail)
+
+    def tensor(self, name: str) -> None:
+        """Count one."""
+        self._done += 1
+        self._emit("phase", name="merge", done=self._done, total=self._total, detail=name)
+
+
+def _report(merge: Merge, output: Path) -> MergeReport:
+    return MergeReport(
+        output=output,
+        num_tensors=len(merge.plan),
+        num_changed=merge.num_changed,
+        num_bytes=output.stat().st_size,
+        rounding=merge.rounding,
+        notes=merge.notes,
+    )
+
+
+def _of_expert(output: Path, expert: Expert) -> Path:
+    return output.with_name(f"{output.stem}_{expert}{output.suffix}")
+
+
+def _check_base(base: Path, expert: Expert) -> None:
+    told = open_weights(base).metadata.get("menma.expert")
+    if told in EXPERTS and told != expert:
         raise ModelFileError(
-            f"{lora.path} was trained for the {trained} expert, the base is the {wanted} one",
-            hint="merge it into the file of its own expert",
+            f"{base} is the {told} expert, and was given as the {expert} one",
+            hint="swap the two bases",
         )
-
-
-def _merged(
-    files: WeightFiles, stored: StoredTensor, shares: Sequence[_Share], dtype: torch.dtype
-) -> Tensor:
-    if not shares:
-        return read_tensor(files, stored, dtype, "cpu")
-    summed = read_tensor(files, stored, torch.float32, "cpu")
-    for share in shares:
-        summed = share.update.added_to(summed, share.strength)
-    return summed.to(dtype)
-
-
-def _metadata(
-    files: WeightFiles, loras: Sequence[LoRAUse], *, keep_quantisation: bool
-) -> dict[str, str]:
-    own = dict(files.metadata)
-    if not keep_quantisation:
-        own.pop("_quantization_metadata", None)
-    if files.config and CONFIG_KEY not in own:
-        # config.json stays behind; what it told of the shape must not.
-        shape = recognise(files).config
-        own[CONFIG_KEY] = transformer_metadata(shape, "")[CONFIG_KEY]
-    names = [files.path.name, *(lora.path.name for lora in loras)]
-    parts = [{"file": lora.path.name, "strength": lora.strength} for lora in loras]
-    return own | {
-        "modelspec.merged_from": ", ".join(names),
-        "menma.merged": json.dumps(_merged_before(own) + parts),
-    }
-
-
-def _merged_before(metadata: Mapping[str, str]) -> list[Any]:
-    try:
-        before = json.loads(metadata.get("menma.merged", "[]"))
-    except ValueError:
-        return []
-    return before if isinstance(before, list) else []

@@ -8,8 +8,7 @@ and written one after the other.
 from __future__ import annotations
 
 import gc
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import attach
-from trainer.contract.experts import SHARED
 from trainer.contract.jobs import LoRAUse
 from trainer.contract.variants import Expert, Variant
+from trainer.jobs.lora_files import experts_of
 from trainer.models.wan.conditioning import LatentEncoder
 from trainer.sampling.conditions import (
     Conditions,
@@ -37,9 +36,6 @@ from trainer.sampling.results import OutputKind, write_sample
 
 Progress = Callable[[str, int, int], None]
 """Told of (phase, done, total); phases are `texts`, `inputs`, `steps` and `decode`."""
-
-_EXPERT_KEYS = ("menma.expert", "ss_loraid_expert")
-_EXPERT_WORDS: Mapping[str, Expert] = {"high": "high_noise", "low": "low_noise"}
 
 
 class Vae(LatentEncoder, VideoDecoder, Protocol):
@@ -126,7 +122,7 @@ def attach_loras(transformer: nn.Module, loras: Sequence[LoRAUse], expert: Exper
     """
     for lora in loras:
         adapter = load_adapter(lora.path, expert=expert)
-        if expert is None or expert in _experts_of(lora, adapter.metadata):
+        if expert is None or expert in experts_of(lora, adapter.metadata):
             attach(transformer, adapter, lora.strength)
 
 
@@ -215,18 +211,3 @@ class _Run:
         gc.collect()
         if self.options.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _experts_of(lora: LoRAUse, metadata: Mapping[str, str]) -> frozenset[Expert]:
-    both: frozenset[Expert] = frozenset({"low_noise", "high_noise"})
-    if lora.expert is not None:
-        return frozenset({lora.expert})
-    if metadata.get("menma.expert") == SHARED:
-        return both
-    told = " ".join(metadata.get(key, "") for key in _EXPERT_KEYS)
-    for text in (told, lora.path.stem):
-        words = re.split(r"[^a-z]+", text.lower())
-        found = {expert for word, expert in _EXPERT_WORDS.items() if word in words}
-        if len(found) == 1:
-            return frozenset(found)
-    return both

@@ -24,13 +24,14 @@ from trainer.engine import process_group
 from trainer.engine.failures import failing_together
 from trainer.engine.process_group import World
 from trainer.engine.sequence import sharing_clips
+from trainer.jobs.adapter_checks import require_sound_adapter
 from trainer.jobs.agreement import require_same, require_shared_folder
 from trainer.jobs.automatic_memory import memory_values, resolve_for_training
 from trainer.jobs.base import INTERRUPTED, Emit, Stopped, explain
-from trainer.jobs.build import pick_device
+from trainer.jobs.build import base_identity, pick_device
 from trainer.jobs.components import settle_variant, with_variant
 from trainer.jobs.config_job import read_config
-from trainer.jobs.environment import base_identity, describe_environment, ground
+from trainer.jobs.environment import describe_environment, ground
 from trainer.jobs.start import run_elsewhere, take_place
 from trainer.jobs.train_experts import two_transformers
 from trainer.jobs.train_parts import (
@@ -113,6 +114,7 @@ class TrainingRun:
         )
         # Whatever can be wrong is found in the order of its cost: headers, caches, then weights.
         variant = settle_variant(self.config)
+        require_sound_adapter(self.config)
         hosts = require_same(world, ground(self.config))
         require_shared_folder(world, hosts, self.run_dir.root, distributed.timeout_s)
         config = resolve_for_training(self.config, variant, world, self.emit)

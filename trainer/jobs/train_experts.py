@@ -7,7 +7,7 @@ schedule, stream of data and count of steps, and comes out bit for bit as alone.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 
@@ -52,6 +52,11 @@ class _Part:
     build: BuildContext
     model: TrainedModel
     num_parameters: int
+
+    @property
+    def learning_rate(self) -> Callable[[int], float]:
+        """Of its own steps."""
+        return learning_rate(self.config, self.build, self.model.techniques)
 
 
 def two_transformers(
@@ -141,7 +146,10 @@ def _each(
         expert: build_engine(part.config, part.model, part.build, world)
         for expert, part in parts.items()
     }
-    rates = {expert: learning_rate(part.config, part.build) for expert, part in parts.items()}
+    rates = {
+        expert: learning_rate(part.config, part.build, part.model.techniques)
+        for expert, part in parts.items()
+    }
 
     def turn_of(step: int) -> Turn:
         expert = turns.expert_at(step)
@@ -190,7 +198,10 @@ def _shared(
     steps = {expert: part.model.step for expert, part in parts.items()}
     step = TurningStep({name: one for name, one in steps.items() if isinstance(one, TrainStep)})
     model = replace(first.model, step=step)
-    rates = {expert: learning_rate(part.config, part.build) for expert, part in parts.items()}
+    rates = {
+        expert: learning_rate(part.config, part.build, part.model.techniques)
+        for expert, part in parts.items()
+    }
 
     def begin(expert: str) -> None:
         working.stage.bring(expert)

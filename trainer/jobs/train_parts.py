@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from trainer.attention.sequence import SequenceGroup
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError
+from trainer.contract.experts import single_expert
 from trainer.contract.metadata import TrainingFacts, training_metadata
 from trainer.contract.variants import Variant
 from trainer.core.seams import Adapter, BuildContext, Engine, OptimizerFactory, Technique
@@ -32,6 +33,7 @@ from trainer.jobs.build import (
     make_base,
     trained_transformer_file,
 )
+from trainer.jobs.companions import attach_companions
 from trainer.jobs.deepspeed_settings import deepspeed_settings
 from trainer.jobs.environment import menma_version
 from trainer.jobs.neighbours import neighbours
@@ -138,11 +140,13 @@ def build_model(
 
     def load() -> WanTransformer:
         share = neighbours(world) if config.memory.swapped_blocks else None
+        expert = single_expert(config)
         if weights is not None:
             transformer = make_base(config, weights, device=device, share=share)
+            attach_companions(config, transformer, expert)
         else:
             path = trained_transformer_file(config)
-            transformer = load_base(config, path, device=device, share=share)
+            transformer = load_base(config, path, expert=expert, device=device, share=share)
         on_load(transformer)
         return transformer
 
@@ -200,11 +204,25 @@ def assemble_model(
 def build_engine(
     config: RunConfig, model: TrainedModel, build: BuildContext, world: World
 ) -> Engine:
-    """Make the engine that the config asks for.
+    """Make the engine that the config asks for, and tell the techniques of it.
 
     Raises:
-        ConfigError: DeepSpeed is asked for and missing, or several processes without it.
+        ConfigError: DeepSpeed is asked for and missing, several processes without it, or a
+            technique cannot work with it.
     """
+    engine = _make_engine(config, model, build, world)
+    try:
+        for technique in model.techniques:
+            technique.connect(engine)
+    except ConfigError:
+        engine.close()
+        raise
+    return engine
+
+
+def _make_engine(
+    config: RunConfig, model: TrainedModel, build: BuildContext, world: World
+) -> LocalEngine | DeepSpeedEngine:
     factory: OptimizerFactory = build_plugin(config.optimizer, "kind", build, where="optimizer")
     if engine_kind(config) == "local":
         if world.world_size > 1 or config.distributed.zero_stage:
@@ -278,14 +296,20 @@ def validation_notes(
         )
 
 
-def learning_rate(config: RunConfig, build: BuildContext) -> LearningRate:
-    """Return the learning rate as a function of the step."""
-    return LearningRate(
+def learning_rate(
+    config: RunConfig, build: BuildContext, techniques: Sequence[Technique] = ()
+) -> Callable[[int], float]:
+    """Return the learning rate as a function of the step, with what techniques make of it."""
+    course = LearningRate(
         base=config.optimizer.learning_rate,
         warmup_steps=config.lr_schedule.warmup_steps,
         total_steps=build.total_steps,
         schedule=build_plugin(config.lr_schedule, "kind", build, where="lr_schedule"),
     )
+    having_a_say = [t for t in techniques if type(t).lr_factor is not Technique.lr_factor]
+    if not having_a_say:
+        return course
+    return lambda step: course(step) * math.prod(t.lr_factor(step) for t in having_a_say)
 
 
 def plan(config: RunConfig, total_steps: int) -> Plan:

@@ -76,7 +76,7 @@ def one_transformer(
         num_parameters=sum(value.numel() for value in model.transformer.parameters()),
         engine=build_engine(config, model, build, world),
         steps=data.steps,
-        lr_at=learning_rate(config, build),
+        lr_at=learning_rate(config, build, model.techniques),
         acting=model.techniques,
         techniques=model.techniques,
         outputs=(output_file(config, build, model, data, session, name=config.name),),

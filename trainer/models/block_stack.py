@@ -20,6 +20,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from trainer.core.forward_values import remembered
 from trainer.core.seams import BlockHook, BlockState
 from trainer.memory.block_swap import BlockSwap
 from trainer.memory.checkpoint_offload import CheckpointOffload
@@ -135,10 +136,11 @@ class BlockStack(nn.ModuleList):
         contexts: _Contexts = (nullcontext(), nullcontext())
         if self.keep_attention:
             contexts = create_selective_checkpoint_contexts(_keep_attention)  # type: ignore[no-untyped-call]
-        if self.swap is None:
-            return contexts
         # Outermost: what keeps results by the order of operators must see the same ones twice.
         forward, again = contexts
+        again = remembered(again)
+        if self.swap is None:
+            return forward, again
         return _Needing(self.swap, index, forward), _Needing(self.swap, index, again)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from threading import Lock
 from typing import ClassVar
 
 from rich.text import Text
@@ -25,7 +26,7 @@ from trainer.contract.run_dir import RunDir
 
 POLL_S = 1.0
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
-PART = 20_000
+PART = 5_000
 """Events that are read at a time, so that a long run shows its curve while it is being read."""
 
 
@@ -72,6 +73,10 @@ class MonitorScreen(Screen[None]):
         self._smoothing = 3
         self._state: RunState | None = None
         self._said = 0
+        self._reading = Lock()
+        """Held by the thread that reads events."""
+        self._columns = Lock()
+        """Held by who adds to the log's columns, or looks at them."""
 
     def compose(self) -> ComposeResult:
         """Lay out state, curve, figures and words."""
@@ -101,13 +106,16 @@ class MonitorScreen(Screen[None]):
     def read(self) -> None:
         """Read the run's state and its new events, in a thread."""
         run, log = self._run, self._log
-        if run is None or log is None:
-            return
-        while True:
-            count = log.read(PART)
-            self.post_message(self.Read(run, read_state(run), count))
-            if count < PART:
-                return
+        if run is None or log is None or not self._reading.acquire(blocking=False):
+            return  # the thread of a second ago is still at it
+        try:
+            count = PART
+            while count == PART and log is self._log:
+                with self._columns:
+                    count = log.read(PART)
+                self.post_message(self.Read(run, read_state(run), count))
+        finally:
+            self._reading.release()
 
     @on(Read)
     def show(self, message: Read) -> None:
@@ -118,12 +126,13 @@ class MonitorScreen(Screen[None]):
         self._state = message.state
         if not changed:
             return
-        self._extend_curve(self._log)
-        self.query_one(LossCurve).show(self._curve, tuple(self._log.validation))
+        with self._columns:
+            self._extend_curve(self._log)
+            self.query_one(LossCurve).show(self._curve, tuple(self._log.validation))
+            self.query_one("#figures", Static).update(_figures(self._log))
+            self._say_new(self._log)
+            self._read_cursor()
         self.query_one("#state", Static).update(_state_words(message.state))
-        self.query_one("#figures", Static).update(_figures(self._log))
-        self._say_new(self._log)
-        self._read_cursor()
 
     def action_back(self) -> None:
         """Go to the list."""
@@ -132,7 +141,8 @@ class MonitorScreen(Screen[None]):
     def action_cursor(self, by: int) -> None:
         """Move the cursor and read the step under it."""
         self.query_one(LossCurve).move_cursor(by)
-        self._read_cursor()
+        with self._columns:
+            self._read_cursor()
 
     def action_logarithm(self) -> None:
         """Change the vertical axis."""
@@ -144,8 +154,9 @@ class MonitorScreen(Screen[None]):
         self._smoothing = min(max(self._smoothing + by, 0), len(SMOOTHINGS) - 1)
         self._start_curve()
         if self._log is not None:
-            self._extend_curve(self._log)
-            self.query_one(LossCurve).show(self._curve, tuple(self._log.validation))
+            with self._columns:
+                self._extend_curve(self._log)
+                self.query_one(LossCurve).show(self._curve, tuple(self._log.validation))
         self.notify(f"smoothing {SMOOTHINGS[self._smoothing]:g}", timeout=2)
 
     def action_request(self, what: str) -> None:
@@ -185,8 +196,7 @@ class MonitorScreen(Screen[None]):
         self._last = -1
 
     def _extend_curve(self, log: RunLog) -> None:
-        # The thread may be adding: only what both columns have is taken.
-        num = min(len(log.steps), len(log.columns["loss"]))
+        num = len(log.steps)
         redone = num < self._drawn or (self._drawn and log.steps[self._drawn - 1] != self._last)
         if redone:
             self._start_curve()

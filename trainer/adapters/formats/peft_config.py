@@ -25,20 +25,23 @@ _BAD = "the LoRA settings in the header of {path} are damaged: {reason}"
 
 
 class PeftConfig:
-    """Answers which alpha a module was trained with, by PEFT's own rules."""
+    """Answers which alpha a module was trained with, by PEFT's own rules.
+
+    Attributes:
+        settings: of the part of the pipeline that is read.
+        use_dora: every module has a magnitude.
+    """
 
     def __init__(self, settings: Mapping[str, Any], path: Path, component: str = "") -> None:
         self._path = path
-        self._settings = _of_component(settings, component)
-        self._alpha = self._number("lora_alpha", self._settings.get("lora_alpha"))
-        self._by_pattern = self._patterns("alpha_pattern")
-        self._rslora = bool(self._settings.get("use_rslora", False))
-        if self._settings.get("use_dora"):
-            raise ModelFileError(
-                f"{path} is a DoRA, which is not supported yet",
-                hint="merge it into its base model with the tool that made it",
-            )
-        init = str(self._settings.get("init_lora_weights", "")).lower()
+        self.settings = _of_component(settings, component)
+        # LoRA's key is `lora_alpha`, LoHa's and LoKr's is `alpha`.
+        key = "lora_alpha" if "lora_alpha" in self.settings else "alpha"
+        self._alpha = self._number(key, self.settings.get(key))
+        self._alphas = self._patterns("alpha_pattern")
+        self._rslora = bool(self.settings.get("use_rslora", False))
+        self.use_dora = bool(self.settings.get("use_dora", False))
+        init = str(self.settings.get("init_lora_weights", "")).lower()
         if init.startswith(_CHANGES_BASE):
             raise ModelFileError(
                 f"{path} was trained with init_lora_weights={init!r}: it belongs to changed base "
@@ -49,24 +52,30 @@ class PeftConfig:
 
     def alpha(self, spelling: str, rank: int) -> float | None:
         """Return alpha so that alpha / rank is the scale PEFT applies to module `spelling`."""
-        alpha = self._alpha
-        for pattern, value in self._by_pattern.items():
-            if self._matches(pattern, spelling):
-                alpha = value
-                break
+        alpha = self._of(spelling, self._alphas, self._alpha)
         if alpha is None:
             return None
         # Rank-stabilised LoRA (arXiv:2312.03732) scales by alpha / sqrt(rank).
         return alpha * math.sqrt(rank) if self._rslora else alpha
 
+    def scale(self, spelling: str) -> float:
+        """Return alpha / r as the settings alone give it; 1 where they do not."""
+        alpha = self._of(spelling, self._alphas, self._alpha)
+        rank = self._number("r", self.settings.get("r"))
+        rank = self._of(spelling, self._patterns("rank_pattern"), rank)
+        return alpha / rank if alpha is not None and rank else 1.0
+
+    def _of(self, spelling: str, table: Mapping[str, float], default: float | None) -> float | None:
+        return next((v for p, v in table.items() if self._matches(p, spelling)), default)
+
     def _matches(self, pattern: str, spelling: str) -> bool:
         try:
             return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", spelling) is not None
         except re.error as error:
-            raise self._damaged(f"alpha_pattern {pattern!r} is no pattern ({error})") from error
+            raise self._damaged(f"{pattern!r} is no pattern ({error})") from error
 
     def _patterns(self, key: str) -> dict[str, float]:
-        table = self._settings.get(key) or {}
+        table = self.settings.get(key) or {}
         if not isinstance(table, dict):
             raise self._damaged(f"{key} is not a table")
         for name in table:
@@ -112,13 +121,18 @@ def find_peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any
 
 
 def header_settings(
-    ranks: Mapping[str, int], alphas: Mapping[str, float], component: str = "transformer"
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    *,
+    use_dora: bool = False,
+    component: str = "transformer",
 ) -> str:
     """Return the header that diffusers needs to scale each module by alpha / rank.
 
     Args:
         ranks: rank by diffusers module name.
         alphas: alpha by diffusers module name, same keys.
+        use_dora: every module has a magnitude.
         component: the pipeline's part that the LoRA belongs to.
     """
     rank, alpha = _most_common(ranks), _most_common(alphas)
@@ -132,7 +146,7 @@ def header_settings(
         "target_modules": sorted(ranks),
         "lora_dropout": 0.0,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": use_dora,
         "lora_bias": False,
         "bias": "none",
     }

@@ -1,7 +1,8 @@
-"""Reads a LoRA file of any known layout. No key is ever dropped without a word."""
+"""Reads an adapter file of any known layout and kind. No key is ever dropped without a word."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.adapters.base import AdapterFile, LoRAFactors
-from trainer.adapters.formats.keys import Expert, Key, Role, parse_key, unsupported_kind
+from trainer.adapters.base import AdapterFile, Update
+from trainer.adapters.formats.builders import BUILDERS
 from trainer.adapters.formats.peft_config import PeftConfig, find_peft_settings
+from trainer.adapters.formats.vera import VeraProjections
 from trainer.contract.errors import ModelFileError
+from trainer.contract.lora_keys import ALPHA, SHARED, Expert, Key, parse_key, unsupported_kind
+from trainer.contract.stored_kinds import STORED_KINDS, VERA_ROLES, StoredKind
 from trainer.io.mapped_load import WeightFiles, open_weights
 
 _FILES_IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -23,12 +27,13 @@ _PARTS: dict[Expert, frozenset[str]] = {
 
 
 def load_adapter(path: Path | str, *, expert: Expert | None = None) -> AdapterFile:
-    """Read a LoRA of any known layout into factors by canonical module name.
+    """Read an adapter of any known layout into updates by canonical module name.
 
     Layouts: kohya and musubi (`lora_unet_…`), ComfyUI and diffusion-pipe (`diffusion_model.…`),
     PEFT and diffusers (`transformer.…`, `base_model.model.…`, scale in the header or in
     `adapter_config.json`), bare names; A/B or down/up, with or without alpha, any float dtype.
-    Without alpha anywhere the scale is 1, as in ComfyUI and diffusers.
+    Without alpha anywhere the scale is 1, as in ComfyUI and diffusers. Kinds: LoRA, DoRA, LoHa,
+    LoKr, and VeRA, which becomes a LoRA; modules of one file may be of different kinds.
 
     Args:
         path: the file, or a folder that PEFT or diffusers wrote.
@@ -41,15 +46,21 @@ def load_adapter(path: Path | str, *, expert: Expert | None = None) -> AdapterFi
     files = open_weights(path)
     keys = _parse_keys(path, list(files))
     keys = _choose_expert(path, keys, expert)
-    layers = _group(path, keys)
+    layers, shared = _group(path, keys)
+    kinds = {name: _kind(path, name, layer) for name, layer in layers.items()}
     scales = _Scales(path, files.metadata, keys)
-    modules = {name: _factors(path, files, name, layer, scales) for name, layer in layers.items()}
+    projections = _projections(path, files, layers, shared, scales)
+    modules = {
+        name: BUILDERS[kinds[name].name](_Module(path, files, name, layer, scales, projections))
+        for name, layer in layers.items()
+    }
+    scales.check_magnitudes(modules)
     return AdapterFile(
         modules,
         path=path,
-        layout="+".join(sorted({key.layout for key in keys.values()})),
+        layout="+".join(sorted({key.layout for key in keys.values() if key.module != SHARED})),
         metadata=files.metadata,
-        notes=scales.notes(),
+        notes=(*scales.notes(), *projections.notes()),
     )
 
 
@@ -58,7 +69,7 @@ class _Layer:
     """The keys of one module."""
 
     spelling: str
-    keys: dict[Role, str] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
 
 
 class _Scales:
@@ -69,18 +80,29 @@ class _Scales:
         part = next(iter(keys.values())).part
         self._path = path
         self._own = "menma.kind" in metadata  # written here: the scale is folded in, not unknown
-        self._peft = None if settings is None else PeftConfig(settings, path, part)
+        self.peft = None if settings is None else PeftConfig(settings, path, part)
         self._assumed = 0
 
     def alpha(self, files: WeightFiles, layer: _Layer, rank: int) -> float:
-        key = layer.keys.get("alpha")
+        key = layer.keys.get(ALPHA)
         if key is not None:
             return self._read(files, key)
-        alpha = self._peft.alpha(layer.spelling, rank) if self._peft is not None else None
+        alpha = self.peft.alpha(layer.spelling, rank) if self.peft is not None else None
         if alpha is None:
             self._assumed += 1
             return float(rank)
         return alpha
+
+    def check_magnitudes(self, modules: Mapping[str, Update]) -> None:
+        if self.peft is None or not self.peft.use_dora:
+            return
+        plain = [name for name, update in modules.items() if update.kind == "lora"]
+        if plain:
+            raise ModelFileError(
+                f"{self._path}: its settings say DoRA, but {plain[0]} and {len(plain) - 1} more "
+                "modules lack the magnitude",
+                hint="the file is incomplete; download or export it again",
+            )
 
     def notes(self) -> tuple[str, ...]:
         if not self._assumed or self._own:
@@ -95,6 +117,42 @@ class _Scales:
                 hint="the file is damaged; download or export it again",
             )
         return float(tensor)
+
+
+class _Module:
+    """`kinds.StoredModule` over the file that is read."""
+
+    def __init__(
+        self,
+        path: Path,
+        files: WeightFiles,
+        name: str,
+        layer: _Layer,
+        scales: _Scales,
+        projections: VeraProjections,
+    ) -> None:
+        self.name = name
+        self.projections = projections
+        self._path, self._files, self._layer, self._scales = path, files, layer, scales
+        self.tensors: Mapping[str, Tensor] = {
+            role: _tensor(path, files, key) for role, key in layer.keys.items() if role != ALPHA
+        }
+
+    def alpha(self, rank: int) -> float:
+        return self._scales.alpha(self._files, self._layer, rank)
+
+    def outer_scale(self) -> float:
+        peft = self._scales.peft
+        return (
+            1.0 if peft is None or ALPHA in self._layer.keys else peft.scale(self._layer.spelling)
+        )
+
+    def wrong(self, reason: str) -> ModelFileError:
+        key = next(iter(self._layer.keys.values()))
+        return ModelFileError(
+            f"{self._path}: {self.name} ({key}): {reason}",
+            hint="nothing of the file was used; if it is damaged, download or export it again",
+        )
 
 
 def _file(path: Path) -> Path:
@@ -119,8 +177,8 @@ def _parse_keys(path: Path, names: Iterable[str]) -> dict[str, Key]:
     if kinds:
         found = ", ".join(f"{kind} (such as {name})" for kind, name in kinds.items())
         raise ModelFileError(
-            f"{path} holds {found}, which is not supported yet",
-            hint="nothing of the file was used; only plain LoRA can be read",
+            f"{path} holds {found}, which is not supported",
+            hint=f"nothing of the file was used; {_READABLE} of linear layers can be read",
         )
     keys = {name: parse_key(name) for name in names}
     unknown = [name for name, key in keys.items() if key is None]
@@ -129,6 +187,7 @@ def _parse_keys(path: Path, names: Iterable[str]) -> dict[str, Key]:
     return {name: key for name, key in keys.items() if key is not None}
 
 
+_READABLE = ", ".join(kind.title for kind in STORED_KINDS.values())
 _UNKNOWN_HINT = "a LoRA for Wan has keys such as diffusion_model.blocks.0.self_attn.q.lora_A.weight"
 
 
@@ -153,7 +212,7 @@ def _choose_expert(path: Path, keys: dict[str, Key], expert: Expert | None) -> d
     return {name: key for name, key in keys.items() if key.part in _PARTS[expert]}
 
 
-def _group(path: Path, keys: Mapping[str, Key]) -> dict[str, _Layer]:
+def _group(path: Path, keys: Mapping[str, Key]) -> tuple[dict[str, _Layer], _Layer]:
     layers: dict[str, _Layer] = {}
     for name, key in keys.items():
         layer = layers.setdefault(key.module, _Layer(key.spelling))
@@ -163,33 +222,75 @@ def _group(path: Path, keys: Mapping[str, Key]) -> dict[str, _Layer]:
                 hint="the file holds several adapters; export one of them",
             )
         layer.keys[key.role] = name
-    for layer in layers.values():
-        missing = {"down", "up"} - layer.keys.keys()
-        if missing:
-            lost = " and ".join(sorted(missing))
-            raise ModelFileError(
-                f"{path}: {next(iter(layer.keys.values()))} lacks its {lost} factor",
-                hint="the file is incomplete; download or export it again",
-            )
-    return layers
+    return layers, layers.pop(SHARED, _Layer(""))
 
 
-def _factors(
-    path: Path, files: WeightFiles, module: str, layer: _Layer, scales: _Scales
-) -> LoRAFactors:
-    down, up = (_matrix(path, files, layer.keys[role]) for role in ("down", "up"))
-    if down.shape[0] != up.shape[1] or not down.shape[0]:
+def _kind(path: Path, module: str, layer: _Layer) -> StoredKind:
+    """Return the kind of a module by the roles of its tensors."""
+    roles = layer.keys.keys() - {ALPHA}
+    kinds = [kind for kind in STORED_KINDS.values() if roles <= kind.endings.keys()]
+    first = next(iter(layer.keys.values()))
+    if not kinds:
+        parts = [
+            f"{kind.title} ({layer.keys[min(own)]})"
+            for kind in STORED_KINDS.values()
+            if (own := roles & kind.endings.keys())
+        ]
         raise ModelFileError(
-            f"{path}: the ranks of {module} differ: down is {tuple(down.shape)}, up is "
-            f"{tuple(up.shape)}",
-            hint="the file is damaged; download or export it again",
+            f"{path}: {module} mixes the tensors of {' and '.join(parts)} in one module, which is "
+            "not supported",
+            hint="nothing of the file was used",
         )
-    return LoRAFactors(down, up, scales.alpha(files, layer, down.shape[0]))
+    kind = kinds[0]
+    if roles in kind.forms:
+        return kind
+    nearest = min(kind.forms, key=lambda form: (len(form ^ roles), sorted(form)))
+    lost, extra = " and ".join(sorted(nearest - roles)), sorted(roles - nearest)
+    problem = (
+        f"{first} lacks its {lost} factor" if lost else f"{layer.keys[extra[0]]} is one too many"
+    )
+    raise ModelFileError(
+        f"{path}: {problem} ({kind.title} of {module})",
+        hint="the file is incomplete; download or export it again",
+    )
 
 
-def _matrix(path: Path, files: WeightFiles, key: str) -> Tensor:
-    info = files[key]
-    if len(info.shape) != 2 or not info.dtype.is_floating_point:
+def _projections(
+    path: Path,
+    files: WeightFiles,
+    layers: Mapping[str, _Layer],
+    shared: _Layer,
+    scales: _Scales,
+) -> VeraProjections:
+    if len(shared.keys) == 1:
+        raise ModelFileError(
+            f"{path}: {next(iter(shared.keys.values()))} lacks its partner",
+            hint="VeRA needs both vera_A and vera_B, or neither",
+        )
+    outputs = {
+        name: math.prod(files[layer.keys[VERA_ROLES[0]]].shape)
+        for name, layer in layers.items()
+        if VERA_ROLES[0] in layer.keys
+    }
+    if shared.keys and not outputs:
+        raise ModelFileError(
+            f"{path}: {next(iter(shared.keys.values()))} belongs to no module of the file",
+            hint="the file is incomplete; download or export it again",
+        )
+    return VeraProjections(
+        stored={role: _tensor(path, files, key) for role, key in shared.keys.items()},
+        settings={} if scales.peft is None else scales.peft.settings,
+        outputs=outputs,
+    )
+
+
+_VECTORS = frozenset[str]().union(*(kind.vectors for kind in STORED_KINDS.values()))
+
+
+def _tensor(path: Path, files: WeightFiles, key: str) -> Tensor:
+    info, parsed = files[key], parse_key(key)
+    sizes = {1, 2} if parsed is not None and parsed.role in _VECTORS else {2}
+    if len(info.shape) not in sizes or not info.dtype.is_floating_point:
         what = "a convolution's" if len(info.shape) > 2 else "not a"
         raise ModelFileError(
             f"{path}: {key} is {what} factor ({info.dtype}, {info.shape}); only linear layers are "

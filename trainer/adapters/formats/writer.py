@@ -1,9 +1,9 @@
-"""Writes LoRA files in the layouts other programs read, and reads them back."""
+"""Writes adapter files in the layouts other programs read, and reads them back."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from trainer.adapters.base import LoRAFactors, Update
-from trainer.adapters.formats.names import diffusers_name
+from trainer.adapters.base import Update
 from trainer.adapters.formats.peft_config import HEADER_KEY, header_settings
 from trainer.adapters.formats.reader import load_adapter
 from trainer.contract.errors import ConfigError, ModelFileError
+from trainer.contract.layer_names import diffusers_name
 from trainer.contract.registry import nearest
+from trainer.contract.stored_kinds import STORED_KINDS, StoredKind, layout_problem
 from trainer.io.atomic_save import same_bytes, save_safetensors
 
 Layout = Literal["comfy", "kohya", "peft"]
 Table = dict[str, Tensor]
 Updates = Mapping[str, Update]
-Factors = Mapping[str, LoRAFactors]
 
 
 def save_adapter(
@@ -40,13 +40,14 @@ def save_adapter(
         path: the file; one that is there is replaced only once the new one is verified.
         layout: `comfy` (`diffusion_model.…lora_A/B`, scale folded in: the one layout that both
             ComfyUI and diffusers load whole), `kohya` (`lora_unet_…`, with alpha) or `peft`
-            (diffusers' names, scale in the header).
-        dtype: of the factors in the file; they are rounded once, from what is given.
+            (diffusers' names, scale in the header; LoRA and DoRA only, and not both in one file).
+        dtype: of the factors in the file; they are rounded once, from what is given. Magnitudes of
+            DoRA are float32 always: their rounding would change whole rows of weights.
         metadata: of the header; what describes the tensors (ss_network_dim, ss_network_alpha,
             sshs_model_hash) is set here.
 
     Raises:
-        ConfigError: no such layout.
+        ConfigError: no such layout, or not for this kind of adapter.
         ModelFileError: a value does not fit `dtype`, or is not finite.
         DiskError: the disk is full, read-only or faulty.
     """
@@ -54,11 +55,17 @@ def save_adapter(
         raise ConfigError(f"unknown LoRA layout {layout!r}", hint=nearest(layout, _WRITERS))
     if not updates:
         raise ModelFileError(f"there is no module to write to {path}")
+    kinds = {name: _kind(name, update) for name, update in updates.items()}
+    problems = {p for u in updates.values() if (p := layout_problem(u.kind, layout)) is not None}
+    if problems:
+        raise ConfigError(problems=sorted(problems, key=lambda problem: problem.message))
     prepare, write = _WRITERS[layout]
-    stored = {name: _rounded(name, prepare(pair), dtype) for name, pair in _low_rank(updates)}
-    tensors, header = write(stored)
+    stored = {name: _rounded(name, prepare(update), dtype) for name, update in updates.items()}
+    tensors, header = write(stored, kinds)
     table = {**(metadata or {}), **_facts(stored), **header}
-    table["sshs_model_hash"] = _model_hash(tensors)
+    if "menma.kind" in table:
+        table["menma.kind"] = "+".join(sorted({update.kind for update in updates.values()}))
+    table["sshs_model_hash"] = model_hash(tensors)
 
     def check(file: Path) -> None:
         _check_equal(stored, load_adapter(file))
@@ -66,90 +73,116 @@ def save_adapter(
     save_safetensors(tensors, Path(path), table, check=check)
 
 
-def _write_comfy(stored: Factors) -> tuple[Table, dict[str, str]]:
-    return _pairs(stored, lambda name: f"diffusion_model.{name}.lora_A.weight", "lora_B"), {}
+Kinds = Mapping[str, StoredKind]
 
 
-def _write_kohya(stored: Factors) -> tuple[Table, dict[str, str]]:
-    def key(name: str) -> str:
-        return f"lora_unet_{name.replace('.', '_')}.lora_down.weight"
-
-    tensors = _pairs(stored, key, "lora_up")
-    for name, pair in stored.items():
-        tensors[key(name).replace(".lora_down.weight", ".alpha")] = torch.tensor(pair.alpha)
-    return tensors, {"ss_network_module": "networks.lora_wan"}
+def _write_comfy(stored: Updates, kinds: Kinds) -> tuple[Table, dict[str, str]]:
+    return _tensors("comfy", stored, kinds, "diffusion_model.{}".format), {}
 
 
-def _write_peft(stored: Factors) -> tuple[Table, dict[str, str]]:
-    tensors = _pairs(stored, lambda n: f"transformer.{diffusers_name(n)}.lora_A.weight", "lora_B")
-    ranks = {diffusers_name(name): pair.rank for name, pair in stored.items()}
-    alphas = {diffusers_name(name): pair.alpha for name, pair in stored.items()}
-    return tensors, {HEADER_KEY: header_settings(ranks, alphas), "format": "pt"}
+def _write_kohya(stored: Updates, kinds: Kinds) -> tuple[Table, dict[str, str]]:
+    def stem(name: str) -> str:
+        return f"lora_unet_{name.replace('.', '_')}"
+
+    tensors = _tensors("kohya", stored, kinds, stem)
+    for name, update in stored.items():
+        tensors[f"{stem(name)}.alpha"] = torch.tensor(update.alpha)
+    modules = {kind.network_module for kind in kinds.values()}
+    # LyCORIS's module reads every kind, so a mixture too.
+    return tensors, {"ss_network_module": modules.pop() if len(modules) == 1 else "lycoris.kohya"}
 
 
-def _pairs(stored: Factors, down_key: Callable[[str], str], up: str) -> Table:
+def _write_peft(stored: Updates, kinds: Kinds) -> tuple[Table, dict[str, str]]:
+    dora = {name for name, update in stored.items() if update.kind == "dora"}
+    if dora and len(dora) < len(stored):
+        raise ConfigError(
+            f"diffusers takes all modules of a file for DoRA or none; {min(dora)} is one and "
+            f"{min(stored.keys() - dora)} is not",
+            hint='write layout "comfy" or "kohya"',
+        )
+    tensors = _tensors("peft", stored, kinds, lambda name: f"transformer.{diffusers_name(name)}")
+    ranks = {diffusers_name(name): update.rank for name, update in stored.items()}
+    alphas = {diffusers_name(name): update.alpha for name, update in stored.items()}
+    settings = header_settings(ranks, alphas, use_dora=bool(dora))
+    return tensors, {HEADER_KEY: settings, "format": "pt"}
+
+
+def _tensors(layout: str, stored: Updates, kinds: Kinds, stem: Callable[[str], str]) -> Table:
     tensors: Table = {}
-    for name, pair in stored.items():
-        key = down_key(name)
-        stem = key.rsplit(".", 2)[0]
-        tensors[key] = pair.down_RI
-        tensors[f"{stem}.{up}.weight"] = pair.up_OR
+    for name, update in stored.items():
+        kind = kinds[name]
+        for own, tensor in update.tensors().items():
+            column = layout != "peft" and own in kind.columns
+            ending = kind.written[layout][own]
+            tensors[f"{stem(name)}.{ending}"] = tensor.unsqueeze(1) if column else tensor
     return tensors
 
 
-def _low_rank(updates: Updates) -> Iterator[tuple[str, LoRAFactors]]:
-    for name, update in updates.items():
-        if not isinstance(update, LoRAFactors):
-            raise TypeError(f"{name}: {type(update).__name__} has no file layout")
-        yield name, update
+def _kind(name: str, update: Update) -> StoredKind:
+    kind = STORED_KINDS.get(update.kind)
+    if kind is None or not kind.written:
+        raise TypeError(f"{name}: {type(update).__name__} has no file layout")
+    return kind
 
 
-def _unchanged(pair: LoRAFactors) -> LoRAFactors:
-    return pair
+def _unchanged(update: Update) -> Update:
+    return update
 
 
-_Prepare = Callable[[LoRAFactors], LoRAFactors]
-_Write = Callable[[Factors], tuple[Table, dict[str, str]]]
+def _folded(update: Update) -> Update:
+    return update.folded()
+
+
+_Prepare = Callable[[Update], Update]
+_Write = Callable[[Updates, Kinds], tuple[Table, dict[str, str]]]
 _WRITERS: dict[str, tuple[_Prepare, _Write]] = {
-    "comfy": (LoRAFactors.folded, _write_comfy),
+    "comfy": (_folded, _write_comfy),
     "kohya": (_unchanged, _write_kohya),
     "peft": (_unchanged, _write_peft),
 }
 LAYOUTS = tuple(_WRITERS)
 
 
-def _rounded(name: str, pair: LoRAFactors, dtype: torch.dtype) -> LoRAFactors:
-    down, up = (factor.detach().to("cpu", dtype) for factor in (pair.down_RI, pair.up_OR))
-    if not all(bool(torch.isfinite(factor).all()) for factor in (down, up)):
+def _rounded(name: str, update: Update, dtype: torch.dtype) -> Update:
+    rounded = {
+        role: tensor.detach().to("cpu", torch.float32 if role in update.precise else dtype)
+        for role, tensor in update.tensors().items()
+    }
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in rounded.values()):
         raise ModelFileError(
-            f"the LoRA of {name} has values that {dtype} cannot hold, or NaN",
+            f"the {STORED_KINDS[update.kind].title} of {name} has values that {dtype} cannot hold, "
+            "or NaN",
             hint="write bf16 or fp32; if that fails too, the training had diverged",
         )
-    return LoRAFactors(down, up, pair.alpha)
+    return update.with_tensors(rounded)
 
 
-def _facts(stored: Factors) -> dict[str, str]:
+def _facts(stored: Updates) -> dict[str, str]:
     # One figure where all modules agree; kohya-style tools write "Dynamic" where they do not.
-    ranks = {pair.rank for pair in stored.values()}
-    alphas = {pair.alpha for pair in stored.values()}
+    ranks = {u.rank for u in stored.values()}
+    alphas = {u.alpha for u in stored.values()}
     return {
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
     }
 
 
-def _model_hash(tensors: Table) -> str:
-    # The hash that kohya-style tools and web sites identify a LoRA by: the file without header.
+def model_hash(tensors: Table) -> str:
+    """Return the hash that kohya-style tools and web sites know a LoRA by: all but the header."""
     content = to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()})
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
-def _check_equal(stored: Factors, read: Updates) -> None:
+def _check_equal(stored: Updates, read: Updates) -> None:
     if set(stored) != set(read):
         raise RuntimeError("the LoRA file that was written does not hold the same modules")
-    pairs = dict(_low_rank(read))
-    for name, pair in stored.items():
-        back = pairs[name]
-        same = same_bytes(pair.down_RI, back.down_RI) and same_bytes(pair.up_OR, back.up_OR)
-        if not same or abs(pair.scale - back.scale) > 1e-6 * abs(pair.scale):
+    for name, update in stored.items():
+        back = read[name]
+        own, other = update.tensors(), back.tensors()
+        same = (
+            update.kind == back.kind
+            and own.keys() == other.keys()
+            and all(same_bytes(own[role], other[role]) for role in own)
+        )
+        if not same or abs(update.scale - back.scale) > 1e-6 * abs(update.scale):
             raise RuntimeError(f"{name} differs in the LoRA file that was written")

@@ -32,7 +32,9 @@ def host_parts(work: Workload) -> dict[str, int]:
         parts["parked activations"] = here * work.recomputed * tokens
     parts |= offloaded_host_parts(work)
     # A copy of the trained weights on the way to a file.
-    parts["saving"] = work.adapters * work.trained_parameters * 4.0
+    beside = work.targets.output - work.trained_parameters  # what a file holds besides
+    saved = work.trained_parameters * 4.0 + beside * ELEMENT[work.config.output.dtype]
+    parts["saving"] = work.adapters * saved
     sampling = work.config.sampling
     samples = sampling.every_steps or sampling.at_start
     if work.variant.experts and work.turns is None and samples:
@@ -76,6 +78,8 @@ def disk_parts(work: Workload) -> dict[str, int]:
         **{name: round(size) for name, size in cache_disk_parts(work, work.clip).items()},
         # One more while the newest is being written.
         "checkpoints": round(state * (min(kept, saves + 1) + 1)),
-        "outputs": round(outputs * trained * ELEMENT[config.output.dtype]),
+        "outputs": round(
+            outputs * work.adapters * work.targets.output * ELEMENT[config.output.dtype]
+        ),
         **{name: round(size) for name, size in offloaded_disk_parts(work).items()},
     }

@@ -6,10 +6,13 @@ Shape letters: B batch, L tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from trainer.core.forward_values import contexts
 
 PartNorm = Callable[[Tensor, slice], Tensor]
 """Norms a part of the tokens, (B, l, D), given which tokens of all they are."""
@@ -40,7 +43,8 @@ def in_parts(
         span = slice(start, start + part.shape[1])
         start = span.stop
         if torch.is_grad_enabled():
-            made.append(checkpoint(work, part, span, *shared, use_reentrant=False))
+            again = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+            made.append(again(work, part, span, *shared))
         else:
             made.append(work(part, span, *shared))
     columns = [list(column) for column in zip(*made, strict=True)]

@@ -1,4 +1,4 @@
-"""Takes one key of a LoRA file apart: which layer, which role, which expert."""
+"""Takes one key of an adapter file apart: which layer, which role, which expert."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.adapters.formats.names import canonical_from_flat, canonical_name, is_diffusers_name
+from trainer.contract.layer_names import canonical_from_flat, canonical_name, is_diffusers_name
+from trainer.contract.stored_kinds import STORED_KINDS, VERA_SHARED
 
-Role = Literal["down", "up", "alpha"]
+ALPHA = "alpha"
+SHARED = ""
+"""The module of tensors that belong to all modules of a file."""
 Expert = Literal["high_noise", "low_noise"]
 
 
@@ -21,18 +24,19 @@ class Key:
     """
 
     module: str
-    role: Role
+    role: str
     layout: str
     spelling: str
     part: str
 
 
-_FACTOR = re.compile(
-    r"(?P<module>.+?)\."
-    r"(?:(?P<down>lora_down|lora_A|lora\.down)|(?P<up>lora_up|lora_B|lora\.up))"
-    r"(?:\.[^.]+)?\.weight"
-)
-_ALPHA = re.compile(r"(?P<module>.+)\.alpha")
+_ENDINGS = {
+    role: re.compile(rf"(?P<module>.+?)\.{ending}")
+    for role, ending in [
+        *(pair for kind in STORED_KINDS.values() for pair in kind.endings.items()),
+        (ALPHA, "alpha"),
+    ]
+}
 _PARTS = re.compile(r"(?:diffusion_model\.)?(?P<part>transformer_[12])\.")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
 _PREFIXES = (
@@ -47,9 +51,8 @@ _PREFIXES = (
 )
 
 UNSUPPORTED: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("LoHa", re.compile(r"\.hada_")),
-    ("LoKr", re.compile(r"\.lokr_")),
-    ("DoRA", re.compile(r"\.dora_scale|\.lora_magnitude_vector")),
+    ("LoHa of a convolution (Tucker form)", re.compile(r"\.hada_t[12]")),
+    ("LoKr of a convolution (Tucker form)", re.compile(r"\.lokr_t[12]")),
     ("OFT", re.compile(r"\.b?oft_")),
     ("GLoRA", re.compile(r"\.[ab][12]\.weight$")),
     ("(IA)³", re.compile(r"\.on_input$|\.ia3_l")),
@@ -66,16 +69,13 @@ UNSUPPORTED: tuple[tuple[str, re.Pattern[str]], ...] = (
 
 
 def parse_key(key: str) -> Key | None:
-    """Return what `key` means, or None when it belongs to no known LoRA layout."""
-    match = _FACTOR.fullmatch(key)
-    role: Role = "alpha"
-    if match is not None:
-        role = "down" if match["down"] else "up"
-    else:
-        match = _ALPHA.fullmatch(key)
-        if match is None:
-            return None
-    return _locate(match["module"], role)
+    """Return what `key` means, or None when it belongs to no known layout of adapters."""
+    for role, pattern in _ENDINGS.items():
+        match = pattern.fullmatch(key)
+        if match is not None:
+            return _locate(match["module"], role)
+    shared = VERA_SHARED.fullmatch(key)
+    return None if shared is None else Key(SHARED, shared["role"], "peft", "", "")
 
 
 def unsupported_kind(key: str) -> str | None:
@@ -83,7 +83,7 @@ def unsupported_kind(key: str) -> str | None:
     return next((kind for kind, pattern in UNSUPPORTED if pattern.search(key)), None)
 
 
-def _locate(name: str, role: Role) -> Key | None:
+def _locate(name: str, role: str) -> Key | None:
     for prefix in _FLAT_PREFIXES:
         if name.startswith(prefix):
             flat = name.removeprefix(prefix)

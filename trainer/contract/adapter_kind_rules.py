@@ -1,0 +1,111 @@
+"""What kinds of adapter beyond LoRA need of their own options and of the rest of the config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from trainer.contract.config import RunConfig
+from trainer.contract.errors import Problem
+from trainer.contract.plugin_options import plugin_schemas
+
+OUTER_LAYERS = (
+    "text_embedding.0",
+    "text_embedding.2",
+    "time_embedding.0",
+    "time_embedding.2",
+    "time_projection.1",
+    "img_emb.proj.1",
+    "img_emb.proj.3",
+    "head.head",
+)
+"""The linear layers outside of a transformer's blocks."""
+
+
+def adapter_kind_rule(config: RunConfig) -> Iterator[Problem]:
+    """Yield what goes wrong with the kind of adapter that is chosen."""
+    rule = _RULES.get(config.adapter.kind)
+    if rule is not None:
+        yield from rule(config, _with_defaults(config))
+
+
+def _with_defaults(config: RunConfig) -> Mapping[str, Any]:
+    schema = plugin_schemas()["adapter"].get(config.adapter.kind, {})
+    defaults = {name: spec.get("default") for name, spec in schema.get("properties", {}).items()}
+    return defaults | config.adapter.options("kind")
+
+
+def _tlora(config: RunConfig, options: Mapping[str, Any]) -> Iterator[Problem]:
+    if options["min_rank"] > options["rank"]:
+        yield Problem(
+            f"more ranks on pure noise ({options['min_rank']}) than there are ({options['rank']})",
+            "adapter.min_rank",
+            hint="make it adapter.rank at most",
+        )
+    for pattern in options["include"]:
+        outside = [name for name in OUTER_LAYERS if _matches(pattern, name)]
+        if outside:
+            yield Problem(
+                f"{pattern!r} matches {outside[0]}, which is outside of the blocks: what passes "
+                "there has no timestep of its own",
+                "adapter.include",
+                hint='take it out, or set adapter.kind = "lora"',
+            )
+
+
+def _relora(config: RunConfig, options: Mapping[str, Any]) -> Iterator[Problem]:
+    if options["restart_warmup_steps"] > options["restart_every_steps"]:
+        yield Problem(
+            "the learning rate would still be rising when the next cycle begins",
+            "adapter.restart_warmup_steps",
+            hint=f"make it {options['restart_every_steps']} (restart_every_steps) at most",
+        )
+    if config.distributed.zero_stage == 3:
+        yield Problem(
+            "ReLoRA freezes what was learned on every process, and ZeRO-3 leaves each a shard only",
+            "distributed.zero_stage",
+            hint="set it to 0, 1 or 2",
+        )
+    if config.optimizer.kind == "adamw8bit" and options["optimizer_reset_ratio"]:
+        yield Problem(
+            "a restart forgets a part of the optimizer's state, and 8-bit states cannot be taken "
+            "apart",
+            "optimizer.kind",
+            hint='set it to "adamw", or adapter.optimizer_reset_ratio = 0',
+        )
+
+
+def _ggpo(config: RunConfig, options: Mapping[str, Any]) -> Iterator[Problem]:
+    if not options["sigma"] and not options["beta"]:
+        yield Problem(
+            "neither weights nor gradients make noise: this is plain LoRA",
+            "adapter.sigma",
+            hint='set sigma or beta, or adapter.kind = "lora"',
+        )
+    if config.distributed.zero_stage == 3:
+        yield Problem(
+            "the norms of weights are taken in each process, and ZeRO-3 shards the weights",
+            "distributed.zero_stage",
+            hint="set it to 0, 1 or 2",
+        )
+    if config.memory.compile_blocks:
+        yield Problem(
+            "noise is drawn anew for every layer and microbatch, which a compiler cannot follow",
+            "memory.compile_blocks",
+            hint='set it to false, or adapter.kind = "lora"',
+        )
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False  # who selects the layers says what is wrong with it
+
+
+_RULES: Mapping[str, Callable[[RunConfig, Mapping[str, Any]], Iterator[Problem]]] = {
+    "tlora": _tlora,
+    "relora": _relora,
+    "ggpo": _ggpo,
+}

@@ -1,0 +1,63 @@
+"""What is wrong with what a config trains, told by the headers of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trainer.contract.config import RunConfig
+from trainer.contract.errors import ConfigError, MenmaError, Problem
+from trainer.contract.experts import trained_experts
+from trainer.contract.memory_model.trained import find_targets
+from trainer.contract.variants import Expert, TransformerConfig
+from trainer.io.mapped_load import open_weights
+from trainer.jobs.build import trained_transformer_files
+from trainer.jobs.companions import companion_problems
+from trainer.models.wan.detect import recognise
+
+
+def require_sound_adapter(config: RunConfig) -> None:
+    """Refuse what `adapter_problems` tells, before anything large is read.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    problems = list(adapter_problems(config))
+    if problems:
+        raise ConfigError(problems=problems)
+
+
+def adapter_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield patterns that match nothing, and files that do not fit what is trained.
+
+    Files that do not exist, and those that are no models, are told elsewhere.
+    """
+    shapes = _trained_shapes(config)
+    if not shapes:
+        return
+    shape = next(iter(shapes.values()))
+    start = config.adapter.options("kind").get("init_from")
+    if start is None or start.exists():
+        try:
+            find_targets(config, shape)
+        except ConfigError as error:
+            yield from error.problems
+        except MenmaError as error:
+            yield Problem(error.message, "adapter.init_from", hint=error.hint)
+    told = [
+        problem
+        for expert, own in shapes.items()
+        for problem in companion_problems(config, own, expert)
+    ]
+    yield from dict.fromkeys(told)
+
+
+def _trained_shapes(config: RunConfig) -> dict[Expert | None, TransformerConfig]:
+    """Return the shape of each transformer that is trained, by its expert."""
+    try:
+        files = trained_transformer_files(config)
+        shapes = [
+            recognise(open_weights(path), "auto", dict(config.model.shape)).config for path in files
+        ]
+    except MenmaError:
+        return {}
+    return dict(zip(trained_experts(config) or (None,), shapes, strict=True))
