@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from app.domain.presets import Preset, PresetHead, flatten, read_preset
-from app.domain.toml_text import toml_value
+from app.domain.presets import Preset, PresetHead, flatten, read_preset, usable_preset
+from app.domain.toml_text import toml_key, toml_value
 from trainer.contract.config import DatasetSection, RunConfig
 from trainer.contract.config_io import presets_dirs
 from trainer.contract.config_layers import plugin_sections
 from trainer.contract.dataset_config import MEDIA_KEYS
-from trainer.contract.errors import ConfigError, DiskError, UserError
+from trainer.contract.errors import ConfigError, DiskError, Problem, UserError
 from trainer.contract.files import write_text
 from trainer.contract.options import Options
 from trainer.contract.plugin_options import option_model, plugin_schemas
@@ -59,6 +60,8 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
         found["sampling"] = _without(found["sampling"], "every_steps", "at_start")
     if not config.validation.split and "validation" in found:
         found["validation"] = _without(found["validation"], "every_steps")
+    if found.get("adapter", {}).get("rank") == "from_weights":  # of a file that is left out
+        found["adapter"] = _without(found["adapter"], "rank")
     return {key: value for key, value in found.items() if value not in ({}, [])}
 
 
@@ -84,7 +87,7 @@ def save_preset(
 
     Raises:
         UserError: the name is not one, or taken.
-        ConfigError: the dataset cannot be read.
+        ConfigError: the dataset cannot be read, or what is left makes no sense alone.
         DiskError: it cannot be written.
     """
     if not _NAME.fullmatch(name) or name.endswith(".toml"):
@@ -109,12 +112,31 @@ def save_preset(
         peak_vram_gib=_peak_gib(config),
         source=source,
     )
+    text = preset_text(head, values)
+    _require_usable(text, path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, preset_text(head, values))
+        write_text(path, text)
     except OSError as error:
         raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
     return Saved(preset=read_preset(str(path)), left_out=tuple(_left_out(config, values)))
+
+
+def _require_usable(text: str, file_name: str) -> None:
+    """Raise where settings make no sense without what is left out.
+
+    Raises:
+        ConfigError: with the keys; places in a file that is not there are not told.
+    """
+    with tempfile.TemporaryDirectory(prefix="menma-") as folder:
+        path = Path(folder) / file_name
+        path.write_text(text, encoding="utf-8")
+        try:
+            usable_preset(str(path))
+        except ConfigError as error:
+            found = [Problem(p.message, p.key, hint=p.hint) for p in error.problems]
+            hint = "not saved: without the paths and data of its config this is wrong"
+            raise ConfigError(problems=[*found, Problem(hint)]) from error
 
 
 def remove_preset(name: str) -> Path:
@@ -153,13 +175,13 @@ def _lines(path: str, values: Mapping[str, Any]) -> Iterator[str]:
     plain = {key: value for key, value in values.items() if key not in {*tables, *lists}}
     if path and (plain or not tables):
         yield f"\n[{path}]"
-    yield from (f"{key} = {toml_value(value)}" for key, value in plain.items())
+    yield from (f"{toml_key(key)} = {toml_value(value)}" for key, value in plain.items())
     for key, value in tables.items():
-        yield from _lines(f"{path}.{key}" if path else key, value)
+        yield from _lines(f"{path}.{toml_key(key)}" if path else key, value)
     for key, value in lists.items():
         for part in value:
             yield f"\n[[{f'{path}.{key}' if path else key}]]"
-            yield from (f"{name} = {toml_value(one)}" for name, one in part.items())
+            yield from (f"{toml_key(name)} = {toml_value(one)}" for name, one in part.items())
 
 
 def _is_table_list(value: Any) -> bool:
@@ -211,19 +233,26 @@ def _path_keys() -> frozenset[str]:
     for name, field in RunConfig.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, Options):
-            options = section.model_json_schema().get("properties", {})
-            found |= {f"{name}.{key}" for key, spec in options.items() if _is_path(spec)}
+            found |= _paths_in(name, section.model_json_schema())
     kinds = [(name, kind) for name, part in plugin_sections() for kind in part.slots.values()]
     for name, kind in [*kinds, ("techniques", "technique")]:
         for schema in plugin_schemas()[kind].values():
-            options = schema.get("properties", {})
-            found |= {f"{name}.{key}" for key, spec in options.items() if _is_path(spec)}
+            found |= _paths_in(name, schema)
     return frozenset(found)
 
 
-def _is_path(spec: Mapping[str, Any]) -> bool:
-    inner = [*spec.get("anyOf", ()), *([spec["items"]] if "items" in spec else [])]
-    return spec.get("format") == "path" or any(map(_is_path, inner))
+def _paths_in(section: str, schema: Mapping[str, Any]) -> set[str]:
+    tables = schema.get("$defs", {})
+
+    def is_path(spec: Mapping[str, Any]) -> bool:
+        if "$ref" in spec:
+            spec = tables[spec["$ref"].rpartition("/")[2]]
+        inner = [*spec.get("anyOf", ()), *spec.get("properties", {}).values()]
+        inner += [spec["items"]] if "items" in spec else []
+        return spec.get("format") == "path" or any(map(is_path, inner))
+
+    options = schema.get("properties", {})
+    return {f"{section}.{key}" for key, spec in options.items() if is_path(spec)}
 
 
 def _plain(value: Any) -> Any:

@@ -42,6 +42,9 @@ image_directory = "/home/me/more"
 rank = 8
 include = ['blocks\\.0\\..*']
 
+[adapter.rank_pattern]
+'blocks\\.1\\.ffn\\..*' = 4
+
 [objective]
 flow_shift = 5.0
 timestep_sampler = "shift"
@@ -81,7 +84,11 @@ weight = 0.1
 """
 KEPT = {
     "model": {"variant": "wan2.2-t2v-a14b", "expert": "low_noise"},
-    "adapter": {"rank": 8, "include": ["blocks\\.0\\..*"]},
+    "adapter": {
+        "rank": 8,
+        "include": ["blocks\\.0\\..*"],
+        "rank_pattern": {"blocks\\.1\\.ffn\\..*": 4},
+    },
     "objective": {"flow_shift": 5.0},
     "low_noise": {"learning_rate": 5e-5},
     "lr_schedule": {"kind": "cosine", "min_lr_ratio": 0.1},
@@ -146,6 +153,26 @@ def test_a_shipped_preset_comes_back_from_its_config(own, menma: Menma, name):
     assert {**saved.source, "enable_bucket": True} == {**shipped.source, "enable_bucket": True}
 
 
+def test_a_rank_of_a_file_is_left_out_with_the_file(own):
+    Path("on.toml").write_text(
+        '[adapter]\nrank = "from_weights"\ninit_from = "old.safetensors"\n', encoding="utf-8"
+    )
+    assert settings_of(load_config("on.toml", environ={})) == {}
+
+
+def test_settings_that_need_what_is_left_out_are_not_saved(own, menma: Menma):
+    Path("nvme.toml").write_text(
+        '[adapter]\nkind = "none"\n[distributed]\nzero_stage = 3\n'
+        'offload_optimizer = "nvme"\nnvme_path = "/ssd"\n',
+        encoding="utf-8",
+    )
+    answer = menma("presets", "save", "nvme.toml", "--name", "nvme")
+    assert answer.code == 2
+    assert "distributed.nvme_path" in answer.err
+    assert "not saved" in answer.err
+    assert not own.exists()
+
+
 def test_auto_and_unknown_models_have_no_peak(own):
     config = load_config("fish.toml", ["memory.blocks_to_swap=auto"], environ={})
     assert save_preset(config, "auto").preset.peak_vram_gib is None
@@ -159,7 +186,8 @@ def test_auto_and_unknown_models_have_no_peak(own):
     [
         ("model.vae", True), ("model.variant", False), ("distributed.nvme_path", True),
         ("sampling.prompts[3].image", True), ("validation.sources[0].resolution", True),
-        ("name", True), ("techniques[0].name", False), ("dataset.general.resolution", True),
+        ("name", True), ("adapter.frozen[0].strength", True), ("adapter.init_from", True),
+        ("techniques[0].name", False), ("dataset.general.resolution", True),
     ],
 )  # fmt: skip
 def test_paths_names_and_data_are_personal(key, personal):

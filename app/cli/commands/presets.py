@@ -220,7 +220,7 @@ def _needs(preset: Preset) -> str:
         each = " on each GPU" if head.num_gpus > 1 else ""
         words.append(f"About {head.peak_vram_gib:g} GiB of GPU memory{each} (estimated).")
     if head.ram_gb:
-        words.append(f"A machine with {head.ram_gb} GB of RAM.")
+        words.append(f"At least {head.ram_gb} GB of RAM.")
     return " ".join(words)
 
 
