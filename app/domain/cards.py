@@ -14,12 +14,14 @@ from trainer.contract.memory_model import (
     Correction,
     Estimate,
     Gpu,
+    Verdict,
     caching_seconds,
     estimate,
     estimate_sampling,
     find_gpu,
     gpu_of_memory,
     measured_correction,
+    memory_verdict,
 )
 from trainer.contract.variants import VARIANTS
 
@@ -105,6 +107,19 @@ def sampling_here(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[float, 
     except ConfigError:  # the job says what is wrong
         return None
     return None if found.total_s is None else (found.total_s, card.gpu.name)
+
+
+def verdict_of_peak(peak_gib: float, num_gpus: int, card: Card) -> Verdict:
+    """Return whether so many GPUs with so much memory are in a machine with these cards.
+
+    Args:
+        peak_gib: estimated, of each GPU; the estimate's margin is added.
+        num_gpus: how many are needed.
+        card: the machine's.
+    """
+    if num_gpus > card.count:
+        return "does not fit"
+    return memory_verdict(round(peak_gib * GIB), card.gpu)
 
 
 def circumstances(config: RunConfig, card: Card, *, ram_gib: float | None = None) -> Circumstances:

@@ -10,7 +10,12 @@ from typing import Any
 
 from app.domain.presets import flatten
 from app.domain.toml_text import toml_value
-from trainer.contract.config_io import LoadedConfig, load_config_with_sources, read_toml
+from trainer.contract.config_io import (
+    LoadedConfig,
+    find_preset,
+    load_config_with_sources,
+    read_toml,
+)
 
 COMMENT_COLUMN = 44
 
@@ -27,15 +32,46 @@ def complete_values(name: str | None) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or is wrong.
     """
-    if name is not None and name.endswith(".toml") and not is_preset_file(Path(name)):
+    if name is not None and _is_config(name):
         return resolved(load_config_with_sources(name))
-    line = "" if name is None else f"preset = {toml_value(name)}\n"
+    line = "" if name is None else f"preset = {toml_value(str(find_preset(name).absolute()))}\n"
     with tempfile.TemporaryDirectory(prefix="menma-") as folder:
         config = Path(folder) / "config.toml"
         config.write_text(line, encoding="utf-8")
         values = resolved(load_config_with_sources(config, environ={}))
     values.pop("preset", None)
     return values
+
+
+def compared_values(name: str, other: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the values of two presets or configs that can be compared, the old ones first.
+
+    Between a preset and a config these are what a preset can hold.
+
+    Args:
+        name: preset, or config file.
+        other: as `name`; None: `name` is compared with the defaults.
+
+    Raises:
+        ConfigError: one of them cannot be read, or is wrong.
+    """
+    if other is None:
+        return complete_values(None), complete_values(name)
+    if _is_config(name) == _is_config(other):
+        return complete_values(name), complete_values(other)
+    both = [_kept(values) for values in (complete_values(name), complete_values(other))]
+    return both[0], both[1]
+
+
+def _is_config(name: str) -> bool:
+    return name.endswith(".toml") and not is_preset_file(Path(name))
+
+
+def _kept(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what a preset can hold."""
+    from app.domain.user_presets import is_personal
+
+    return {key: value for key, value in flatten(values).items() if not is_personal(key)}
 
 
 def is_preset_file(path: Path) -> bool:

@@ -13,7 +13,7 @@ from app.domain.presets import Preset
 from app.domain.toml_text import toml_value
 from trainer.contract.catalog import PLUGIN_KINDS, SOLVERS
 from trainer.contract.config import Prompt, RunConfig
-from trainer.contract.dataset_config import SourceOptions
+from trainer.contract.dataset_config import MEDIA_KEYS, SourceOptions
 from trainer.contract.options import Options
 from trainer.contract.plugin_options import plugin_schemas
 from trainer.contract.variants import VARIANTS
@@ -51,7 +51,10 @@ def render_config(name: str, preset: Preset | None = None) -> str:
 
 
 def _with_files(preset: Preset | None) -> dict[str, Any]:
-    """Return the preset's values, with a name for every weight file that its model needs."""
+    """Return the preset's values, with a name for every weight file that its model needs.
+
+    `dataset` are the keys of one source.
+    """
     values: dict[str, Any] = dict(preset.values) if preset else {}
     model = dict(values.get("model", {}))
     usual = {**FILES, **(preset.files if preset else {})}
@@ -64,6 +67,8 @@ def _with_files(preset: Preset | None) -> dict[str, Any]:
     if variant is not None and variant.transformer.image_dim is not None:
         needed.append("image_encoder")
     values["model"] = {**{key: usual[key] for key in needed}, **model}
+    general = dict(values.get("dataset", {})).get("general", {})
+    values["dataset"] = {**general, **(preset.source if preset else {})}
     return values
 
 
@@ -126,13 +131,9 @@ def _dataset(values: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield from _comment("One table a folder or list. Each clip's caption lies beside it.")
     yield "[[dataset.sources]]"
-    given = {
-        "video_directory": "clips",
-        "resolution": [832, 480],
-        "enable_bucket": True,
-        "target_frames": [33],
-        **dict(values),
-    }
+    given = {"resolution": [832, 480], "enable_bucket": True, **dict(values)}
+    if not any(key in given for key in MEDIA_KEYS):
+        given = {"video_directory": "clips", "target_frames": [33], **given}
     for key, field in SourceOptions.model_fields.items():
         yield from _option(key, field, given)
 

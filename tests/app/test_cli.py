@@ -16,7 +16,7 @@ from trainer.contract.config_io import load_config
 from trainer.contract.jobs import REQUESTS
 
 GROUPS = {
-    "presets": ["list", "show", "diff"],
+    "presets": ["list", "show", "diff", "save", "remove"],
     "config": ["show", "deepspeed"],
     "lora": ["inspect", "convert", "merge", "subtract", "blend", "ema", "resize", "extract"],
     "runs": ["list", "show", "watch", "stop", "save", "sample"],

@@ -36,7 +36,7 @@ def test_a_preset_makes_a_config_that_is_right(name, tmp_path):
     preset = read_preset(name)
     assert preset.variant in VARIANTS
     assert preset.variant == preset.values["model"]["variant"]
-    assert preset.peak_vram_gib is not None  # tests/memory compares it with the estimate
+    assert preset.peak_vram_gib is not None  # test_shipped_presets compares it
     (tmp_path / "c.toml").write_text(f'preset = "{name}"\n')
     config = load_config(tmp_path / "c.toml", environ={})
     for key, value in flatten(preset.values).items():

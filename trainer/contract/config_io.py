@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,7 +115,11 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, Source]]:
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+        found = re.search(r"line (\d+)", str(error))
+        line = int(found[1]) if found else None
+        raise ConfigError(
+            problems=[Problem(f"not valid TOML: {error}", file=path, line=line)]
+        ) from error
     lines = key_lines(text)
     places = {key: Source(str(path), path, line) for key, line in lines.items()}
     return content, places
@@ -156,9 +161,8 @@ def find_preset(name: str, *, sources: Mapping[str, Source] | None = None) -> Pa
     if name in known:
         return known[name]
     place = (sources or {}).get("preset", Source(""))
-    problem = Problem(
-        f"unknown preset {name!r}", "preset", place.file, place.line, nearest(name, known)
-    )
+    hint = nearest(name, known, otherwise="`menma presets list` shows those that there are")
+    problem = Problem(f"unknown preset {name!r}", "preset", place.file, place.line, hint)
     raise ConfigError(problems=[problem])
 
 

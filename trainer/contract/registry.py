@@ -62,10 +62,10 @@ class Registry(Generic[T]):
         return cast("type[T]", getattr(cast(Any, importlib.import_module(module)), attribute))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint: the known name closest to `name`, or the list of all."""
+def nearest(name: str, known: Iterable[str], *, otherwise: str = "") -> str:
+    """Return a hint: the known name closest to `name`, else `otherwise`, or the list of all."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if near:
         return f"did you mean {near[0]!r}?"
-    return f"known: {', '.join(sorted(known))}"
+    return otherwise or f"known: {', '.join(sorted(known))}"

@@ -37,10 +37,10 @@ def new(
 
     Example: menma new --preset wan2.1-t2v-1.3b-lora -o configs/my-lora.toml
     """
-    from app.domain.presets import read_preset
+    from app.domain.presets import usable_preset
     from app.domain.template import render_config
 
-    chosen = read_preset(preset) if preset else None
+    chosen = usable_preset(preset) if preset else None
     if target is None:
         target = Path("configs") / f"{chosen.name if chosen else 'my-lora'}.toml"
     text = render_config(_run_name(target), chosen)

@@ -19,7 +19,7 @@ from trainer.contract.memory_model.estimating import Circumstances
 from trainer.contract.memory_model.fit import Change, Fit, find_fit
 from trainer.contract.memory_model.gpus import GPUS, Gpu, find_gpu, gpu_of_memory
 from trainer.contract.memory_model.measured import Correction, measured_correction
-from trainer.contract.memory_model.result import Estimate, Phase, Verdict
+from trainer.contract.memory_model.result import Estimate, Phase, Verdict, memory_verdict
 
 __all__ = [
     "GPUS",
@@ -42,5 +42,6 @@ __all__ = [
     "find_gpu",
     "gpu_of_memory",
     "measured_correction",
+    "memory_verdict",
     "resolve_memory",
 ]

@@ -188,6 +188,12 @@ class Estimate:
         }
 
 
+def memory_verdict(peak_bytes: int, gpu: Gpu) -> Verdict:
+    """Return whether an estimated peak fits a GPU, with the margin of what is not measured."""
+    margin = max(round(peak_bytes * MARGIN_SHARE), MARGIN_LEAST)
+    return _verdict(peak_bytes, margin, gpu.memory_bytes)
+
+
 def _verdict(peak: int, margin: int, has: int) -> Verdict:
     if peak > has:
         return "does not fit"
