@@ -16,6 +16,14 @@ from trainer.adapters.base import Update
 from trainer.adapters.formats.writer import save_adapter
 from trainer.adapters.targets import linear_layers, select_targets
 from trainer.adapters.wrapping import unwrap, wrap
+from trainer.contract.loraid import (
+    LoraidOptions,
+    Partition,
+    in_slot,
+    include_patterns,
+    partition_of,
+)
+from trainer.contract.loraid_metadata import loraid_metadata
 from trainer.contract.options import Options
 from trainer.core.seams import BuildContext, Technique
 
@@ -27,6 +35,8 @@ class TargetOptions(Options):
     """Regular expressions for whole layer names to train beyond those left by `exclude`."""
     exclude: tuple[str, ...] = ()
     """Regular expressions for whole layer names, such as `blocks\\.0\\..*`, not to train."""
+    loraid: LoraidOptions | None = None
+    """`[adapter.loraid]`: train one of several disjoint parts of the network; empty: all of it."""
 
 
 class LinearAdapter(ABC):
@@ -43,6 +53,7 @@ class LinearAdapter(ABC):
         self.build = build
         self._layers: dict[str, AdapterLinear] = {}
         self._transformer: nn.Module | None = None
+        self._partition: Partition | None = None
 
     @abstractmethod
     def make_layer(self, name: str, base: nn.Module, seed: int) -> AdapterLinear:
@@ -78,6 +89,9 @@ class LinearAdapter(ABC):
             raise RuntimeError("this adapter has been injected already")
         linears = linear_layers(transformer)
         names = select_targets(linears, self.config.include, self.config.exclude)
+        names = in_slot(names, linears, self.config.loraid)
+        if self.config.loraid is not None:
+            self._partition = partition_of(self.config.loraid, linears)
         transformer.requires_grad_(False)
         for name in names:
             layer = self.make_layer(name, linears[name], seed)
@@ -107,8 +121,14 @@ class LinearAdapter(ABC):
             layer.strength = strength
 
     def network_args(self) -> dict[str, Any]:
-        """Return the options that a reader of the file may want to know."""
-        return self.config.model_dump(mode="json", exclude_defaults=True)
+        """Return the options that a reader of the file may want to know.
+
+        Of a slot the final patterns are told, which choose the same layers without LORAID, too.
+        """
+        told: dict[str, Any] = self.config.model_dump(mode="json", exclude_defaults=True)
+        if self._partition is not None:
+            told |= {"include": include_patterns(self._layers), "exclude": [".*"]}
+        return told
 
     def write_output(
         self,
@@ -130,6 +150,9 @@ class LinearAdapter(ABC):
             "ss_network_args": json.dumps(self.network_args()),
             "ss_network_dropout": str(getattr(self.config, "dropout", 0.0) or None),
         }
+        if self.config.loraid is not None and self._partition is not None:
+            expert, slot = metadata.get("menma.expert"), self.config.loraid.slot
+            facts |= loraid_metadata(self._partition, slot, expert=expert)
         save_adapter(
             self.updates(state), path, layout=layout, dtype=dtype, metadata={**metadata, **facts}
         )

@@ -10,6 +10,7 @@ from trainer.contract.catalog import ATTENTION, SOLVERS
 from trainer.contract.cluster_rules import cluster_rule, hostfile_problems
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, Problem
+from trainer.contract.loraid_rules import loraid_rule
 from trainer.contract.memory_rules import activations_rule, compile_rule, streaming_rule
 from trainer.contract.offload_rules import offload_rule
 from trainer.contract.registry import nearest
@@ -361,5 +362,6 @@ _RULES: tuple[Rule, ...] = (
     compile_rule,
     _attention,
     _fp8,
+    loraid_rule,
     _output,
 )

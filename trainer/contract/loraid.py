@@ -89,9 +89,10 @@ class Partition:
         legal = legal_slots(self.num_blocks, self.granularity, self.allocation, image=self.image)
         if self.slots in legal:
             return
-        many = len(legal) > 40  # contiguous: every number up to the units
-        hint = f"use {legal[0]} to {legal[-1]}" if many else f"use {', '.join(map(str, legal))}"
-        if self.allocation == "spread" and 1 <= self.slots <= self.num_units:
+        hint = f"use {', '.join(map(str, legal))}"
+        if self.allocation == "contiguous":
+            hint = f"use 1 to {self.num_units}" if self.num_units else "there is nothing to deal out"
+        elif 1 <= self.slots <= self.num_units:
             hint += '; allocation = "contiguous" takes any number'
         raise ConfigError(
             f"{self.num_blocks} blocks cannot be dealt out to {self.slots} slots "

@@ -26,6 +26,7 @@ from trainer.jobs.config_checks import (
     weight_problems,
 )
 from trainer.jobs.distributed_checks import distributed_problems
+from trainer.jobs.loraid_checks import slot_problems
 from trainer.jobs.memory_checks import memory_notes, memory_problems
 from trainer.jobs.run_items import cache_settings, holdout_of
 from trainer.jobs.start import machine_problems
@@ -50,6 +51,7 @@ def run(request: CheckRequest, emit: Emit) -> None:
         *weight_problems(config),
         *machine_problems(config),
         *distributed_problems(config),
+        *slot_problems(config),
     ]
     variant = _variant(config, problems)
     if variant is not None:

@@ -31,6 +31,7 @@ from trainer.jobs.build import DTYPES, pick_device, trained_transformer_file
 from trainer.jobs.components import settle_variant, with_variant
 from trainer.jobs.config_job import read_config
 from trainer.jobs.environment import describe_environment, ground
+from trainer.jobs.loraid_checks import slot_in_words
 from trainer.jobs.start import run_elsewhere, take_place
 from trainer.jobs.train_parts import (
     Session,
@@ -259,6 +260,9 @@ class TrainingRun:
             num_trained=trained,
             num_parameters=everything,
         )
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in model.adapter.trainable())
+        if (slot := slot_in_words(self.config, layers, trained)) is not None:
+            self.emit("log", message=slot, modules=list(layers))
         if self.world.sequence is not None:
             message = f"{self.world.sequence.size} processes share the tokens of each clip"
             self.emit("log", message=message)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from trainer.contract.loraid import LoraidOptions, partition_for
 from trainer.contract.memory_model.block import Trained
 from trainer.contract.variants import TransformerConfig
 
@@ -95,12 +96,21 @@ class Targets:
 
 @lru_cache(maxsize=64)
 def lora_targets(
-    shape: TransformerConfig, rank: int, include: tuple[str, ...], exclude: tuple[str, ...]
+    shape: TransformerConfig,
+    rank: int,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    loraid: LoraidOptions | None = None,
 ) -> Targets:
-    """Return what LoRA trains; patterns as in `trainer.adapters.targets.select_targets`."""
+    """Return what LoRA trains; patterns as in `trainer.adapters.targets.select_targets`.
+
+    Raises:
+        ConfigError: the slot does not fit the model.
+    """
     layers = block_layers(shape)
     everywhere = Trained(rank=rank, targets=frozenset(layers))
-    if not include and not exclude:
+    owned = _slot_layers(shape, loraid)
+    if not include and not exclude and owned is None:
         return Targets(blocks=(everywhere,) * shape.num_layers)
     wanted, unwanted = _patterns(include), _patterns(exclude)
     blocks = []
@@ -109,6 +119,7 @@ def lora_targets(
             name
             for name in layers
             if _matches(wanted, full := f"blocks.{index}.{name}") or not _matches(unwanted, full)
+            if owned is None or full in owned
         )
         blocks.append(
             everywhere if targets == everywhere.targets else Trained(rank=rank, targets=targets)
@@ -124,6 +135,17 @@ def lora_targets(
         outer_parameters=sum(outer.values()),
         first=0 if outer.keys() - {"head.head"} else first,
     )
+
+
+def _slot_layers(
+    shape: TransformerConfig, loraid: LoraidOptions | None
+) -> frozenset[str] | None:
+    """Return the names of the layers that a slot owns; None where there is no slot."""
+    if loraid is None:
+        return None
+    image = shape.image_dim is not None
+    partition = partition_for(loraid, num_blocks=shape.num_layers, image=image)
+    return frozenset(partition.modules(loraid.slot))
 
 
 def lora_parameters(shape: TransformerConfig, trained: Trained) -> int:

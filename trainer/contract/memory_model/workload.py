@@ -11,6 +11,7 @@ from trainer.contract.config import RunConfig
 from trainer.contract.config_rules import is_fp8
 from trainer.contract.errors import ConfigError
 from trainer.contract.hostfile import processes_here_of, world_size_of
+from trainer.contract.loraid_rules import loraid_options
 from trainer.contract.memory_model.block import BlockShape, Trained
 from trainer.contract.memory_model.clips import Clip, training_clips
 from trainer.contract.memory_model.header import sizes_of_file, variant_of_file
@@ -251,6 +252,7 @@ def _trained(config: RunConfig, shape: TransformerConfig) -> Targets:
         int(options.get("rank", DEFAULT_RANK)),
         tuple(options.get("include", ())),
         tuple(options.get("exclude", ())),
+        loraid_options(config),
     )
 
 
