@@ -83,11 +83,10 @@ def _section(
         chosen = values.get(slot, section.model_fields[slot].default)
         options = plugin_schemas()[kind][chosen].get("properties", {})
         tables = tables_of(kind)
-        plain = [key for key in options if key not in tables]
-        for key in sorted(plain, key=lambda key: key not in values):
+        for key in sorted(options, key=lambda key: key not in values):
             yield from _plugin_option(key, options[key], values, f"{chosen}: ")
-        for key in (key for key in options if key in tables):
-            yield from _plugin_table(f"{name}.{key}", tables[key], values.get(key))
+            if key in tables:
+                yield from _comment(f"  Keys of {key}: {', '.join(tables[key]['properties'])}.")
     if name == "sampling":
         yield from _prompts(values.get("prompts", ()))
 
@@ -111,19 +110,6 @@ def _plugin_option(
     if "enum" in spec:
         yield from _comment(f"One of {', '.join(map(str, spec['enum']))}.")
     yield _assignment(key, values, spec.get("default"))
-
-
-def _plugin_table(
-    name: str, schema: Mapping[str, Any], values: Mapping[str, Any] | None
-) -> Iterator[str]:
-    """Yield a table of options; commented out where a preset does not have it."""
-    mark = "# " if values is None else ""
-    yield ""
-    yield from _comment(str(schema.get("description", "")))
-    yield f"{mark}[{name}]"
-    for key, spec in schema["properties"].items():
-        yield from _comment(str(spec.get("description", "")))
-        yield _assignment(key, values or {}, spec.get("default"))
 
 
 def _assignment(key: str, values: Mapping[str, Any], default: Any) -> str:
