@@ -199,11 +199,7 @@ def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
         ConfigError: the variant cannot be told, or the dataset cannot be read.
     """
     variant = variant_of(config)
-    known = {field.name for field in fields(TransformerConfig)}
-    file = _weight_file(config)
-    told = {} if file is None else sizes_of_file(file)
-    changed = {key: value for key, value in config.model.shape.items() if key in known}
-    shape = replace(variant.transformer, **{**told, **changed})
+    shape = shape_of(config, variant)
     clips = training_clips(config, variant)
     return Workload(
         config=config,
@@ -216,6 +212,15 @@ def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
         zero_stage=config.distributed.zero_stage,
         swapped=min(config.memory.swapped_blocks, shape.num_layers),
     )
+
+
+def shape_of(config: RunConfig, variant: Variant) -> TransformerConfig:
+    """Return the sizes of the model: those of its file, of `model.shape`, else the variant's."""
+    known = {field.name for field in fields(TransformerConfig)}
+    file = _weight_file(config)
+    told = {} if file is None else sizes_of_file(file)
+    changed = {key: value for key, value in config.model.shape.items() if key in known}
+    return replace(variant.transformer, **{**told, **changed})
 
 
 def variant_of(config: RunConfig) -> Variant:
