@@ -12,7 +12,6 @@ from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.loraid import (
     LoraidOptions,
     Partition,
-    block_units,
     in_slot,
     in_words,
     include_patterns,
@@ -168,7 +167,7 @@ def test_units_are_as_large_as_published(model, expected):
     [
         (0, "contiguous", "use 1 to 240"),
         (241, "contiguous", "use 1 to 240"),
-        (3, "spread", "use 1, 2, 4, 5, 8, 10, 20, 40, 80, 120, 240; allocation = \"contiguous\""),
+        (3, "spread", 'use 1, 2, 4, 5, 8, 10, 20, 40, 80, 120, 240; allocation = "contiguous"'),
         (241, "spread", "120, 240"),
     ],
 )
@@ -314,7 +313,7 @@ def test_a_file_that_says_only_its_number_is_twelve_whole_blocks():
 def test_a_damaged_header_is_named(change, words):
     table = loraid_metadata(Partition(num_blocks=4, slots=4), 1, expert=None) | change
     broken = {key: value for key, value in table.items() if value is not None}
-    with pytest.raises(ModelFileError, match="a.safetensors") as caught:
+    with pytest.raises(ModelFileError, match=r"a\.safetensors") as caught:
         read_loraid(broken, "a.safetensors")
     assert words in caught.value.message
 

@@ -29,6 +29,17 @@ class LoRAUse(Options):
     """Wan 2.2: the expert it is for; empty: from the file's metadata or name, else both."""
 
 
+class LoraidUse(Options):
+    """One slot of LORAID and how strongly it acts; its file is found by the number."""
+
+    slot: int = Field(ge=1)
+    """Number of the slot."""
+    strength: float = 1.0
+    """Multiplier; 0 leaves the slot out, negative subtracts."""
+    expert: Literal["low_noise", "high_noise"] | None = None
+    """Wan 2.2: the expert whose file is meant; empty: that of each expert that is used."""
+
+
 class ConfigRequest(Options):
     """A job that works on a config."""
 
@@ -61,6 +72,10 @@ class SampleJobRequest(ConfigRequest):
 
     loras: tuple[LoRAUse, ...] = ()
     """LoRAs to attach."""
+    loraids: tuple[LoraidUse, ...] = ()
+    """Slots of LORAID to attach."""
+    loraid_from: tuple[Path, ...] = ()
+    """Files, or folders of files, that hold these slots."""
     prompts: tuple[Prompt, ...] = ()
     """What to make; empty: the config's prompts."""
     prompts_file: Path | None = None
@@ -89,8 +104,12 @@ class MergeRequest(Options):
 
     base: Path
     """Transformer weights in any known layout."""
-    loras: tuple[LoRAUse, ...] = Field(min_length=1)
+    loras: tuple[LoRAUse, ...] = ()
     """LoRAs to bake in."""
+    loraids: tuple[LoraidUse, ...] = ()
+    """Slots of LORAID to bake in."""
+    loraid_from: tuple[Path, ...] = ()
+    """Files, or folders of files, that hold these slots."""
     output: Path
     """File to write."""
     dtype: OutputDtype | None = None
@@ -123,6 +142,15 @@ class InspectRequest(Options):
     """LoRA in any known layout."""
     expert: Literal["low_noise", "high_noise"] | None = None
     """Which part of a file that holds LoRAs for both experts of Wan 2.2."""
+
+
+class LoraVerifyRequest(Options):
+    """Prove that LoRA files do not write to the same matrices."""
+
+    paths: tuple[Path, ...] = Field(min_length=1)
+    """LoRA files."""
+    expert: Literal["low_noise", "high_noise"] | None = None
+    """Which part of files that hold LoRAs for both experts of Wan 2.2."""
 
 
 class DemoRequest(Options):
@@ -177,6 +205,7 @@ JOBS: Registry[object] = Registry(
     Entry("merge", "trainer.jobs.lora_tools:run_merge", "bake LoRAs into a base model"),
     Entry("convert", "trainer.jobs.lora_tools:run_convert", "rewrite a LoRA in another layout"),
     Entry("inspect", "trainer.jobs.lora_tools:run_inspect", "describe a LoRA file"),
+    Entry("lora_verify", "trainer.jobs.lora_verify:run", "whether LoRA files are disjoint"),
     Entry("demo", "trainer.demo.job:run", "the whole pipeline on a tiny model"),
     Entry("bench", "trainer.bench.job:run", "speed and memory as ratios"),
     Entry("bench_config", "trainer.bench.config_job:run", "time and memory of a config's step"),
@@ -195,6 +224,7 @@ REQUESTS: dict[str, type[Options]] = {
     "merge": MergeRequest,
     "convert": ConvertRequest,
     "inspect": InspectRequest,
+    "lora_verify": LoraVerifyRequest,
     "demo": DemoRequest,
     "bench": BenchRequest,
     "bench_config": BenchConfigRequest,

@@ -4,7 +4,7 @@ The network is cut into units. N slots share the units out among themselves, so 
 different slots never write to the same matrix: merged together they do not overwrite each other.
 How many blocks there are is told by the model; nothing here knows a number of them.
 
-B blocks, U units a block, T = B·U units. Unit u = U·b + s is part s of block b. Slots are k = 1 … N.
+B blocks of U units make T = B·U. Unit u = U·b + s is part s of block b. Slots are k = 1 … N.
 
 `contiguous`: slot k owns the units ⌊(k−1)·T/N⌋ … ⌊k·T/N⌋ − 1, for every N from 1 to T.
 `spread`: every slot gets as many units as the others, from all depths. N divides B: unit (b, s)
@@ -91,7 +91,9 @@ class Partition:
             return
         hint = f"use {', '.join(map(str, legal))}"
         if self.allocation == "contiguous":
-            hint = f"use 1 to {self.num_units}" if self.num_units else "there is nothing to deal out"
+            hint = (
+                f"use 1 to {self.num_units}" if self.num_units else "there is nothing to deal out"
+            )
         elif 1 <= self.slots <= self.num_units:
             hint += '; allocation = "contiguous" takes any number'
         raise ConfigError(

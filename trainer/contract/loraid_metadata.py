@@ -176,8 +176,8 @@ def _older(ids: tuple[int, ...], expert: SlotExpert, shared: str) -> Loraid:
     size = BLOCKS_OF_OLDER_FILES
     units = tuple(unit for k in ids for unit in range(size * (k - 1), size * k))
     note = (
-        f"says only that it is LORAID {', '.join(map(str, ids))}: read as {size} whole blocks each, "
-        f"{numbers_text(units)}"
+        f"says only that it is LORAID {', '.join(map(str, ids))}: read as {size} whole blocks "
+        f"each, {numbers_text(units)}"
     )
     return Loraid(ids=ids, expert=expert, units=units, shared=shared, note=note)
 

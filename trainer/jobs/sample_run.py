@@ -22,6 +22,7 @@ from trainer.jobs.components import (
     settle_variant,
 )
 from trainer.jobs.config_job import read_config
+from trainer.jobs.loraid_files import resolve_loraids
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
 from trainer.sampling.pipeline import Expert
 from trainer.sampling.prompts import read_prompts
@@ -44,7 +45,8 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     clips = [clip_of(request) for request in requests]
     config = resolve_for_forwards(config, variant, device, clips, emit)
     files = transformer_files(config, variant)
-    loras = list(request.loras)
+    slots = resolve_loraids(request.loraids, request.loraid_from, both_experts=variant.experts)
+    loras = [*request.loras, *slots]
     if request.run_dir is not None:
         _use_run(request.run_dir, config, files, loras)
     tile = config.memory.vae_tile

@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from app.cli import jobs, output
+from app.cli.commands.lora_verify import verify
 from app.cli.options import Json, command_app
 from trainer.contract.errors import UserError
 
 app = command_app(help="Tools on LoRA files.")
+app.command()(verify)
 
 Expert = Annotated[
     str | None,

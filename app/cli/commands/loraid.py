@@ -25,7 +25,7 @@ def group() -> None:
 
 
 @app.command()
-def plan(
+def plan(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     config: Annotated[
         Path | None,
         typer.Argument(help="Config whose model is cut; its [adapter.loraid] gives defaults."),
@@ -46,7 +46,8 @@ def plan(
         str | None, typer.Option("--allocation", help="contiguous (default) or spread.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option("--rank", min=1, help="Rank of a slot's LoRA; left out: a useful one.")
+        int | None,
+        typer.Option("--rank", min=1, help="Rank of a slot's LoRA; left out: a useful one."),
     ] = None,
     full_rank: Annotated[
         int | None,

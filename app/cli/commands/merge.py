@@ -8,14 +8,21 @@ from typing import Annotated, Any
 import typer
 
 from app.cli import jobs, output
+from app.cli.loraid_options import (
+    LoraidCommand,
+    LoraidFrom,
+    Loraids,
+    LoraidStrengths,
+    loraid_fields,
+)
 from app.cli.options import Loras, Overrides, command_app, lora_use
 from trainer.contract.errors import UserError
 
 app = command_app()
 
 
-@app.command()
-def merge(
+@app.command(cls=LoraidCommand)
+def merge(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     target: Annotated[
         Path, typer.Option("--output", "-o", help="File to write.", show_default=False)
     ],
@@ -27,6 +34,9 @@ def merge(
         Path | None, typer.Option("--base", help="Transformer weights: a file or a folder.")
     ] = None,
     loras: Loras = None,
+    loraids: Loraids = None,
+    loraid_strengths: LoraidStrengths = None,
+    loraid_from: LoraidFrom = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="bf16, fp16 or fp32; left out: the base's own."),
@@ -39,11 +49,12 @@ def merge(
     Example: menma merge --base wan.safetensors --lora fish.safetensors:0.8 -o wan-fish.safetensors
     """
     uses = [lora_use(text) for text in loras or ()]
+    slots = loraid_fields(loraids, loraid_strengths, loraid_from)
     if config is not None:
-        base, uses = _from_config(config, overrides or [], base, uses)
+        base, uses = _from_config(config, overrides or [], base, uses, slots)
     elif overrides:
         raise UserError("--set changes values of a config, and none is given")
-    if base is None or not uses:
+    if base is None or not (uses or slots):
         missing = "--base FILE" if base is None else "--lora FILE"
         raise UserError(f"{missing} is missing", hint="menma merge --help shows an example")
     if target.exists() and not force:
@@ -55,6 +66,7 @@ def merge(
         {
             "base": str(base),
             "loras": uses,
+            **slots,
             "output": str(target),
             "dtype": dtype,
             "force": force,
@@ -65,7 +77,11 @@ def merge(
 
 
 def _from_config(
-    path: Path, overrides: list[str], base: Path | None, uses: list[dict[str, Any]]
+    path: Path,
+    overrides: list[str],
+    base: Path | None,
+    uses: list[dict[str, Any]],
+    slots: dict[str, Any],
 ) -> tuple[Path | None, list[dict[str, Any]]]:
     """Take from the config what the command line leaves out."""
     from trainer.contract.config_io import load_config
@@ -74,7 +90,10 @@ def _from_config(
     config = load_config(path, overrides)
     high_noise = config.model.expert == "high_noise"
     transformer = config.model.transformer_high_noise if high_noise else config.model.transformer
-    if not uses:
+    for slot in slots.get("loraids", ()):
+        if config.model.expert is not None:
+            slot.setdefault("expert", config.model.expert)
+    if not uses and not slots:
         trained = RunDir(config.run_dir).output / f"{config.name}.safetensors"
         if not trained.is_file():
             raise UserError(

@@ -137,9 +137,7 @@ def lora_targets(
     )
 
 
-def _slot_layers(
-    shape: TransformerConfig, loraid: LoraidOptions | None
-) -> frozenset[str] | None:
+def _slot_layers(shape: TransformerConfig, loraid: LoraidOptions | None) -> frozenset[str] | None:
     """Return the names of the layers that a slot owns; None where there is no slot."""
     if loraid is None:
         return None
