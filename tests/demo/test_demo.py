@@ -24,13 +24,13 @@ from trainer.demo.clips import (
     NUM_TRAINING,
     concept_scenes,
     known_scenes,
-    write_scenes,
 )
 from trainer.demo.configs import DemoPlan, write_config
 from trainer.demo.job import DemoReport, run_demo
 from trainer.demo.merged import largest_difference
 from trainer.demo.sheet import Row, write_frames
 from trainer.models.wan.transformer import WanTransformer
+from trainer.nano.scene_files import write_scenes
 from trainer.sampling.video_io import read_video
 
 FIGURES = {
