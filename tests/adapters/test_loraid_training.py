@@ -10,18 +10,20 @@ from safetensors import safe_open
 
 from trainer.adapters import load_adapter
 from trainer.adapters.lora import LoRA
-from trainer.adapters.targets import linear_layers, select_targets
+from trainer.adapters.targets import linear_layers
 from trainer.contract.catalog import ADAPTERS
 from trainer.contract.config_io import load_config, load_config_with_sources, place_problems
 from trainer.contract.errors import ConfigError
 from trainer.contract.loraid import LoraidOptions, partition_of
 from trainer.contract.loraid_metadata import read_loraid
-from trainer.contract.memory_model.weights import lora_targets
+from trainer.contract.memory_model.trained import find_targets
 from trainer.contract.memory_model.workload import workload_of
+from trainer.contract.targets import plan_layers
 from trainer.contract.variants import TransformerConfig, get_variant
 from trainer.core.seams import BuildContext
+from trainer.jobs.adapter_checks import adapter_problems
 from trainer.jobs.convert import convert_lora
-from trainer.jobs.loraid_checks import slot_in_words, slot_problems
+from trainer.jobs.loraid_checks import slot_in_words
 from trainer.models.wan.loading import save_transformer
 
 from .tiny_models import SIZES, make_transformer
@@ -55,11 +57,9 @@ def _injected(adapter, *, image=False):
     return adapter
 
 
-def test_every_kind_that_works_on_linear_layers_has_slots():
-    kinds = [e.name for e in ADAPTERS if "exclude" in ADAPTERS.load(e.name).Config.model_fields]
-    assert "lora" in kinds
-    for kind in kinds:
-        assert "loraid" in ADAPTERS.load(kind).Config.model_fields
+def test_every_kind_but_the_full_fine_tune_has_slots():
+    with_slots = [e.name for e in ADAPTERS if "loraid" in ADAPTERS.load(e.name).Config.model_fields]
+    assert with_slots == [name for name in ADAPTERS.names if name != "none"]
 
 
 def test_exclude_narrows_the_slot_and_nothing_left_is_refused():
@@ -105,7 +105,7 @@ def test_the_file_names_patterns_that_choose_the_same_layers_without_loraid(tmp_
     with safe_open(path, "pt") as file:
         told = json.loads(file.metadata()["ss_network_args"])
     names = linear_layers(make_transformer())
-    again = select_targets(names, told["include"], told["exclude"])
+    again = plan_layers(names, {key: told[key] for key in ("include", "exclude")})
     assert set(again) == layers_of(adapter)
     assert told["loraid"] == {"slot": 1, "slots": 9, "allocation": "spread"}
 
@@ -179,18 +179,12 @@ def test_a_slot_beyond_the_model_in_the_file_is_told_with_key_and_line(
     save_transformer(make_transformer(), tmp_path / "three.safetensors")
     model = f'transformer = "{tmp_path}/three.safetensors"'
     loaded = load_config_with_sources(write(tmp_path, 1, slots, more, model))
-    problems = place_problems(slot_problems(loaded.config), loaded.sources)
+    problems = place_problems(adapter_problems(loaded.config), loaded.sources)
     if key is None:
         assert problems == []
         return
     assert [(p.key, p.line) for p in problems] == [(key, line)]
     assert words in str(problems[0])
-
-
-def test_without_a_file_the_variant_tells_the_blocks(tmp_path):
-    (problem,) = slot_problems(load_config(write(tmp_path, 1, 181)))
-    assert "use 1 to 180" in str(problem)
-    assert slot_problems(load_config(write(tmp_path, 1, 180))) == []
 
 
 def test_the_words_at_the_start_name_layers_and_parameters(tmp_path):
@@ -212,16 +206,14 @@ def _plain(tmp_path):
 
 @pytest.mark.parametrize("allocation", ["contiguous", "spread"])
 @pytest.mark.parametrize("image", [False, True])
-def test_the_estimate_counts_the_layers_that_are_trained(image, allocation):
+def test_the_estimate_counts_the_layers_that_are_trained(tmp_path, image, allocation):
     shape = TransformerConfig(**SIZES, **({"image_dim": 1280} if image else {}))
     for slot in (1, 4, 9):
-        loraid = LoraidOptions(slot=slot, slots=9, allocation=allocation)
+        loraid = {"slot": slot, "slots": 9, "allocation": allocation}
         trained = _injected(adapter_of(loraid=loraid, exclude=[r".*\.0\.ffn\.2"]), image=image)
-        targets = lora_targets(shape, 16, (), (r".*\.0\.ffn\.2",), loraid)
-        counted = {
-            f"blocks.{i}.{name}" for i, block in enumerate(targets.blocks) for name in block.targets
-        }
-        assert counted == layers_of(trained)
+        more = f'allocation = "{allocation}"'
+        config = load_config(write(tmp_path, slot, 9, more), [r"adapter.exclude=['.*\.0\.ffn\.2']"])
+        assert {part.name for part in find_targets(config, shape).parts} == layers_of(trained)
 
 
 def test_the_estimate_of_a_config_is_that_of_its_slot(tmp_path):

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from trainer.adapters import load_adapter
 from trainer.adapters.base import LoRAFactors
-from trainer.adapters.formats.names import (
+from trainer.adapters.formats.writer import save_adapter
+from trainer.adapters.targets import linear_layers
+from trainer.contract.errors import ModelFileError
+from trainer.contract.layer_names import (
     block_index,
     canonical_from_flat,
     canonical_name,
     diffusers_name,
 )
-from trainer.adapters.formats.writer import save_adapter
-from trainer.adapters.targets import linear_layers
-from trainer.contract.errors import ModelFileError
 
 from .tiny_models import make_transformer, make_twin
 

@@ -6,8 +6,8 @@ import torch
 
 from trainer.adapters.base import LoRAFactors
 from trainer.adapters.targets import linear_layers
+from trainer.contract.diffusers_names import to_diffusers_name
 from trainer.contract.variants import TransformerConfig
-from trainer.io.formats.diffusers_names import to_diffusers_name
 from trainer.models.wan.transformer import WanTransformer
 
 SIZES = {"dim": 24, "ffn_dim": 48, "num_heads": 2, "num_layers": 3, "text_dim": 32, "freq_dim": 16}

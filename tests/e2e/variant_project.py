@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer.contract.diffusers_names import to_diffusers_name
 from trainer.contract.events import EventReader
 from trainer.contract.jobs import JOBS, REQUESTS
 from trainer.contract.run_dir import RunDir
@@ -32,7 +33,6 @@ from trainer.contract.variants import VARIANTS, TransformerConfig
 from trainer.core.types import Batch, NoisyInput
 from trainer.engine import process_group
 from trainer.engine.process_group import World
-from trainer.io.formats.diffusers_names import to_diffusers_name
 from trainer.jobs import sample as sample_job
 from trainer.jobs import train_samples
 from trainer.jobs.base import run_guarded

@@ -38,7 +38,7 @@ def make_config(
     values: dict[str, Any] = {
         "model": model,
         "dataset": {"sources": [source]},
-        "adapter": {"kind": "none"} if full else {"kind": "lora", "rank": rank, **(adapter or {})},
+        "adapter": {**({"kind": "none"} if full else {"rank": rank}), **(adapter or {})},
         "memory": dict(memory or {}),
         "training": {"gradient_accumulation_steps": accumulation},
         "distributed": {"engine": "local"},

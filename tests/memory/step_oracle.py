@@ -11,6 +11,7 @@ from torch import nn
 
 from trainer.adapters.full import FullFineTune
 from trainer.adapters.lora import LoRA
+from trainer.adapters.lora_linear import LoRALinear
 from trainer.contract.config import RunConfig
 from trainer.contract.memory_model.workload import Workload, workload_of
 from trainer.core.seams import BuildContext
@@ -58,11 +59,11 @@ def _build_step(config: RunConfig, work: Workload) -> tuple[TrainStep, Any]:
     build = BuildContext(variant=work.variant, seed=0, device=torch.device("cpu"), total_steps=1)
     adapter: Any
     if config.adapter.kind == "none":
-        adapter = FullFineTune(FullFineTune.Config(), build)
+        adapter = FullFineTune(FullFineTune.Config(**config.adapter.options("kind")), build)
         adapter.inject(model, 0)
     else:
         adapter = LoRA(LoRA.Config(**config.adapter.options("kind")), build)
-        with patch.object(LoRA, "_new_factors", _fake_factors):
+        with patch.object(LoRA, "make_layer", _fake_layer):
             adapter.inject(model, 0)
     model.gradient_checkpointing = config.memory.gradient_checkpointing
     model.blocks.keep_attention = config.memory.keep_attention
@@ -82,10 +83,11 @@ def _fp8_layer(layer: nn.Linear, spec: Any) -> Fp8Linear:
     return Fp8Linear(weight, layer.bias, Fp8Products() if spec.matmul else None)
 
 
-def _fake_factors(self: LoRA, name: str, base: Any, seed: int) -> tuple[nn.Parameter, nn.Parameter]:
-    rank = self.config.rank
+def _fake_layer(self: LoRA, name: str, base: Any, seed: int) -> LoRALinear:
+    rank = self.plan[name].rank
     down, up = torch.empty(rank, base.in_features), torch.empty(base.out_features, rank)
-    return nn.Parameter(down), nn.Parameter(up)
+    start = (down.clone(), up.clone()) if self.config.init != "kaiming" else None
+    return LoRALinear(base, nn.Parameter(down), nn.Parameter(up), 1.0, start=start)
 
 
 def _batch(work: Workload) -> Batch:

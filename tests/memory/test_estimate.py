@@ -25,7 +25,7 @@ from trainer.contract.memory_model import (
 from trainer.contract.memory_model.fit import with_settings
 from trainer.contract.memory_model.result import PHASES
 from trainer.contract.memory_model.weights import num_parameters
-from trainer.contract.memory_model.workload import DEFAULT_RANK, workload_of
+from trainer.contract.memory_model.workload import workload_of
 from trainer.contract.plugin_options import plugin_schemas
 from trainer.contract.variants import VARIANTS
 
@@ -233,9 +233,10 @@ def test_without_a_dataset_the_variant_s_own_size_counts() -> None:
     assert str(estimate(config).clip) == "1280x704x121"
 
 
-def test_default_rank_is_the_adapter_s() -> None:
-    schema = plugin_schemas()["adapter"]["lora"]["properties"]
-    assert schema["rank"]["default"] == DEFAULT_RANK
+def test_options_that_are_not_given_count_as_their_defaults() -> None:
+    config = RunConfig.model_validate({"model": {"variant": "wan2.2-ti2v-5b"}})
+    rank = plugin_schemas()["adapter"]["lora"]["properties"]["rank"]["default"]
+    assert {part.rank for part in workload_of(config).targets.parts} == {rank}
 
 
 def test_accumulation_keeps_gradients_and_multiplies_time() -> None:

@@ -102,6 +102,21 @@ OTHERS: dict[str, dict[str, Any]] = {
     "both, fp8": {"memory": {**FP8, **BOTH}},
     "both, fp8 products": {"memory": {**FP8, **BOTH, "fp8_matmul": True}},
     "both, no self-attention": {"adapter": {"exclude": [r".*self_attn.*"]}, "memory": BOTH},
+    "PiSSA": {"adapter": {"init": "pissa"}},
+    "ranks by pattern": {"adapter": {"rank_pattern": {r".*\.ffn\..*": 128, r".*\.q": 4}}},
+    "feed-forwards themselves": {"full": True, "adapter": {"targets": "ffn"}},
+    "attention itself": {"full": True, "adapter": {"targets": "attention"}},
+    "last block itself": {
+        "full": True,
+        "num_layers": 3,
+        "adapter": {"include": ["blocks.2"], "exclude": [".*"]},
+    },
+    "norms and head": {
+        "full": True,
+        "adapter": {"exclude": [".*"], "include": [r"blocks\..*norm3", "head.head"]},
+    },
+    "all but the embeddings": {"full": True, "adapter": {"exclude": [r".*_embedding", "time_.*"]}},
+    "all but the modulations": {"full": True, "adapter": {"exclude": [r"blocks\..*modulation"]}},
     "head, too": {"adapter": {"include": ["head.head"]}},
     "only the head": {"adapter": {"exclude": [".*"], "include": ["head.head"]}},
 }

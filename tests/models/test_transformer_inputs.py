@@ -11,9 +11,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from wan_pairs import build, diffusers_options, make_inputs, run_ours, tiny_config
 
+from trainer.contract.diffusers_names import to_diffusers_name, to_original_name
 from trainer.contract.errors import ConfigError, DataError, ModelFileError
 from trainer.contract.variants import VARIANTS
-from trainer.io.formats.diffusers_names import to_diffusers_name, to_original_name
 from trainer.models.wan.rope import axis_sizes, rope_table
 from trainer.models.wan.transformer import WanTransformer
 

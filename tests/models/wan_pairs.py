@@ -10,8 +10,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from trainer.contract.diffusers_names import to_diffusers_name, to_original_name
 from trainer.contract.variants import VARIANTS, TransformerConfig
-from trainer.io.formats.diffusers_names import to_diffusers_name, to_original_name
 from trainer.models.wan.fan_in import init_fan_in
 from trainer.models.wan.transformer import WanTransformer
 

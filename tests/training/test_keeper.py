@@ -171,7 +171,10 @@ def test_another_alpha_is_refused_because_shapes_do_not_show_it(bench: Bench) ->
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"base": "b2"}, "the base model's file changed since step-00000005"),
+        (
+            {"base": "b2"},
+            "the base model's file or a frozen adapter on it changed since step-00000005",
+        ),
         ({"dataset": "d2"}, "the clips or captions changed"),
         ({"seed": 8}, "the seed changed"),
         ({"stream": {"processes": 2, "accumulation": 1}}, "the number of processes"),

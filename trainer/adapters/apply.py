@@ -9,10 +9,10 @@ from torch import nn
 
 from trainer.adapters.adapter_linear import AdapterLinear
 from trainer.adapters.base import AdapterFile, Update
-from trainer.adapters.formats.names import block_index
 from trainer.adapters.targets import linear_layers
 from trainer.adapters.wrapping import unwrap, wrap
 from trainer.contract.errors import ModelFileError
+from trainer.contract.layer_names import block_index
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

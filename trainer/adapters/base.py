@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.adapters.adapter_linear import AdapterLinear
-from trainer.adapters.lora_linear import LoRALinear
+from trainer.adapters.lora_linear import LoRALinear, update_norm
 
 
 class Update(ABC):
@@ -119,13 +119,8 @@ class LoRAFactors(Update):
         return LoRALinear(base, down, up, self.scale)
 
     def norm(self) -> float:
-        """Return the norm of the delta from two R x R products.
-
-        ‖BA‖² = trace((BᵀB)(AAᵀ)); in float64, because the products' errors are squared.
-        """
-        up, down = self.up_OR.double(), self.down_RI.double()
-        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
-        return abs(self.scale) * float(squared.sqrt())
+        """Return the norm of the delta without making it."""
+        return float(update_norm(self.down_RI, self.up_OR, self.scale))
 
     def folded(self) -> LoRAFactors:
         """Return the same update with alpha = rank, so that a reader without alpha scales by 1.

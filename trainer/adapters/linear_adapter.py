@@ -6,37 +6,53 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.adapters.adapter_linear import AdapterLinear
 from trainer.adapters.base import Update
 from trainer.adapters.formats.writer import save_adapter
-from trainer.adapters.targets import linear_layers, select_targets
-from trainer.adapters.wrapping import unwrap, wrap
-from trainer.contract.loraid import (
-    LoraidOptions,
-    Partition,
-    in_slot,
-    include_patterns,
-    partition_of,
-)
+from trainer.adapters.targets import linear_layers
+from trainer.adapters.wrapping import readable, unwrap, wrap
+from trainer.contract.lora_header import FileLayer
+from trainer.contract.loraid import LoraidOptions, Partition, include_patterns, partition_of
 from trainer.contract.loraid_metadata import loraid_metadata
 from trainer.contract.options import Options
+from trainer.contract.targets import LayerPlan, plan_layers
 from trainer.core.seams import BuildContext, Technique
 
 
 class TargetOptions(Options):
-    """Which layers are trained: options of every kind that works on linear layers."""
+    """What is trained, and how fast: options of every kind."""
 
+    targets: Literal["all", "attention", "self_attention", "cross_attention", "ffn"] = "all"
+    """What is trained of the blocks; `all` with kind `none`: the whole model."""
     include: tuple[str, ...] = ()
-    """Regular expressions for whole layer names to train beyond those left by `exclude`."""
+    """Regular expressions for whole names to train beyond what `targets` and `exclude` leave;
+    `<4-11>` in one stands for any number from 4 to 11."""
     exclude: tuple[str, ...] = ()
-    """Regular expressions for whole layer names, such as `blocks\\.0\\..*`, not to train."""
+    """Regular expressions for whole names, such as `blocks\\.0\\..*`, not to train."""
+    lr_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({})
+    """Regular expression -> factor of the learning rate; the first that matches counts."""
+
+
+class LinearOptions(TargetOptions):
+    """Options of the kinds that put a layer of their own around linear layers."""
+
     loraid: LoraidOptions | None = None
     """`[adapter.loraid]`: train one of several disjoint parts of the network; empty: all of it."""
+
+
+class RankOptions(LinearOptions):
+    """Options of the kinds that have a rank and an alpha for each layer."""
+
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=4096)]] = Field({})
+    """Regular expression -> rank of the layers it matches; the first that matches counts."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({})
+    """Regular expression -> alpha of the layers it matches; the first that matches counts."""
 
 
 class LinearAdapter(ABC):
@@ -48,9 +64,11 @@ class LinearAdapter(ABC):
     network_module: ClassVar[str] = "networks.lora_wan"
     """`ss_network_module` of the files: which module of kohya-style tools reads them."""
 
-    def __init__(self, config: TargetOptions, build: BuildContext) -> None:
+    def __init__(self, config: LinearOptions, build: BuildContext) -> None:
         self.config = config
         self.build = build
+        self.plan: dict[str, LayerPlan] = {}
+        """Rank, alpha and learning rate of each layer, once it is injected."""
         self._layers: dict[str, AdapterLinear] = {}
         self._transformer: nn.Module | None = None
         self._partition: Partition | None = None
@@ -73,7 +91,19 @@ class LinearAdapter(ABC):
 
     def lr_scales(self) -> Mapping[str, float]:
         """Return factors of the learning rate by trainable name; absent: 1."""
-        return {}
+        scales = {
+            name: self.plan[name.rpartition(".")[0]].lr_factor * self.lr_factor(name)
+            for name in self.trainable()
+        }
+        return {name: scale for name, scale in scales.items() if scale != 1.0}
+
+    def lr_factor(self, name: str) -> float:
+        """Return the factor of one trained tensor that its part in the kind asks for."""
+        return 1.0
+
+    def in_file(self) -> Mapping[str, FileLayer] | None:
+        """Return the layers of the file that training starts from; None: it starts anew."""
+        return None
 
     def techniques(self) -> Sequence[Technique]:
         """Return what this kind does beyond its layers while it trains."""
@@ -84,17 +114,18 @@ class LinearAdapter(ABC):
 
         Raises:
             ConfigError: the patterns are wrong or select nothing.
+            ModelFileError: the file that training starts from cannot be used.
         """
         if self._layers:
             raise RuntimeError("this adapter has been injected already")
         linears = linear_layers(transformer)
-        names = select_targets(linears, self.config.include, self.config.exclude)
-        names = in_slot(names, linears, self.config.loraid)
+        self.plan = plan_layers(linears, self.config.model_dump(), self.in_file())
         if self.config.loraid is not None:
             self._partition = partition_of(self.config.loraid, linears)
         transformer.requires_grad_(False)
-        for name in names:
-            layer = self.make_layer(name, linears[name], seed)
+        for name in self.plan:
+            with readable(transformer, name):
+                layer = self.make_layer(name, linears[name], seed)
             layer.train(transformer.training)
             wrap(transformer, name, layer)
             self._layers[name] = layer
@@ -121,11 +152,12 @@ class LinearAdapter(ABC):
             layer.strength = strength
 
     def network_args(self) -> dict[str, Any]:
-        """Return the options that a reader of the file may want to know.
+        """Return the options that a reader of the file may want to know; of paths the name only.
 
         Of a slot the final patterns are told, which choose the same layers without LORAID, too.
         """
-        told: dict[str, Any] = self.config.model_dump(mode="json", exclude_defaults=True)
+        options = self.config.model_dump(exclude_defaults=True)
+        told = {k: v.name if isinstance(v, Path) else v for k, v in options.items()}
         if self._partition is not None:
             told |= {"include": include_patterns(self._layers), "exclude": [".*"]}
         return told

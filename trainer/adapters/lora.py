@@ -1,74 +1,199 @@
 """LoRA: a trained low-rank update beside each chosen linear layer.
 
 Hu et al., arXiv:2106.09685. Shape letters: R rank, I input width, O output width.
+
+Its options and their sources: scale α/√R instead of α/R (rsLoRA, Kalajdzievski, arXiv:2312.03732);
+a start from the base's principal part (PiSSA, `pissa.py`); a faster up factor (LoRA+, Hayou et al.,
+arXiv:2402.12354); dropped ranks and layers (`lora_dropout.py`) and bounded updates (`max_norm.py`).
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from trainer.adapters.adapter_linear import AdapterLinear
 from trainer.adapters.base import LoRAFactors, Update
-from trainer.adapters.linear_adapter import LinearAdapter, TargetOptions
+from trainer.adapters.formats.reader import load_adapter
+from trainer.adapters.linear_adapter import LinearAdapter, RankOptions
+from trainer.adapters.lora_dropout import BranchDropout
 from trainer.adapters.lora_linear import LoRALinear
+from trainer.adapters.max_norm import MaxNorm
+from trainer.adapters.pissa import KeptStart, principal_factors
+from trainer.adapters.wrapping import base_weight
+from trainer.contract.errors import ConfigError, ModelFileError
+from trainer.contract.lora_header import FileLayer, lora_layers
 from trainer.core.rng import generator
-from trainer.core.seams import BuildContext
+from trainer.core.seams import BuildContext, Technique
 
 
 class LoRA(LinearAdapter):
     """Trains the factors of LoRA; the transformer itself stays frozen."""
 
-    class Config(TargetOptions):
+    class Config(RankOptions):
         """Options of `[adapter] kind = "lora"`."""
 
-        rank: int = Field(16, ge=1, le=4096)
-        """Rank of the update: more capacity, memory and file size with more."""
+        rank: Annotated[int, Field(ge=1, le=4096)] | Literal["from_weights"] = 16
+        """Rank of the update: more capacity, memory and file size with more. `from_weights`: the
+        layers and the ranks of the file `init_from`."""
         alpha: float | None = Field(None, gt=0)
-        """The update is scaled by alpha / rank; empty: the rank, so that the scale is 1."""
+        """The update is scaled by alpha / rank; empty: the rank (with `rslora` its square root), so
+        that the scale is 1. With `from_weights` the scale is the file's where this is empty."""
+        rslora: bool = False
+        """Scale by alpha / √rank instead, so that larger ranks learn as fast as small ones."""
+        init: str = Field("kaiming", pattern="^(kaiming|pissa|pissa_niter_[1-9][0-9]?)$")
+        """How factors begin: `kaiming` (random down, zero up), `pissa` (the principal part of the
+        base's weight; the output is a LoRA of twice the rank), `pissa_niter_4` (nearly the same by
+        a randomised SVD with 4 iterations, which is much quicker)."""
+        init_from: Path | None = None
+        """LoRA (safetensors, any known layout) whose weights training starts from."""
+        loraplus_lr_ratio: float | None = Field(None, gt=0)
+        """LoRA+: the up factors learn so many times as fast; 16 in the paper, try 4 first."""
         dropout: float = Field(0.0, ge=0, lt=1)
         """Share of the rank-wide activations set to zero while training."""
+        rank_dropout: float = Field(0.0, ge=0, lt=1)
+        """Share of the ranks that each sample trains without; the others count 1 / (1 - share)."""
+        module_dropout: float = Field(0.0, ge=0, lt=1)
+        """Share of the layers that each sample trains without."""
+        scale_weight_norms: float | None = Field(None, gt=0)
+        """Updates of layers whose Frobenius norm is larger are scaled down to it after each step;
+        1 is usual. ZeRO 0 only."""
 
     config: LoRA.Config
 
     def __init__(self, config: LoRA.Config, build: BuildContext) -> None:
         super().__init__(config, build)
-        self.scale = (config.rank if config.alpha is None else config.alpha) / config.rank
+        self._start: Mapping[str, LoRAFactors] = {}
+        if config.init_from is not None:
+            self._start = _plain_lora(config.init_from)
 
     @property
-    def facts(self) -> Mapping[str, float]:
-        """The same factors are another update at another scale."""
-        return {"scale (alpha / rank)": self.scale}
+    def facts(self) -> Mapping[str, Any]:
+        """The same factors are another update at another scale, or beside another start."""
+        scales = {name: layer.scale for name, layer in self._lora_layers().items()}
+        told: float | str = next(iter(scales.values()), 1.0)
+        if len(set(scales.values())) > 1:
+            told = f"by layer, {zlib.crc32(json.dumps(scales).encode()):08x}"
+        return {"scale (alpha / rank)": told, "init": self.config.init.partition("_")[0]}
 
-    def make_layer(self, name: str, base: nn.Module, seed: int) -> LoRALinear:
-        """Return a branch that adds nothing yet.
+    def in_file(self) -> Mapping[str, FileLayer] | None:
+        """Return the layers of `init_from`."""
+        return None if self.config.init_from is None else lora_layers(self.config.init_from)
+
+    def lr_factor(self, name: str) -> float:
+        """Return LoRA+'s ratio for up factors."""
+        return (self.config.loraplus_lr_ratio or 1.0) if name.endswith(".up") else 1.0
+
+    def techniques(self) -> Sequence[Technique]:
+        """Return what drops ranks and layers, bounds updates, or keeps PiSSA's start."""
+        config, layers = self.config, self._lora_layers()
+        found: list[Technique] = []
+        if config.rank_dropout or config.module_dropout:
+            shares = config.rank_dropout, config.module_dropout
+            found.append(BranchDropout(layers.values(), *shares, seed=self.build.seed))
+        if config.scale_weight_norms is not None:
+            found.append(MaxNorm(layers.values(), config.scale_weight_norms))
+        if config.init != "kaiming":
+            found.append(KeptStart(layers))
+        return found
+
+    def inject(self, transformer: nn.Module, seed: int) -> None:
+        """Freeze the transformer and put a branch on every target.
+
+        Raises:
+            ConfigError: the patterns are wrong or select nothing.
+            ModelFileError: the file that training starts from cannot be used.
+        """
+        super().inject(transformer, seed)
+        self._start = {}  # it is in the layers now
+
+    def make_layer(self, name: str, base: nn.Module, seed: int) -> AdapterLinear:
+        """Return a branch that adds nothing yet, or what `init_from` holds.
 
         The down factor (R, I) is Kaiming-uniform (a = √5, so ±1/√I); the up factor (O, R) is zero,
-        so that the model is unchanged at the start.
+        so that the model is unchanged at the start. PiSSA's factors are those of the weight, and
+        what they make at the start is taken off again by the layer.
         """
-        inputs, outputs = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
-        rank, device = self.config.rank, self.build.device
-        bound = 1 / math.sqrt(inputs)
-        down = torch.empty(rank, inputs).uniform_(
-            -bound, bound, generator=generator(seed, "adapter", name)
-        )
-        up = torch.zeros(outputs, rank, device=device)
-        return LoRALinear(
-            base, nn.Parameter(down.to(device)), nn.Parameter(up), self.scale, self.config.dropout
-        )
+        rank, device = self.plan[name].rank, self.build.device
+        assert rank is not None, "plan_layers gives a LoRA its rank"
+        scale = self._scale(name, rank)
+        random = generator(seed, "adapter", name)
+        start: tuple[Tensor, Tensor] | None = None
+        if name in self._start:
+            down, up = _at_scale(self._start[name], scale, base, self.config.init_from)
+        elif self.config.init != "kaiming":
+            weight_OI = base_weight(base).to(device, torch.float32)
+            iterations = self.config.init.removeprefix("pissa").removeprefix("_niter_")
+            down, up = start = principal_factors(
+                weight_OI, rank, scale, int(iterations) if iterations else None, random
+            )
+        else:
+            inputs, outputs = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
+            bound = 1 / math.sqrt(inputs)
+            down = torch.empty(rank, inputs).uniform_(-bound, bound, generator=random)
+            up = torch.zeros(outputs, rank)
+        down, up = (nn.Parameter(factor.to(device, copy=True)) for factor in (down, up))
+        return LoRALinear(base, down, up, scale, self.config.dropout, start=start)
 
     def updates(self, state: Mapping[str, Tensor]) -> dict[str, Update]:
         """Return the update that `state`, keyed as `trainable`, stands for.
 
+        Beside a kept start (A0, B0) it is s · (B A - B0 A0) = s · [B, -B0] [A; A0], a LoRA of twice
+        the rank on the original weight.
+
         Raises:
             KeyError: a factor is missing.
         """
-        names = [key.removesuffix(".down") for key in state if key.endswith(".down")]
-        pairs = {name: (state[f"{name}.down"], state[f"{name}.up"]) for name in names}
-        return {
-            name: LoRAFactors(down, up, self.scale * down.shape[0])
-            for name, (down, up) in pairs.items()
-        }
+        updates: dict[str, Update] = {}
+        for name, layer in self._lora_layers().items():
+            down, up = state[f"{name}.down"], state[f"{name}.up"]
+            if layer.has_start:
+                down = torch.cat((down, layer.start_down.to(down)))
+                up = torch.cat((up, -layer.start_up.to(up)), dim=1)
+            updates[name] = LoRAFactors(down, up, layer.scale * down.shape[0])
+        return updates
+
+    def _scale(self, name: str, rank: int) -> float:
+        divisor = math.sqrt(rank) if self.config.rslora else float(rank)
+        alpha = self.plan[name].alpha
+        if alpha is not None:
+            return alpha / divisor
+        if self.config.rank == "from_weights":
+            return self._start[name].scale
+        return 1.0
+
+    def _lora_layers(self) -> dict[str, LoRALinear]:
+        return {n: layer for n, layer in self._layers.items() if isinstance(layer, LoRALinear)}
+
+
+def _plain_lora(path: Path) -> dict[str, LoRAFactors]:
+    found: dict[str, LoRAFactors] = {}
+    for name, update in load_adapter(path).items():
+        if not isinstance(update, LoRAFactors):
+            raise ModelFileError(
+                f"{path}: {name} is a {update.kind}, and a LoRA can start from a plain LoRA only",
+                hint="name another adapter.init_from",
+            )
+        found[name] = update
+    return found
+
+
+def _at_scale(
+    factors: LoRAFactors, scale: float, base: nn.Module, path: Path | None
+) -> tuple[Tensor, Tensor]:
+    """Return down and up, float32, that make the same update at another scale."""
+    shape = (int(base.out_features), int(base.in_features))  # type: ignore[arg-type]
+    if factors.shape != shape:
+        raise ConfigError(
+            f"adapter.init_from: {path} is for another model: a layer is {factors.shape} in it and "
+            f"{shape} in the model"
+        )
+    return factors.down_RI.float(), factors.up_OR.float() * (factors.scale / scale)

@@ -26,19 +26,39 @@ class LoRALinear(AdapterLinear):
         up_OR: B; likewise.
         scale: s.
         dropout: share of the rank-wide activations that is set to zero in training mode.
+        start: A0 and B0, not trained; the branch is s · (B A - B0 A0) x then.
+
+    Attributes:
+        mask_BR: multiplies the rank-wide activations of each sample in training mode; None: not.
+            Of an input without a sample in each row (a time embedding of tokens) the first row
+            of the mask counts for all.
     """
 
     down: Tensor
     up: Tensor
+    start_down: Tensor
+    start_up: Tensor
 
     def __init__(
-        self, base: nn.Module, down_RI: Tensor, up_OR: Tensor, scale: float, dropout: float = 0.0
+        self,
+        base: nn.Module,
+        down_RI: Tensor,
+        up_OR: Tensor,
+        scale: float,
+        dropout: float = 0.0,
+        *,
+        start: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__(base)
         self.hold("down", down_RI)
         self.hold("up", up_OR)
+        self.has_start = start is not None
+        if start is not None:
+            self.hold("start_down", start[0])
+            self.hold("start_up", start[1])
         self.scale = scale
         self.dropout = dropout
+        self.mask_BR: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., I) to (..., O); the branch computes in the dtype of x."""
@@ -46,13 +66,23 @@ class LoRALinear(AdapterLinear):
         factor = self.scale * self.strength
         if factor == 0.0:
             return _unflatten(self.base(x_NI), x)
-        low_NR = F.linear(x_NI, self.down.to(x.dtype))
+        down_RI, up_OR = self._factors(x.dtype)
+        low_NR = F.linear(x_NI, down_RI)
         low_NR = F.dropout(low_NR, self.dropout, self.training)
-        up_OR = self.up.to(x.dtype)
+        if self.mask_BR is not None and self.training:
+            low_NR = _masked(low_NR, self.mask_BR, x)
         branch_NO = _Branch.apply(low_NR, up_OR, factor)  # type: ignore[no-untyped-call]
         low_NR, up_OR = low_NR.detach(), up_OR.detach()
         out_NO: Tensor = _Add.apply(self.base(x_NI), branch_NO, low_NR, up_OR, factor)  # type: ignore[no-untyped-call]
         return _unflatten(out_NO, x)
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return down and up; with a start [A; A0] and [B, -B0]."""
+        down_RI, up_OR = self.down.to(dtype), self.up.to(dtype)
+        if not self.has_start:
+            return down_RI, up_OR
+        start_down, start_up = self.start_down.to(dtype), self.start_up.to(dtype)
+        return torch.cat((down_RI, start_down)), torch.cat((up_OR, -start_up), dim=1)
 
     def extra_repr(self) -> str:
         """Name the rank and scale where the module is printed."""
@@ -107,3 +137,21 @@ class _Add(torch.autograd.Function):
 
 def _unflatten(out_NO: Tensor, like: Tensor) -> Tensor:
     return out_NO if like.dim() == 2 else out_NO.view(*like.shape[:-1], -1)
+
+
+def _masked(low_NR: Tensor, mask_BR: Tensor, x: Tensor) -> Tensor:
+    batch = mask_BR.shape[0]
+    if x.shape[0] != batch:
+        mask_BR = mask_BR[:1]
+    by_sample = low_NR.view(mask_BR.shape[0], -1, low_NR.shape[1])
+    return (by_sample * mask_BR.to(low_NR.dtype).unsqueeze(1)).view_as(low_NR)
+
+
+def update_norm(down_RI: Tensor, up_OR: Tensor, scale: float) -> Tensor:
+    """Return |scale| · ‖up @ down‖, float64, shape (), from two R x R products.
+
+    ‖B A‖² = trace((BᵀB)(AAᵀ)); in float64, because the products' errors are squared.
+    """
+    up, down = up_OR.double(), down_RI.double()
+    squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
+    return abs(scale) * squared.sqrt()

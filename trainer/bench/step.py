@@ -16,9 +16,9 @@ from torch import Tensor
 
 from trainer.adapters.lora import LoRA
 from trainer.bench.result import Measurement, timed_in_turns
+from trainer.contract.diffusers_names import to_diffusers_name
 from trainer.contract.variants import TransformerConfig, get_variant
 from trainer.core.seams import BuildContext
-from trainer.io.formats.diffusers_names import to_diffusers_name
 from trainer.models.wan.fan_in import init_fan_in
 from trainer.models.wan.transformer import WanTransformer
 

@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from trainer.contract.options import Options
@@ -80,6 +87,21 @@ class DatasetSection(Options):
         return parse_dataset({"general": self.general, "datasets": list(self.sources)})
 
 
+class FrozenAdapter(Options):
+    """One adapter that is put on the base and not trained."""
+
+    path: Path
+    """File of any known layout and kind."""
+    strength: float = 1.0
+    """Multiplies its update."""
+    expert: Literal["low_noise", "high_noise"] | None = None
+    """Wan 2.2: the expert it is put on; empty: each that is used."""
+
+
+def _path_alone(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str | Path) else value
+
+
 class AdapterSection(PluginSection):
     """What is trained."""
 
@@ -87,6 +109,17 @@ class AdapterSection(PluginSection):
 
     kind: str = "lora"
     """Kind of adapter; `none` trains the model's own weights."""
+    frozen: tuple[Annotated[FrozenAdapter, BeforeValidator(_path_alone)], ...] = ()
+    """`[[adapter.frozen]]`, or a list of files: adapters that are put on the base and not trained.
+    They are there in training, validation and samples, and not in the output."""
+
+    def companions(self, expert: str | None) -> tuple[FrozenAdapter, ...]:
+        """Return those of `frozen` that are put on a transformer.
+
+        Args:
+            expert: which of Wan 2.2 it is; None: a model without experts.
+        """
+        return tuple(one for one in self.frozen if one.expert in (None, expert))
 
 
 class ObjectiveSection(PluginSection):

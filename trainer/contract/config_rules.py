@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from trainer.contract.adapter_rules import adapter_files, adapter_rule
 from trainer.contract.catalog import ATTENTION, SOLVERS
 from trainer.contract.cluster_rules import cluster_rule, hostfile_problems
 from trainer.contract.config import RunConfig
@@ -39,6 +40,7 @@ def check_files(config: RunConfig, job: JobName) -> list[Problem]:
         for field in ("transformer", "transformer_high_noise", "vae", "text_encoder", "tokenizer",
                       "image_encoder")
     ]  # fmt: skip
+    named += adapter_files(config)
     named.append(("dataset.file", config.dataset.file))
     named.append(("sampling.prompts_file", config.sampling.prompts_file))
     for index, prompt in enumerate(config.sampling.prompts):
@@ -364,4 +366,5 @@ _RULES: tuple[Rule, ...] = (
     _fp8,
     loraid_rule,
     _output,
+    adapter_rule,
 )

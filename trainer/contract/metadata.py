@@ -66,6 +66,11 @@ def training_metadata(
         "menma.version": facts.version,
         "menma.variant": variant,
         "menma.expert": expert,
+        "menma.frozen": [
+            {"file": one.path.name, "strength": one.strength}
+            for one in config.adapter.companions(expert)
+        ]
+        or None,
         "menma.run_config": json.dumps(_public_config(config), sort_keys=True),
     }
     return as_strings(table)

@@ -7,11 +7,13 @@ when it is stale. So the app checks a config completely without importing torch.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, create_model
+from pydantic import Field, ValidationError, WrapValidator, create_model
+from pydantic_core import PydanticCustomError
 
 from trainer.contract.options import Options
 
@@ -100,14 +102,49 @@ def _python_type(spec: dict[str, Any]) -> Any:
     if "enum" in spec:
         return Literal[tuple(spec["enum"])]
     if "anyOf" in spec:
-        union: Any = _python_type(spec["anyOf"][0])
-        for part in spec["anyOf"][1:]:
-            union = union | _python_type(part)
-        return union
+        return _union(spec["anyOf"])
     if spec.get("type") == "array":
         items = spec.get("items") or (spec.get("prefixItems") or [{}])[0]
         item: Any = Annotated[_python_type(items), Field(**_limits(items))]
         return tuple[item, ...]
     if "properties" in spec:
         return _model_of(spec["title"], spec)
+    if isinstance(values := spec.get("additionalProperties"), dict):
+        value: Any = Annotated[_python_type(values), Field(**_limits(values))]
+        return dict[str, value]
+    if spec.get("format") == "path":
+        return Path
     return _PRIMITIVES[spec["type"]] if "type" in spec else Any
+
+
+def _union(branches: list[dict[str, Any]]) -> Any:
+    several = sum(part.get("type") != "null" for part in branches) > 1
+    union: Any = None
+    for part in branches:
+        own = _python_type(part)
+        if several:  # else the field has the limits of its only branch
+            own = Annotated[own, Field(**_limits(part))]
+        union = own if union is None else union | own
+    if not several:
+        return union
+    text = " or ".join(_in_words(part) for part in branches if part.get("type") != "null")
+
+    def one_message(value: Any, check: Callable[[Any], Any]) -> Any:
+        try:
+            return check(value)
+        except ValidationError:  # it has a message for each branch
+            raise PydanticCustomError("choice", "should be {text}", {"text": text}) from None
+
+    return Annotated[union, WrapValidator(one_message)]
+
+
+def _in_words(part: dict[str, Any]) -> str:
+    if "const" in part:
+        return json.dumps(part["const"])
+    if "enum" in part:
+        return " or ".join(json.dumps(value) for value in part["enum"])
+    name = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}.get(
+        str(part.get("type")), f"a {part.get('type', 'value')}"
+    )
+    low, high = part.get("minimum"), part.get("maximum")
+    return name if low is None or high is None else f"{name} from {low} to {high}"

@@ -45,7 +45,8 @@ def locate(key: str, lines: dict[str, int]) -> int | None:
     while key:
         if key in lines:
             return lines[key]
-        key = re.sub(r"(\.[^.\[\]]*|\[\d+\])$", "", key) if re.search(r"[.\[]", key) else ""
+        shorter = re.sub(r"(\.[^.\[\]]*|\[\d+\])$", "", key)
+        key = shorter if shorter != key else key.rpartition(".")[0]  # a pattern is no plain key
     return None
 
 

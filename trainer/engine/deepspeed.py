@@ -167,6 +167,8 @@ class DeepSpeedEngine(SteppingEngine):
             # Shards one parameter after the other, where `initialize` would move the whole module
             # to the device first. The form `with zero.Init():` would make all of it fp32.
             self._deepspeed.zero.Init(module=module, config_dict_or_path=config)
+            for buffer in module.buffers():  # frozen adapters: only parameters were moved
+                buffer.data = buffer.data.to(self.device)
         groups = parameter_groups(self._trainable, lr_scales)
         engine, *_ = self._deepspeed.initialize(
             model=module,

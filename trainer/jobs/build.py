@@ -19,7 +19,9 @@ from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.memory_rules import too_many_blocks
 from trainer.core.flow import NUM_TRAIN_TIMESTEPS
 from trainer.core.seams import BuildContext, Need, Technique
+from trainer.data.fingerprint import digest, model_identity
 from trainer.engine.deepspeed import is_installed
+from trainer.jobs.companions import attach_companions, companion_facts
 from trainer.memory.block_swap import BlockSwap, spread
 from trainer.memory.checkpoint_offload import CheckpointOffload
 from trainer.memory.host_share import HostShare
@@ -141,6 +143,18 @@ def trained_transformer_file(config: RunConfig) -> tuple[Path, str]:
     return path, f"model.{field}"
 
 
+def base_identity(config: RunConfig) -> str:
+    """Return a fingerprint of what is trained on: the transformer's file and frozen adapters.
+
+    Raises:
+        ConfigError: there is no file.
+        ModelFileError: a file cannot be read.
+    """
+    identity = model_identity(trained_transformer_file(config)[0])
+    frozen = companion_facts(config.adapter.companions(config.model.expert))
+    return digest([identity, *frozen]) if frozen else identity
+
+
 def weights_dtype(config: RunConfig) -> torch.dtype:
     """Return the dtype of the transformer's activations, and of weights that are not fp8."""
     return torch.bfloat16 if is_fp8(config) else DTYPES[config.memory.weight_format]
@@ -159,13 +173,19 @@ def fp8_spec(config: RunConfig) -> Fp8Spec | None:
 
 
 def load_base(
-    config: RunConfig, path: Path, *, device: torch.device, share: HostShare | None = None
+    config: RunConfig,
+    path: Path,
+    *,
+    expert: ExpertName | None,
+    device: torch.device,
+    share: HostShare | None = None,
 ) -> WanTransformer:
-    """Load transformer weights in the precision that the config asks for.
+    """Load transformer weights in the precision that the config asks for, and what is on them.
 
     Args:
         config: the run.
         path: file or folder of the weights.
+        expert: which one of Wan 2.2 they are, for the frozen adapters; None: no expert.
         device: where they compute.
         share: the processes of this machine that load the same weights now: of the blocks that
             are swapped they hold one copy, which the one that leads reads.
@@ -189,7 +209,9 @@ def load_base(
             held_elsewhere=held_elsewhere,
         )
 
-    return make_base(config, read, device=device, share=share)
+    transformer = make_base(config, read, device=device, share=share)
+    attach_companions(config, transformer, expert)
+    return transformer
 
 
 def make_base(

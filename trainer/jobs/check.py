@@ -17,6 +17,7 @@ from trainer.data.cache_index import is_cached
 from trainer.data.cache_settings import CacheSettings
 from trainer.data.checks import DatasetCheck, check_dataset
 from trainer.io.mapped_load import open_weights
+from trainer.jobs.adapter_checks import adapter_problems
 from trainer.jobs.base import MAX_LISTED, Emit
 from trainer.jobs.components import require_vae, settle_variant, with_variant
 from trainer.jobs.config_checks import (
@@ -26,7 +27,6 @@ from trainer.jobs.config_checks import (
     weight_problems,
 )
 from trainer.jobs.distributed_checks import distributed_problems
-from trainer.jobs.loraid_checks import slot_problems
 from trainer.jobs.memory_checks import memory_notes, memory_problems
 from trainer.jobs.run_items import cache_settings, holdout_of
 from trainer.jobs.start import machine_problems
@@ -51,7 +51,6 @@ def run(request: CheckRequest, emit: Emit) -> None:
         *weight_problems(config),
         *machine_problems(config),
         *distributed_problems(config),
-        *slot_problems(config),
     ]
     variant = _variant(config, problems)
     if variant is not None:
@@ -65,6 +64,7 @@ def run(request: CheckRequest, emit: Emit) -> None:
         )
         problems += [problem for problem in more if problem.key not in told]
         problems += memory_problems(config, trains=True)
+        problems += adapter_problems(config)
         problems = list(dict.fromkeys(problems))
     for note in memory_notes(config):
         emit("warning", message=note)

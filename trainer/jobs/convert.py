@@ -10,9 +10,9 @@ import torch
 
 from trainer.adapters import load_adapter
 from trainer.adapters.base import AdapterFile
-from trainer.adapters.formats.keys import Expert
 from trainer.adapters.formats.peft_config import HEADER_KEY
 from trainer.adapters.formats.writer import save_adapter
+from trainer.contract.lora_keys import Expert
 from trainer.jobs.merge import check_output
 
 

@@ -15,8 +15,8 @@ import torch
 
 from trainer.contract.config import RunConfig
 from trainer.contract.config_io import dump_config
-from trainer.data.fingerprint import digest, model_identity
-from trainer.jobs.build import trained_transformer_file
+from trainer.data.fingerprint import digest
+from trainer.jobs.build import base_identity
 
 _PACKAGES = (
     "menma",
@@ -76,7 +76,7 @@ def ground(config: RunConfig) -> dict[str, str]:
     return {
         **versions,
         "the config": digest(dump_config(config, base=Path.cwd())),
-        "the weights": model_identity(trained_transformer_file(config)[0]),
+        "the weights": base_identity(config),
     }
 
 

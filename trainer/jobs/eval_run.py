@@ -72,7 +72,7 @@ def run(request: EvalRequest, emit: Emit) -> None:
             trained=trained,
             expert=config.model.expert or "low_noise",
             loaders=_loaders(config, variant, device, samples=bool(shots)),
-            load_trained=lambda path: _load(config, path, device),
+            load_trained=lambda path: _load(config, path, config.model.expert, device),
             validation=validation,
             shots=shots,
             device=device,
@@ -212,7 +212,7 @@ def _loaders(
     def transformer(expert: Expert) -> nn.Module:
         path = files[expert]
         assert path is not None, "checked above"
-        return _load(config, path, device)
+        return _load(config, path, expert, device)
 
     vae = lazy_vae(config, variant, device).load if samples else _not_needed
     text_encoder = lazy_text_encoder(config, device).load if samples else _not_needed
@@ -223,8 +223,8 @@ def _not_needed() -> Any:
     raise AssertionError("an encoder is loaded, though no video is made")
 
 
-def _load(config: RunConfig, path: Path, device: torch.device) -> nn.Module:
-    return freeze(load_base(config, path, device=device))
+def _load(config: RunConfig, path: Path, expert: Expert | None, device: torch.device) -> nn.Module:
+    return freeze(load_base(config, path, expert=expert, device=device))
 
 
 def _trained_fields(

@@ -10,8 +10,8 @@ from typing import Any
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import describe
 from trainer.adapters.base import AdapterFile, Update
-from trainer.adapters.formats.keys import Expert
-from trainer.adapters.formats.names import block_index
+from trainer.contract.layer_names import block_index
+from trainer.contract.lora_keys import Expert
 from trainer.contract.variants import VARIANTS, TransformerConfig
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import describe
-from trainer.adapters.formats.keys import Expert
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.jobs import LoraidUse, LoRAUse
+from trainer.contract.lora_keys import Expert
 from trainer.contract.loraid import in_words
 from trainer.contract.loraid_metadata import EXPERTS, Loraid, SlotExpert, read_loraid
 from trainer.contract.run_dir import RunDir

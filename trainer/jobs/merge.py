@@ -14,12 +14,12 @@ from torch import Tensor
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import fitting_modules
 from trainer.adapters.base import AdapterFile, Update
-from trainer.adapters.formats.keys import Expert
-from trainer.adapters.formats.names import canonical_name
+from trainer.contract.diffusers_names import MARKER
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.jobs import LoRAUse
+from trainer.contract.layer_names import canonical_name
+from trainer.contract.lora_keys import Expert
 from trainer.contract.loraid_metadata import KEYS as SLOT_KEYS
-from trainer.io.formats.diffusers_names import MARKER
 from trainer.io.formats.stored_tensors import FP8_DTYPES, StoredTensor, read_tensor
 from trainer.io.mapped_load import WeightFiles, open_weights
 from trainer.io.stream_save import TensorSlot, stream_safetensors

@@ -136,7 +136,7 @@ def _loaders(
     image_encoder = lazy_image_encoder(config, device)
 
     def transformer(expert: Expert) -> torch.nn.Module:
-        return freeze(load_base(config, files[expert], device=device))
+        return freeze(load_base(config, files[expert], expert=expert, device=device))
 
     return SampleLoaders(
         text_encoder=lazy_text_encoder(config, device).load,

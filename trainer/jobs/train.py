@@ -19,15 +19,15 @@ from trainer.contract.jobs import TrainRequest
 from trainer.contract.run_dir import Request, RunDir
 from trainer.contract.variants import Variant
 from trainer.core.seams import BuildContext, Engine
-from trainer.data.fingerprint import model_identity
 from trainer.engine import process_group
 from trainer.engine.failures import failing_together
 from trainer.engine.process_group import World
 from trainer.engine.sequence import sharing_clips
+from trainer.jobs.adapter_checks import require_sound_adapter
 from trainer.jobs.agreement import require_same, require_shared_folder
 from trainer.jobs.automatic_memory import memory_values, resolve_for_training
 from trainer.jobs.base import INTERRUPTED, Emit, Stopped, explain
-from trainer.jobs.build import DTYPES, pick_device, trained_transformer_file
+from trainer.jobs.build import DTYPES, base_identity, pick_device
 from trainer.jobs.components import settle_variant, with_variant
 from trainer.jobs.config_job import read_config
 from trainer.jobs.environment import describe_environment, ground
@@ -118,6 +118,7 @@ class TrainingRun:
         )
         # Whatever can be wrong is found in the order of its cost: headers, caches, then weights.
         variant = settle_variant(self.config)
+        require_sound_adapter(self.config)
         hosts = require_same(world, ground(self.config))
         require_shared_folder(world, hosts, self.run_dir.root)
         self.config = config = resolve_for_training(self.config, variant, world, self.emit)
@@ -190,7 +191,7 @@ class TrainingRun:
                 variant=variant.name,
                 expert=config.model.expert,
                 adapter=config.adapter.kind,
-                base=model_identity(trained_transformer_file(config)[0]),
+                base=base_identity(config),
                 dataset=data.cached.fingerprint,
                 seed=config.training.seed,
                 stream={

@@ -32,6 +32,7 @@ from trainer.jobs.build import (
     make_base,
     trained_transformer_file,
 )
+from trainer.jobs.companions import attach_companions
 from trainer.jobs.deepspeed_settings import deepspeed_settings
 from trainer.jobs.environment import menma_version
 from trainer.jobs.neighbours import neighbours
@@ -133,10 +134,13 @@ def build_model(
 
     def load() -> WanTransformer:
         share = neighbours(world) if config.memory.swapped_blocks else None
-        if weights is not None:
-            return make_base(config, weights, device=device, share=share)
-        path, _ = trained_transformer_file(config)
-        return load_base(config, path, device=device, share=share)
+        expert = config.model.expert
+        if weights is None:
+            path, _ = trained_transformer_file(config)
+            return load_base(config, path, expert=expert, device=device, share=share)
+        transformer = make_base(config, weights, device=device, share=share)
+        attach_companions(config, transformer, expert)
+        return transformer
 
     return assemble_model(config, build, largest_batch, load, sequence=world.sequence)
 

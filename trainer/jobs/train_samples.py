@@ -160,7 +160,7 @@ class TrainingSamples:
         path = model.transformer_high_noise if expert == "high_noise" else model.transformer
         if path is None:
             raise RuntimeError("checked with the config")
-        other = load_base(self._config, path, device=self._world.device)
+        other = load_base(self._config, path, expert=expert, device=self._world.device)
         if self._world.sequence is not None:
             other.share_tokens(self._world.sequence)
         return other

@@ -186,6 +186,23 @@ class BlockSwap:
 
         return saved_tensors_hooks(pack, unpack)
 
+    @contextmanager
+    def readable(self, index: int) -> Iterator[None]:
+        """Let block `index`, before it runs, hold its tensors where they wait in RAM, to read them.
+
+        A block that is not streamed holds them anyway.
+        """
+        number = self._number.get(index)
+        if number is None:
+            yield
+            return
+        flat = self._flats[number]
+        flat.enter(flat.views(flat.host))
+        try:
+            yield
+        finally:
+            flat.leave()
+
     def release(self) -> None:
         """Give the device memory back; the next `need` takes it again."""
         self._retire()

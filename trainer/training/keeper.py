@@ -28,7 +28,10 @@ _MUST_AGREE = {
 _AS_IT_WAS = "set it as it was, change the run's name, or start anew with --resume never"
 _ORDER = "but items come in another order than without the interruption"
 _MAY_CHANGE = {
-    "base": ("the base model's file", "but what it has learned may belong to other weights"),
+    "base": (
+        "the base model's file or a frozen adapter on it",
+        "but what it has learned may belong to other weights",
+    ),
     "techniques": ("the list of techniques", "with another loss"),
     "dataset": ("the clips or captions", _ORDER),
     "seed": ("the seed", _ORDER),
@@ -51,7 +54,7 @@ class Identity:
     adapter: str
     """Kind of adapter."""
     base: str
-    """Fingerprint of the transformer file."""
+    """Fingerprint of the transformer's file and of the frozen adapters on it."""
     dataset: str
     """Fingerprint of the cached items."""
     seed: int

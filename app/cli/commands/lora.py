@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from app.cli import jobs, output
+from app.cli.commands.lora_targets import targets
 from app.cli.commands.lora_verify import verify
 from app.cli.options import Json, command_app
 from trainer.contract.errors import UserError
 
 app = command_app(help="Tools on LoRA files.")
+app.command()(targets)
 app.command()(verify)
 
 Expert = Annotated[

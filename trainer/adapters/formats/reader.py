@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from trainer.adapters.base import AdapterFile, LoRAFactors
-from trainer.adapters.formats.keys import Expert, Key, Role, parse_key, unsupported_kind
 from trainer.adapters.formats.peft_config import PeftConfig, find_peft_settings
 from trainer.contract.errors import ModelFileError
+from trainer.contract.lora_keys import Expert, Key, Role, parse_key, unsupported_kind
 from trainer.io.mapped_load import WeightFiles, open_weights
 
 _FILES_IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")

@@ -12,10 +12,10 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from trainer.adapters.base import LoRAFactors, Update
-from trainer.adapters.formats.names import diffusers_name
 from trainer.adapters.formats.peft_config import HEADER_KEY, header_settings
 from trainer.adapters.formats.reader import load_adapter
 from trainer.contract.errors import ConfigError, ModelFileError
+from trainer.contract.layer_names import diffusers_name
 from trainer.contract.registry import nearest
 from trainer.io.atomic_save import same_bytes, save_safetensors
 

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 from trainer.contract.memory_model.ledger import Buffer, Ledger
 from trainer.contract.memory_model.operators import (
+    AdapterLayer,
     Affine,
     Attention,
     Backward,
@@ -63,16 +64,21 @@ class BlockShape:
 class Trained:
     """What of a block gets gradients."""
 
-    rank: int = 0
-    targets: frozenset[str] = frozenset()
-    """Layers with a LoRA, such as `self_attn.q`."""
-    everything: bool = False
-    """The block's own weights."""
+    layers: tuple[tuple[str, AdapterLayer], ...] = ()
+    """Layers with an adapter, such as `self_attn.q`."""
+    own: frozenset[str] = frozenset()
+    """Parts of the block whose own weights are trained, such as `self_attn.q` or `norm3`."""
+    front: bool = False
+    """Weights of the model in front of all blocks are trained, too."""
+
+    def adapter(self, name: str) -> AdapterLayer | None:
+        """Return the adapter on a layer."""
+        return next((layer for other, layer in self.layers if other == name), None)
 
     @property
-    def something(self) -> bool:
-        """Whether the block trains at all."""
-        return self.everything or bool(self.targets)
+    def modulated(self) -> bool:
+        """Whether shifts, scales and gates need gradients."""
+        return self.front or "modulation" in self.own
 
 
 class BlockProfile(NamedTuple):
@@ -173,7 +179,7 @@ class _Block:
         self.ledger = ledger
         self.shape = shape
         self.trained = trained
-        self.input_gradient = not first or trained.everything
+        self.input_gradient = not first
         self.keep_attention = keep_attention
         self.attention_known = attention_known
         self.operators = Operators(ledger, shape.element)
@@ -187,7 +193,7 @@ class _Block:
         unless the gate behind it is trained.
         """
         drop, op, size = self.ledger.drop, self.operators, self.shape.tokens_bytes
-        full = self.trained.everything
+        full = self.trained.modulated
         update, attend = self._self_attention(x)
         tokens, gate1 = op.gate(update, size, trained=full)
         seen, see = self._cross_attention(tokens)
@@ -236,7 +242,7 @@ class _Block:
             self.attention_known = False  # what was kept served the block's recomputation
             for number in range(num):
                 ledger.adding = number > 0
-                outs, part = work(Buffer(0), rows, unused=not self.trained.everything)
+                outs, part = work(Buffer(0), rows, unused=not self.trained.modulated)
                 ledger.drop(*outs)
                 given.append(part([Buffer(0) for _ in results]))
             ledger.adding = False
@@ -249,7 +255,8 @@ class _Block:
     def _normed_tokens(self, x: Buffer, rows: int, *, by_time: bool) -> tuple[Buffer, Backward]:
         """Norm tokens, shifted and scaled by time or by the norm's own weights."""
         fused = not by_time or self.shape.batch == 1
-        affine = Affine(fused=fused, trained=self.trained.everything)
+        trained = self.trained.modulated if by_time else "norm3" in self.trained.own
+        affine = Affine(fused=fused, trained=trained)
         return self.operators.norm(x, self._bytes(rows), affine)
 
     def _bytes(self, rows: int) -> float:
@@ -335,7 +342,7 @@ class _Block:
 
     def _keys(self, tokens: int, suffix: str) -> _Keys:
         """Make keys and values of text or image tokens."""
-        rows, outside, given = self.shape.batch * tokens, Buffer(0), self.trained.everything
+        rows, outside, given = self.shape.batch * tokens, Buffer(0), self.trained.front
         key, back_key = self._normed(f"cross_attn.k{suffix}", outside, rows, given=given)
         layer = self._layer(f"cross_attn.v{suffix}", given=given)
         value, back_value = self.operators.linear(outside, rows, layer)
@@ -385,7 +392,9 @@ class _Block:
         """Project and norm queries or keys."""
         op = self.operators
         product, multiply = op.linear(x, rows, self._layer(name, given=given))
-        norm = HeadNorm(dim=self.shape.dim, turned=turned, trained=self.trained.everything)
+        attention, _, inside = name.partition(".")
+        trained = f"{attention}.norm_{inside}" in self.trained.own
+        norm = HeadNorm(dim=self.shape.dim, turned=turned, trained=trained)
         normed, turn = op.head_norm(product, rows, norm)
         self.ledger.drop(product)
 
@@ -400,8 +409,8 @@ class _Block:
         return Linear(
             inputs=inputs,
             outputs=outputs,
-            rank=self.trained.rank if name in self.trained.targets else 0,
-            trained=self.trained.everything,
+            adapter=self.trained.adapter(name),
+            trained=name in self.trained.own,
             input_gradient=given,
             fp8=self.shape.fp8,
         )

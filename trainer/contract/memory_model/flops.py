@@ -39,8 +39,8 @@ class StepFlops:
     """Products of the LoRA's forward."""
     again: float
     """Share of the blocks that is recomputed."""
-    full: bool
-    """The model's own weights are trained."""
+    own_share: float
+    """Share of the products whose weights are trained themselves."""
 
     @property
     def forward(self) -> float:
@@ -50,7 +50,7 @@ class StepFlops:
     @property
     def needed(self) -> float:
         """Forward and backward if nothing had to be computed twice: what MFU counts."""
-        matmul = self.matmul * (3 if self.full else 2)
+        matmul = self.matmul * (2 + self.own_share)
         return matmul + self.attention * (1 + _ATTENTION_NEEDED) + 3 * self.lora
 
     @property
@@ -75,9 +75,9 @@ def step_flops(work: Workload) -> StepFlops:
         for name, (inputs, outputs) in layers.items()
     )
     lora = sum(
-        2.0 * rows * block.rank * sum(layers[name])
+        2.0 * rows * layer.branch.width * sum(layers[name])
         for block in work.targets.blocks
-        for name in block.targets
+        for name, layer in block.layers
     )
     attention = 4.0 * rows * (work.tokens + shape.text_len) * shape.dim
     again = work.recomputed / shape.num_layers
@@ -88,11 +88,11 @@ def step_flops(work: Workload) -> StepFlops:
     blocks = shape.num_layers * repeats
     return StepFlops(
         matmul=blocks * matmul,
-        matmul_passes=(3 if work.full else 2) + again,
+        matmul_passes=2 + work.targets.own_share + again,
         matmul_again=blocks * chunked,
         attention=blocks * attention,
         attention_again=0 if memory.keep_attention else again,
         lora=repeats * lora,
         again=again,
-        full=work.full,
+        own_share=work.targets.own_share,
     )

@@ -28,7 +28,7 @@ def host_parts(work: Workload) -> dict[str, int]:
         parts["parked activations"] = here * work.recomputed * tokens
     parts |= offloaded_host_parts(work)
     # A copy of the trained weights on the way to a file.
-    parts["saving"] = work.trained_parameters * 4.0
+    parts["saving"] = work.targets.output * 4.0
     sampling = work.config.sampling
     if work.variant.experts and (sampling.every_steps or sampling.at_start):
         parts["parked expert"] = here * work.weight_bytes
@@ -63,6 +63,6 @@ def disk_parts(work: Workload) -> dict[str, int]:
         "longest caption": shape.text_len * shape.text_dim * element,
         # One more while the newest is being written.
         "checkpoints": round(state * (min(kept, saves + 1) + 1)),
-        "outputs": round(outputs * trained * ELEMENT[config.output.dtype]),
+        "outputs": round(outputs * work.targets.output * ELEMENT[config.output.dtype]),
         **{name: round(size) for name, size in offloaded_disk_parts(work).items()},
     }

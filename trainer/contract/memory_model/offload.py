@@ -64,7 +64,7 @@ def gpu_buffers(work: Workload) -> float:
     """Return what stages 1 and 2 hold on the GPU to add gradients up that wait in RAM."""
     if optimizer_place(work) == "none" or work.zero_stage == 3:
         return 0.0
-    return _largest_trained(work) * work.gradient_element
+    return work.targets.largest * work.gradient_element
 
 
 def offloaded_host_parts(work: Workload) -> Parts:
@@ -87,7 +87,7 @@ def offloaded_host_parts(work: Workload) -> Parts:
             copies = trained_here * (FLOAT32 if repeated else work.gradient_element)
         else:  # weights on the way back to the GPU, and gradients of the microbatches before
             copies = trained_here * work.gradient_element * (2 if repeated else 1)
-            copies += here * _largest_trained(work) * work.gradient_element
+            copies += here * work.targets.largest * work.gradient_element
         parts["gradients and weights in transit"] = copies
     place = parameters_place(work)
     if place == "cpu":
@@ -108,17 +108,6 @@ def offloaded_disk_parts(work: Workload) -> Parts:
     if parameters_place(work) == "nvme":
         parts["weights on NVMe"] = work.weight_bytes * work.share_here
     return parts
-
-
-def _largest_trained(work: Workload) -> float:
-    """Return the elements of the largest trained tensor."""
-    layers = block_layers(work.shape)
-    if work.full:
-        return _largest_layer(work)
-    return max(
-        (block.rank * max(layers[name]) for block in work.targets.blocks for name in block.targets),
-        default=0,
-    )
 
 
 def _largest_layer(work: Workload) -> float:

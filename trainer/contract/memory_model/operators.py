@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from trainer.contract.memory_model.adapter_kinds import Branch
 from trainer.contract.memory_model.ledger import Buffer, Ledger
 
 FLOAT32 = 4
@@ -21,14 +22,22 @@ Backward = Callable[[Buffer], Buffer | None]
 AttentionBackward = Callable[[Buffer], tuple[Buffer, Buffer, Buffer]]
 
 
+class AdapterLayer(NamedTuple):
+    """What an adapter is on one layer, in elements."""
+
+    trained: int
+    """Of its parameters."""
+    branch: Branch
+    """What it computes beside the base's product."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """A linear layer: frozen, beside a low-rank branch, or trained itself."""
+    """A linear layer: frozen, with an adapter, or trained itself."""
 
     inputs: int
     outputs: int
-    rank: int = 0
-    """Of its LoRA; 0: it has none."""
+    adapter: AdapterLayer | None = None
     trained: bool = False
     """Its own weight and bias get gradients."""
     input_gradient: bool = True
@@ -89,8 +98,8 @@ class Operators:
         self, x: Buffer, rows: int, layer: Linear, *, unused: bool = False
     ) -> tuple[Buffer, Backward]:
         """Multiply `rows` rows; `unused`: the product itself is not computed."""
-        if layer.rank:
-            return self._lora_linear(x, rows, layer, unused=unused)
+        if layer.adapter is not None:
+            return self._adapter_linear(x, rows, layer, layer.adapter, unused=unused)
         ledger, e = self.ledger, self.element
         kept = ledger.keep(x) if layer.trained else None
         out = self._product(rows, layer, unused=unused)
@@ -104,30 +113,35 @@ class Operators:
 
         return out, backward
 
-    def _lora_linear(
-        self, x: Buffer, rows: int, layer: Linear, *, unused: bool
+    def _adapter_linear(
+        self, x: Buffer, rows: int, layer: Linear, adapter: AdapterLayer, *, unused: bool
     ) -> tuple[Buffer, Backward]:
-        ledger, e, rank = self.ledger, self.element, layer.rank
+        ledger, e, branch = self.ledger, self.element, adapter.branch
         cast = 0 if e == FLOAT32 else e  # the factors are float32
+        sides = layer.inputs + layer.outputs
+        trained, factors = adapter.trained / sides, branch.factors / sides
         kept = ledger.keep(x)
-        down = ledger.new(rank * layer.inputs * cast)
-        low = ledger.new(rows * rank * e)
-        up = ledger.new(rank * layer.outputs * cast)
+        down = ledger.new(factors * layer.inputs * cast)
+        low = ledger.new(rows * branch.width * e)
+        up = ledger.new(factors * layer.outputs * cast)
         out = self._product(rows, layer, unused=unused)
+        if not unused:
+            ledger.touch((branch.formed + rows * branch.passing) * e)
         if not ledger.recording:
             ledger.drop(down, low, up)
 
         def backward(grad: Buffer) -> Buffer | None:
             base = self._input_gradient(rows, layer)
-            low_grad = ledger.new(rows * rank * e)
-            ledger.touch(rank * layer.outputs * e)
+            low_grad = ledger.new(rows * branch.width * e)
+            ledger.touch((branch.formed_again + rows * branch.passing) * e)
+            ledger.touch(factors * layer.outputs * e)
             ledger.drop(grad, low, up)
-            ledger.gradient(rank * layer.outputs * FLOAT32)
-            ledger.touch(rank * layer.inputs * e)
-            branch = None if base is None else ledger.new(base.size)
+            ledger.gradient(trained * layer.outputs * FLOAT32)
+            ledger.touch(factors * layer.inputs * e)
+            through = None if base is None else ledger.new(base.size)
             ledger.drop(kept, down, low_grad)
-            given = None if base is None else self.add(base, branch)
-            ledger.gradient(rank * layer.inputs * FLOAT32)
+            given = None if base is None else self.add(base, through)
+            ledger.gradient(trained * layer.inputs * FLOAT32)
             return given
 
         return out, backward

@@ -105,7 +105,9 @@ def inference_phase(work: Workload, clips: Sequence[Clip], correction: float = 1
     """
     standing = {"weights": work.resident_bytes, "block swap": work.ring_bytes}
     if not work.full:
-        standing["adapter"] = work.trained_parameters * work.element
+        standing["adapter"] = work.targets.output * work.element
+    if work.companion_bytes:
+        standing["frozen adapters"] = work.companion_bytes
     most: Parts = {}
     for clip in clips:
         # `menma sample` lets the transformer go before it decodes.

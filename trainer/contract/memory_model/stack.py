@@ -77,7 +77,7 @@ def training_peak(
             offload=options.offload,
             keep_attention=options.keep_attention,
             idle=index < first,
-            first=index == first and not blocks[index].everything,
+            first=index == first and not blocks[index].front,
             chunked=shape.attention_chunks > 1,
         )
         for index in range(len(blocks))

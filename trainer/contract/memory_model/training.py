@@ -35,10 +35,12 @@ def standing_parts(work: Workload) -> Parts:
     stage = work.zero_stage
     sharded_optimizer = world if stage >= 1 else 1
     parts: Parts = {"weights": weights_on_gpu(work)}
+    if work.companion_bytes:
+        parts["frozen adapters"] = work.companion_bytes
     if work.swapped:
         parts["block swap"] = work.ring_bytes
     if not work.full:
-        parts["adapter"] = trained * FLOAT32
+        parts["adapter"] = (trained + work.targets.held) * FLOAT32
     if optimizer_place(work) == "none":
         if stage >= 1 or (work.full and work.element != FLOAT32):
             parts["fp32 masters"] = trained * FLOAT32 / sharded_optimizer
@@ -61,7 +63,7 @@ def inputs_bytes(work: Workload) -> float:
     size += work.latent_bytes / 2 * (shape.in_channels - shape.out_channels) / shape.out_channels
     text = batch * shape.text_len
     size += text * (2 * shape.text_dim + shape.dim * work.element)
-    if work.full:  # what the text embedding and the patch embedding read in their backward
+    if work.targets.front:  # what the text embedding and the patch embedding read in their backward
         size += text * (shape.text_dim + 3 * shape.dim) * work.element
         size += work.latent_bytes / 4 * work.element * shape.in_channels / shape.out_channels
     if shape.image_dim:

@@ -1,15 +1,9 @@
-"""How many parameters a transformer and its LoRA have, and the layers that LoRA goes on."""
+"""How many parameters a transformer has, and in which layers."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 
-from trainer.contract.loraid import LoraidOptions, partition_for
-from trainer.contract.memory_model.block import Trained
 from trainer.contract.variants import TransformerConfig
 
 _ATTENTION = ("q", "k", "v", "o")
@@ -83,88 +77,50 @@ def outer_layers(shape: TransformerConfig) -> dict[str, tuple[int, int]]:
     return layers
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Targets:
-    """What is trained where."""
-
-    blocks: tuple[Trained, ...]
-    outer_parameters: int = 0
-    """Of LoRAs outside the blocks."""
-    first: int = 0
-    """First block that something trained is in or in front of; their number where there is none."""
-
-
-@lru_cache(maxsize=64)
-def lora_targets(
-    shape: TransformerConfig,
-    rank: int,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    loraid: LoraidOptions | None = None,
-) -> Targets:
-    """Return what LoRA trains; patterns as in `trainer.adapters.targets.select_targets`.
-
-    Raises:
-        ConfigError: the slot does not fit the model.
-    """
-    layers = block_layers(shape)
-    everywhere = Trained(rank=rank, targets=frozenset(layers))
-    owned = _slot_layers(shape, loraid)
-    if not include and not exclude and owned is None:
-        return Targets(blocks=(everywhere,) * shape.num_layers)
-    wanted, unwanted = _patterns(include), _patterns(exclude)
-    blocks = []
-    for index in range(shape.num_layers):
-        targets = frozenset(
-            name
-            for name in layers
-            if _matches(wanted, full := f"blocks.{index}.{name}") or not _matches(unwanted, full)
-            if owned is None or full in owned
-        )
-        blocks.append(
-            everywhere if targets == everywhere.targets else Trained(rank=rank, targets=targets)
-        )
-    outer = {
-        name: rank * sum(sizes)
-        for name, sizes in outer_layers(shape).items()
-        if _matches(wanted, name)
+def linear_shapes(shape: TransformerConfig) -> dict[str, tuple[int, int]]:
+    """Return all linear layers that an adapter may be put on: canonical name -> inputs, outputs."""
+    outer = outer_layers(shape)
+    head = {"head.head": outer.pop("head.head")}
+    inside = block_layers(shape)
+    blocks = {
+        f"blocks.{index}.{name}": sizes
+        for index in range(shape.num_layers)
+        for name, sizes in inside.items()
     }
-    first = next((i for i, block in enumerate(blocks) if block.something), len(blocks))
-    return Targets(
-        blocks=tuple(blocks),
-        outer_parameters=sum(outer.values()),
-        first=0 if outer.keys() - {"head.head"} else first,
-    )
+    return {**outer, **blocks, **head}
 
 
-def _slot_layers(shape: TransformerConfig, loraid: LoraidOptions | None) -> frozenset[str] | None:
-    """Return the names of the layers that a slot owns; None where there is no slot."""
-    if loraid is None:
-        return None
-    image = shape.image_dim is not None
-    partition = partition_for(loraid, num_blocks=shape.num_layers, image=image)
-    return frozenset(partition.modules(loraid.slot))
+def parameter_sizes(shape: TransformerConfig) -> dict[str, int]:
+    """Return all parameters of the transformer: canonical name -> number of elements."""
+    dim, patch = shape.dim, math.prod(shape.patch_size)
+    sizes = {
+        "patch_embedding.weight": shape.in_channels * patch * dim,
+        "patch_embedding.bias": dim,
+    }
+    for name, (inputs, outputs) in linear_shapes(shape).items():
+        sizes |= {f"{name}.weight": inputs * outputs, f"{name}.bias": outputs}
+    if shape.image_dim:
+        image = shape.image_dim
+        sizes |= {f"img_emb.proj.0.{part}": image for part in ("weight", "bias")}
+        sizes |= {f"img_emb.proj.4.{part}": dim for part in ("weight", "bias")}
+        if shape.image_position_embedding:
+            sizes["img_emb.emb_pos"] = 2 * shape.image_tokens * image
+    if shape.reference_conv:
+        window = math.prod(shape.patch_size[1:])
+        sizes |= {"ref_conv.weight": shape.out_channels * window * dim, "ref_conv.bias": dim}
+    sizes["head.modulation"] = 2 * dim
+    for index in range(shape.num_layers):
+        sizes |= {f"blocks.{index}.{name}": n for name, n in _block_vectors(shape).items()}
+    return sizes
 
 
-def lora_parameters(shape: TransformerConfig, trained: Trained) -> int:
-    """Return the LoRA's parameters in one block."""
-    layers = block_layers(shape)
-    return sum(trained.rank * sum(layers[name]) for name in trained.targets)
+def _block_vectors(shape: TransformerConfig) -> dict[str, int]:
+    """Return a block's parameters beside its linear layers."""
+    norms = ["self_attn.norm_q", "self_attn.norm_k", "cross_attn.norm_q", "cross_attn.norm_k"]
+    norms += ["norm3"] + (["cross_attn.norm_k_img"] if shape.image_dim else [])
+    weights = {f"{name}.weight": shape.dim for name in norms}
+    return {"modulation": 6 * shape.dim, **weights, "norm3.bias": shape.dim}
 
 
 def _linear(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
-
-
-def _patterns(texts: Sequence[str]) -> list[re.Pattern[str]]:
-    found = []
-    for text in texts:
-        try:
-            found.append(re.compile(text))
-        except re.error:  # `menma check` and the trainer say what is wrong with it
-            continue
-    return found
-
-
-def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
-    return any(pattern.fullmatch(name) for pattern in patterns)

@@ -11,21 +11,19 @@ from trainer.contract.config import RunConfig
 from trainer.contract.config_rules import is_fp8
 from trainer.contract.errors import ConfigError
 from trainer.contract.hostfile import processes_here_of, world_size_of
-from trainer.contract.loraid_rules import loraid_options
-from trainer.contract.memory_model.block import BlockShape, Trained
+from trainer.contract.memory_model.block import BlockShape
 from trainer.contract.memory_model.clips import Clip, training_clips
 from trainer.contract.memory_model.header import sizes_of_file, variant_of_file
 from trainer.contract.memory_model.operators import Fp8
+from trainer.contract.memory_model.trained import Targets, find_targets
 from trainer.contract.memory_model.weights import (
-    Targets,
     block_layers,
     block_linear_parameters,
     block_other_parameters,
-    lora_parameters,
-    lora_targets,
     outer_parameters,
     time_parameters,
 )
+from trainer.contract.safetensors_header import tensor_shapes
 from trainer.contract.variants import TransformerConfig, Variant, get_variant
 
 SWAP_RING = 2
@@ -103,12 +101,15 @@ class Workload:
     @cached_property
     def trained_parameters(self) -> int:
         """Parameters that get gradients."""
-        shape = self.shape
-        if self.full:
-            block = block_linear_parameters(shape) + block_other_parameters(shape)
-            return shape.num_layers * block + outer_parameters(shape)
-        return self.targets.outer_parameters + sum(
-            lora_parameters(shape, block) for block in self.targets.blocks
+        return self.targets.parameters
+
+    @cached_property
+    def companion_bytes(self) -> int:
+        """Adapters on the base that are not trained, in the dtype of the activations."""
+        return self.element * sum(
+            math.prod(shape)
+            for companion in self.config.adapter.companions(self.config.model.expert)
+            for shape in tensor_shapes(companion.path).values()
         )
 
     @property
@@ -206,7 +207,7 @@ def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
         variant=variant,
         shape=shape,
         clip=max(clips, key=lambda clip: clip.batch * clip.tokens(variant)),
-        targets=_trained(config, shape),
+        targets=find_targets(config, shape),
         world_size=world_size_of(config, num_gpus),
         processes_here=processes_here_of(config, num_gpus),
         zero_stage=config.distributed.zero_stage,
@@ -215,7 +216,12 @@ def workload_of(config: RunConfig, *, num_gpus: int = 1) -> Workload:
 
 
 def shape_of(config: RunConfig, variant: Variant) -> TransformerConfig:
-    """Return the sizes of the model: those of its file, of `model.shape`, else the variant's."""
+    """Return the shape of the transformer: the variant's, the file's where it tells, the config's.
+
+    Args:
+        config: names the file, and sizes that it does not tell.
+        variant: the config's.
+    """
     known = {field.name for field in fields(TransformerConfig)}
     file = _weight_file(config)
     told = {} if file is None else sizes_of_file(file)
@@ -246,20 +252,3 @@ def _weight_file(config: RunConfig) -> Path | None:
     """Return the file that is trained, else the one that is given."""
     low, high = config.model.transformer, config.model.transformer_high_noise
     return (high or low) if config.model.expert == "high_noise" else (low or high)
-
-
-def _trained(config: RunConfig, shape: TransformerConfig) -> Targets:
-    if config.adapter.kind == "none":
-        return Targets(blocks=(Trained(everything=True),) * shape.num_layers)
-    options = config.adapter.options("kind")
-    return lora_targets(
-        shape,
-        int(options.get("rank", DEFAULT_RANK)),
-        tuple(options.get("include", ())),
-        tuple(options.get("exclude", ())),
-        loraid_options(config),
-    )
-
-
-DEFAULT_RANK = 16
-"""Of `adapters.lora`; a test keeps the two equal."""

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from trainer.contract.diffusers_names import MARKER, to_original_name
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.registry import nearest
 from trainer.contract.variants import VARIANTS, TransformerConfig, get_variant
-from trainer.io.formats.diffusers_names import MARKER, to_original_name
 from trainer.io.formats.stored_tensors import StoredTensor, find_tensors
 from trainer.io.mapped_load import WeightFiles
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.io.atomic_save import save_safetensors
-from trainer.io.formats.stored_tensors import FLOAT_DTYPES, own_dtype, read_tensor
+from trainer.io.formats.stored_tensors import FLOAT_DTYPES, StoredTensor, own_dtype, read_tensor
 from trainer.io.mapped_load import WeightFiles, open_weights
 from trainer.models.wan.detect import TransformerFile, recognise, transformer_metadata
 from trainer.models.wan.quantised import plan_quantisation, put_fp8_layer
@@ -59,6 +60,7 @@ def load_transformer(
     with torch.device("meta"):
         model = WanTransformer(file.config, seed=None)
     model.variant_name = file.variant_name
+    model.stored = partial(_read_own, weights, file.tensors)
     _check_tensors(weights, file, model)
     chosen = dtype or own_dtype(weights, file.tensors.values())
     if fp8 is not None:
@@ -114,6 +116,12 @@ def save_transformer(
         _check_finite(tensors, path)
     header = transformer_metadata(model.config, model.variant_name)
     save_safetensors(tensors, path, {**(metadata or {}), **header})
+
+
+def _read_own(weights: WeightFiles, tensors: Mapping[str, StoredTensor], name: str) -> Tensor:
+    """Return a tensor in the file's own dtype, fp8 as bfloat16, on the CPU."""
+    stored = tensors[name]
+    return read_tensor(weights, stored, own_dtype(weights, [stored]), "cpu")
 
 
 def _check_finite(tensors: Mapping[str, Tensor], path: Path | str) -> None:

@@ -11,7 +11,7 @@ T text tokens, S image tokens, U distinct timesteps, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import cast
@@ -73,6 +73,8 @@ class WanTransformer(nn.Module):
         config: the model's shape.
         variant_name: entry of `trainer.contract.variants.VARIANTS`, "" if of no released size.
         attend: computes all attention; exchange it for another backend.
+        stored: reads a weight by name as it is in the file that the model was loaded from; None:
+            there is no file.
         quantisation: what is known of the blocks' layers where they are fp8, else None.
         sequence: the processes that compute each clip together; None: this one alone does.
     """
@@ -91,6 +93,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.variant_name = ""
+        self.stored: Callable[[str], Tensor] | None = None
         self.attend: AttentionBackend = TorchAttention()
         self.quantisation: Quantisation | None = None
         self.sequence: SequenceGroup | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from trainer.io.formats.diffusers_names import to_diffusers_name
+from trainer.contract.diffusers_names import to_diffusers_name
 
 _LINEARS_IN_BLOCK = (
     *(f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.adapters.formats.names import canonical_from_flat, canonical_name, is_diffusers_name
+from trainer.contract.layer_names import canonical_from_flat, canonical_name, is_diffusers_name
 
 Role = Literal["down", "up", "alpha"]
 Expert = Literal["high_noise", "low_noise"]

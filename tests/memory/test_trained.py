@@ -1,0 +1,110 @@
+"""What the estimate says is trained, against the real model and the real adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memory_configs import make_config
+from safetensors.torch import save_file
+
+from trainer.adapters.targets import linear_layers
+from trainer.contract.catalog import ADAPTERS
+from trainer.contract.config import RunConfig
+from trainer.contract.memory_model.phases import training_parts
+from trainer.contract.memory_model.trained import find_targets
+from trainer.contract.memory_model.weights import linear_shapes, num_parameters, parameter_sizes
+from trainer.contract.memory_model.workload import workload_of
+from trainer.contract.variants import VARIANTS, TransformerConfig, get_variant
+from trainer.core.seams import BuildContext
+from trainer.jobs.build import build_plugin
+from trainer.models.wan.transformer import WanTransformer
+
+TINY = TransformerConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=3, text_dim=32, freq_dim=16)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_names_and_sizes_are_those_of_the_model(name: str) -> None:
+    shape = get_variant(name).transformer
+    with torch.device("meta"):
+        model = WanTransformer(shape, seed=None)
+    real = {name: value.numel() for name, value in model.named_parameters()}
+    assert parameter_sizes(shape) == real
+    assert num_parameters(shape) == sum(real.values())
+    layers = {n: (m.in_features, m.out_features) for n, m in linear_layers(model).items()}
+    assert linear_shapes(shape) == layers
+
+
+def injected(config: RunConfig, shape: TransformerConfig) -> dict[str, torch.nn.Parameter]:
+    build = BuildContext(
+        variant=get_variant("wan2.1-t2v-1.3b"), seed=0, device=torch.device("cpu"), total_steps=9
+    )
+    adapter = build_plugin(config.adapter, "kind", build, where="adapter")
+    adapter.inject(WanTransformer(shape), 0)
+    trained: dict[str, torch.nn.Parameter] = adapter.trainable()
+    return trained
+
+
+def compare(options: dict[str, Any]) -> None:
+    config = RunConfig.model_validate({"adapter": options})
+    targets = find_targets(config, TINY)
+    trained = injected(config, TINY)
+    assert targets.parameters == sum(value.numel() for value in trained.values())
+    assert targets.largest == pytest.approx(max(v.numel() for v in trained.values()), abs=1)
+    own = options["kind"] == "none"
+    names = {name if own else name.rpartition(".")[0] for name in trained}
+    assert {part.name for part in targets.parts} >= names
+
+
+@pytest.mark.parametrize("kind", ADAPTERS.names)
+def test_every_kind_trains_as_many_parameters_as_the_estimate_says(kind: str) -> None:
+    compare({"kind": kind})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"targets": "cross_attention", "rank": 5},
+        {"exclude": [r"blocks\.<0-1>\..*"], "include": [r"head\.head", "text_embedding.2"]},
+        {"rank": 4, "rank_pattern": {r".*\.ffn\..*": 7, r"blocks\.2\..*": 2}},
+        {"rank": 3, "init": "pissa"},
+        {"kind": "none", "targets": "ffn"},
+        {"kind": "none", "exclude": [".*"], "include": [r"blocks\.1", ".*norm3", "head"]},
+    ],
+    ids=str,
+)
+def test_choices_are_those_of_the_adapter(options: dict[str, Any]) -> None:
+    compare({"kind": "lora", **options})
+
+
+def test_pissa_keeps_as_much_again_and_writes_twice_the_rank() -> None:
+    plain, pissa = (
+        find_targets(
+            make_config(adapter={"init": init}), get_variant("wan2.1-t2v-1.3b").transformer
+        )
+        for init in ("kaiming", "pissa_niter_4")
+    )
+    assert plain.held == 0
+    assert pissa.parameters == pissa.held == plain.parameters
+    assert pissa.output == 2 * plain.output
+
+
+def test_a_chosen_part_of_the_model_writes_a_whole_model() -> None:
+    shape = get_variant("wan2.1-t2v-1.3b").transformer
+    part = find_targets(make_config(full=True, adapter={"targets": "ffn"}), shape)
+    assert part.parameters == 30 * (2 * 1536 * 8960 + 1536 + 8960)
+    assert part.output == num_parameters(shape)
+    assert not part.front
+    assert find_targets(make_config(full=True), shape).front
+
+
+def test_frozen_adapters_are_counted_where_they_lie(tmp_path: Path) -> None:
+    path = tmp_path / "style.safetensors"
+    save_file({"diffusion_model.blocks.0.ffn.0.lora_A.weight": torch.zeros(4, 1000)}, path)
+    for expert, number in (("low_noise", 1), ("high_noise", 2)):
+        both = [{"path": path}, {"path": path, "expert": "high_noise"}]
+        config = make_config("wan2.2-t2v-a14b", adapter={"frozen": both}, model={"expert": expert})
+        assert training_parts(workload_of(config))["frozen adapters"] == number * 4000 * 2
+    assert "frozen adapters" not in training_parts(workload_of(make_config()))
