@@ -181,6 +181,12 @@ def loras_to_merge(request: MergeRequest) -> tuple[LoRAUse, ...]:
     return (*request.loras, *slots)
 
 
+def is_of_slots(path: Path, slots: Sequence[LoraidUse]) -> bool:
+    """Tell whether a file is the LoRA of one of these slots."""
+    loraid = read_loraid(open_weights(path).metadata, path) if slots else None
+    return loraid is not None and set(loraid.ids) <= {slot.slot for slot in slots}
+
+
 def _check_distinct(wanted: Sequence[LoraidUse]) -> None:
     for first, second in combinations(wanted, 2):
         same = first.expert == second.expert or None in {first.expert, second.expert}
