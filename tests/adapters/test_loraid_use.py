@@ -24,7 +24,7 @@ from trainer.contract.loraid import LoraidOptions, Partition, legal_slots, parti
 from trainer.contract.loraid_metadata import loraid_metadata, read_loraid
 from trainer.jobs import lora_verify
 from trainer.jobs.lora_tools import run_merge
-from trainer.jobs.loraid_files import read_slot_file, resolve_loraids
+from trainer.jobs.loraid_files import is_of_slots, read_slot_file, resolve_loraids
 from trainer.jobs.merge import merge_loras
 from trainer.models.wan.loading import save_transformer
 
@@ -213,6 +213,15 @@ def test_missing_and_repeated_slots_are_named(slots, wanted, error, words):
     with pytest.raises(error, match=words) as caught:
         resolve_loraids(wanted, [slots[0].parent])
     assert words != "no file of slot 4" or caught.value.hint == "slots 1, 2, 3 are there"
+
+
+def test_a_run_s_own_lora_is_told_to_be_of_a_slot_that_is_asked_for(slots, tmp_path):
+    assert is_of_slots(slots[0], uses(1, 2, s1=0))
+    assert not is_of_slots(slots[2], uses(1, 2))
+    assert not is_of_slots(slots[0], [])
+    plain = tmp_path / "plain.safetensors"
+    save_adapter(make_factors(make_transformer()), plain)
+    assert not is_of_slots(plain, uses(1))
 
 
 def test_two_files_of_one_slot_are_refused_by_name(slots):

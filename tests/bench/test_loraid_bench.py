@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from trainer.contract.config_io import load_config
 from trainer.contract.loraid_rules import loraid_options
 from trainer.contract.memory_model.workload import workload_of
 
-PLAN = SlotPlan(num_clips=2, num_known=2, num_shots=2)
+PLAN = SlotPlan(num_clips=2, num_held_out=1, num_known=2, num_shots=2)
 
 
 @pytest.fixture
@@ -20,14 +21,24 @@ def jobs(monkeypatch):
     """Take jobs and merges instead of running them; merged models know half of the concepts."""
     told = []
 
-    def run_job(name, request, file, emit, *, threads):
+    def run(name, request, emit):
         config = load_config(request.config)
         told.append((name, config))
         kept = 0.25 if config.name.startswith("merged-ordinary") else 0.75
         shown = kept if config.name.startswith("merged") else 1.0
-        return {"probe": {"figures": {"concept_with_trigger": shown, "concept_leak": 0.0}}}
+        emit("phase", name="other events do not count")
+        alone = None if config.name.startswith("merged") else {"loss": 0.5}
+        emit(
+            "end",
+            probe={"figures": {"concept_with_trigger": shown, "concept_leak": 0.0}},
+            validation={"base": {"loss": 2.0}, "trained": alone},
+        )
 
-    monkeypatch.setattr(loraid, "run_job", run_job)
+    class Jobs:
+        def load(self, name):
+            return partial(run, name)
+
+    monkeypatch.setattr(loraid, "JOBS", Jobs())
     monkeypatch.setattr(
         loraid, "merge_loras", lambda base, loras, output: told.append((base, loras))
     )
@@ -39,6 +50,8 @@ def test_what_is_lost_is_the_share_of_what_was_learned(jobs, tmp_path):
     assert found.value == pytest.approx(0.25)
     assert found.figures["lost_by_ordinary_loras"] == 0.75
     assert set(found.figures["alone"]) == set(found.figures["merged"]) == set(KINDS)
+    assert found.figures["alone"]["slots"]["beams"]["validation_loss"] == 0.5
+    assert found.figures["merged"]["slots"]["beams"]["validation_loss"] == 2.0
     assert found.fields["fine"]
 
 
@@ -53,7 +66,7 @@ def test_three_slots_and_three_ordinary_loras_have_as_many_parameters(jobs, tmp_
     assert {config.probe.options("kind")["ground"] for config in trained} == set(CONCEPTS)
     merged = [loras for name, loras in jobs if isinstance(name, Path)]
     assert [len(loras) for loras in merged] == [3, 3]
-    assert len(list((tmp_path / "clips").glob("*/*.mp4"))) == 4 * 2
+    assert len(list((tmp_path / "clips").glob("*/*.mp4"))) == 3 * (2 + 1) + 2
 
 
 def test_each_is_looked_at_alone_and_merged(jobs, tmp_path):

@@ -27,5 +27,5 @@ def test_a_slot_is_trained_and_used(project):
     assert found is not None
     assert (found.ids, found.units) == ((3,), parts.units(3))
     words = ("--prompt", "a red field", "--loraid", "3", "--loraid-strength", "0.5")
-    samples = project.done("sample", project.config, *words, "--loraid-from", "runs")
+    samples = project.done("sample", project.run.root, *words, "--loraid-from", "runs")
     assert samples.out.count(".mp4") == 1

@@ -148,6 +148,11 @@ def read_loraid(metadata: Mapping[str, str], path: Path | str = "the file") -> L
     return loraid
 
 
+def slot_keys(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return those of `KEYS` that a header has."""
+    return {key: metadata[key] for key in KEYS if key in metadata}
+
+
 def joined_loraid(tables: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """Return the keys for a file that LoRAs with these headers were joined into.
 

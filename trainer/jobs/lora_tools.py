@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import ConvertRequest, InspectRequest, MergeRequest
 from trainer.jobs.base import Emit
 from trainer.jobs.convert import convert_lora
 from trainer.jobs.inspect_lora import inspect_lora
-from trainer.jobs.loraid_files import resolve_loraids
-from trainer.jobs.merge import base_expert, merge_loras
+from trainer.jobs.loraid_files import loras_to_merge
+from trainer.jobs.merge import merge_loras
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LONGEST_VALUE = 2000
@@ -23,16 +22,9 @@ _METADATA_BYTES = 32 * 1024
 def run_merge(request: MergeRequest, emit: Emit) -> None:
     """Job `merge`; its `output` event has the path and the numbers of tensors."""
     emit("phase", name="merge", detail=request.base.name)
-    expert = base_expert(request.base)
-    loras = [*request.loras]
-    loras += resolve_loraids(request.loraids, request.loraid_from, expert=expert)
-    if not loras:
-        raise ConfigError(
-            "there is nothing to merge", hint="name a LoRA, or a slot of strength other than 0"
-        )
     report = merge_loras(
         request.base,
-        loras,
+        loras_to_merge(request),
         request.output,
         dtype=_DTYPES[request.dtype] if request.dtype else None,
         force=request.force,

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import get_args
 
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import describe
 from trainer.contract.errors import ConfigError, ModelFileError
-from trainer.contract.jobs import LoraidUse, LoRAUse
+from trainer.contract.jobs import LoraidUse, LoRAUse, MergeRequest
 from trainer.contract.lora_keys import Expert
 from trainer.contract.loraid import in_words
 from trainer.contract.loraid_metadata import EXPERTS, Loraid, SlotExpert, read_loraid
@@ -159,6 +160,31 @@ def resolve_loraids(
         LoRAUse(path=path, strength=use.strength, expert=EXPERTS[own.expert] or use.expert)
         for path, use, own in chosen
     )
+
+
+def loras_to_merge(request: MergeRequest) -> tuple[LoRAUse, ...]:
+    """Return the LoRAs of a request, those of its slots among them.
+
+    Raises:
+        ConfigError: there are none; or see `resolve_loraids`.
+        ModelFileError: see `resolve_loraids`.
+    """
+    expert: Expert | None = None
+    if request.loraids:
+        told = open_weights(request.base).metadata.get("menma.expert")
+        expert = next((known for known in get_args(Expert) if known == told), None)
+    slots = resolve_loraids(request.loraids, request.loraid_from, expert=expert)
+    if not request.loras and not slots:
+        raise ConfigError(
+            "there is nothing to merge", hint="name a LoRA, or a slot of strength other than 0"
+        )
+    return (*request.loras, *slots)
+
+
+def is_of_slots(path: Path, slots: Sequence[LoraidUse]) -> bool:
+    """Tell whether a file is the LoRA of one of these slots."""
+    loraid = read_loraid(open_weights(path).metadata, path) if slots else None
+    return loraid is not None and set(loraid.ids) <= {slot.slot for slot in slots}
 
 
 def _check_distinct(wanted: Sequence[LoraidUse]) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from trainer.contract.diffusers_names import MARKER
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.jobs import LoRAUse
 from trainer.contract.layer_names import canonical_name
-from trainer.contract.lora_keys import Expert
-from trainer.contract.loraid_metadata import KEYS as SLOT_KEYS
+from trainer.contract.loraid_metadata import slot_keys
 from trainer.io.formats.stored_tensors import FP8_DTYPES, StoredTensor, read_tensor
 from trainer.io.mapped_load import WeightFiles, open_weights
 from trainer.io.stream_save import TensorSlot, stream_safetensors
@@ -124,12 +123,6 @@ def check_output(output: Path, inputs: Sequence[Path], *, force: bool) -> None:
         raise ConfigError(f"{output} is there already", hint="give another name, or --force")
 
 
-def base_expert(base: Path) -> Expert | None:
-    """Return the expert that a model says it is; None: it says none."""
-    told = open_weights(base).metadata.get("menma.expert")
-    return next((expert for expert in get_args(Expert) if expert == told), None)
-
-
 def _shares(
     files: WeightFiles,
     tensors: Mapping[str, StoredTensor],
@@ -205,18 +198,13 @@ def _metadata(
         own[CONFIG_KEY] = transformer_metadata(shape, "")[CONFIG_KEY]
     names = [files.path.name, *(lora.path.name for lora in loras)]
     parts = [
-        {"file": lora.path.name, "strength": lora.strength, **_slot(adapter)}
+        {"file": lora.path.name, "strength": lora.strength, **slot_keys(adapter.metadata)}
         for lora, adapter in zip(loras, adapters, strict=True)
     ]
     return own | {
         "modelspec.merged_from": ", ".join(names),
         "menma.merged": json.dumps(_merged_before(own) + parts),
     }
-
-
-def _slot(adapter: AdapterFile) -> dict[str, str]:
-    """Return what a LoRA says of its slot, so that the merged model tells which are inside."""
-    return {key: adapter.metadata[key] for key in SLOT_KEYS if key in adapter.metadata}
 
 
 def _merged_before(metadata: Mapping[str, str]) -> list[Any]:

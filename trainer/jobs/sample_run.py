@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.errors import ConfigError
-from trainer.contract.jobs import LoRAUse, SampleJobRequest
+from trainer.contract.jobs import LoraidUse, LoRAUse, SampleJobRequest
 from trainer.contract.run_dir import RunDir
 from trainer.contract.variants import Variant
 from trainer.jobs.automatic_memory import clip_of, resolve_for_forwards
@@ -22,7 +23,7 @@ from trainer.jobs.components import (
     settle_variant,
 )
 from trainer.jobs.config_job import read_config
-from trainer.jobs.loraid_files import resolve_loraids
+from trainer.jobs.loraid_files import is_of_slots, resolve_loraids
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
 from trainer.sampling.pipeline import Expert
 from trainer.sampling.prompts import read_prompts
@@ -48,7 +49,7 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     slots = resolve_loraids(request.loraids, request.loraid_from, both_experts=variant.experts)
     loras = [*request.loras, *slots]
     if request.run_dir is not None:
-        _use_run(request.run_dir, config, files, loras)
+        _use_run(request.run_dir, config, files, loras, request.loraids)
     tile = config.memory.vae_tile
 
     def on_sample(sample: Sample) -> None:
@@ -116,9 +117,16 @@ def _prompts(request: SampleJobRequest, config: RunConfig) -> tuple[Prompt, ...]
 
 
 def _use_run(
-    folder: Path, config: RunConfig, files: TransformerFiles, loras: list[LoRAUse]
+    folder: Path,
+    config: RunConfig,
+    files: TransformerFiles,
+    loras: list[LoRAUse],
+    slots: Sequence[LoraidUse],
 ) -> None:
-    """Put the newest output of a run to use: as a LoRA, or in the place of what it fine-tuned."""
+    """Put the newest output of a run to use: as a LoRA, or in the place of what it fine-tuned.
+
+    A LoRA of one of `slots` is in use already, or switched off, as was asked for.
+    """
     newest = newest_output(RunDir(folder))
     if newest is None:
         raise ConfigError(
@@ -126,7 +134,7 @@ def _use_run(
         )
     if config.adapter.kind == "none":
         files[config.model.expert or "low_noise"] = newest
-    else:
+    elif not is_of_slots(newest, slots):
         loras.append(LoRAUse(path=newest, expert=config.model.expert))
 
 
