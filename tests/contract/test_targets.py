@@ -89,10 +89,18 @@ def test_of_several_patterns_the_first_counts() -> None:
         ({"include": [r"blocks\.<5-3>\..*"]}, "adapter.include", ["<5-3>"]),
         ({"exclude": [".*"]}, "adapter.exclude", ["leaves none"]),
         ({"include": ["patch_embedding"]}, "adapter.include", ["matches none"]),
-        ({"rank_pattern": {r"blocks\.40\..*": 4}}, "adapter.rank_pattern", ["matches none"]),
-        ({"alpha_pattern": {"[": 4.0}}, "adapter.alpha_pattern", ["not a regular"]),
+        (
+            {"rank_pattern": {r"blocks\.40\..*": 4}},
+            r"adapter.rank_pattern.blocks\.40\..*",
+            ["matches none"],
+        ),
+        ({"alpha_pattern": {"[": 4.0}}, "adapter.alpha_pattern.[", ["not a regular"]),
         # It matches a layer of the model, but none that is trained.
-        ({"targets": "ffn", "lr_pattern": {r".*\.q": 0.1}}, "adapter.lr_pattern", ["trained"]),
+        (
+            {"targets": "ffn", "lr_pattern": {r".*\.q": 0.1}},
+            r"adapter.lr_pattern..*\.q",
+            ["trained"],
+        ),
         ({"rank": "from_weights"}, "adapter.rank", ["none is given"]),
     ],
 )
@@ -109,7 +117,7 @@ def test_all_problems_are_told_at_once() -> None:
         "adapter.include",
         "adapter.include",
         "adapter.exclude",
-        "adapter.lr_pattern",
+        "adapter.lr_pattern.d",
     ]
 
 

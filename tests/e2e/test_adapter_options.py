@@ -240,7 +240,7 @@ def test_weights_of_a_chosen_part_learn_at_their_own_rate(train, project):
     ("options", "key"),
     [
         (["adapter.include=['blocks.9.*']"], "adapter.include"),
-        (["adapter.rank_pattern={'x'=3}"], "adapter.rank_pattern"),
+        (["adapter.rank_pattern={'x'=3}"], "adapter.rank_pattern.x"),
         (["adapter.rank='from_weights'"], "adapter.rank"),
         (["adapter.init_from='models/vae.safetensors'"], "adapter.init_from"),
         (["adapter.frozen=['models/vae.safetensors']"], "adapter.frozen[0].path"),

@@ -240,6 +240,6 @@ def test_what_auto_becomes_is_what_is_streamed(tmp_path, monkeypatch) -> None:
     variant = VARIANTS["wan2.1-t2v-1.3b"]
     resolved = resolve_for_training(config, variant, World.alone(), Log())
     assert resolved.memory.swapped_blocks == 4
-    loaded = load_base(resolved, file, device=CPU)
+    loaded = load_base(resolved, file, expert=None, device=CPU)
     assert loaded.blocks.swap is not None
     assert len(loaded.blocks.swap.streamed) == 4

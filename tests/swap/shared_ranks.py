@@ -43,7 +43,7 @@ def load(world: World, folder: Path, weight_format: str, *, share: bool) -> WanT
     config = RunConfig.model_validate({"memory": memory, "model": {"variant": T2V}})
     file = folder / "model.safetensors"
     share_with = neighbours(world) if share else None
-    return load_base(config, file, device=world.device, share=share_with)
+    return load_base(config, file, expert=None, device=world.device, share=share_with)
 
 
 def train(model: WanTransformer, world: World) -> list[Any]:

@@ -111,7 +111,7 @@ def test_a_file_with_fewer_blocks_is_told_before_and_while_loading(file) -> None
     (problem,) = memory_problems(config, trains=True)
     assert (problem.key, "the model has 6" in problem.message) == (SWAP, True)
     with pytest.raises(ConfigError, match="the model has 6"):
-        load_base(config, file, device=torch.device("cpu"))
+        load_base(config, file, expert=None, device=torch.device("cpu"))
 
 
 def test_swapping_on_a_cpu_is_remarked_upon(file) -> None:
@@ -138,7 +138,7 @@ def test_the_options_reach_the_model(file) -> None:
         attention_chunks=2,
         gradient_checkpointing=2,
     )
-    model = load_base(config, file, device=torch.device("cpu"))
+    model = load_base(config, file, expert=None, device=torch.device("cpu"))
     assert model.blocks.swap is not None
     assert len(model.blocks.swap.streamed) == 4
     assert model.blocks.offload is not None

@@ -82,7 +82,8 @@ class LoRA(LinearAdapter):
         told: float | str = next(iter(scales.values()), 1.0)
         if len(set(scales.values())) > 1:
             told = f"by layer, {zlib.crc32(json.dumps(scales).encode()):08x}"
-        return {"scale (alpha / rank)": told, "init": self.config.init.partition("_")[0]}
+        start = {} if self.config.init == "kaiming" else {"init": "pissa"}
+        return {"scale (alpha / rank)": told, **start}
 
     def in_file(self) -> Mapping[str, FileLayer] | None:
         """Return the layers of `init_from`."""
@@ -167,7 +168,7 @@ class LoRA(LinearAdapter):
         if alpha is not None:
             return alpha / divisor
         if self.config.rank == "from_weights":
-            return self._start[name].scale
+            return self._start[name].scale or 1.0  # a file of scale 0 has an update of 0
         return 1.0
 
     def _lora_layers(self) -> dict[str, LoRALinear]:

@@ -35,9 +35,11 @@ def lora_layers(path: Path, *, expert: str | None = None) -> dict[str, FileLayer
         expert: `high_noise` or `low_noise`: which of two LoRAs in one file is meant.
 
     Raises:
-        ModelFileError: no safetensors file, not a plain LoRA, a factor without its other, or LoRAs
-            of both experts and none is chosen; names the key.
+        ModelFileError: no such file, no safetensors, not a plain LoRA, a factor without its other,
+            or LoRAs of both experts and none is chosen; names the key.
     """
+    if not path.exists():
+        raise ModelFileError(f"{path} does not exist", hint="check the path")
     shapes = tensor_shapes(path)
     if not shapes:
         raise ModelFileError(

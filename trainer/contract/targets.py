@@ -244,7 +244,9 @@ def _table(
     """Return what looks a name up in a table of patterns, given the value where none matches."""
     rows: list[tuple[re.Pattern[str], Any]] = []
     for text, value in options.get(key, {}).items():
-        pattern = _pattern(f"adapter.{key}", text, names, "trained parts", problems, spellings)
+        pattern = _pattern(
+            f"adapter.{key}.{text}", text, names, "trained parts", problems, spellings
+        )
         if pattern is not None:
             rows.append((pattern, value))
 
@@ -266,12 +268,12 @@ def _pattern(
     try:
         pattern = re.compile(_RANGE.sub(_numbers, text))
     except re.error as error:
-        problems.append(Problem(f"{text!r} is not a regular expression: {error}", key))
+        problems.append(Problem(f"'{text}' is not a regular expression: {error}", key))
         return None
     if names and not any(_any([pattern], name, spellings) for name in names):
         problems.append(
             Problem(
-                f"{text!r} matches none of the {len(names)} {what}",
+                f"'{text}' matches none of the {len(names)} {what}",
                 key,
                 hint="it must match a whole name; " + _like(text, names),
             )

@@ -28,7 +28,8 @@ def host_parts(work: Workload) -> dict[str, int]:
         parts["parked activations"] = here * work.recomputed * tokens
     parts |= offloaded_host_parts(work)
     # A copy of the trained weights on the way to a file.
-    parts["saving"] = work.targets.output * 4.0
+    beside = work.targets.output - work.trained_parameters  # what a file holds besides
+    parts["saving"] = work.trained_parameters * 4.0 + beside * ELEMENT[work.config.output.dtype]
     sampling = work.config.sampling
     if work.variant.experts and (sampling.every_steps or sampling.at_start):
         parts["parked expert"] = here * work.weight_bytes
