@@ -86,7 +86,7 @@ def loraid_metadata(partition: Partition, slot: int, *, expert: str | None) -> d
     Raises:
         ConfigError: there is no such slot.
     """
-    own = next((name for name, value in EXPERTS.items() if value == expert), "none")
+    own: SlotExpert = next((name for name, value in EXPERTS.items() if value == expert), "none")
     return as_metadata(
         Loraid(
             ids=(slot,),
