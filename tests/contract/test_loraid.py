@@ -277,6 +277,7 @@ def test_metadata_is_read_back(parts, number, expert):
     assert read is not None
     assert (read.ids, read.units) == ((slot,), parts.units(slot))
     assert read.partition(image=False) == parts
+    assert loraid_metadata(parts, slot, expert="shared")["ss_loraid_expert"] == "none"
     assert read.expert == {None: "none", "high_noise": "high", "low_noise": "low"}[expert]
     assert as_metadata(read) == table
     assert set(table) == {

@@ -5,16 +5,36 @@ from __future__ import annotations
 import pytest
 from safetensors import safe_open
 
+from tests.e2e.project import write_project
+from trainer.contract.errors import ConfigError
+from trainer.contract.jobs import CheckRequest
 from trainer.contract.loraid import Partition
 from trainer.contract.loraid_metadata import read_loraid
+from trainer.jobs import check
+
+
+def with_slot(project, slot, slots):
+    text = project.config.read_text()
+    table = f"[adapter.loraid]\nslot = {slot}\nslots = {slots}\n\n[optimizer]"
+    project.config.write_text(text.replace("[optimizer]", table))
+
+
+def test_check_refuses_a_slot_that_the_model_has_not(tmp_path, monkeypatch):
+    project = write_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with_slot(project, 1, 13)
+    with pytest.raises(ConfigError) as caught:
+        check.run(CheckRequest(config=project.config), lambda kind, **fields: None)
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.file) == ("adapter.loraid.slots", project.config)
+    assert project.config.read_text().splitlines()[problem.line - 1] == "slots = 13"
+    assert "2 blocks cannot be dealt out to 13 slots" in problem.message
+    assert problem.hint == "use 1 to 12"
 
 
 @pytest.mark.slow
 def test_a_slot_is_trained_and_used(project):
-    text = project.config.read_text()
-    project.config.write_text(
-        text.replace("[optimizer]", "[adapter.loraid]\nslot = 3\nslots = 4\n\n[optimizer]")
-    )
+    with_slot(project, 3, 4)
     project.done("train", project.config)
     parts = Partition(num_blocks=2, slots=4)
     layers = len(parts.modules(3))

@@ -80,12 +80,13 @@ def loraid_metadata(partition: Partition, slot: int, *, expert: str | None) -> d
     Args:
         partition: who owns what.
         slot: which was trained.
-        expert: `high_noise` or `low_noise`, None for models without experts.
+        expert: `high_noise` or `low_noise`; anything else is for a model without experts, or for
+            both.
 
     Raises:
         ConfigError: there is no such slot.
     """
-    own = next(name for name, value in EXPERTS.items() if value == (expert or None))
+    own: SlotExpert = next((name for name, value in EXPERTS.items() if value == expert), "none")
     return as_metadata(
         Loraid(
             ids=(slot,),
