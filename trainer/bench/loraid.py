@@ -9,6 +9,7 @@ word is, and how often what the model knew is still right.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -143,7 +144,9 @@ class _Bench:
             "validation_loss": (losses["trained"] or losses["base"])["loss"],
             **found["probe"]["figures"],
         }
-        return {name: round(value, 4) for name, value in figures.items()}
+        rounded = {name: round(value, 4) for name, value in figures.items()}
+        sys.stderr.write(f"{config.stem}: {rounded}\n")  # minutes lie between one and the next
+        return rounded
 
     def _job(self, name: str, request: Options) -> dict[str, Any]:
         """Run a job in this process, twenty of which take longer to start than to work."""
