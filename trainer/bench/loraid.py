@@ -40,7 +40,7 @@ Figures = Mapping[str, float]
 class SlotPlan:
     """How much is trained and looked at."""
 
-    steps: int = 120
+    steps: int = 240
     batch_size: int = 12
     num_clips: int = 12
     """Clips of each concept."""
@@ -48,7 +48,7 @@ class SlotPlan:
     """Further clips of each, for the validation loss."""
     num_known: int = 24
     """Clips of what the model knows, trained on beside them."""
-    num_shots: int = 8
+    num_shots: int = 16
     """Videos with each concept's word, and as many without any."""
     rank: int = 16
     """Of the ordinary LoRAs."""
