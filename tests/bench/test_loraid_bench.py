@@ -18,20 +18,19 @@ PLAN = SlotPlan(num_clips=2, num_held_out=1, num_known=2, num_shots=2)
 
 @pytest.fixture
 def jobs(monkeypatch):
-    """Take jobs and merges instead of running them; merged models know half of the concepts."""
+    """Take jobs and merges instead of running them; merging raises the loss."""
     told = []
 
     def run(name, request, emit):
         config = load_config(request.config)
         told.append((name, config))
-        kept = 0.25 if config.name.startswith("merged-ordinary") else 0.75
-        shown = kept if config.name.startswith("merged") else 1.0
+        loss = 1.25 if config.name.startswith("merged-ordinary") else 0.75
         emit("phase", name="other events do not count")
         alone = None if config.name.startswith("merged") else {"loss": 0.5}
         emit(
             "end",
-            probe={"figures": {"concept_with_trigger": shown, "concept_leak": 0.0}},
-            validation={"base": {"loss": 2.0}, "trained": alone},
+            probe={"figures": {"concept_with_trigger": 1.0, "concept_leak": 0.0}},
+            validation={"base": {"loss": loss if alone is None else 2.5}, "trained": alone},
         )
 
     class Jobs:
@@ -45,13 +44,13 @@ def jobs(monkeypatch):
     return told
 
 
-def test_what_is_lost_is_the_share_of_what_was_learned(jobs, tmp_path):
+def test_what_is_lost_is_a_share_of_the_fall_of_the_loss(jobs, tmp_path):
     found = measure(PLAN, tmp_path)
-    assert found.value == pytest.approx(0.25)
-    assert found.figures["lost_by_ordinary_loras"] == 0.75
+    assert found.value == pytest.approx((0.75 - 0.5) / (2.5 - 0.5))
+    assert found.figures["lost_by_ordinary_loras"] == pytest.approx((1.25 - 0.5) / (2.5 - 0.5))
     assert set(found.figures["alone"]) == set(found.figures["merged"]) == set(KINDS)
     assert found.figures["alone"]["slots"]["beams"]["validation_loss"] == 0.5
-    assert found.figures["merged"]["slots"]["beams"]["validation_loss"] == 2.0
+    assert found.figures["merged"]["slots"]["beams"]["validation_loss"] == 0.75
     assert found.fields["fine"]
 
 

@@ -40,7 +40,7 @@ Figures = Mapping[str, float]
 class SlotPlan:
     """How much is trained and looked at."""
 
-    steps: int = 120
+    steps: int = 240
     batch_size: int = 12
     num_clips: int = 12
     """Clips of each concept."""
@@ -48,7 +48,7 @@ class SlotPlan:
     """Further clips of each, for the validation loss."""
     num_known: int = 24
     """Clips of what the model knows, trained on beside them."""
-    num_shots: int = 8
+    num_shots: int = 16
     """Videos with each concept's word, and as many without any."""
     rank: int = 16
     """Of the ordinary LoRAs."""
@@ -72,10 +72,10 @@ def measure(plan: SlotPlan | None = None, folder: Path | None = None) -> Measure
     bench.draw()
     alone = {kind: bench.train_each(kind) for kind in KINDS}
     merged = {kind: bench.merge_all(kind) for kind in KINDS}
-    lost = {kind: _lost(alone[kind], merged[kind]) for kind in KINDS}
+    lost = {kind: lost_share(alone[kind], merged[kind]) for kind in KINDS}
     return Measurement(
         name="loraid",
-        what="concepts lost when three slots are merged",
+        what="share of learning lost when three slots are merged",
         value=lost["slots"],
         unit="ratio",
         limit=None,
@@ -228,10 +228,18 @@ def _config(folder: Path, plan: SlotPlan, concept: str) -> dict[str, Any]:
     }
 
 
-def _lost(alone: Mapping[str, Figures], merged: Mapping[str, Figures]) -> float:
-    """Return the share of videos that showed a concept and do not any more; 0 of none."""
-    before, after = (
-        sum(figures["concept_with_trigger"] for figures in each.values())
-        for each in (alone, merged)
-    )
-    return 1 - after / before if before else 0.0
+def lost_share(alone: Mapping[str, Figures], merged: Mapping[str, Figures]) -> float:
+    """Return what merging takes back of what the LoRAs alone have learned, the concepts' mean.
+
+    Learned is the fall of a concept's validation loss: lost is (merged − alone) / (base − alone).
+
+    Args:
+        alone: concept -> figures of its LoRA alone, with `base_validation_loss`.
+        merged: concept -> figures of the model that all were merged into.
+    """
+    shares = [
+        (merged[concept]["validation_loss"] - figures["validation_loss"])
+        / (figures["base_validation_loss"] - figures["validation_loss"])
+        for concept, figures in alone.items()
+    ]
+    return sum(shares) / len(shares)
