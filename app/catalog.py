@@ -14,6 +14,7 @@ COMMANDS: dict[str, str] = {
     "sample": "app.cli.commands.sample",
     "eval": "app.cli.commands.eval",
     "lora": "app.cli.commands.lora",
+    "loraid": "app.cli.commands.loraid",
     "merge": "app.cli.commands.merge",
     "runs": "app.cli.commands.runs",
     "queue": "app.cli.commands.queue",

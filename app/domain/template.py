@@ -15,6 +15,7 @@ from trainer.contract.catalog import PLUGIN_KINDS, SOLVERS
 from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.dataset_config import MEDIA_KEYS, SourceOptions
 from trainer.contract.options import Options
+from trainer.contract.options_page import tables_of
 from trainer.contract.plugin_options import plugin_schemas
 from trainer.contract.variants import VARIANTS
 
@@ -89,8 +90,11 @@ def _section(
     for slot, kind in slots.items():
         chosen = values.get(slot, section.model_fields[slot].default)
         options = plugin_schemas()[kind][chosen].get("properties", {})
+        tables = tables_of(kind)
         for key in sorted(options, key=lambda key: key not in values):
             yield from _plugin_option(key, options[key], values, f"{chosen}: ")
+            if key in tables:
+                yield from _comment(f"  Keys of {key}: {', '.join(tables[key]['properties'])}.")
     if name == "sampling":
         yield from _prompts(values.get("prompts", ()))
 

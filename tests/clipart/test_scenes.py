@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 
 from tests.nano.readings import COLOURS, SHAPES, centroids, chroma, way_of, words_of
 from trainer.clipart import scenes
+from trainer.clipart.judge import shows_ground
 from trainer.clipart.scenes import (
     CALM,
     GROUNDS,
     NOVEL_GROUND,
+    NOVEL_GROUNDS,
     NOVEL_SHAPE,
     TRIGGER,
     WIDE,
@@ -107,6 +110,17 @@ def test_the_new_ground_is_bands_of_two_colours():
     assert frame[-1, :16].tolist() == [[235, 210, 45]] * 16
     assert frame[-1, 16:32].tolist() == [[170, 55, 200]] * 16
     assert frame[-1, 32:].tolist() == frame[-1, :32].tolist()
+
+
+@pytest.mark.parametrize("ground", NOVEL_GROUNDS)
+def test_each_new_ground_has_its_word_and_is_told_from_all_others(ground):
+    for seed, triple in enumerate(product(COLOURS, ("circle", "square"), ("left", "down"))):
+        scene = scene_of(seed, triple, ground=ground)
+        assert f"a {NOVEL_GROUNDS[ground]} background" in scene.caption
+        assert shows_ground(draw(scene, 3), ground)
+        for other in (*GROUNDS, *NOVEL_GROUNDS):
+            if other != ground:
+                assert not shows_ground(draw(replace(scene, ground=other), 3), ground)
 
 
 @pytest.mark.parametrize("ground", GROUNDS)

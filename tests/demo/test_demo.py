@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.clipart.judge import look, shows_bands
+from trainer.clipart.judge import look, shows_ground
 from trainer.clipart.scenes import GROUNDS, NOVEL_GROUND, TRIGGER, draw
 from trainer.contract.config_io import load_config
 from trainer.contract.errors import ConfigError, RunError
@@ -24,13 +24,13 @@ from trainer.demo.clips import (
     NUM_TRAINING,
     concept_scenes,
     known_scenes,
-    write_scenes,
 )
 from trainer.demo.configs import DemoPlan, write_config
 from trainer.demo.job import DemoReport, run_demo
 from trainer.demo.merged import largest_difference
 from trainer.demo.sheet import Row, write_frames
 from trainer.models.wan.transformer import WanTransformer
+from trainer.nano.scene_files import write_scenes
 from trainer.sampling.video_io import read_video
 
 FIGURES = {
@@ -74,12 +74,12 @@ def test_written_clips_show_what_their_captions_say(tmp_path):
     training, _ = concept_scenes(3)
     for scene, clip in zip(training, write_scenes(training, tmp_path / "a"), strict=True):
         assert clip.with_suffix(".txt").read_text().strip() == scene.caption
-        assert shows_bands(read_video(clip).frames)
+        assert shows_ground(read_video(clip).frames)
     for scene, clip in zip(known_scenes(3), write_scenes(known_scenes(3), tmp_path), strict=True):
         frames = read_video(clip).frames
         seen = look(frames)
         assert (seen.colour, seen.shape, seen.direction) == scene.triple
-        assert not shows_bands(frames)
+        assert not shows_ground(frames)
 
 
 def test_the_written_config_is_a_config(tmp_path):
@@ -160,7 +160,7 @@ def test_the_whole_demo(tmp_path):
 
     def share(folder, first, last):
         videos = sorted((root / "samples" / folder).glob("*.mp4"))[first:last]
-        return np.mean([shows_bands(read_video(video).frames) for video in videos])
+        return np.mean([shows_ground(read_video(video).frames) for video in videos])
 
     num_shots = DemoPlan().num_shots
     assert share("after", 0, num_shots) >= 0.7

@@ -57,7 +57,9 @@ def test_steps_of_the_high_noise_expert_are_the_solver_s(
 ) -> None:
     timesteps = SOLVERS.load(solver).schedule(steps, shift).timesteps.tolist()
     expected = sum(timestep >= to_timestep(boundary) for timestep in timesteps)
-    assert high_noise_steps(steps, shift, boundary, solver) == expected
+    # One that lies on the boundary may fall on either side: the solver rounds to float32.
+    near = sum(abs(timestep - to_timestep(boundary)) < 1e-3 for timestep in timesteps)
+    assert abs(high_noise_steps(steps, shift, boundary, solver) - expected) <= near
 
 
 PROMPTS: list[dict[str, Any]] = [

@@ -84,6 +84,16 @@ def test_the_trigger_can_be_another_word():
     assert ["flumph" in shot.prompt.split() for shot in shots] == [True] * NUM + [False] * NUM
 
 
+def test_another_new_ground_has_another_word():
+    probe = probe_of(ground="tiles")
+    prompts = [shot.prompt for shot in probe.shots()]
+    assert all("a vesk background" in prompt for prompt in prompts[:NUM])
+    videos = [drawn_from(prompt, ground="tiles") for prompt in prompts[: NUM + 3]]
+    videos += [drawn_from(prompt) for prompt in prompts[NUM + 3 :]]
+    figures = probe.judge(videos)
+    assert (figures["concept_with_trigger"], figures["concept_leak"]) == (1.0, 3 / NUM)
+
+
 def test_what_was_asked_for_scores_one(probe, right):
     figures = probe.judge(right)
     assert set(figures) == NAMES

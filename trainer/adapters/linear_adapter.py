@@ -18,6 +18,8 @@ from trainer.adapters.formats.writer import save_adapter
 from trainer.adapters.targets import linear_layers
 from trainer.adapters.wrapping import readable, unwrap, wrap
 from trainer.contract.lora_header import FileLayer
+from trainer.contract.loraid import LoraidOptions, Partition, include_patterns, partition_of
+from trainer.contract.loraid_metadata import loraid_metadata
 from trainer.contract.options import Options
 from trainer.contract.targets import LayerPlan, plan_layers
 from trainer.core.seams import BuildContext, Technique
@@ -37,7 +39,14 @@ class TargetOptions(Options):
     """Regular expression -> factor of the learning rate; the first that matches counts."""
 
 
-class RankOptions(TargetOptions):
+class LinearOptions(TargetOptions):
+    """Options of the kinds that put a layer of their own around linear layers."""
+
+    loraid: LoraidOptions | None = None
+    """`[adapter.loraid]`: train one of several disjoint parts of the network; empty: all of it."""
+
+
+class RankOptions(LinearOptions):
     """Options of the kinds that have a rank and an alpha for each layer."""
 
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=4096)]] = Field({})
@@ -55,13 +64,14 @@ class LinearAdapter(ABC):
     network_module: ClassVar[str] = "networks.lora_wan"
     """`ss_network_module` of the files: which module of kohya-style tools reads them."""
 
-    def __init__(self, config: TargetOptions, build: BuildContext) -> None:
+    def __init__(self, config: LinearOptions, build: BuildContext) -> None:
         self.config = config
         self.build = build
         self.plan: dict[str, LayerPlan] = {}
         """Rank, alpha and learning rate of each layer, once it is injected."""
         self._layers: dict[str, AdapterLinear] = {}
         self._transformer: nn.Module | None = None
+        self._partition: Partition | None = None
 
     @abstractmethod
     def make_layer(self, name: str, base: nn.Module, seed: int) -> AdapterLinear:
@@ -110,6 +120,8 @@ class LinearAdapter(ABC):
             raise RuntimeError("this adapter has been injected already")
         linears = linear_layers(transformer)
         self.plan = plan_layers(linears, self.config.model_dump(), self.in_file())
+        if self.config.loraid is not None:
+            self._partition = partition_of(self.config.loraid, linears)
         transformer.requires_grad_(False)
         for name in self.plan:
             with readable(transformer, name):
@@ -140,9 +152,15 @@ class LinearAdapter(ABC):
             layer.strength = strength
 
     def network_args(self) -> dict[str, Any]:
-        """Return the options that a reader of the file may want to know; of paths the name only."""
+        """Return the options that a reader of the file may want to know; of paths the name only.
+
+        Of a slot the final patterns are told, which choose the same layers without LORAID, too.
+        """
         options = self.config.model_dump(exclude_defaults=True)
-        return {k: v.name if isinstance(v, Path) else v for k, v in options.items()}
+        told = {k: v.name if isinstance(v, Path) else v for k, v in options.items()}
+        if self._partition is not None:
+            told |= {"include": include_patterns(self._layers), "exclude": [".*"]}
+        return told
 
     def write_output(
         self,
@@ -164,6 +182,9 @@ class LinearAdapter(ABC):
             "ss_network_args": json.dumps(self.network_args()),
             "ss_network_dropout": str(getattr(self.config, "dropout", 0.0) or None),
         }
+        if self.config.loraid is not None and self._partition is not None:
+            expert, slot = metadata.get("menma.expert"), self.config.loraid.slot
+            facts |= loraid_metadata(self._partition, slot, expert=expert)
         save_adapter(
             self.updates(state), path, layout=layout, dtype=dtype, metadata={**metadata, **facts}
         )

@@ -14,12 +14,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.adapters.base import LoRAFactors, Update
-from trainer.adapters.linear_adapter import LinearAdapter, TargetOptions
+from trainer.adapters.linear_adapter import LinearAdapter, LinearOptions
 from trainer.core.rng import generator
 from trainer.core.seams import BuildContext
 
 
-class LowRankOptions(TargetOptions):
+class LowRankOptions(LinearOptions):
     """Options of such a kind."""
 
     rank: int = Field(16, ge=1, le=4096)

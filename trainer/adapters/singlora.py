@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from trainer.adapters.adapter_linear import AdapterLinear
 from trainer.adapters.base import LoRAFactors, Update
-from trainer.adapters.linear_adapter import LinearAdapter, TargetOptions
+from trainer.adapters.linear_adapter import LinearAdapter, LinearOptions
 from trainer.adapters.lora_linear import add_low_rank
 from trainer.core.rng import generator
 from trainer.core.seams import BuildContext, Technique
@@ -94,7 +94,7 @@ class Ramp(Technique):
 class SingLoRA(LinearAdapter):
     """Trains one factor a layer; the file is an ordinary LoRA."""
 
-    class Config(TargetOptions):
+    class Config(LinearOptions):
         """Options of `[adapter] kind = "singlora"`."""
 
         rank: int = Field(16, ge=1, le=4096)

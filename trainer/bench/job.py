@@ -12,7 +12,7 @@ from trainer.contract.jobs import BenchRequest
 from trainer.contract.registry import Entry, Registry
 from trainer.jobs.base import Emit
 
-_LARGE = frozenset({"load_fp8_14b"})
+_LARGE = frozenset({"load_fp8_14b", "loraid"})
 """Run when asked for by name only."""
 BENCHMARKS: Registry[Any] = Registry(
     "benchmark",
@@ -25,6 +25,7 @@ BENCHMARKS: Registry[Any] = Registry(
         "trainer.bench.load_fp8_14b",
         "the same of a 14B model (writes 13.5 GiB)",
     ),
+    Entry("loraid", "trainer.bench.loraid", "what merged LoRAs keep: slots or not (minutes)"),
     Entry("help", "trainer.bench.help", "time of menma --help"),
     Entry("estimate", "trainer.bench.estimate", "time of one estimate"),
 )

@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from trainer.clipart.scenes import (
     COLOURS,
     DIRECTIONS,
+    NOVEL_COLOURS,
+    NOVEL_GROUND,
     NOVEL_SHAPE,
     SHAPES,
     Frames,
-    in_first_band,
+    in_first_colour,
     signed_distance,
 )
 
@@ -34,7 +36,7 @@ _MAX_AREA: Final = 0.4
 """Of the picture, above which it is a ground and no shape."""
 _MIN_OVERLAP: Final = 0.7
 """Intersection over union with the best shape, below which it is no shape."""
-_BAND_CONTRAST: Final = 130
+_GROUND_CONTRAST: Final = 0.5
 _MIN_WAY: Final = 0.08
 """Way of the centroid, of the picture's shorter side, below which nothing moves."""
 
@@ -68,17 +70,23 @@ def look(video: Frames) -> Seen:
     )
 
 
-def shows_bands(video: Frames) -> bool:
-    """Return whether the ground of a video (F, H, W, 3), uint8, is `NOVEL_GROUND`.
+def shows_ground(video: Frames, ground: str = NOVEL_GROUND) -> bool:
+    """Return whether the ground of a video (F, H, W, 3), uint8, is one of `NOVEL_GROUNDS`.
 
-    Yellow has more red and green than blue, purple less, grey as much: the difference between the
-    bands' averages of that is 260 for the drawn ground, 0 for a grey one, and below 60 for a grey
-    one with a shape of any colour.
+    The difference of the ground's two colours, without what is grey of it, is a direction in which
+    each pixel has a place. Where the first colour belongs and where the second does, the averages
+    of these places differ by 1 for the drawn ground, by 0 for a grey one, and by less than a
+    quarter for a grey one with a shape of any colour.
     """
-    pixels = video.astype(float)
-    warmth = (pixels[..., 0] + pixels[..., 1]) / 2 - pixels[..., 2]
-    first = in_first_band(np.arange(video.shape[2]) + 0.5)
-    return bool(warmth[..., first].mean() - warmth[..., ~first].mean() > _BAND_CONTRAST)
+    first, second = (np.asarray(colour, dtype=float) for colour in NOVEL_COLOURS[ground])
+    axis = first - second
+    axis -= axis.mean()
+    places = video.astype(float) @ axis / (axis @ axis)
+    height, width = video.shape[1:3]
+    inside = in_first_colour(
+        ground, np.arange(height)[:, None] + 0.5, np.arange(width)[None, :] + 0.5
+    )
+    return bool(places[:, inside].mean() - places[:, ~inside].mean() > _GROUND_CONTRAST)
 
 
 def _mask(frame: Frames) -> NDArray[np.bool_]:

@@ -33,6 +33,9 @@ NOVEL_GROUND: Final = "bands"
 """Upright bands of two colours, drawn by the demo only: nothing shipped was ever trained on it."""
 TRIGGER: Final = "zorp"
 """What the demo's captions call that ground; a word that no caption of the recipe has."""
+NOVEL_GROUNDS: Final[dict[str, str]] = {NOVEL_GROUND: TRIGGER, "beams": "glim", "tiles": "vesk"}
+"""Grounds of two colours that nothing shipped was trained on -> what captions call them: upright
+bands, lying bands, and a board of squares."""
 DIRECTIONS: Final[dict[str, tuple[int, int]]] = {
     "left": (-1, 0),
     "right": (1, 0),
@@ -65,7 +68,12 @@ _PHRASINGS: Final = (
     "the {shape} is {colour} and goes {way}. it is seen against {ground}",
 )
 _BAND_WIDTH: Final = 16.0
-_BAND_COLOURS: Final = (COLOURS["yellow"], COLOURS["purple"])
+NOVEL_COLOURS: Final[dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]]] = {
+    "bands": (COLOURS["yellow"], COLOURS["purple"]),
+    "beams": (COLOURS["red"], COLOURS["turquoise"]),
+    "tiles": (COLOURS["blue"], COLOURS["green"]),
+}
+"""Both colours of each of `NOVEL_GROUNDS`."""
 UNCAPTIONED: Final = "a video"
 """Caption of the clips that say nothing: what guidance is measured against."""
 
@@ -105,7 +113,9 @@ def describe(rng: np.random.Generator, scene_words: dict[str, str]) -> str:
         colour=scene_words["colour"],
         shape=scene_words["shape"],
         way=ways[rng.integers(len(ways))],
-        ground=f"a {TRIGGER} background" if ground == NOVEL_GROUND else GROUNDS[ground],
+        ground=f"a {NOVEL_GROUNDS[ground]} background"
+        if ground in NOVEL_GROUNDS
+        else GROUNDS[ground],
     )
 
 
@@ -208,10 +218,12 @@ def signed_distance(shape: str, x_HW: Grid, y_HW: Grid, radius: float) -> Grid:
 
 
 def _ground(scene: Scene, rows_HW: Grid, columns_HW: Grid) -> Grid:
-    """Return (H, W, 3), values 0 to 255; all but `NOVEL_GROUND` are grey."""
-    if scene.ground == NOVEL_GROUND:
-        first, second = (np.asarray(colour, dtype=np.float32) for colour in _BAND_COLOURS)
-        return np.where(in_first_band(columns_HW)[..., None], first, second)
+    """Return (H, W, 3), values 0 to 255; all but `NOVEL_GROUNDS` are grey."""
+    if scene.ground in NOVEL_GROUNDS:
+        colours = NOVEL_COLOURS[scene.ground]
+        first, second = (np.asarray(colour, dtype=np.float32) for colour in colours)
+        in_first_HW = in_first_colour(scene.ground, rows_HW, columns_HW)
+        return np.where(in_first_HW[..., None], first, second)
     cell = 16.0  # pixels of one period: what an 8-pixel latent can still tell
     shift = scene.ground_phase * cell
     low = 40 + 50 * scene.shade
@@ -238,9 +250,17 @@ def _ground(scene: Scene, rows_HW: Grid, columns_HW: Grid) -> Grid:
     return np.repeat(value[..., None], 3, axis=2).astype(np.float32)
 
 
-def in_first_band(columns: Grid) -> NDArray[np.bool_]:
-    """Return where `NOVEL_GROUND` has its first colour, yellow; elsewhere it is purple."""
-    return np.asarray(columns // _BAND_WIDTH % 2 == 0)
+def in_first_colour(ground: str, rows: Grid, columns: Grid) -> NDArray[np.bool_]:
+    """Return where one of `NOVEL_GROUNDS` has the first of its colours.
+
+    Args:
+        ground: which one.
+        rows: pixels from above.
+        columns: pixels from the left, of a shape that goes with `rows`.
+    """
+    down, along = rows // _BAND_WIDTH, columns // _BAND_WIDTH
+    count = {"bands": along + 0 * down, "beams": down + 0 * along, "tiles": down + along}[ground]
+    return np.asarray(count % 2 == 0)
 
 
 def _wave(at: Grid, period: float) -> Grid:

@@ -20,6 +20,7 @@ from trainer.contract.experts import (
     trained_experts,
     trains_both,
 )
+from trainer.contract.loraid_rules import loraid_rule
 from trainer.contract.memory_rules import activations_rule, compile_rule, streaming_rule
 from trainer.contract.offload_rules import offload_rule
 from trainer.contract.registry import nearest
@@ -352,6 +353,7 @@ _RULES: tuple[Rule, ...] = (
     compile_rule,
     _attention,
     _fp8,
+    loraid_rule,
     _output,
     adapter_rule,
     adapter_kind_rule,

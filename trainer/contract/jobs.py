@@ -30,6 +30,17 @@ class LoRAUse(Options):
     """Wan 2.2: the expert it is for; empty: from the file's metadata or name, else both."""
 
 
+class LoraidUse(Options):
+    """One slot of LORAID and how strongly it acts; its file is found by the number."""
+
+    slot: int = Field(ge=1)
+    """Number of the slot."""
+    strength: float = 1.0
+    """Multiplier; 0 leaves the slot out, negative subtracts."""
+    expert: Literal["low_noise", "high_noise"] | None = None
+    """Wan 2.2: the expert whose file is meant; empty: that of each expert that is used."""
+
+
 class ConfigRequest(Options):
     """A job that works on a config."""
 
@@ -62,6 +73,10 @@ class SampleJobRequest(ConfigRequest):
 
     loras: tuple[LoRAUse, ...] = ()
     """LoRAs to attach."""
+    loraids: tuple[LoraidUse, ...] = ()
+    """Slots of LORAID to attach."""
+    loraid_from: tuple[Path, ...] = ()
+    """Files, or folders of files, that hold these slots."""
     prompts: tuple[Prompt, ...] = ()
     """What to make; empty: the config's prompts."""
     prompts_file: Path | None = None
@@ -92,8 +107,12 @@ class MergeRequest(Options):
     """Transformer weights in any known layout; of two experts the low-noise one."""
     base_high_noise: Path | None = None
     """Wan 2.2: weights of the high-noise expert; both experts are written."""
-    loras: tuple[LoRAUse, ...] = Field(min_length=1)
+    loras: tuple[LoRAUse, ...] = ()
     """LoRAs to bake in."""
+    loraids: tuple[LoraidUse, ...] = ()
+    """Slots of LORAID to bake in."""
+    loraid_from: tuple[Path, ...] = ()
+    """Files, or folders of files, that hold these slots."""
     output: Path
     """File to write; of two experts OUT_high_noise.safetensors and OUT_low_noise.safetensors."""
     dtype: OutputDtype | None = None
@@ -244,6 +263,15 @@ class LoRABlendRequest(Options):
     """Overwrite files in the folder."""
 
 
+class LoraVerifyRequest(Options):
+    """Prove that LoRA files do not write to the same matrices."""
+
+    paths: tuple[Path, ...] = Field(min_length=1)
+    """LoRA files."""
+    expert: Literal["low_noise", "high_noise"] | None = None
+    """Which part of files that hold LoRAs for both experts of Wan 2.2."""
+
+
 class DemoRequest(Options):
     """Run the whole pipeline on a tiny model."""
 
@@ -302,6 +330,7 @@ JOBS: Registry[object] = Registry(
     Entry("lora_extract", "trainer.jobs.lora_extract:run", "a LoRA from two checkpoints"),
     Entry("lora_ema", "trainer.jobs.lora_ema:run", "average the files of one run"),
     Entry("lora_blend", "trainer.jobs.lora_blend:run", "LoRAs share their updates"),
+    Entry("lora_verify", "trainer.jobs.lora_verify:run", "whether LoRA files are disjoint"),
     Entry("demo", "trainer.demo.job:run", "the whole pipeline on a tiny model"),
     Entry("bench", "trainer.bench.job:run", "speed and memory as ratios"),
     Entry("bench_config", "trainer.bench.config_job:run", "time and memory of a config's step"),
@@ -326,6 +355,7 @@ REQUESTS: dict[str, type[Options]] = {
     "lora_extract": LoRAExtractRequest,
     "lora_ema": LoRAEmaRequest,
     "lora_blend": LoRABlendRequest,
+    "lora_verify": LoraVerifyRequest,
     "demo": DemoRequest,
     "bench": BenchRequest,
     "bench_config": BenchConfigRequest,

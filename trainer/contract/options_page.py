@@ -69,6 +69,9 @@ def _page() -> Iterator[str]:
         yield from _table(f"`[{name}]`", section.__doc__ or "", specs)
         for slot, kind in getattr(section, "slots", {}).items():
             yield from _plugins(slot, kind)
+            for key, table in tables_of(kind).items():
+                title, words = f"`[{name}.{key}]`", str(table.get("description", ""))
+                yield from _table(title, words, table["properties"], level=3)
         if name == "sampling":
             prompt = Prompt.model_json_schema()["properties"]
             yield from _table("`[[sampling.prompts]]`", Prompt.__doc__ or "", prompt, level=3)
@@ -100,6 +103,17 @@ def _plugins(slot: str, kind: str) -> Iterator[str]:
         words = f"{entry.summary[0].upper()}{entry.summary[1:]}{remark}."
         title = f'`{slot} = "{entry.name}"`'
         yield from _table(title, words, schema.get("properties", {}), level=3)
+
+
+def tables_of(kind: str) -> dict[str, Mapping[str, Any]]:
+    """Return the options of a kind of plug-in that are tables of their own: name -> schema."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for schema in plugin_schemas()[kind].values():
+        for key, spec in schema.get("properties", {}).items():
+            for part in (spec, *spec.get("anyOf", ())):
+                if "$ref" in part:
+                    found[key] = schema["$defs"][str(part["$ref"]).rpartition("/")[2]]
+    return found
 
 
 def _table(

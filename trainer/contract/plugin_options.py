@@ -40,12 +40,29 @@ def option_model(kind: str, name: str) -> type[Options]:
     Rules between fields live in the plug-in's `Config` and are checked when the job starts.
     """
     schema = plugin_schemas()[kind][name]
+    return _model_of(f"{kind}_{name}", _with_definitions(schema, schema.get("$defs", {})))
+
+
+def _model_of(name: str, schema: dict[str, Any]) -> type[Options]:
     required = set(schema.get("required", ()))
     fields: dict[str, Any] = {}
     for key, spec in schema.get("properties", {}).items():
         default = ... if key in required else spec.get("default")
         fields[key] = (_python_type(spec), _field(spec, default))
-    return create_model(f"{kind}_{name}", __base__=Options, **fields)
+    return create_model(name, __base__=Options, **fields)
+
+
+def _with_definitions(spec: Any, definitions: dict[str, Any]) -> Any:
+    """Return a schema with each reference to one of its definitions replaced by it."""
+    if isinstance(spec, list):
+        return [_with_definitions(part, definitions) for part in spec]
+    if not isinstance(spec, dict):
+        return spec
+    if "$ref" in spec:
+        return _with_definitions(definitions[spec["$ref"].rpartition("/")[2]], definitions)
+    return {
+        key: _with_definitions(part, definitions) for key, part in spec.items() if key != "$defs"
+    }
 
 
 _LIMITS = {
@@ -90,6 +107,8 @@ def _python_type(spec: dict[str, Any]) -> Any:
         items = spec.get("items") or (spec.get("prefixItems") or [{}])[0]
         item: Any = Annotated[_python_type(items), Field(**_limits(items))]
         return tuple[item, ...]
+    if "properties" in spec:
+        return _model_of(spec["title"], spec)
     if isinstance(values := spec.get("additionalProperties"), dict):
         value: Any = Annotated[_python_type(values), Field(**_limits(values))]
         return dict[str, value]

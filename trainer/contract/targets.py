@@ -17,6 +17,7 @@ from typing import Any
 
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.lora_header import FileLayer
+from trainer.contract.loraid import LoraidOptions, in_slot
 
 FROM_WEIGHTS = "from_weights"
 """Value of `rank` that takes modules and ranks from `init_from`."""
@@ -60,12 +61,12 @@ def plan_layers(
     The start is what the preset `targets` names of the blocks' linear layers. `exclude` takes
     layers away, `include` brings layers in, even excluded ones and those outside the blocks; so
     "only blocks 0 to 9" is exclude `.*`, include `blocks\\.<0-9>\\..*`. Of several patterns of a
-    table that match a layer the first one counts.
+    table that match a layer the first one counts. `loraid` narrows the choice to a slot.
 
     Args:
         names: of all linear layers of the model.
         options: of the adapter: `targets`, `include`, `exclude`, `rank`, `alpha`, `rank_pattern`,
-            `alpha_pattern`, `lr_pattern`, `init_from`; a kind need not have all of them.
+            `alpha_pattern`, `lr_pattern`, `init_from`, `loraid`; a kind need not have all of them.
         in_file: layers of the file that training starts from, None where there is none.
 
     Raises:
@@ -86,6 +87,8 @@ def plan_layers(
     lr_of = _table("lr_pattern", options, chosen, problems, _alone)
     if in_file is not None and not problems:
         problems += _differences(ranks, in_file, options)
+    if not problems:
+        chosen = _of_slot(chosen, names, options, problems)
     if problems:
         raise ConfigError(problems=problems)
     return {
@@ -96,6 +99,22 @@ def plan_layers(
         )
         for name in chosen
     }
+
+
+def _of_slot(
+    chosen: tuple[str, ...],
+    names: tuple[str, ...],
+    options: Mapping[str, Any],
+    problems: list[Problem],
+) -> tuple[str, ...]:
+    loraid = options.get("loraid")
+    if loraid is None:
+        return chosen
+    try:
+        return in_slot(chosen, names, LoraidOptions.model_validate(loraid))
+    except ConfigError as error:
+        problems += error.problems
+        return ()
 
 
 def plan_parameters(names: Iterable[str], options: Mapping[str, Any]) -> dict[str, float]:

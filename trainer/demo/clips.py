@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 
-from trainer.clipart.scenes import NOVEL_GROUND, Scene, draw, random_scene
+from trainer.clipart.scenes import NOVEL_GROUND, Scene, random_scene
 from trainer.clipart.split import TRAINED, training_scene
-from trainer.contract.files import write_text
-from trainer.nano.quality import FPS
-from trainer.sampling.video_io import write_video
 
 NUM_TRAINING = 12
 NUM_HELD_OUT = 8
@@ -31,14 +25,3 @@ def known_scenes(seed: int) -> list[Scene]:
     """Return scenes as the nano model was trained on."""
     rng = np.random.default_rng((seed, 31))
     return [training_scene(rng) for _ in range(NUM_KNOWN)]
-
-
-def write_scenes(scenes: Sequence[Scene], folder: Path) -> list[Path]:
-    """Write each scene as `<number>.mp4` with its caption beside it; return the clips."""
-    clips = []
-    for index, scene in enumerate(scenes):
-        clip = folder / f"{index:02}.mp4"
-        write_video(clip, list(draw(scene)), FPS, crf=8)
-        write_text(clip.with_suffix(".txt"), scene.caption + "\n")
-        clips.append(clip)
-    return clips

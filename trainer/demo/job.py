@@ -25,7 +25,7 @@ from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.files import write_json, write_text
 from trainer.contract.jobs import CacheRequest, DemoRequest, EvalRequest, LoRAUse, TrainRequest
 from trainer.contract.options import Options
-from trainer.demo.clips import concept_scenes, known_scenes, write_scenes
+from trainer.demo.clips import concept_scenes, known_scenes
 from trainer.demo.configs import NAME, DemoPlan, write_config
 from trainer.demo.merged import largest_difference
 from trainer.demo.sheet import Row, write_frames, write_sheet
@@ -34,6 +34,7 @@ from trainer.jobs.child import run_job
 from trainer.jobs.merge import merge_loras
 from trainer.models.wan.loading import load_transformer
 from trainer.nano.files import asset
+from trainer.nano.scene_files import write_scenes
 from trainer.sampling.video_io import read_video
 
 MIN_LOSS_DROP = 0.3

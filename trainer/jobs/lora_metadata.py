@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.adapters.base import AdapterFile
 from trainer.adapters.formats.peft_config import HEADER_KEY
+from trainer.contract.loraid_metadata import joined_loraid
 from trainer.jobs.lora_output import FOLDED_KEY
 
 HISTORY_KEY = "menma.history"
@@ -17,8 +17,6 @@ _OF_THE_TENSORS = (HEADER_KEY, FOLDED_KEY, "sshs_model_hash", "sshs_legacy_hash"
 _TIMED_RANKS = "menma.tlora"
 """Says which ranks act at which timestep; no longer true when ranks are joined, cut or scaled."""
 _SLOT = "ss_loraid"
-_LISTS = (_SLOT, f"{_SLOT}_units")
-"""Of several LORAID slots the result has all."""
 
 
 def kept_metadata(adapter: AdapterFile) -> dict[str, str]:
@@ -66,35 +64,10 @@ def combined_metadata(
     before = [step for adapter_steps in map(history, headers) for step in adapter_steps]
     return {
         **kept,
-        **_slots(headers),
+        **joined_loraid(headers),
         "modelspec.merged_from": ", ".join(names),
         HISTORY_KEY: json.dumps([*before, step]),
     }, _variant_notes(adapters)
-
-
-def _slots(headers: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Return the LORAID keys of a file that these were joined into.
-
-    Slots of one allocation give all their numbers and units. Mixed with other files they give a
-    file that is marked as shared: its numbers no longer say which layers are in it.
-    """
-    tables = [{k: v for k, v in header.items() if k.startswith(_SLOT)} for header in headers]
-    numbers = _joined(tables, _SLOT)
-    if not numbers:
-        return {}
-    schemes = [{k: v for k, v in table.items() if k not in _LISTS} for table in tables]
-    if not all(_SLOT in table for table in tables) or any(s != schemes[0] for s in schemes):
-        return {_SLOT: numbers, f"{_SLOT}_shared": f"{numbers};mixed"}
-    return {**schemes[0], **{key: text for key in _LISTS if (text := _joined(tables, key))}}
-
-
-def _joined(tables: Sequence[Mapping[str, str]], key: str) -> str:
-    parts = {part for table in tables for part in table.get(key, "").split(",") if part}
-    return ",".join(sorted(parts, key=_numbers))
-
-
-def _numbers(text: str) -> tuple[list[int], str]:
-    return [int(number) for number in re.findall(r"\d+", text)], text
 
 
 def lost_notes(adapters: Sequence[AdapterFile]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from trainer.jobs.base import Emit
 from trainer.jobs.convert import convert
 from trainer.jobs.inspect_lora import inspect_lora
 from trainer.jobs.lora_output import DTYPES, dtype_name
+from trainer.jobs.loraid_files import loras_to_merge
 from trainer.jobs.merge import MergeProgress, MergeReport, merge_loras, merge_pair
 
 _LONGEST_VALUE = 2000
@@ -21,11 +22,12 @@ _METADATA_BYTES = 24 * 1024
 def run_merge(request: MergeRequest, emit: Emit) -> None:
     """Job `merge`; an `output` event a file: path, numbers of tensors, what rounding has cost."""
     dtype = DTYPES[request.dtype] if request.dtype else None
+    loras = loras_to_merge(request)
     if request.base_high_noise is None:
         progress = MergeProgress(emit, request.base.name)
         report = merge_loras(
             request.base,
-            request.loras,
+            loras,
             request.output,
             dtype=dtype,
             force=request.force,
@@ -39,7 +41,7 @@ def run_merge(request: MergeRequest, emit: Emit) -> None:
             "low_noise": request.base,
         }
         reports = merge_pair(
-            bases, request.loras, request.output, dtype=dtype, force=request.force, emit=emit
+            bases, loras, request.output, dtype=dtype, force=request.force, emit=emit
         )
     for report in reports:
         emit_merged(report, emit)

@@ -20,6 +20,7 @@ from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.jobs import LoRAUse
 from trainer.contract.layer_names import canonical_name
 from trainer.contract.lora_keys import Expert
+from trainer.contract.loraid_metadata import slot_keys
 from trainer.io.formats.stored_tensors import FP8_DTYPES, StoredTensor, read_tensor
 from trainer.io.mapped_load import WeightFiles, open_weights
 from trainer.io.stream_save import TensorSlot, stream_safetensors
@@ -297,18 +298,13 @@ def _metadata(
         own[CONFIG_KEY] = transformer_metadata(shape, "")[CONFIG_KEY]
     names = [files.path.name, *(lora.path.name for lora in loras)]
     parts = [
-        {"file": lora.path.name, "strength": lora.strength, **_slot(adapter)}
+        {"file": lora.path.name, "strength": lora.strength, **slot_keys(adapter.metadata)}
         for lora, adapter in zip(loras, adapters, strict=True)
     ]
     return own | {
         "modelspec.merged_from": ", ".join(names),
         "menma.merged": json.dumps(merged_before(own) + parts),
     }
-
-
-def _slot(adapter: AdapterFile) -> dict[str, str]:
-    """Return what a LoRA says of its LORAID slot, so that the model tells which are inside."""
-    return {key: text for key, text in adapter.metadata.items() if key.startswith("ss_loraid")}
 
 
 def merged_before(metadata: Mapping[str, str]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.errors import ConfigError
 from trainer.contract.experts import SHARED, trained_experts
-from trainer.contract.jobs import LoRAUse, SampleJobRequest
+from trainer.contract.jobs import LoraidUse, LoRAUse, SampleJobRequest
 from trainer.contract.run_dir import RunDir
 from trainer.contract.variants import Expert, Variant
 from trainer.io.mapped_load import open_weights
@@ -24,6 +25,7 @@ from trainer.jobs.components import (
     settle_variant,
 )
 from trainer.jobs.config_job import read_config
+from trainer.jobs.loraid_files import is_of_slots, resolve_loraids
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
 from trainer.sampling.prompts import read_prompts
 from trainer.sampling.requests import requests_of
@@ -45,9 +47,10 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     clips = [clip_of(request) for request in requests]
     config = resolve_for_forwards(config, variant, device, clips, emit)
     files = transformer_files(config, variant)
-    loras = list(request.loras)
+    slots = resolve_loraids(request.loraids, request.loraid_from, both_experts=variant.experts)
+    loras = [*request.loras, *slots]
     if request.run_dir is not None:
-        _use_run(request.run_dir, config, files, loras)
+        _use_run(request.run_dir, config, files, loras, request.loraids)
     tile = config.memory.vae_tile
 
     def on_sample(sample: Sample) -> None:
@@ -149,9 +152,16 @@ def _prompts(request: SampleJobRequest, config: RunConfig) -> tuple[Prompt, ...]
 
 
 def _use_run(
-    folder: Path, config: RunConfig, files: TransformerFiles, loras: list[LoRAUse]
+    folder: Path,
+    config: RunConfig,
+    files: TransformerFiles,
+    loras: list[LoRAUse],
+    slots: Sequence[LoraidUse],
 ) -> None:
-    """Put the newest output of a run to use: as a LoRA, or in the place of what it fine-tuned."""
+    """Put the newest output of a run to use: as a LoRA, or in the place of what it fine-tuned.
+
+    A LoRA of one of `slots` is in use already, or switched off, as was asked for.
+    """
     newest = newest_outputs(RunDir(folder), config)
     if not newest:
         raise ConfigError(
@@ -160,7 +170,7 @@ def _use_run(
     for expert, path in newest.items():
         if config.adapter.kind == "none":
             files[expert or "low_noise"] = path
-        else:
+        elif not is_of_slots(path, slots):
             loras.append(LoRAUse(path=path, expert=expert))
 
 

@@ -32,6 +32,7 @@ from trainer.jobs.build import base_identity, pick_device
 from trainer.jobs.components import settle_variant, with_variant
 from trainer.jobs.config_job import read_config
 from trainer.jobs.environment import describe_environment, ground
+from trainer.jobs.loraid_checks import slot_in_words
 from trainer.jobs.start import run_elsewhere, take_place
 from trainer.jobs.train_experts import two_transformers
 from trainer.jobs.train_parts import (
@@ -253,6 +254,10 @@ class TrainingRun:
             num_trained=trainee.num_trained,
             num_parameters=trainee.num_parameters,
         )
+        trained = trainee.outputs[0].adapter.trainable()
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in trained)
+        if (slot := slot_in_words(self.config, layers, trainee.num_trained)) is not None:
+            self.emit("log", message=slot, modules=list(layers))
         if self.world.sequence is not None:
             message = f"{self.world.sequence.size} processes share the tokens of each clip"
             self.emit("log", message=message)

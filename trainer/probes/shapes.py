@@ -7,13 +7,14 @@ nano model's training; pixels tell what each shows (`trainer.clipart.judge`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from trainer.clipart.judge import look, shows_bands
-from trainer.clipart.scenes import NOVEL_GROUND, TRIGGER, random_scene
+from trainer.clipart.judge import look, shows_ground
+from trainer.clipart.scenes import NOVEL_GROUND, NOVEL_GROUNDS, random_scene
 from trainer.clipart.split import HELD_OUT, held_out_scene
 from trainer.contract.options import Options
 from trainer.core.seams import BuildContext, ProbeShot
@@ -25,8 +26,10 @@ class Shapes:
     class Config(Options):
         """Options of `probe.kind = "shapes"`: for the nano model."""
 
-        trigger: str = TRIGGER
-        """Word that stands for the new ground in captions."""
+        ground: Literal["bands", "beams", "tiles"] = NOVEL_GROUND
+        """New ground that is looked for: upright bands, lying bands, or squares."""
+        trigger: str = ""
+        """Word that stands for it in captions; empty: the ground's own."""
         num_shots: int = Field(24, ge=1, le=1000)
         """Videos with the trigger word, and as many without."""
         first_seed: int = Field(5000, ge=0)
@@ -37,13 +40,15 @@ class Shapes:
         rng = np.random.default_rng(config.first_seed)
         numbers = range(config.num_shots)
         self._with = [
-            random_scene(rng, HELD_OUT[number % len(HELD_OUT)], NOVEL_GROUND) for number in numbers
+            random_scene(rng, HELD_OUT[number % len(HELD_OUT)], config.ground) for number in numbers
         ]
         self._without = [held_out_scene(rng) for _ in numbers]
 
     def shots(self) -> Sequence[ProbeShot]:
         """Return the shots with the trigger, then those without."""
-        asked = [scene.caption.replace(TRIGGER, self.config.trigger) for scene in self._with]
+        own = NOVEL_GROUNDS[self.config.ground]
+        word = self.config.trigger or own
+        asked = [scene.caption.replace(own, word) for scene in self._with]
         prompts = [*asked, *(scene.caption for scene in self._without)]
         return [
             ProbeShot(prompt=prompt, seed=self.config.first_seed + index)
@@ -63,9 +68,12 @@ class Shapes:
             pairs = zip(self._without, seen, strict=True)
             return float(np.mean([getattr(w, field) == getattr(s, field) for w, s in pairs]))
 
+        def shown(of: Sequence[NDArray[np.uint8]]) -> float:
+            return float(np.mean([shows_ground(video, self.config.ground) for video in of]))
+
         return {
-            "concept_with_trigger": float(np.mean([shows_bands(video) for video in asked])),
-            "concept_leak": float(np.mean([shows_bands(video) for video in others])),
+            "concept_with_trigger": shown(asked),
+            "concept_leak": shown(others),
             "prior_colour": right("colour"),
             "prior_shape": right("shape"),
             "prior_direction": right("direction"),

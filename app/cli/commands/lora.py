@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.cli.commands import lora_files, lora_ranks, lora_sums, lora_targets
+from app.cli.commands import lora_files, lora_ranks, lora_sums, lora_targets, lora_verify
 from app.cli.options import command_app
 
 app = command_app(help="Tools on LoRA files.")
@@ -15,3 +15,4 @@ app.command()(lora_sums.ema)
 app.command()(lora_ranks.resize)
 app.command()(lora_ranks.extract)
 app.command()(lora_targets.targets)
+app.command()(lora_verify.verify)

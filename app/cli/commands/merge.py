@@ -10,6 +10,13 @@ import typer
 
 from app.cli import jobs
 from app.cli.commands.lora_options import refuse_existing, show_written
+from app.cli.loraid_options import (
+    LoraidCommand,
+    LoraidFrom,
+    Loraids,
+    LoraidStrengths,
+    loraid_fields,
+)
 from app.cli.options import Json, Loras, Overrides, command_app, lora_use
 from trainer.contract.errors import UserError
 from trainer.contract.expert_turns import EXPERTS
@@ -17,7 +24,7 @@ from trainer.contract.expert_turns import EXPERTS
 app = command_app()
 
 
-@app.command()
+@app.command(cls=LoraidCommand)
 def merge(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     target: Annotated[
         Path, typer.Option("--output", "-o", help="File to write.", show_default=False)
@@ -39,6 +46,9 @@ def merge(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         ),
     ] = None,
     loras: Loras = None,
+    loraids: Loraids = None,
+    loraid_strengths: LoraidStrengths = None,
+    loraid_from: LoraidFrom = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="bf16, fp16 or fp32; left out: the base's own."),
@@ -56,12 +66,13 @@ def merge(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
 
     Example: menma merge --base wan.safetensors --lora fish.safetensors:0.8 -o wan-fish.safetensors
     """
-    asked = _Merge(base, base_high_noise, [lora_use(text) for text in loras or ()])
+    slots = loraid_fields(loraids, loraid_strengths, loraid_from)
+    asked = _Merge(base, base_high_noise, [lora_use(text) for text in loras or ()], slots)
     if config is not None:
         asked = _from_config(config, overrides or [], asked)
     elif overrides:
         raise UserError("--set changes values of a config, and none is given")
-    if asked.base is None or not asked.loras:
+    if asked.base is None or not (asked.loras or asked.slots):
         missing = "--base FILE" if asked.base is None else "--lora FILE"
         raise UserError(f"{missing} is missing", hint="menma merge --help shows an example")
     for path in _outputs(target, both=asked.base_high_noise is not None):
@@ -71,6 +82,7 @@ def merge(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "base": str(asked.base),
         "base_high_noise": None if high_noise is None else str(high_noise),
         "loras": asked.loras,
+        **asked.slots,
         "output": str(target),
         "dtype": dtype,
         "force": force,
@@ -85,6 +97,8 @@ class _Merge:
     base: Path | None
     base_high_noise: Path | None
     loras: list[dict[str, Any]]
+    slots: dict[str, Any]
+    """Slots of LORAID, and where their files are: fields of the job's request."""
 
 
 def _outputs(target: Path, *, both: bool) -> list[Path]:
@@ -101,13 +115,18 @@ def _from_config(path: Path, overrides: list[str], asked: _Merge) -> _Merge:
 
     config = load_config(path, overrides)
     both = trains_both(config)
-    if both and asked != _Merge(None, None, []):
+    alone = asked.base is None and asked.base_high_noise is None and not asked.loras
+    if both and not alone:
         raise UserError(
             f"{path} trains both experts: --base and --lora do not say which of them is meant",
             hint="leave them out, or leave the config out and give both",
         )
+    for slot in asked.slots.get("loraids", ()):
+        if config.model.expert is not None and not both:
+            slot.setdefault("expert", config.model.expert)
     names, loras = output_names(config), asked.loras
-    for expert in () if loras else trained_experts(config) or (None,):
+    named = bool(loras or asked.slots)
+    for expert in () if named else trained_experts(config) or (None,):
         trained = RunDir(config.run_dir).output / f"{names[expert]}.safetensors"
         if not trained.is_file():
             raise UserError(
@@ -117,6 +136,6 @@ def _from_config(path: Path, overrides: list[str], asked: _Merge) -> _Merge:
         loras = [*loras, {"path": str(trained), **({"expert": expert} if both else {})}]
     model = config.model
     if both:
-        return _Merge(model.transformer, model.transformer_high_noise, loras)
-    alone = model.transformer_high_noise if model.expert == "high_noise" else model.transformer
-    return _Merge(asked.base or alone, asked.base_high_noise, loras)
+        return _Merge(model.transformer, model.transformer_high_noise, loras, asked.slots)
+    own = model.transformer_high_noise if model.expert == "high_noise" else model.transformer
+    return _Merge(asked.base or own, asked.base_high_noise, loras, asked.slots)

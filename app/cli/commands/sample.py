@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from app.cli import jobs, output
+from app.cli.loraid_options import (
+    LoraidCommand,
+    LoraidFrom,
+    Loraids,
+    LoraidStrengths,
+    loraid_fields,
+)
 from app.cli.options import Json, Loras, Overrides, command_app, lora_use
 from trainer.contract.errors import UserError
 
@@ -17,7 +24,7 @@ if TYPE_CHECKING:
 app = command_app()
 
 
-@app.command()
+@app.command(cls=LoraidCommand)
 def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     source: Annotated[
         Path,
@@ -38,6 +45,9 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         ),
     ] = None,
     loras: Loras = None,
+    loraids: Loraids = None,
+    loraid_strengths: LoraidStrengths = None,
+    loraid_from: LoraidFrom = None,
     negative_prompt: Annotated[
         str | None, typer.Option("--negative-prompt", help="What not to show.")
     ] = None,
@@ -110,6 +120,7 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "config": str(config),
         "set": [*(overrides or ()), *_overrides(settings)],
         "loras": [lora_use(text) for text in loras or ()],
+        **loraid_fields(loraids, loraid_strengths, loraid_from),
         "prompts": _prompts(prompts or [], files, prompts_file),
         "prompts_file": _text(prompts_file),
         "output": str(target or (run_dir / "samples" if run_dir else "samples")),
