@@ -17,7 +17,7 @@ import torch
 from hypothesis import settings
 
 # A slow machine is not a failing property.
-settings.register_profile("menma", deadline=None)
+settings.register_profile("menma", deadline=None, max_examples=50)
 settings.load_profile("menma")
 torch.set_num_threads(1)
 

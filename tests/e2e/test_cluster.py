@@ -229,7 +229,7 @@ def test_options_that_contradict_srun_are_refused(open_project):
     assert not open_project.run.root.exists()
 
 
-@pytest.mark.parametrize("program", ["trainer", "app"])
+@pytest.mark.parametrize("program", [pytest.param("trainer", marks=pytest.mark.long), "app"])
 def test_torchrun_starts_the_processes(open_project, local, tmp_path, program):
     request = tmp_path / "request.json"
     settings = [text for text in (*OPTIONS, *STEPS, *ZERO) if text != "--set"]

@@ -45,7 +45,8 @@ def losses(project: Project) -> dict[int, set[float]]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "processes"), [("local", 1), ("deepspeed", 1), ("deepspeed", 2)]
+    ("engine", "processes"),
+    [("local", 1), pytest.param("deepspeed", 1, marks=pytest.mark.long), ("deepspeed", 2)],
 )
 def test_a_killed_run_resumes_bit_for_bit(project: Project, tmp_path, engine, processes):
     options = settings(engine, processes)

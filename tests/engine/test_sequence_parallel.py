@@ -39,7 +39,11 @@ def results(case: str, num: int, size: int, folder: Path) -> list[dict[str, Any]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num)]
 
 
-@pytest.fixture(scope="module", params=[(2, 2), (4, 4)], ids=["2 of 2", "4 of 4"])
+@pytest.fixture(
+    scope="module",
+    params=[(2, 2), pytest.param((4, 4), marks=pytest.mark.long)],
+    ids=["2 of 2", "4 of 4"],
+)
 def single(request, tmp_path_factory):
     return results("single", *request.param, tmp_path_factory.mktemp("single")), request.param[1]
 
