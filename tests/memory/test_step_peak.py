@@ -145,8 +145,11 @@ def test_other_settings_are_within_the_promise(name: str) -> None:
     "setting",
     [
         {"variant": SMALL, "frames": 81},
-        {"variant": LARGE, "frames": 81, "memory": FP8},
-        {"variant": "wan2.2-ti2v-5b", "resolution": (1280, 704), "frames": 121, "full": True},
+        pytest.param({"variant": LARGE, "frames": 81, "memory": FP8}, marks=pytest.mark.long),
+        pytest.param(
+            {"variant": "wan2.2-ti2v-5b", "resolution": (1280, 704), "frames": 121, "full": True},
+            marks=pytest.mark.long,
+        ),
     ],
     ids=lambda setting: setting["variant"],
 )
