@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +13,7 @@ import typer
 
 from app.cli import output
 from app.cli.options import Config, Json, Overrides, command_app
+from app.queue.adding import job_name, job_spec
 from app.queue.jobs import Job, JobSpec, JobState, kind_of
 from app.queue.look import JobView, job_run, look_at, look_at_all
 from app.queue.order import ordered
@@ -23,7 +21,6 @@ from app.queue.store import QueueStore, queue_folder
 from app.queue.worker import ensure_worker
 from app.runs import control
 from app.runs.durations import duration
-from app.runs.launch import JOB_FOLDER, JOB_TOKEN, SECRET_NAME
 from trainer.contract.errors import UserError
 
 app = command_app(help="Queue jobs: they run one after the other, without this terminal.")
@@ -42,8 +39,6 @@ Gpus = Annotated[
     typer.Option("--gpus", metavar="N|0,1,…", help="How many GPUs it takes, or which; 0: none."),
 ]
 Held = Annotated[bool, typer.Option("--hold", help="Wait until it is resumed.")]
-NAME_LENGTH = 32
-_OURS = (JOB_TOKEN, JOB_FOLDER, "PYTHONPATH", "PYTHONSAFEPATH", "_", "OLDPWD", "PWD", "SHLVL")
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -63,7 +58,7 @@ def add(
 
     Example: menma queue add --after 3 train configs/fish.toml --set training.seed=7
     """
-    spec = _spec(command, name=name, priority=priority, after=after, gpus=gpus, held=hold)
+    spec = job_spec(command, name=name, priority=priority, after=after or (), gpus=gpus, held=hold)
     store = QueueStore(queue_folder())
     _tell_added(store, [store.add(spec)], as_json=as_json)
 
@@ -96,7 +91,9 @@ def add_chain(
     wanted = [step.strip() for step in steps.split(",") if step.strip()]
     commands = chain(config, load_config(config, overrides or ()), wanted, overrides or ())
     specs = [
-        _spec(argv, name="", priority=priority, after=after, gpus=gpus, held=hold and not index)
+        job_spec(
+            argv, name="", priority=priority, after=after or (), gpus=gpus, held=hold and not index
+        )
         for index, argv in enumerate(commands)
     ]
     store = QueueStore(queue_folder())
@@ -245,7 +242,7 @@ def duplicate(
         argv = _edited(argv)
     new = JobSpec(
         argv=tuple(argv),
-        name=name or _name(argv),
+        name=name or job_name(argv),
         cwd=spec.cwd,
         environment=spec.environment,
         priority=spec.priority,
@@ -315,64 +312,11 @@ def worker(
         raise BusyError("a worker is at work already", hint="`menma queue list`") from None
 
 
-def _spec(
-    argv: Sequence[str],
-    *,
-    name: str,
-    priority: int,
-    after: list[int] | None,
-    gpus: str | None,
-    held: bool,
-) -> JobSpec:
-    kind = kind_of(argv)
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in _OURS and not SECRET_NAME.search(key)
-    }
-    return JobSpec(
-        argv=tuple(argv),
-        name=name or _name(argv),
-        cwd=Path.cwd(),
-        environment=environment,
-        priority=priority,
-        gpus=_gpus(gpus, argv) if gpus or kind.uses_gpu else 0,
-        after=tuple(after or ()),
-        held=held,
-    )
-
-
-def _gpus(text: str | None, argv: Sequence[str]) -> int | tuple[str, ...]:
-    """Read `2` as a number and `0,1` (or `0,`) as indexes; `menma train --gpus N` says it, too."""
-    if text is None and "--gpus" in argv[:-1]:
-        text = argv[argv.index("--gpus") + 1]
-    if text is None:
-        return 1
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise UserError(f"--gpus {text}: a number of GPUs, or indexes such as 0,1")
-    return tuple(parts) if "," in text else int(parts[0])
-
-
-def _name(argv: Sequence[str]) -> str:
-    words = [word for word in argv[1:] if not word.startswith("-")]
-    return Path(words[0]).stem[:NAME_LENGTH] if words else argv[0]
-
-
 def _edited(argv: Sequence[str]) -> list[str]:
-    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
-    with tempfile.TemporaryDirectory(prefix="menma-") as folder:
-        file = Path(folder) / "command.txt"
-        file.write_text(shlex.join(argv) + "\n", encoding="utf-8")
-        try:
-            code = subprocess.call([*shlex.split(editor), str(file)])
-        except OSError as error:
-            raise UserError(
-                f"the editor {editor!r} cannot be started: {error.strerror}",
-                hint="set EDITOR, or use --set",
-            ) from error
-        text = file.read_text(encoding="utf-8")
-    if code or not text.strip():
+    from app.domain.external_editor import edited
+
+    text = edited(shlex.join(argv) + "\n", "command.txt")
+    if text is None or not text.strip():
         raise UserError("the command line was not saved: nothing is queued")
     return shlex.split(text)
 
