@@ -40,6 +40,11 @@ class ConfigDocument:
         return self._edits.spans
 
     @property
+    def is_toml(self) -> bool:
+        """Whether the text can be read."""
+        return _is_toml(self._text)
+
+    @property
     def can_undo(self) -> bool:
         """Whether there is something to take back."""
         return bool(self._done)
@@ -64,7 +69,7 @@ class ConfigDocument:
             return None
         try:
             return tomllib.loads(f"value = {raw}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             return None
 
     def line_of(self, key: str) -> int | None:
@@ -186,7 +191,7 @@ def _changed(text: str, start: int, old: str, new: str) -> str:
 def _is_toml(text: str) -> bool:
     try:
         tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return False
     return True
 

@@ -90,10 +90,15 @@ def open_config(path: Path) -> ConfigFile:
         raise ConfigError(f"cannot read {path}: {error}") from error
     bom = BOM if text.startswith(BOM) else ""
     text = text.removeprefix(BOM)
-    run = RunDir(path.parent)
-    if path.name == run.config.name and (run.events.exists() or run.command.exists()):
+    if is_of_run(path):
         return ConfigFile(_free_name(path.absolute().parent.name), ConfigDocument(text), None, bom)
     return ConfigFile(path, ConfigDocument(text), text, bom)
+
+
+def is_of_run(path: Path) -> bool:
+    """Tell whether a file is the config in a run directory."""
+    run = RunDir(path.parent)
+    return path.name == run.config.name and (run.events.exists() or run.command.exists())
 
 
 def find_configs(runs_dir: Path, configs: Path = CONFIGS) -> list[Path]:

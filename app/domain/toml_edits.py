@@ -234,6 +234,8 @@ def check_value(raw: str) -> None:
     except tomllib.TOMLDecodeError as error:
         why = re.sub(r" \(at .*\)$", "", str(error))
         raise UserError(f"not a TOML value: {why[:1].lower()}{why[1:]}") from error
+    except RecursionError:
+        raise UserError("not a TOML value: too many brackets in one another") from None
     if value_end(raw, 0) != len(raw):
         raise UserError("not a TOML value: there is something behind it")
 

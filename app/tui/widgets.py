@@ -16,7 +16,7 @@ from textual.widgets import Button, Label, Static
 
 from app.render.curve import Curve, Plot, plot, ticks
 
-TITLES = {"jobs": ("1", "Jobs"), "monitor": ("3", "Monitor")}
+TITLES = {"jobs": ("1", "Jobs"), "config": ("2", "Config"), "monitor": ("3", "Monitor")}
 """Mode -> the key that shows it, its title."""
 
 

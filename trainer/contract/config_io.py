@@ -130,6 +130,9 @@ def parse_toml(text: str, path: Path) -> tuple[dict[str, Any], dict[str, Source]
         line = int(place[1]) if place else text.count("\n") + 1  # "at end of document"
         problem = Problem(f"not valid TOML: {error}", file=path, line=line)
         raise ConfigError(problems=[problem]) from error
+    except RecursionError:
+        problem = Problem("not valid TOML: too many brackets in one another", file=path)
+        raise ConfigError(problems=[problem]) from None
     lines = key_lines(text)
     places = {key: Source(str(path), path, line) for key, line in lines.items()}
     return content, places
