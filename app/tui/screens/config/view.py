@@ -140,8 +140,10 @@ class ConfigView(Screen[None]):
 
     @on(Input.Changed, "#filter")
     def filtered(self) -> None:
-        """Show what matches."""
+        """Show what matches, the cursor on the first."""
         self._list()
+        if self.query_one("#filter", Input).value:
+            self.query_one(OptionsTable).move_cursor(row=0)
 
     @on(Input.Submitted, "#filter")
     def filter_done(self) -> None:
