@@ -18,8 +18,8 @@ from textual.widgets import Input
 from app.domain.config_options import Option, options_of
 from app.queue.store import QueueStore
 from app.tui.app import MenmaApp
+from app.tui.screens.config import card_choice, view
 from app.tui.screens.config import screen as config_screen
-from app.tui.screens.config import view
 from app.tui.screens.config.toml_area import TomlArea
 from app.tui.sources import Sources
 from trainer.contract.run_dir import RunDir
@@ -36,7 +36,7 @@ TEXT = (
 def place(tmp_path: Path, monkeypatch) -> Path:
     """Return a folder with a config and the files that it names; there is no GPU."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(view, "choose_card", lambda name, size: None)
+    monkeypatch.setattr(card_choice, "choose_card", lambda name, size: None)
     monkeypatch.setattr(view, "DEBOUNCE_S", 0.01)
     monkeypatch.setattr(config_screen, "ensure_worker", lambda folder: None)
     (tmp_path / "configs").mkdir()

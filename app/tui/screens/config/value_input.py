@@ -8,6 +8,7 @@ from textual.binding import Binding, BindingType
 from textual.suggester import SuggestFromList
 from textual.widgets import Input
 
+from app.domain.config_document import ConfigDocument
 from app.domain.config_options import Option
 
 
@@ -32,6 +33,16 @@ class ValueInput(Input):
         self.value = words or ""
         self.focus()
         self.cursor_position = len(self.value)
+
+    def put_into(self, document: ConfigDocument) -> ConfigDocument:
+        """Set the option in a config; return it.
+
+        Raises:
+            UserError: what is typed is no value of the option.
+        """
+        if self.option is not None:
+            document.set(self.option.key, self.option.to_raw(self.value))
+        return document
 
     def stop(self) -> None:
         """End the editing; the value is not taken."""

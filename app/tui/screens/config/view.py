@@ -15,46 +15,44 @@ from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import DataTable, Footer, Input, Label, Static, TextArea
 
-from app.domain.cards import Card, choose_card
-from app.domain.config_check import Checked, check_text, problem_line, problem_words
+from app.domain.config_check import Checked, check_text, problem_line
 from app.domain.config_document import ConfigDocument
 from app.domain.config_file import ConfigFile
 from app.domain.config_options import Option, options_of
-from app.render.memory_bar import bar_line, parts_line
+from app.tui.screens.config.card_choice import CardChoice
 from app.tui.screens.config.options_table import OptionsTable
 from app.tui.screens.config.toml_area import TomlArea
 from app.tui.screens.config.value_input import ValueInput
+from app.tui.screens.config.words import memory_words, option_words, problems_words
 from app.tui.widgets import Titles
 from trainer.contract.errors import MenmaError
-from trainer.contract.memory_model import gpu_of_memory
 
 DEBOUNCE_S = 0.15
 """So long nobody types before the text is checked."""
-SIZES_GIB = (None, 12, 16, 24, 32, 48, 80)
-"""GPUs of the estimate, one after the other; None: this machine's."""
+_LAYOUT = """
+ConfigView #find, ConfigView #edit { height: 1; }
+ConfigView #filter, ConfigView #value { width: 1fr; }
+ConfigView #tier { width: auto; padding: 0 1; }
+ConfigView #key { width: auto; padding: 0 1; }
+ConfigView #body { height: 1fr; }
+ConfigView #options { width: 1fr; }
+ConfigView #toml { width: 1fr; }
+ConfigView.-narrow #toml { display: none; }
+ConfigView.-narrow.-text #toml { display: block; }
+ConfigView.-narrow.-text #options { display: none; }
+ConfigView.-wide #options { width: 80; }
+ConfigView #edit.-idle { display: none; }
+ConfigView #help { height: 5; padding: 0 1; background: $surface; }
+ConfigView #memory { height: 2; padding: 0 1; }
+ConfigView #problems { height: 1; padding: 0 1; }
+ConfigView #memory, ConfigView #problems { text-wrap: nowrap; text-overflow: ellipsis; }
+"""
 
 
 class ConfigView(Screen[None]):
     """Options and text of one config, and what is wrong with it."""
 
-    DEFAULT_CSS = """
-    ConfigView #find, ConfigView #edit { height: 1; }
-    ConfigView #filter, ConfigView #value { width: 1fr; }
-    ConfigView #tier { width: auto; padding: 0 1; }
-    ConfigView #key { width: auto; padding: 0 1; }
-    ConfigView #body { height: 1fr; }
-    ConfigView #options { width: 1fr; }
-    ConfigView #toml { width: 1fr; }
-    ConfigView.-narrow #toml { display: none; }
-    ConfigView.-narrow.-text #toml { display: block; }
-    ConfigView.-narrow.-text #options { display: none; }
-    ConfigView.-wide #options { width: 80; }
-    ConfigView #edit.-idle { display: none; }
-    ConfigView #help { height: 5; padding: 0 1; background: $surface; }
-    ConfigView #memory { height: 2; padding: 0 1; }
-    ConfigView #problems { height: 1; padding: 0 1; }
-    ConfigView #memory, ConfigView #problems { text-wrap: nowrap; text-overflow: ellipsis; }
-    """
+    DEFAULT_CSS = _LAYOUT
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide")]  # noqa: RUF012  (as Textual has it)
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "filter", "Filter"),
@@ -81,8 +79,7 @@ class ConfigView(Screen[None]):
         self.checked = Checked()
         self._options: list[Option] = []
         self._all = False
-        self._place = 0
-        self._cards: dict[int, Card | None] = {}
+        self._choice = CardChoice()
         self._is_laid_out = False
         self._pending = ""
         self._timer: Timer | None = None
@@ -173,22 +170,25 @@ class ConfigView(Screen[None]):
     @on(Input.Changed, "#value")
     def value_typed(self) -> None:
         """Check the config as it would be with what is typed."""
-        candidate = self._candidate()
-        if isinstance(candidate, MenmaError):
-            self._say_problem(candidate.message)
-        elif candidate is not None:
+        if self.file is None or self.query_one(ValueInput).option is None:
+            return
+        try:
+            candidate = self.query_one(ValueInput).put_into(ConfigDocument(self.file.document.text))
+        except MenmaError as error:
+            self._say("problems", Text(f"! {error.message}", style="bold"))
+        else:
             self._check_soon(candidate.text)
 
     @on(Input.Submitted, "#value")
     def value_taken(self) -> None:
         """Take what was typed."""
-        option, file = self.query_one(ValueInput).option, self.file
-        if option is None or file is None:
+        value, file = self.query_one(ValueInput), self.file
+        if value.option is None or file is None:
             return
         try:
-            file.document.set(option.key, option.to_raw(self.query_one(ValueInput).value))
+            value.put_into(file.document)
         except MenmaError as error:
-            self._say_problem(error.message)
+            self._say("problems", Text(f"! {error.message}", style="bold"))
             self.notify(str(error), severity="error")
             return
         self._stop_value()
@@ -225,8 +225,8 @@ class ConfigView(Screen[None]):
         lines = (problem_line(problem, path) for problem in self.checked.problems)
         self.query_one(TomlArea).mark(line for line in lines if line is not None)
         self._list()
-        self._say_memory()
-        self._say_problem("")
+        self._say("memory", memory_words(self.checked))
+        self._say("problems", problems_words(self.checked, path))
 
     def action_filter(self) -> None:
         """Look for options."""
@@ -288,7 +288,7 @@ class ConfigView(Screen[None]):
 
     def action_card(self) -> None:
         """Estimate for the next size of GPU."""
-        self._place = (self._place + 1) % len(SIZES_GIB)
+        self._choice.next()
         if self.file is not None:
             self._check_soon(self.file.document.text)
 
@@ -298,18 +298,6 @@ class ConfigView(Screen[None]):
         area = self.query_one(TomlArea)
         area.focus()
         area.go_to(line)
-
-    def _candidate(self) -> ConfigDocument | MenmaError | None:
-        """Return the config with what is typed; what is wrong with it; None: nothing is edited."""
-        option = self.query_one(ValueInput).option
-        if option is None or self.file is None:
-            return None
-        document = ConfigDocument(self.file.document.text)
-        try:
-            document.set(option.key, option.to_raw(self.query_one(ValueInput).value))
-        except MenmaError as error:
-            return error
-        return document
 
     def _stop_value(self) -> None:
         self.query_one("#edit").add_class("-idle")
@@ -329,16 +317,9 @@ class ConfigView(Screen[None]):
         option = self.query_one(OptionsTable).option
         if option is None:
             if self.file is not None:
-                self.query_one("#help", Static).update("No option is called so: esc shows all.")
+                self._say("help", Text("No option is called so: esc shows all."))
             return
-        words = Text(option.key, style="bold")
-        words.append(f"  {option.allowed}", style="not bold")
-        if option.from_preset:
-            words.append("  default of the preset", style="not bold")
-        words.append(f"\n{option.help}", style="not bold")
-        if option.choices and option.allowed in {"text", "path"}:
-            words.append(f" One of {', '.join(option.choices)}.", style="not bold")
-        self.query_one("#help", Static).update(words)
+        self._say("help", option_words(option))
 
     def _check_soon(self, text: str) -> None:
         self._pending = text
@@ -352,33 +333,7 @@ class ConfigView(Screen[None]):
         text, file = self._pending, self.file
         if file is not None:
             path: Path = file.path
-            self.post_message(self.Found(text, check_text(text, path, self._card())))
+            self.post_message(self.Found(text, check_text(text, path, self._choice.card())))
 
-    def _card(self) -> Card | None:
-        place = self._place
-        if place not in self._cards:
-            size = SIZES_GIB[place]
-            card = choose_card(None, None) if size is None else Card(gpu=gpu_of_memory(size))
-            self._cards[place] = card
-        return self._cards[place]
-
-    def _say_memory(self) -> None:
-        result, line = self.checked.estimate, self.query_one("#memory", Static)
-        if result is None:
-            words = f"VRAM: no estimate: {self.checked.why_no_estimate}"
-        else:
-            remark = "  no GPU here; v names one" if result.gpu is None else ""
-            words = f"{bar_line(result)}{remark}\n{parts_line(result)}"
-        line.update(Text(words, no_wrap=True, overflow="ellipsis"))
-
-    def _say_problem(self, words: str) -> None:
-        """Say what is wrong with what is typed, else the first problem."""
-        problems = self.checked.problems
-        if not words and problems and self.file is not None:
-            count = f"{len(problems)} problems, ! lists them: " if len(problems) > 1 else ""
-            words = f"! {count}{problem_words(problems[0], self.file.path)}"
-        elif words:
-            words = f"! {words}"
-        style = "bold" if words else ""
-        text = Text(words or "no problems", style=style, no_wrap=True, overflow="ellipsis")
-        self.query_one("#problems", Static).update(text)
+    def _say(self, line: str, words: Text) -> None:
+        self.query_one(f"#{line}", Static).update(words)
