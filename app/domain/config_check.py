@@ -35,6 +35,14 @@ def check_text(text: str, path: Path, card: Card | None) -> Checked:
         card: the GPU of the estimate; None: sizes without a verdict.
     """
     try:
+        return _check(text, path, card)
+    except (OSError, ValueError) as error:  # a path that no file can have, half typed
+        words = f"it cannot be checked: {error}"
+        return Checked(problems=(Problem(words[:200]),), why_no_estimate="see the problem")
+
+
+def _check(text: str, path: Path, card: Card | None) -> Checked:
+    try:
         loaded = load_config_with_sources(path, text=text)
     except ConfigError as error:
         why = "after the problems are solved"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import CONFIG
 
+from app.domain.config_check import check_text
 from app.domain.config_document import ConfigDocument
 from app.domain.config_file import open_config
 from app.domain.config_options import BASIC, options_of
@@ -131,6 +132,14 @@ def test_a_text_with_mistakes_has_its_line_in_the_problem(tmp_path):
         with pytest.raises(ConfigError, match="not valid TOML") as caught:
             load_config_with_sources(path, text=text)
         assert caught.value.problems[0].line == line
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "\\\\u0000", "/proc/1/mem", "/", ""])
+def test_paths_that_no_file_can_have_are_problems(tmp_path, name):
+    text = CONFIG + f'[distributed]\nhostfile = "{name}"\n'
+    assert check_text(text, tmp_path / "a.toml", None).problems
+    text = CONFIG.replace('"vae.safetensors"', f'"{name}"')
+    assert check_text(text, tmp_path / "a.toml", None).problems
 
 
 def test_parts_of_a_text_for_colours():

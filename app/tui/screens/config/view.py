@@ -197,9 +197,9 @@ class ConfigView(Screen[None]):
 
     @on(TextArea.Changed)
     def text_typed(self, message: TextArea.Changed) -> None:
-        """Take what was typed in the text."""
+        """Take what was typed in the text; what the document itself has changed is no edit."""
         area = message.text_area
-        if self.file is None or not area.has_focus:
+        if self.file is None:
             return
         before = self.file.document.text
         self.file.document.edit(area.text, group=f"line {area.cursor_location[0]}")
