@@ -7,6 +7,7 @@ COMMANDS: dict[str, str] = {
     "new": "app.cli.commands.new",
     "presets": "app.cli.commands.presets",
     "config": "app.cli.commands.config",
+    "edit": "app.cli.commands.edit",
     "check": "app.cli.commands.check",
     "estimate": "app.cli.commands.estimate",
     "cache": "app.cli.commands.cache",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Annotated, Any
 
@@ -78,19 +76,13 @@ def root(
         show_version()
         raise typer.Exit
     if context.invoked_subcommand is None:
-        if _has_screen():
+        if output.has_screen():
             from app.tui.app import run_app
 
             if words := run_app():
                 output.say(words)
             return
         output.data(context.get_help())
-
-
-def _has_screen() -> bool:
-    """Tell whether there is a terminal that the full-screen app can draw on."""
-    dumb = os.environ.get("TERM", "") in {"dumb", ""}
-    return sys.stdin.isatty() and sys.stdout.isatty() and not dumb
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -80,6 +80,12 @@ def is_terminal() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM", "") not in {"dumb", ""}
 
 
+def has_screen() -> bool:
+    """Tell whether there is a terminal that the full-screen app can draw on."""
+    dumb = os.environ.get("TERM", "") in {"dumb", ""}
+    return sys.stdin.isatty() and sys.stdout.isatty() and not dumb
+
+
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: str = "") -> str:
     """Lay out a table for the width of the terminal; the last column gives way.
 

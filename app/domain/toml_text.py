@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def toml_key(key: str) -> str:
-    """Return a key as it stands in front of `=` or in the name of a table."""
+    """Return one key as it stands before `=` in TOML."""
+    if _BARE_KEY.fullmatch(key):
+        return key
     import tomlkit
 
-    return str(tomlkit.key(key).as_string())
+    return tomlkit.key(key).as_string()
 
 
 def toml_value(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import on
 from textual.app import App
@@ -16,6 +16,10 @@ from app.tui.screens.monitor import MonitorScreen
 from app.tui.screens.system import SystemScreen
 from app.tui.sources import Sources
 from app.tui.theme import DARK, TERMINAL, THEMES
+from app.tui.widgets import Ask
+
+if TYPE_CHECKING:
+    from app.tui.screens.config.screen import ConfigScreen
 
 RUNS = Path("runs")
 FEW_COLOURS = frozenset({"linux", "screen", "vt100", "ansi", "xterm"})
@@ -29,6 +33,7 @@ class MenmaApp(App[None]):
     ENABLE_COMMAND_PALETTE = True
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("1", "show('jobs')", "Jobs", show=False, id="show-jobs"),
+        Binding("2", "show('config')", "Config", show=False, id="show-config"),
         Binding("3", "show('monitor')", "Monitor", show=False, id="show-monitor"),
         Binding("5", "show('library')", "Library", show=False, id="show-library"),
         Binding("6", "show('system')", "System", show=False, id="show-system"),
@@ -38,9 +43,9 @@ class MenmaApp(App[None]):
         Binding("q", "quit", "Quit", id="quit"),
     ]
 
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, sources: Sources, config: Path | None = None) -> None:
         super().__init__()
-        self._sources = sources
+        self._sources, self._config = sources, config
         self.num_live = 0
         """Runs and jobs that go on without the app."""
         for theme in THEMES:
@@ -54,9 +59,13 @@ class MenmaApp(App[None]):
         self.install_screen(LibraryScreen(self._sources), "library")
         self.install_screen(SystemScreen(), "system")
         self.push_screen("jobs")
+        if self._config is not None:
+            self.edit_config(self._config)
 
     def action_show(self, name: str) -> None:
         """Show a screen by its name."""
+        if name == "config" and not self.is_screen_installed(name):
+            self.install_screen(_config_screen()(self._sources), name)
         if self.screen is not self.get_screen(name):
             self.switch_screen(name)
 
@@ -65,6 +74,31 @@ class MenmaApp(App[None]):
         names = [theme.name for theme in THEMES] + [TERMINAL]
         place = names.index(self.theme) if self.theme in names else -1
         self.theme = names[(place + 1) % len(names)]
+
+    def edit_config(self, path: Path) -> None:
+        """Show a config."""
+        screen = _config_screen()(self._sources)
+        self.install_screen(screen, "config")
+        screen.open(path)
+        self.switch_screen("config")
+
+    async def action_quit(self) -> None:
+        """Leave; ask first where a config has changes that are not saved."""
+
+        def answered(agreed: bool | None) -> None:
+            if agreed:
+                self.exit()
+
+        if not self._has_changes():
+            self.exit()
+        elif not isinstance(self.screen, Ask):
+            question = "The config has changes that are not saved."
+            self.push_screen(Ask(question, "Leave without them"), answered)
+
+    def _has_changes(self) -> bool:
+        if not self.is_screen_installed("config"):
+            return False
+        return self.get_screen("config", _config_screen()).has_changes
 
     @on(JobsScreen.Opened)
     async def open_run(self, message: JobsScreen.Opened) -> None:
@@ -84,9 +118,21 @@ class MenmaApp(App[None]):
         self.num_live = message.overview.num_live
 
 
-def run_app(runs_dir: Path = RUNS) -> str:
-    """Run the app until it is left; return what is to be said then."""
-    app = MenmaApp(Sources(runs_dir))
+def _config_screen() -> type[ConfigScreen]:
+    """Return the class of the config's screen; its modules are loaded when somebody wants it."""
+    from app.tui.screens.config.screen import ConfigScreen
+
+    return ConfigScreen
+
+
+def run_app(runs_dir: Path = RUNS, config: Path | None = None) -> str:
+    """Run the app until it is left; return what is to be said then.
+
+    Args:
+        runs_dir: folder of the runs.
+        config: file to edit; None: the list is shown first.
+    """
+    app = MenmaApp(Sources(runs_dir), config)
     app.run()
     if app.num_live:
         goes = "goes" if app.num_live == 1 else "go"

@@ -18,9 +18,10 @@ from app.render.curve import Curve, Plot, plot, ticks
 
 TITLES = {
     "jobs": ("1", "Jobs"),
-    "monitor": ("3", "Monitor"),
-    "library": ("5", "Library"),
-    "system": ("6", "System"),
+    "config": ("2", "Config"),
+    "monitor": ("3", "Mon"),
+    "library": ("5", "Lib"),
+    "system": ("6", "Sys"),
 }
 """Mode -> the key that shows it, its title."""
 

@@ -40,8 +40,11 @@ def test_a_preset_makes_a_config_that_is_right(name, tmp_path):
     (tmp_path / "c.toml").write_text(f'preset = "{name}"\n')
     config = load_config(tmp_path / "c.toml", environ={})
     for key, value in flatten(preset.values).items():
-        section, _, field = key.partition(".")
-        assert getattr(getattr(config, section), field) == value
+        section, *path = key.split(".")
+        found = getattr(config, section)
+        for part in path:
+            found = found[part] if isinstance(found, dict) else getattr(found, part)
+        assert found == value
 
 
 @pytest.mark.parametrize("name", [None, *PRESETS])

@@ -67,6 +67,7 @@ def load_config_with_sources(
     *,
     environ: Mapping[str, str] | None = None,
     jobs: Iterable[JobName] = (),
+    text: str | None = None,
 ) -> LoadedConfig:
     """Like `load_config`, and also say where every value came from.
 
@@ -75,9 +76,10 @@ def load_config_with_sources(
         overrides: as there.
         environ: as there.
         jobs: where something is wrong, what these jobs miss of its files is told with it.
+        text: what to take for the file's content, as while it is being written; None: read it.
     """
     problems: list[Problem] = []
-    own = Layer(*read_toml(Path(path)))
+    own = Layer(*(read_toml(Path(path)) if text is None else parse_toml(text, Path(path))))
     layers = [own]
     preset = own.values.get("preset")
     if isinstance(preset, str):
@@ -112,14 +114,25 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, Source]]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
+    return parse_toml(text, path)
+
+
+def parse_toml(text: str, path: Path) -> tuple[dict[str, Any], dict[str, Source]]:
+    """Return the content of a TOML text and the place of each key; `path` is named for it.
+
+    Raises:
+        ConfigError: it is not TOML, with the line.
+    """
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        found = re.search(r"line (\d+)", str(error))
-        line = int(found[1]) if found else None
-        raise ConfigError(
-            problems=[Problem(f"not valid TOML: {error}", file=path, line=line)]
-        ) from error
+        place = re.search(r"\(at line (\d+)", str(error))
+        line = int(place[1]) if place else text.count("\n") + 1  # "at end of document"
+        problem = Problem(f"not valid TOML: {error}", file=path, line=line)
+        raise ConfigError(problems=[problem]) from error
+    except RecursionError:
+        problem = Problem("not valid TOML: too many brackets in one another", file=path)
+        raise ConfigError(problems=[problem]) from None
     lines = key_lines(text)
     places = {key: Source(str(path), path, line) for key, line in lines.items()}
     return content, places

@@ -130,19 +130,20 @@ def _table(
         default = spec.get("default")
         shown = "" if default is None else f"`{json.dumps(default, ensure_ascii=False)}`"
         words = str(spec.get("description", "")).replace("\n", " ").replace("|", "\\|")
-        yield f"| `{key}` | {_value(spec)} | {shown} | {words} |"
+        yield f"| `{key}` | {value_words(spec)} | {shown} | {words} |"
     yield ""
 
 
-def _value(spec: Mapping[str, Any]) -> str:
+def value_words(spec: Mapping[str, Any]) -> str:
+    """Say in words what an option's JSON schema allows: `whole number ≥ 1`."""
     if "enum" in spec:
         return ", ".join(f"`{value}`" for value in spec["enum"])
     if "anyOf" in spec:
-        parts = [_value(part) for part in spec["anyOf"] if part.get("type") != "null"]
+        parts = [value_words(part) for part in spec["anyOf"] if part.get("type") != "null"]
         return " or ".join(dict.fromkeys(parts))
     if spec.get("type") == "array":
         items = spec.get("items") or (spec.get("prefixItems") or [{}])[0]
-        return f"list of {_value(items)}"
+        return f"list of {value_words(items)}"
     if "$ref" in spec:
         return "table"
     if "const" in spec:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +13,7 @@ import typer
 
 from app.cli import output
 from app.cli.options import Config, Json, Overrides, command_app
-from app.queue.adding import make_spec, parse_gpus, short_name
+from app.queue.adding import job_name, job_spec
 from app.queue.jobs import Job, JobSpec, JobState, kind_of
 from app.queue.look import JobView, job_run, look_at, look_at_all
 from app.queue.order import ordered
@@ -61,7 +58,7 @@ def add(
 
     Example: menma queue add --after 3 train configs/fish.toml --set training.seed=7
     """
-    spec = _spec(command, name=name, priority=priority, after=after, gpus=gpus, held=hold)
+    spec = job_spec(command, name=name, priority=priority, after=after or (), gpus=gpus, held=hold)
     store = QueueStore(queue_folder())
     _tell_added(store, [store.add(spec)], as_json=as_json)
 
@@ -94,7 +91,9 @@ def add_chain(
     wanted = [step.strip() for step in steps.split(",") if step.strip()]
     commands = chain(config, load_config(config, overrides or ()), wanted, overrides or ())
     specs = [
-        _spec(argv, name="", priority=priority, after=after, gpus=gpus, held=hold and not index)
+        job_spec(
+            argv, name="", priority=priority, after=after or (), gpus=gpus, held=hold and not index
+        )
         for index, argv in enumerate(commands)
     ]
     store = QueueStore(queue_folder())
@@ -243,7 +242,7 @@ def duplicate(
         argv = _edited(argv)
     new = JobSpec(
         argv=tuple(argv),
-        name=name or short_name(argv),
+        name=name or job_name(argv),
         cwd=spec.cwd,
         environment=spec.environment,
         priority=spec.priority,
@@ -313,35 +312,11 @@ def worker(
         raise BusyError("a worker is at work already", hint="`menma queue list`") from None
 
 
-def _spec(
-    argv: Sequence[str],
-    *,
-    name: str,
-    priority: int,
-    after: list[int] | None,
-    gpus: str | None,
-    held: bool,
-) -> JobSpec:
-    wanted = None if gpus is None else parse_gpus(gpus)
-    return make_spec(
-        argv, name=name, priority=priority, after=tuple(after or ()), gpus=wanted, held=held
-    )
-
-
 def _edited(argv: Sequence[str]) -> list[str]:
-    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
-    with tempfile.TemporaryDirectory(prefix="menma-") as folder:
-        file = Path(folder) / "command.txt"
-        file.write_text(shlex.join(argv) + "\n", encoding="utf-8")
-        try:
-            code = subprocess.call([*shlex.split(editor), str(file)])
-        except OSError as error:
-            raise UserError(
-                f"the editor {editor!r} cannot be started: {error.strerror}",
-                hint="set EDITOR, or use --set",
-            ) from error
-        text = file.read_text(encoding="utf-8")
-    if code or not text.strip():
+    from app.domain.external_editor import edited
+
+    text = edited(shlex.join(argv) + "\n", "command.txt")
+    if text is None or not text.strip():
         raise UserError("the command line was not saved: nothing is queued")
     return shlex.split(text)
 

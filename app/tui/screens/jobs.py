@@ -26,7 +26,12 @@ from trainer.contract.errors import MenmaError
 from trainer.contract.run_dir import RunDir
 
 POLL_S = 1.0
-COLUMNS = ("ID", "KIND", "NAME", "STATE", "STEP", "ETA", "GPU", "LOSS")
+WIDTHS = {
+    "ID": 4, "KIND": 6, "NAME": 0, "STATE": 11, "STEP": 13, "ETA": 6, "GPU": 3, "LOSS": 6,
+}  # fmt: skip
+"""Columns in characters; the name gets what is left."""
+PADDING = 2
+SHORTEST_NAME = 8
 LOG_LINES = 200
 
 
@@ -83,7 +88,7 @@ class JobsScreen(Screen[None]):
 
     def on_mount(self) -> None:
         """Fill the list now, and again every second."""
-        self.query_one(DataTable).add_columns(*COLUMNS)
+        self._lay_out(self.query_one(DataTable))
         self.read()
         self.set_interval(POLL_S, self.read)
 
@@ -101,6 +106,10 @@ class JobsScreen(Screen[None]):
         paused = "  queue paused" if message.overview.paused else ""
         self.query_one(Titles).tell(f"{message.overview.num_live} live{paused}")
         self._describe()
+
+    def on_resize(self) -> None:
+        """Fit the columns to the new width."""
+        self._fill()
 
     @on(DataTable.RowHighlighted)
     def highlighted(self) -> None:
@@ -257,11 +266,18 @@ class JobsScreen(Screen[None]):
             if table.row_count
             else None
         )
-        table.clear()
+        self._lay_out(table)
         for entry in self._overview.entries:
             table.add_row(*_cells(entry), key=entry.key)
         keys = [entry.key for entry in self._overview.entries]
         table.move_cursor(row=keys.index(key) if key in keys else min(row, max(len(keys) - 1, 0)))
+
+    def _lay_out(self, table: DataTable[Text]) -> None:
+        """Empty the list and give its columns their widths."""
+        table.clear(columns=True)
+        rest = self.size.width - sum(WIDTHS.values()) - PADDING * len(WIDTHS) - PADDING
+        for label, width in WIDTHS.items():
+            table.add_column(label, width=width or max(rest, SHORTEST_NAME))
 
     def _describe(self) -> None:
         entry = self._entry()
@@ -286,7 +302,7 @@ def _cells(entry: Entry) -> list[Text]:
     words = (
         number,
         entry.kind,
-        entry.name[:24],
+        entry.name,
         f"{entry.sign} {entry.state}",
         entry.step,
         entry.eta,

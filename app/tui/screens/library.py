@@ -15,7 +15,7 @@ from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import DataTable, Footer, Static
 
-from app.queue.adding import make_spec
+from app.queue.adding import job_spec
 from app.queue.worker import ensure_worker
 from app.runs.child import child_environment
 from app.tui.outputs import Output, find_outputs
@@ -171,7 +171,7 @@ class LibraryScreen(Screen[None]):
             self.notify("the queue cannot be used: see `menma queue list`", severity="error")
             return
         try:
-            number = store.add(make_spec(argv))
+            number = store.add(job_spec(argv))
             ensure_worker(store.folder)
         except (MenmaError, OSError) as error:
             self.notify(str(error), severity="error", timeout=10)

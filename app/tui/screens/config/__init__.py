@@ -1,0 +1,1 @@
+"""The screen of one config: options and text, side by side or in turns."""
