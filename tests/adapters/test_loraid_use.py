@@ -256,6 +256,8 @@ def test_files_of_another_scheme_or_outside_their_slot_are_refused(tmp_path, slo
     )
     with pytest.raises(ModelFileError, match="both change 10 layers"):
         resolve_loraids(uses(1, 2), [slots[0], liar])
+    with pytest.raises(ModelFileError, match=r"l\.safetensors: 10 layers are not of the slot"):
+        resolve_loraids(uses(2), [liar])
 
 
 def test_each_expert_has_its_own_file_of_a_slot(tmp_path):

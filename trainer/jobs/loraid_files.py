@@ -310,6 +310,13 @@ def _check_together(files: Sequence[SlotFile]) -> None:
             raise ModelFileError(
                 overlap.in_words(), hint="`menma lora verify` compares the files in full"
             )
+    for file in files:
+        if file.outside:
+            raise ModelFileError(
+                f"{file.path}: {len(file.outside)} layers are not of the slot that ss_loraid says, "
+                f"such as {file.outside[0]}",
+                hint="the header is wrong; use the file with --lora",
+            )
 
 
 _SUBJECTS = {
