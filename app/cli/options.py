@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from trainer.contract.errors import UserError
+from trainer.contract.expert_turns import EXPERTS
 
 Config = Annotated[Path, typer.Argument(help="Config file (TOML).", show_default=False)]
 Overrides = Annotated[
@@ -48,7 +49,7 @@ def lora_use(text: str) -> dict[str, Any]:
     """
     use: dict[str, Any] = {}
     rest = text
-    for expert in ("high_noise", "low_noise"):
+    for expert in EXPERTS:
         if rest.endswith(f"@{expert}"):
             rest = rest.removesuffix(f"@{expert}")
             use["expert"] = expert

@@ -35,6 +35,7 @@ def files(tmp_path):
     write("no_up", **{f"{KEY}__lora_up__weight": None})
     write("alpha", **{f"{KEY}__alpha": torch.tensor(float("inf"))})
     write("alphas", **{f"{KEY}__alpha": torch.ones(2)})
+    write("no_alpha", **{f"{KEY}__alpha": None})
     write("oft", **{f"{KEY}__oft_blocks": torch.zeros(1)})
     write("alien", lora_unet_middle_block__lora_up__weight=torch.zeros(2, 2))
     empty = {"lora_down": torch.zeros(0, 24), "lora_up": torch.zeros(24, 0)}
@@ -74,10 +75,11 @@ def requests(folder, bad):
         ("nan", [f"{KEY}.lora_down.weight", "NaN"]),
         ("no_up", [KEY, "lacks its up"]),
         ("alpha", [f"{KEY}.alpha", "finite"]),
+        ("no_alpha", [KEY, "lacks its alpha"]),
         ("alphas", [f"{KEY}.alpha", "one finite number"]),
         ("oft", ["OFT", f"{KEY}.oft_blocks"]),
         ("alien", ["lora_unet_middle_block"]),
-        ("rank0", ["blocks.0.self_attn.q"]),
+        ("rank0", ["blocks.0.self_attn.q", "its rank is 0"]),
         ("ranks", ["blocks.0.self_attn.q"]),
         ("cut", []),
         ("text", []),
@@ -130,6 +132,15 @@ def test_a_lora_of_another_model_is_not_merged(files, capfd):
     assert "late.safetensors is for another model" in said
     minuend = {"minuend": request.pop("base"), **request}
     assert "another model" in refusal("lora_subtract", files, capfd, **minuend)
+
+
+@pytest.mark.parametrize("other", ["low", "fish_low_noise"])
+def test_loras_of_both_experts_are_not_merged_into_one_base(files, capfd, other):
+    loras = [{"path": files / f"{name}.safetensors"} for name in ("good", other)]
+    request = {"base": files / "base.safetensors", "output": files / "out.safetensors"}
+    said = refusal("merge", files, capfd, loras=loras, **request)
+    assert "good.safetensors is for the high_noise expert" in said
+    assert f"{other}.safetensors for the low_noise one" in said
 
 
 def test_a_lora_of_the_1_3b_is_not_joined_to_one_of_the_14b(tmp_path, capfd):

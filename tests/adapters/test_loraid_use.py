@@ -19,10 +19,18 @@ from trainer.adapters.formats.writer import save_adapter
 from trainer.adapters.targets import linear_layers
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.events import encode
-from trainer.contract.jobs import LoraidUse, LoRAUse, LoraVerifyRequest, MergeRequest
+from trainer.contract.jobs import (
+    ConvertRequest,
+    LoRABlendRequest,
+    LoraidUse,
+    LoRAUse,
+    LoraVerifyRequest,
+    MergeRequest,
+)
 from trainer.contract.loraid import LoraidOptions, Partition, legal_slots, partition_of
 from trainer.contract.loraid_metadata import loraid_metadata, read_loraid
-from trainer.jobs import lora_verify
+from trainer.jobs import lora_blend, lora_verify
+from trainer.jobs.convert import convert
 from trainer.jobs.lora_tools import run_merge
 from trainer.jobs.loraid_files import is_of_slots, read_slot_file, resolve_loraids
 from trainer.jobs.merge import merge_loras
@@ -248,6 +256,8 @@ def test_files_of_another_scheme_or_outside_their_slot_are_refused(tmp_path, slo
     )
     with pytest.raises(ModelFileError, match="both change 10 layers"):
         resolve_loraids(uses(1, 2), [slots[0], liar])
+    with pytest.raises(ModelFileError, match=r"l\.safetensors: 10 layers are not of the slot"):
+        resolve_loraids(uses(2), [liar])
 
 
 def test_each_expert_has_its_own_file_of_a_slot(tmp_path):
@@ -346,6 +356,86 @@ def test_experts_do_not_meet(tmp_path):
     assert (overlaps, end["disjoint"]) == ([], True)
     assert end["free"] == {"high": [2, 3], "low": [2, 3]}
     assert set(end["disagreements"]) == {"expert"}
+
+
+def test_ordinary_loras_of_two_experts_do_not_meet(tmp_path):
+    files = [tmp_path / f"{name}.safetensors" for name in ("a", "b", "c")]
+    for path, expert in zip(files, ("high_noise", "low_noise", "high_noise"), strict=True):
+        metadata = {"menma.expert": expert}
+        save_adapter(make_factors(make_transformer()), path, metadata=metadata)
+    told, overlaps, end = verify(*files)
+    assert [file["expert"] for file in told] == ["high", "low", "high"]
+    assert [overlap["files"] for overlap in overlaps] == [[str(files[0]), str(files[2])]]
+    assert set(end["disagreements"]) == {"expert"}
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Slots 1 and 2, each with both experts in one file."""
+    made = []
+    for slot in (1, 2):
+        high, low = (
+            write_slot(tmp_path / f"{slot}{expert}.safetensors", slot, expert=expert)
+            for expert in ("high_noise", "low_noise")
+        )
+        made.append(tmp_path / "pairs" / f"{slot}.safetensors")
+        convert(ConvertRequest(input=high, join=low, output=made[-1], layout="peft"))
+    return made
+
+
+def test_files_with_both_experts_are_verified_part_by_part(pairs):
+    told, overlaps, end = verify(*pairs)
+    assert [file["expert"] for file in told] == ["high", "low"] * 2
+    assert (overlaps, end["disjoint"], end["free"]) == ([], True, {"high": [3], "low": [3]})
+    assert end["disagreements"] == {}
+
+
+def test_slots_are_merged_from_files_with_both_experts(pairs, base, tmp_path):
+    high = tmp_path / "high.safetensors"
+    save_transformer(make_transformer(seed=1), high)
+    for name, sources in (("one", [pairs[0].parent]), ("two", [tmp_path])):
+        output = tmp_path / "out" / f"{name}.safetensors"
+        run_merge(request(base, output, uses(1, 2), sources, base_high_noise=high), Events())
+    for expert in ("high_noise", "low_noise"):
+        one, two = (output.with_stem(f"{name}_{expert}") for name in ("one", "two"))
+        assert same(load_file(one), load_file(two))
+    with pytest.raises(ConfigError, match="slot 1 is there for both experts"):
+        run_merge(request(base, tmp_path / "x.safetensors", uses(1), pairs), Events())
+
+
+def test_split_files_say_slot_and_expert(pairs, tmp_path):
+    output = tmp_path / "back.safetensors"
+    convert(ConvertRequest(input=pairs[1], output=output, layout="kohya", split=True))
+    for expert, word in (("high_noise", "high"), ("low_noise", "low")):
+        told = read_slot_file(output.with_stem(f"back_{expert}")).loraid
+        assert (told.ids, told.expert, told.units) == ((2,), word, PARTS.units(2))
+
+
+def test_a_pair_of_different_slots_is_of_no_slot(tmp_path):
+    high = write_slot(tmp_path / "a.safetensors", 1, expert="high_noise")
+    low = write_slot(tmp_path / "b.safetensors", 2, expert="low_noise")
+    convert(ConvertRequest(input=high, join=low, output=tmp_path / "c.safetensors"))
+    with safe_open(tmp_path / "c.safetensors", "pt") as file:
+        assert not any(key.startswith("ss_loraid") for key in file.metadata())
+
+
+def test_slots_of_two_experts_do_not_go_into_one_base(tmp_path, base):
+    write_slot(tmp_path / "a.safetensors", 1, expert="high_noise")
+    write_slot(tmp_path / "b.safetensors", 2, expert="low_noise")
+    with pytest.raises(ModelFileError, match=r"is for the high-noise expert, .*low-noise one"):
+        run_merge(request(base, tmp_path / "x.safetensors", uses(1, 2), [tmp_path]), Events())
+
+
+def test_a_blended_slot_no_longer_names_patterns_of_its_slot(slots, tmp_path):
+    table = {"ss_network_args": '{"include": []}'}
+    own = write_slot(tmp_path / "own.safetensors", 1, **table)
+    request = LoRABlendRequest(
+        files=[LoRAUse(path=own), LoRAUse(path=slots[1])], share=0.5, output=tmp_path / "blend"
+    )
+    lora_blend.run(request, Events())
+    with safe_open(tmp_path / "blend" / "own.safetensors", "pt") as file:
+        assert "ss_network_args" not in file.metadata()
+        assert read_loraid(file.metadata()).shared
 
 
 def test_older_files_are_whole_blocks_with_a_note(tmp_path):

@@ -18,7 +18,7 @@ from trainer.contract.loraid import Allocation, Granularity, Partition, numbers_
 
 SlotExpert = Literal["none", "high", "low"]
 Word = TypeVar("Word", bound=str)
-EXPERTS: dict[SlotExpert, Literal["high_noise", "low_noise"] | None] = {
+SLOT_EXPERTS: dict[SlotExpert, Literal["high_noise", "low_noise"] | None] = {
     "none": None,
     "high": "high_noise",
     "low": "low_noise",
@@ -86,7 +86,6 @@ def loraid_metadata(partition: Partition, slot: int, *, expert: str | None) -> d
     Raises:
         ConfigError: there is no such slot.
     """
-    own: SlotExpert = next((name for name, value in EXPERTS.items() if value == expert), "none")
     return as_metadata(
         Loraid(
             ids=(slot,),
@@ -94,7 +93,7 @@ def loraid_metadata(partition: Partition, slot: int, *, expert: str | None) -> d
             granularity=partition.granularity,
             allocation=partition.allocation,
             num_blocks=partition.num_blocks,
-            expert=own,
+            expert=slot_expert(expert),
             units=partition.units(slot),
         )
     )
@@ -147,6 +146,24 @@ def read_loraid(metadata: Mapping[str, str], path: Path | str = "the file") -> L
     if loraid.slots is not None and ids[-1] > loraid.slots:
         raise reader.wrong("ss_loraid", f"a slot from 1 to {loraid.slots}")
     return loraid
+
+
+def of_expert(
+    metadata: Mapping[str, str], expert: Literal["high_noise", "low_noise"]
+) -> dict[str, str]:
+    """Return the header of the part of a file that is for one expert of Wan 2.2.
+
+    What a file with both says of them holds for neither alone.
+    """
+    table = {**metadata, "menma.expert": expert}
+    if "ss_loraid" in table:
+        table["ss_loraid_expert"] = slot_expert(expert)
+    return table
+
+
+def slot_expert(expert: str | None) -> SlotExpert:
+    """Return an expert as `ss_loraid_expert` has it; `none` for anything that is no expert."""
+    return next((name for name, value in SLOT_EXPERTS.items() if value == expert), "none")
 
 
 def slot_keys(metadata: Mapping[str, str]) -> dict[str, str]:

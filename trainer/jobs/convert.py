@@ -16,6 +16,7 @@ from trainer.contract.errors import ConfigError
 from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.jobs import ConvertRequest, LoRAUse
 from trainer.contract.lora_keys import Expert
+from trainer.contract.loraid_metadata import of_expert
 from trainer.jobs.lora_files import (
     check_distinct,
     check_same_model,
@@ -240,8 +241,8 @@ def _write(adapter: AdapterFile, target: Target, expert: Expert | None) -> Conve
     }
     if target.layout == "comfy" and (table := _folded(adapter.metadata, expert)):
         metadata[FOLDED_KEY] = json.dumps(table)
-    if expert is not None:
-        metadata.setdefault("menma.expert", expert)
+    if expert is not None and "menma.expert" not in metadata:
+        metadata = of_expert(metadata, expert)
     own = replace(target, dtype=target.dtype or common_dtype([updates]))
     written = write_lora(updates, own, [adapter], metadata)
     return ConvertReport(

@@ -137,6 +137,8 @@ def blend_loras(
         def write(path: Path) -> None:
             facts = {"share": blend.share, "votes": blend.votes, "groups": dict(blend.groups)}
             metadata = tool_metadata(adapters[index], "blend", **facts)
+            if mark and "ss_loraid" in metadata:
+                metadata.pop("ss_network_args", None)  # its patterns choose the slot's layers only
             results[index] = write_lora(
                 made[index],
                 replace(folder, path=path, force=True),

@@ -15,10 +15,11 @@ from trainer.contract.experts import SHARED
 from trainer.contract.jobs import LoRAUse
 from trainer.contract.layer_names import block_index
 from trainer.contract.lora_keys import Expert
+from trainer.contract.loraid_metadata import SLOT_EXPERTS, of_expert
 from trainer.io.mapped_load import open_weights
 
 _EXPERT_KEYS = ("menma.expert", "ss_loraid_expert")
-_EXPERT_WORDS: Mapping[str, Expert] = {"high": "high_noise", "low": "low_noise"}
+_EXPERT_WORDS = {word: expert for word, expert in SLOT_EXPERTS.items() if expert is not None}
 _LOW_NOISE_PART = re.compile(r"(?:^|\.)transformer_2\.")
 _ANCHOR = "patch_embedding.weight"
 _FILES_IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -46,7 +47,7 @@ def load_lora(use: LoRAUse) -> AdapterFile:
     """
     adapter = load_adapter(use.path, expert=use.expert)
     if use.expert is not None:
-        adapter.metadata["menma.expert"] = use.expert
+        adapter.metadata.update(of_expert(adapter.metadata, use.expert))
     return adapter
 
 

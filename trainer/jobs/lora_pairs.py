@@ -23,6 +23,7 @@ from trainer.contract.errors import ConfigError
 from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.files import disk_errors
 from trainer.contract.lora_keys import Expert
+from trainer.contract.loraid_metadata import KEYS
 from trainer.io.atomic_save import save_safetensors
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.lora_metadata import kept_metadata
@@ -112,5 +113,7 @@ def _common(pair: Mapping[Expert, AdapterFile]) -> dict[str, str]:
     high, low = (kept_metadata(pair[expert]) for expert in EXPERTS)
     kept = {key: value for key, value in high.items() if low.get(key) == value}
     kept.pop("menma.expert", None)
+    if "ss_loraid" not in kept:  # of one slot in the one, of another in the other
+        kept = {key: value for key, value in kept.items() if key not in KEYS}
     names = [pair[expert].path.name for expert in EXPERTS]
     return {**kept, "menma.kind": "lora", "menma.converted_from": ", ".join(dict.fromkeys(names))}

@@ -15,7 +15,7 @@ from trainer.jobs.loraid_files import (
     SlotFile,
     find_disagreements,
     find_overlaps,
-    read_slot_file,
+    read_slot_files,
 )
 
 
@@ -34,7 +34,9 @@ def run(request: LoraVerifyRequest, emit: Emit) -> None:
         if path.resolve() in seen:
             raise ConfigError(f"{path} is given twice", hint="name each file once")
         seen.add(path.resolve())
-    files = [read_slot_file(path, expert=request.expert) for path in request.paths]
+    files = [
+        file for path in request.paths for file in read_slot_files(path, expert=request.expert)
+    ]
     for file in files:
         emit("output", file=_file_fields(file))
     disjoint = True
@@ -76,7 +78,7 @@ def free_slots(files: Sequence[SlotFile]) -> dict[str, list[int]] | None:
         return None
     if partition is None:
         return None
-    experts = sorted({loraid.expert for loraid in told})
+    experts = sorted({file.expert for file in files if file.loraid is not None})
     if len(experts) > 1 and "none" in experts:
         experts.remove("none")
     free: dict[str, list[int]] = {}
@@ -98,6 +100,7 @@ def _file_fields(file: SlotFile) -> dict[str, Any]:
         "variant": file.variant,
         "num_modules": len(file.shapes),
         **_slot_fields(file.loraid),
+        "expert": None if file.loraid is None and file.expert == "none" else file.expert,
         "outside": in_words(file.outside) or ", ".join(file.outside[:8]),
         "num_outside": len(file.outside),
         "notes": list(file.notes),
@@ -106,7 +109,7 @@ def _file_fields(file: SlotFile) -> dict[str, Any]:
 
 def _slot_fields(loraid: Loraid | None) -> dict[str, Any]:
     if loraid is None:
-        keys = ("ids", "slots", "granularity", "allocation", "num_blocks", "expert", "units")
+        keys = ("ids", "slots", "granularity", "allocation", "num_blocks", "units")
         return {**dict.fromkeys(keys), "shared": ""}
     return {
         "ids": list(loraid.ids),
@@ -114,7 +117,6 @@ def _slot_fields(loraid: Loraid | None) -> dict[str, Any]:
         "granularity": loraid.granularity,
         "allocation": loraid.allocation,
         "num_blocks": loraid.num_blocks,
-        "expert": loraid.expert,
         "units": numbers_text(loraid.units),
         "shared": loraid.shared,
     }

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import get_args
 
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import describe
 from trainer.contract.errors import ConfigError, ModelFileError
+from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.jobs import LoraidUse, LoRAUse, MergeRequest
 from trainer.contract.lora_keys import Expert
 from trainer.contract.loraid import in_words
-from trainer.contract.loraid_metadata import EXPERTS, Loraid, SlotExpert, read_loraid
+from trainer.contract.loraid_metadata import (
+    SLOT_EXPERTS,
+    Loraid,
+    SlotExpert,
+    of_expert,
+    read_loraid,
+    slot_expert,
+)
 from trainer.contract.run_dir import RunDir
 from trainer.io.mapped_load import open_weights
+from trainer.jobs.lora_files import holds_both_experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +37,9 @@ class SlotFile:
     loraid: Loraid | None
     variant: str
     """Model it says it was trained on; "" where it says none."""
+    expert: SlotExpert = "none"
+    """Expert of Wan 2.2 that its header says it is for; `none` where it says none."""
     notes: tuple[str, ...] = ()
-
-    @property
-    def expert(self) -> SlotExpert:
-        """Expert it is for; `none` where it says none."""
-        return "none" if self.loraid is None else self.loraid.expert
 
     @property
     def is_shared(self) -> bool:
@@ -84,17 +89,31 @@ def read_slot_file(path: Path, *, expert: Expert | None = None) -> SlotFile:
         ModelFileError: it cannot be read as a LoRA, or its header is damaged.
     """
     adapter = load_adapter(path, expert=expert)
-    loraid = read_loraid(adapter.metadata, path)
+    metadata = adapter.metadata
+    if expert is not None and holds_both_experts(path):
+        metadata = of_expert(metadata, expert)
+    loraid = read_loraid(metadata, path)
     notes = [*adapter.notes]
     if loraid is not None and loraid.note:
         notes.append(loraid.note)
+    own = "none" if loraid is None else loraid.expert
+    if own == "none":
+        own = slot_expert(metadata.get("menma.expert"))
     return SlotFile(
         path=path,
         shapes={name: update.shape for name, update in adapter.items()},
         loraid=loraid,
-        variant=adapter.metadata.get("menma.variant", ""),
+        variant=metadata.get("menma.variant", ""),
+        expert=own,
         notes=tuple(notes),
     )
+
+
+def read_slot_files(path: Path, *, expert: Expert | None = None) -> list[SlotFile]:
+    """Read a file as `read_slot_file` does; of a file with both experts' LoRAs each part."""
+    if expert is None and holds_both_experts(path):
+        return [read_slot_file(path, expert=part) for part in EXPERTS]
+    return [read_slot_file(path, expert=expert)]
 
 
 def find_overlaps(files: Sequence[SlotFile]) -> Iterator[Overlap]:
@@ -154,10 +173,12 @@ def resolve_loraids(
                 "one model",
                 hint=f"say which one is meant: {use.slot}@high_noise or {use.slot}@low_noise",
             )
-    files = [read_slot_file(path, expert=EXPERTS[own.expert]) for path, _, own in chosen]
+    files = [read_slot_file(path, expert=SLOT_EXPERTS[own.expert]) for path, _, own in chosen]
+    if not both_experts:
+        _check_one_expert(files)
     _check_together(files)
     return tuple(
-        LoRAUse(path=path, strength=use.strength, expert=EXPERTS[own.expert] or use.expert)
+        LoRAUse(path=path, strength=use.strength, expert=SLOT_EXPERTS[own.expert] or use.expert)
         for path, use, own in chosen
     )
 
@@ -173,7 +194,7 @@ def loras_to_merge(request: MergeRequest) -> tuple[LoRAUse, ...]:
     both = request.base_high_noise is not None
     if request.loraids and not both:
         told = open_weights(request.base).metadata.get("menma.expert")
-        expert = next((known for known in get_args(Expert) if known == told), None)
+        expert = next((known for known in EXPERTS if known == told), None)
     slots = resolve_loraids(request.loraids, request.loraid_from, expert=expert, both_experts=both)
     if not request.loras and not slots:
         raise ConfigError(
@@ -204,7 +225,10 @@ def _candidates(sources: Sequence[Path]) -> Iterator[tuple[Path, Loraid]]:
                 continue
             seen.add(path.resolve())
             loraid = read_loraid(open_weights(path).metadata, path)
-            if loraid is not None:
+            if loraid is not None and holds_both_experts(path):
+                yield path, replace(loraid, expert="high")
+                yield path, replace(loraid, expert="low")
+            elif loraid is not None:
                 yield path, loraid
             elif not source.is_dir():
                 raise ModelFileError(
@@ -237,7 +261,7 @@ def _files_of(
     """
     wanted = use.expert or expert
     fitting = [(path, own) for path, own in known if use.slot in own.ids]
-    fitting = [f for f in fitting if wanted is None or EXPERTS[f[1].expert] in {wanted, None}]
+    fitting = [f for f in fitting if wanted is None or SLOT_EXPERTS[f[1].expert] in {wanted, None}]
     for path, own in fitting:
         if own.ids != (use.slot,):
             raise ConfigError(
@@ -261,6 +285,17 @@ def _files_of(
     return fitting
 
 
+def _check_one_expert(files: Sequence[SlotFile]) -> None:
+    told = [file for file in files if file.expert != "none"]
+    for file in told[1:]:
+        if file.expert != told[0].expert:
+            raise ModelFileError(
+                f"{told[0].path} is for the {told[0].expert}-noise expert, {file.path} for the "
+                f"{file.expert}-noise one, and the base is one model",
+                hint="use slots of one expert",
+            )
+
+
 def _check_together(files: Sequence[SlotFile]) -> None:
     disagreements = find_disagreements(files)
     disagreements.pop("expert", None)  # each goes to its own model
@@ -274,6 +309,13 @@ def _check_together(files: Sequence[SlotFile]) -> None:
         if not overlap.shared:
             raise ModelFileError(
                 overlap.in_words(), hint="`menma lora verify` compares the files in full"
+            )
+    for file in files:
+        if file.outside:
+            raise ModelFileError(
+                f"{file.path}: {len(file.outside)} layers are not of the slot that ss_loraid says, "
+                f"such as {file.outside[0]}",
+                hint="the header is wrong; use the file with --lora",
             )
 
 
@@ -293,11 +335,17 @@ def _scheme(files: Sequence[SlotFile]) -> dict[str, dict[str, list[str]]]:
     table: dict[str, dict[str, list[str]]] = {}
 
     def note(subject: str, value: object, file: SlotFile) -> None:
-        table.setdefault(subject, {}).setdefault(str(value), []).append(str(file.path))
+        paths = table.setdefault(subject, {}).setdefault(str(value), [])
+        if str(file.path) not in paths:
+            paths.append(str(file.path))
 
+    whole = [file.path for file in files]
     for file in files:
         if file.variant:
             note("model", file.variant, file)
+        if file.expert != "none" or file.loraid is not None:
+            both = whole.count(file.path) > 1  # the two parts of a file
+            note("expert", "both" if both else file.expert, file)
         if file.loraid is None:
             continue
         own = file.loraid
@@ -306,7 +354,6 @@ def _scheme(files: Sequence[SlotFile]) -> dict[str, dict[str, list[str]]]:
         note("allocation", own.allocation, file)
         if own.num_blocks is not None:
             note("num_blocks", own.num_blocks, file)
-        note("expert", own.expert, file)
     return table
 
 

@@ -19,11 +19,11 @@ from trainer.contract.errors import ModelFileError
 from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.jobs import LoRAUse
 from trainer.contract.layer_names import canonical_name
-from trainer.contract.lora_keys import Expert
 from trainer.contract.loraid_metadata import slot_keys
 from trainer.io.formats.stored_tensors import FP8_DTYPES, StoredTensor, read_tensor
 from trainer.io.mapped_load import WeightFiles, open_weights
 from trainer.io.stream_save import TensorSlot, stream_safetensors
+from trainer.jobs.lora_files import check_same_expert, expert_of
 from trainer.jobs.lora_metadata import lost_notes
 from trainer.models.wan.detect import CONFIG_KEY, official_tensors, recognise, transformer_metadata
 
@@ -208,6 +208,7 @@ def plan_merge(base: Path, loras: Sequence[LoRAUse], dtype: torch.dtype | None =
     files = open_weights(base)
     tensors = official_tensors(files)
     adapters = [load_adapter(lora.path, expert=lora.expert) for lora in loras]
+    check_same_expert(loras, adapters)
     shares = _shares(files, tensors, loras, adapters)
     plan = _plan(files, tensors, shares, dtype)
     metadata = _metadata(files, loras, adapters, keep_quantisation=dtype is None)
@@ -274,8 +275,8 @@ _STRAY = "norm_added_q.weight"
 
 def _check_expert(lora: LoRAUse, adapter: AdapterFile, base: WeightFiles) -> None:
     wanted = base.metadata.get("menma.expert")
-    trained: Expert | str | None = lora.expert or adapter.metadata.get("menma.expert")
-    if wanted in EXPERTS and trained in EXPERTS and wanted != trained:
+    trained = expert_of(lora, adapter)
+    if wanted in EXPERTS and trained is not None and wanted != trained:
         raise ModelFileError(
             f"{lora.path} is for the {trained} expert, and {base.path} is the {wanted} expert",
             hint="merge it into the file of its own expert",

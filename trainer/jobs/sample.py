@@ -20,7 +20,7 @@ from trainer.adapters import load_adapter
 from trainer.adapters.apply import attach
 from trainer.contract.jobs import LoRAUse
 from trainer.contract.variants import Expert, Variant
-from trainer.jobs.lora_files import experts_of
+from trainer.jobs.lora_files import check_same_expert, experts_of
 from trainer.models.wan.conditioning import LatentEncoder
 from trainer.sampling.conditions import (
     Conditions,
@@ -118,10 +118,12 @@ def attach_loras(transformer: nn.Module, loras: Sequence[LoRAUse], expert: Exper
     words `high` or `low` in its name; one that says nothing is for both.
 
     Raises:
-        ModelFileError: a LoRA is for another model.
+        ModelFileError: a LoRA is for another model, or LoRAs of both experts are for one.
     """
-    for lora in loras:
-        adapter = load_adapter(lora.path, expert=expert)
+    adapters = [load_adapter(lora.path, expert=expert or lora.expert) for lora in loras]
+    if expert is None:
+        check_same_expert(loras, adapters)
+    for lora, adapter in zip(loras, adapters, strict=True):
         if expert is None or expert in experts_of(lora, adapter.metadata):
             attach(transformer, adapter, lora.strength)
 

@@ -61,7 +61,9 @@ def _dora(module: StoredModule) -> DoRAFactors:
 
 def _low_rank(module: StoredModule) -> tuple[Tensor, Tensor]:
     down, up = module.tensors["down"], module.tensors["up"]
-    if down.shape[0] != up.shape[1] or not down.shape[0]:
+    if not down.shape[0] and not up.shape[1]:
+        raise module.wrong("its rank is 0")
+    if down.shape[0] != up.shape[1]:
         raise module.wrong(f"the ranks differ: down is {_size(down)}, up is {_size(up)}")
     return down, up
 

@@ -54,6 +54,7 @@ def load_adapter(path: Path | str, *, expert: Expert | None = None) -> AdapterFi
         name: BUILDERS[kinds[name].name](_Module(path, files, name, layer, scales, projections))
         for name, layer in layers.items()
     }
+    scales.check_alphas()
     scales.check_magnitudes(modules)
     return AdapterFile(
         modules,
@@ -81,17 +82,28 @@ class _Scales:
         self._path = path
         self._own = "menma.kind" in metadata  # written here: the scale is folded in, not unknown
         self.peft = None if settings is None else PeftConfig(settings, path, part)
-        self._assumed = 0
+        self._told = ""  # a key with an alpha
+        self._assumed: list[str] = []  # a key of each module without
 
     def alpha(self, files: WeightFiles, layer: _Layer, rank: int) -> float:
         key = layer.keys.get(ALPHA)
         if key is not None:
+            self._told = key
             return self._read(files, key)
         alpha = self.peft.alpha(layer.spelling, rank) if self.peft is not None else None
         if alpha is None:
-            self._assumed += 1
+            self._assumed.append(next(iter(layer.keys.values())))
             return float(rank)
         return alpha
+
+    def check_alphas(self) -> None:
+        """Refuse a file of which some modules have an alpha, and the scale of others is unknown."""
+        if self._told and self._assumed:
+            raise ModelFileError(
+                f"{self._path}: {self._assumed[0]} lacks its alpha, and other modules have theirs, "
+                f"such as {self._told} ({len(self._assumed)} modules lack it)",
+                hint="the file is incomplete; download or export it again",
+            )
 
     def check_magnitudes(self, modules: Mapping[str, Update]) -> None:
         if self.peft is None or not self.peft.use_dora:
@@ -107,7 +119,7 @@ class _Scales:
     def notes(self) -> tuple[str, ...]:
         if not self._assumed or self._own:
             return ()
-        return (f"{self._assumed} modules have no alpha: scale 1, as other programs assume",)
+        return (f"{len(self._assumed)} modules have no alpha: scale 1, as other programs assume",)
 
     def _read(self, files: WeightFiles, key: str) -> float:
         tensor = files.read(key)
