@@ -81,7 +81,9 @@ def shows_ground(video: Frames, ground: str = NOVEL_GROUND) -> bool:
     first, second = (np.asarray(colour, dtype=float) for colour in NOVEL_COLOURS[ground])
     axis = first - second
     axis -= axis.mean()
-    places = video.astype(float) @ axis / (axis @ axis)
+    if ground == NOVEL_GROUND:  # yellow and purple: how much red and green there is, less blue
+        axis = np.array([0.5, 0.5, -1.0])
+    places = video.astype(float) @ axis / ((first - second) @ axis)
     height, width = video.shape[1:3]
     inside = in_first_colour(
         ground, np.arange(height)[:, None] + 0.5, np.arange(width)[None, :] + 0.5
