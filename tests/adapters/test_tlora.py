@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import attach
 from trainer.adapters.base import AdapterFile
+from trainer.adapters.dora import DoRA
 from trainer.adapters.formats.writer import save_adapter
 from trainer.adapters.rank_mask import METADATA_KEY, RankSchedule
 from trainer.adapters.tlora import TLoRA
@@ -279,6 +280,19 @@ def test_a_file_whose_mask_does_not_fit_is_refused_and_the_model_left_alone(tmp_
         attach(model, load_adapter(path))
     assert METADATA_KEY in str(caught.value.hint) + caught.value.message
     assert not any(hasattr(module, "down") for module in model.modules())
+
+
+def test_a_dora_is_refused_on_it_and_works_under_it(build):
+    """Its lengths are those of one weight; this one has another for each sample."""
+    model, inputs = make_transformer(), batch(make_transformer())
+    trained(model, build)
+    with pytest.raises(ModelFileError, match="T-LoRA"):
+        DoRA(DoRA.Config(rank=2), build).inject(model, 0)
+    model = make_transformer()
+    before = run(model, inputs)
+    DoRA(DoRA.Config(rank=2), build).inject(model, 0)
+    trained(model, build)
+    assert not torch.allclose(run(model, inputs), before)
 
 
 def test_layers_outside_of_the_blocks_are_refused(build):

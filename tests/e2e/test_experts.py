@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ from tests.e2e.variant_project import (
     Done,
     VariantProject,
     base_config,
+    tiny_config,
     write_clips,
     write_models,
 )
 from trainer.adapters import load_adapter
+from trainer.adapters.base import LoRAFactors
+from trainer.adapters.formats.writer import save_adapter
 from trainer.adapters.lora import LoRA
+from trainer.contract.memory_model.weights import linear_shapes
 from trainer.contract.variants import VARIANTS
 from trainer.core.seams import BuildContext
 from trainer.jobs import build, train_experts
@@ -114,6 +119,36 @@ def assert_same(one: Path, other: Path) -> None:
 
 def last(done: Done, kind: str) -> dict[str, Any]:
     return done.of(kind)[-1]
+
+
+@pytest.mark.parametrize(
+    ("expert", "adapter", "key"),
+    [
+        ("both", {"rank": "from_weights", "init_from": "HIGH"}, "adapter.init_from"),
+        ("low_noise", {"rank": "from_weights", "init_from": "HIGH"}, "adapter.init_from"),
+        ("high_noise", {"rank": "from_weights", "init_from": "HIGH"}, None),
+        ("shared", {"frozen": ["HIGH"]}, "adapter.frozen[0].path"),
+        ("high_noise", {"frozen": ["HIGH"]}, None),
+        ("both", {"frozen": [{"path": "HIGH", "expert": "high_noise"}]}, None),
+        ("low_noise", {"frozen": [{"path": "HIGH", "expert": "low_noise"}]}, None),
+    ],
+)
+def test_weights_of_the_other_expert_are_told(
+    project: VariantProject, tmp_path: Path, expert: str, adapter: dict[str, Any], key: str | None
+) -> None:
+    high = tmp_path / "high.safetensors"
+    shapes = linear_shapes(tiny_config(T2V))
+    updates = {
+        name: LoRAFactors(torch.ones(2, i), torch.ones(o, 2), 2.0)
+        for name, (i, o) in shapes.items()
+        if name.startswith("blocks.")
+    }
+    save_adapter(updates, high, metadata={"menma.expert": "high_noise"})
+    text = json.dumps({"kind": "lora", **adapter}).replace("HIGH", str(high))
+    config = project.write("mixed.toml", adapter=json.loads(text), model__expert=expert)
+    done = project.job("check", config=config, may_fail=True)
+    assert done.code == (0 if key is None else 2)
+    assert key is None or (f"{key}: " in done.words and "high_noise expert" in done.words)
 
 
 def test_each_expert_comes_out_as_from_a_run_of_its_own(

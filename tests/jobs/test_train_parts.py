@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from trainer.adapters.lora import LoRA
 from trainer.attention.sequence import SequenceGroup
+from trainer.contract.catalog import ADAPTERS
 from trainer.contract.config import RunConfig
+from trainer.contract.config_rules import check_rules
 from trainer.contract.errors import ConfigError
 from trainer.contract.variants import VARIANTS, TransformerConfig
 from trainer.core.seams import BuildContext, Technique
@@ -26,6 +28,7 @@ from trainer.data.order import BatchOrder
 from trainer.engine.local import LocalEngine
 from trainer.engine.process_group import World
 from trainer.jobs import train_parts
+from trainer.jobs.build import build_plugin
 from trainer.jobs.run_items import RunItems
 from trainer.jobs.train_experts import share_parameters
 from trainer.jobs.train_parts import (
@@ -210,3 +213,32 @@ def test_one_adapter_stands_for_two_models_where_it_can(kind: type[LoRA], key: s
     assert all(one[name] is other[name] for name in one)
     named = dict(models[1].transformer.named_parameters())
     assert all(any(value is there for there in named.values()) for value in one.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"kind": kind} for kind in ADAPTERS.names if kind != "none"),
+        {"init": "pissa"},
+        {"rank_dropout": 0.1},
+        {"module_dropout": 0.1},
+        {"scale_weight_norms": 1.0},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_shared_is_told_by_the_config_alone(options: dict[str, Any]) -> None:
+    model = {"variant": "wan2.2-t2v-a14b", "expert": "shared"}
+    config = RunConfig.model_validate({"model": model, "adapter": {"rank": 2, **options}})
+    models = []
+    for seed in range(2):
+        transformer = WanTransformer(TransformerConfig(**SHAPE), seed=seed)
+        adapter = build_plugin(config.adapter, "kind", BUILD, where="adapter")
+        adapter.inject(transformer, 0)
+        models.append(TrainedModel(transformer, adapter, (), None))  # type: ignore[arg-type]
+    told = [problem for problem in check_rules(config) if "shared" in problem.message]
+    assert {problem.key for problem in told} <= {f"adapter.{key}" for key in ("kind", *options)}
+    if told:
+        with pytest.raises(ConfigError, match="cannot be shared"):
+            share_parameters(*models)
+    else:
+        share_parameters(*models)

@@ -126,7 +126,7 @@ def test_two_experts_take_what_is_estimated(tmp_path: Path, blocks_to_swap: int)
     assert path is not None
 
     def load(_expert: str) -> nn.Module:
-        return freeze(load_base(config, path, device=CPU))
+        return freeze(load_base(config, path, expert=None, device=CPU))
 
     with growth() as found:
         switch = ExpertSwitch(load, CPU)

@@ -44,23 +44,27 @@ def test_names_and_sizes_are_those_of_the_model(name: str) -> None:
     assert linear_shapes(shape) == layers
 
 
-def injected(config: RunConfig, shape: TransformerConfig) -> dict[str, torch.nn.Parameter]:
+def injected(config: RunConfig, shape: TransformerConfig) -> Any:
     build = BuildContext(
         variant=get_variant("wan2.1-t2v-1.3b"), seed=0, device=torch.device("cpu"), total_steps=9
     )
     adapter = build_plugin(config.adapter, "kind", build, where="adapter")
     adapter.inject(WanTransformer(shape), 0)
-    trained: dict[str, torch.nn.Parameter] = adapter.trainable()
-    return trained
+    return adapter
 
 
 def compare(options: dict[str, Any]) -> None:
     config = RunConfig.model_validate({"adapter": options})
     targets = find_targets(config, TINY)
-    trained = injected(config, TINY)
+    adapter = injected(config, TINY)
+    trained = adapter.trainable()
     assert targets.parameters == sum(value.numel() for value in trained.values())
     assert targets.largest == pytest.approx(max(v.numel() for v in trained.values()), abs=1)
     own = options["kind"] == "none"
+    if not own:
+        written = adapter.updates({name: value.detach() for name, value in trained.items()})
+        tensors = [tensor for update in written.values() for tensor in update.tensors().values()]
+        assert targets.output == sum(tensor.numel() for tensor in tensors)
     names = {name if own else name.rpartition(".")[0] for name in trained}
     assert {part.name for part in targets.parts} >= names
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,7 +21,10 @@ class AdapterLinear(nn.Module, ABC):
     Attributes:
         base: the layer, or another adapter on it.
         strength: multiplies the update; 0 gives the base's own output, exactly.
+        by_sample: its update is another one for each sample, so it acts like no one weight.
     """
+
+    by_sample: ClassVar[bool] = False
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()

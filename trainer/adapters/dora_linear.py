@@ -49,6 +49,9 @@ class DoRALinear(AdapterLinear):
         magnitude_O: m; likewise.
         scale: s.
         base_squares_O: ‖W‖²; None: it is computed on first use.
+
+    Raises:
+        ModelFileError: under it is an adapter whose update is another one for each sample.
     """
 
     down: Tensor
@@ -65,6 +68,7 @@ class DoRALinear(AdapterLinear):
         scale: float,
         base_squares_O: Tensor | None = None,
     ) -> None:
+        require_one_weight(base)
         super().__init__(base)
         self.hold("down", down_RI)
         self.hold("up", up_OR)
@@ -126,6 +130,22 @@ class DoRALinear(AdapterLinear):
         return f"rank={self.down.shape[0]}, scale={self.scale:g}, strength={self.strength:g}"
 
 
+def require_one_weight(base: nn.Module) -> None:
+    """Refuse a layer that acts like no one weight, whose rows would have no one length.
+
+    Raises:
+        ModelFileError: such an adapter is on it.
+    """
+    while isinstance(base, AdapterLinear):
+        if base.by_sample:
+            raise ModelFileError(
+                "a DoRA measures the weight that it is put on, and under it is a T-LoRA, which "
+                "changes that weight with each timestep",
+                hint="name the DoRA before the T-LoRA, or leave one of them out",
+            )
+        base = base.base
+
+
 def squared_rows(base: nn.Module) -> Tensor:
     """Return the squared norm of each row of a linear layer's weight, (O,), float32.
 
@@ -133,7 +153,9 @@ def squared_rows(base: nn.Module) -> Tensor:
 
     Raises:
         RuntimeError: the weight is streamed, and not here.
+        ModelFileError: under it is an adapter whose update is another one for each sample.
     """
+    require_one_weight(base)
     weight = _weight(base)
     if weight.device.type == "meta":
         raise RuntimeError("the weight of this layer is not here; stream its block first")

@@ -129,6 +129,8 @@ class RankMask:
 class TLoRALinear(LoRALinear):
     """Adds s · B (m ∘ A x) to the output of `base`, m the mask of the sample that x belongs to."""
 
+    by_sample = True
+
     def __init__(
         self,
         base: nn.Module,

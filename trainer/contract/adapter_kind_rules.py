@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import Problem
+from trainer.contract.experts import SHARED
 from trainer.contract.plugin_options import plugin_schemas
 
 OUTER_LAYERS = (
@@ -25,6 +26,7 @@ OUTER_LAYERS = (
 
 def adapter_kind_rule(config: RunConfig) -> Iterator[Problem]:
     """Yield what goes wrong with the kind of adapter that is chosen."""
+    yield from _shared(config)
     rule = _RULES.get(config.adapter.kind)
     if rule is not None:
         yield from rule(config, _with_defaults(config))
@@ -95,6 +97,38 @@ def _ggpo(config: RunConfig, options: Mapping[str, Any]) -> Iterator[Problem]:
             "memory.compile_blocks",
             hint='set it to false, or adapter.kind = "lora"',
         )
+
+
+_OWN_STATE = {
+    "singlora": "SingLoRA fades each update in by a count of its own",
+    "relora": "ReLoRA keeps what it has frozen beside the layers of one transformer",
+    "ggpo": "GGPO measures the weights that it is put on",
+    "dora": "DoRA starts from the lengths of the rows of the weights that it is put on",
+}
+_OWN_STATE_OPTIONS = {
+    "rank_dropout": "what is dropped is told to the layers of one transformer",
+    "module_dropout": "what is dropped is told to the layers of one transformer",
+    "scale_weight_norms": "the bound is kept by the layers of one transformer",
+}
+
+
+def _shared(config: RunConfig) -> Iterator[Problem]:
+    """Yield what one adapter for both experts cannot be; `jobs.train_experts` finds the rest."""
+    if config.model.expert != SHARED:
+        return
+    options = config.adapter.options("kind")
+    reasons = {"kind": _OWN_STATE.get(config.adapter.kind)}
+    if str(options.get("init", "")).startswith("pissa"):
+        reasons["init"] = "PiSSA starts from the weights that it is added to, and those differ"
+    reasons |= {key: why for key, why in _OWN_STATE_OPTIONS.items() if options.get(key)}
+    for key, why in reasons.items():
+        if why is not None:
+            other = 'adapter.kind = "lora"' if key == "kind" else "leave this out"
+            yield Problem(
+                f"it cannot be shared by two experts: {why}",
+                f"adapter.{key}",
+                hint=f'set model.expert = "both" for an adapter each, or {other}',
+            )
 
 
 def _matches(pattern: str, name: str) -> bool:

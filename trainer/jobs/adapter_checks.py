@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+from trainer.adapters.rank_mask import METADATA_KEY
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, MenmaError, Problem
 from trainer.contract.experts import trained_experts
 from trainer.contract.memory_model.trained import find_targets
+from trainer.contract.safetensors_header import metadata_of, read_header
 from trainer.contract.variants import Expert, TransformerConfig
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.build import trained_transformer_files
-from trainer.jobs.companions import companion_problems
+from trainer.jobs.companions import companion_problems, other_expert
 from trainer.models.wan.detect import recognise
 
 
@@ -43,12 +46,35 @@ def adapter_problems(config: RunConfig) -> Iterator[Problem]:
             yield from error.problems
         except MenmaError as error:
             yield Problem(error.message, "adapter.init_from", hint=error.hint)
+    if start is not None and start.exists():
+        yield from _start_problems(start, shapes)
     told = [
         problem
         for expert, own in shapes.items()
         for problem in companion_problems(config, own, expert)
     ]
     yield from dict.fromkeys(told)
+
+
+def _start_problems(start: Path, experts: Iterable[Expert | None]) -> Iterator[Problem]:
+    """Yield why what a file says of itself forbids that training starts from it."""
+    metadata = metadata_of(read_header(start))
+    if METADATA_KEY in metadata:
+        yield Problem(
+            f"{start} is a T-LoRA: with all ranks at every timestep it is not what was trained",
+            "adapter.init_from",
+            hint=f"name another file, or remove the metadata {METADATA_KEY} to start from it so",
+        )
+    for expert in experts:
+        trained = other_expert(metadata, expert)
+        if trained is not None:
+            yield Problem(
+                f"{start} was trained for the {trained} expert, and the {expert} expert would "
+                "start from it",
+                "adapter.init_from",
+                hint=f'name a file of the {expert} expert, or set model.expert = "{trained}"; '
+                "where each has a file to start from, train one after the other",
+            )
 
 
 def _trained_shapes(config: RunConfig) -> dict[Expert | None, TransformerConfig]:

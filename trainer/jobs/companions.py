@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import attach, fitting_modules
+from trainer.adapters.rank_mask import METADATA_KEY
 from trainer.contract.config import FrozenAdapter, RunConfig
 from trainer.contract.errors import MenmaError, Problem
-from trainer.contract.lora_keys import Expert
+from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.memory_model.weights import linear_shapes
-from trainer.contract.variants import TransformerConfig
+from trainer.contract.variants import Expert, TransformerConfig
 from trainer.data.fingerprint import model_identity
 from trainer.models.wan.transformer import WanTransformer
 
@@ -44,11 +46,38 @@ def companion_problems(
     for index, companion in enumerate(config.adapter.frozen):
         if companion.expert not in (None, expert) or not companion.path.exists():
             continue
+        key = f"adapter.frozen[{index}].path"
         try:
             adapter = load_adapter(companion.path, expert=companion.expert or expert)
             fitting_modules(shapes, adapter)
         except MenmaError as error:
-            yield Problem(error.message, f"adapter.frozen[{index}].path", hint=error.hint)
+            yield Problem(error.message, key, hint=error.hint)
+            continue
+        if config.adapter.kind == "dora" and METADATA_KEY in adapter.metadata:
+            yield Problem(
+                f"{companion.path} is a T-LoRA, whose update is another one at each timestep, and "
+                "a DoRA measures the weights that it is put on",
+                key,
+                hint="leave it out, or train an adapter of another kind",
+            )
+        trained = other_expert(adapter.metadata, expert)
+        if companion.expert is None and trained is not None:
+            yield Problem(
+                f"{companion.path} is for the {trained} expert and would be put on the {expert} "
+                "expert, too",
+                key,
+                hint=f'write {{ path = "…", expert = "{trained}" }} to put it on its own alone, '
+                f'or expert = "{expert}" to put it on that one all the same',
+            )
+
+
+def other_expert(metadata: Mapping[str, Any], expert: Expert | None) -> Expert | None:
+    """Return the expert that a file says it was trained for, where that is not `expert`.
+
+    None where it is, where the file says none or both, and for a model without experts.
+    """
+    told = metadata.get("menma.expert")
+    return next((one for one in EXPERTS if expert and one == told != expert), None)
 
 
 def companion_facts(companions: tuple[FrozenAdapter, ...]) -> list[str]:

@@ -115,10 +115,16 @@ HELD: dict[str, Callable[[Options, Sequence[tuple[Options, Sizes]]], int]] = {
 """Float32 elements that are kept on the GPU and not trained, of all layers together, given the
 adapter's options and each layer's own. What is not in the table holds nothing."""
 
-OUTPUT: dict[str, Callable[[Options, int], int]] = {
-    "lora": lambda options, trained: trained * (2 if _keeps_start(options) else 1),
+OUTPUT: dict[str, Callable[[Options, int, int], int]] = {
+    "lora": lambda options, *sizes: _lora_width(options) * sum(sizes),
+    "singlora": lambda options, *sizes: _rank(options) * sum(sizes),
+    "relora": lambda options, *sizes: (
+        (_rank(options) + int(options.get("frozen_max_rank") or 0)) * sum(sizes)
+    ),
+    "vera": lambda options, *sizes: _rank(options) * sum(sizes),
 }
-"""Elements of an output file, given those that are trained; what is not in the table: the same."""
+"""Elements of an output file for a layer with so many inputs and outputs; what is not in the table:
+those that are trained. What ReLoRA freezes counts where it has a limit."""
 
 
 def trained_parameters(kind: str, options: Options, inputs: int, outputs: int) -> int:
@@ -146,9 +152,9 @@ def held_elements(kind: str, options: Options, layers: Sequence[tuple[Options, S
     return HELD[kind](options, layers) if kind in HELD else 0
 
 
-def output_elements(kind: str, options: Options, trained: int) -> int:
-    """Return the elements of an output file."""
-    return OUTPUT[kind](options, trained) if kind in OUTPUT else trained
+def output_elements(kind: str, options: Options, inputs: int, outputs: int) -> int:
+    """Return the elements of an output file for one layer."""
+    return OUTPUT.get(kind, TRAINED_PARAMETERS[kind])(options, inputs, outputs)
 
 
 def _keeps_start(options: Options) -> bool:

@@ -136,13 +136,12 @@ def _adapter_targets(
                 lr_factor=layer.lr_factor,
             )
         )
-    total = sum(part.parameters for part in parts)
     return Targets(
         parts=tuple(parts),
         blocks=blocks.with_adapters(),
         first=_first(plan, shape.num_layers),
         held=held_elements(kind, options, layers),
-        output=output_elements(kind, options, total),
+        output=sum(output_elements(kind, own, *size) for own, size in layers),
     )
 
 
