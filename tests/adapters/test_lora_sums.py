@@ -12,6 +12,8 @@ from torch import nn
 
 from trainer.adapters import load_adapter
 from trainer.adapters.base import AdapterFile, LoRAFactors
+from trainer.contract.loraid import Partition, numbers_text
+from trainer.contract.loraid_metadata import loraid_metadata
 from trainer.models.wan.loading import save_transformer
 
 from .lora_tool_runs import (
@@ -181,6 +183,29 @@ def test_what_was_added_can_be_taken_out(pair, tmp_path):
     (event,) = tool("lora_subtract", minuend=both, loras=[use(two, 0.5)], output=small, energy=1.0)
     assert event["ranks"].keys() <= {"3", "4"}, "the parts that cancel are gone"
     torch.testing.assert_close(effect((small, 1.0)), effect((one, 0.8)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_slot_that_is_taken_out_is_gone_from_layers_and_header(tmp_path):
+    partition = Partition(num_blocks=3, slots=3, granularity="module")
+    files = {}
+    for slot in (1, 2, 3):
+        files[slot] = tmp_path / f"{slot}.safetensors"
+        said = loraid_metadata(partition, slot, expert=None)
+        lora(files[slot], names=partition.modules(slot), seed=slot, metadata=said)
+    both, back = tmp_path / "both.safetensors", tmp_path / "back.safetensors"
+    tool("lora_merge", loras=[use(file) for file in files.values()], output=both)
+    assert header(both)["ss_loraid"] == "1,2,3"
+    tool("lora_subtract", minuend=both, loras=[use(files[2])], output=back, energy=1.0)
+    assert set(load_adapter(back)) == {*partition.modules(1), *partition.modules(3)}
+    assert header(back)["ss_loraid"] == "1,3"
+    assert header(back)["ss_loraid_units"] == numbers_text(
+        (*partition.units(1), *partition.units(3))
+    )
+    torch.testing.assert_close(
+        effect((back, 1.0)), effect((files[1], 1.0), (files[3], 1.0)), rtol=1e-5, atol=1e-5
+    )
+    tool("lora_subtract", minuend=both, loras=[use(files[2])], output=back, force=True)
+    assert header(back)["ss_loraid"] == "1,2,3", "without a cut its layers are there"
 
 
 def test_a_lora_is_taken_out_of_a_merged_base(pair, tmp_path):

@@ -11,6 +11,8 @@ from conftest import CONFIG
 from app.cli.commands import queue as commands
 from app.queue.jobs import Claim, JobState, Outcome
 from app.queue.store import QueueStore, queue_folder
+from app.queue.worker import worker_lock
+from app.runs.lock import RunLock
 
 
 @pytest.fixture
@@ -69,6 +71,16 @@ def test_adding_and_listing(menma, started, monkeypatch):
     ]
     assert "after 1" in table
     assert "menma cache fish.toml" in menma("queue", "show", "1").out
+
+
+def test_a_queue_without_a_worker_says_so(menma, started):
+    menma("queue", "add", "cache", "a.toml")
+    assert "No worker is at work" in menma("queue", "list").err
+    lock = RunLock.acquire(worker_lock(queue_folder()))
+    assert "No worker" not in menma("queue", "list").err
+    lock.release()
+    menma("queue", "pause")
+    assert "No worker" not in menma("queue", "list").err
 
 
 def test_an_empty_queue_says_what_to_do(menma, started):

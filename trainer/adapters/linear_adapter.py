@@ -162,6 +162,10 @@ class LinearAdapter(ABC):
             told |= {"include": include_patterns(self._layers), "exclude": [".*"]}
         return told
 
+    def file_metadata(self) -> dict[str, str]:
+        """Return what this kind says of itself in a file's header, beyond its options."""
+        return {}
+
     def write_output(
         self,
         state: Mapping[str, Tensor],
@@ -181,6 +185,7 @@ class LinearAdapter(ABC):
             "ss_network_module": self.network_module,
             "ss_network_args": json.dumps(self.network_args()),
             "ss_network_dropout": str(getattr(self.config, "dropout", 0.0) or None),
+            **self.file_metadata(),
         }
         if self.config.loraid is not None and self._partition is not None:
             expert, slot = metadata.get("menma.expert"), self.config.loraid.slot

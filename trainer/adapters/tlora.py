@@ -7,12 +7,10 @@ with all its ranks soon knows the layout of the training clips; with few it cann
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from trainer.adapters.low_rank_adapter import LowRankAdapter, LowRankOptions
@@ -89,20 +87,6 @@ class TLoRA(LowRankAdapter):
         factors = self.first_factors(name, base, seed)
         return TLoRALinear(base, *factors, self.scale, self.config.dropout, mask=self._mask)
 
-    def write_output(
-        self,
-        state: Mapping[str, Tensor],
-        path: Path,
-        *,
-        layout: str,
-        dtype: torch.dtype,
-        metadata: Mapping[str, str],
-    ) -> None:
-        """Write a LoRA with the schedule in its metadata, and verify it.
-
-        Raises:
-            ModelFileError: a value is not finite or does not fit `dtype`.
-            DiskError: the disk is full, read-only or faulty.
-        """
-        told = {**metadata, METADATA_KEY: self.schedule.in_words()}
-        super().write_output(state, path, layout=layout, dtype=dtype, metadata=told)
+    def file_metadata(self) -> dict[str, str]:
+        """Return the schedule, by which `attach` masks again."""
+        return {METADATA_KEY: self.schedule.in_words()}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,21 +139,7 @@ class VeRA(LinearAdapter):
             found[name] = LoRAFactors(down, up, float(self.config.rank))
         return found
 
-    def write_output(
-        self,
-        state: Mapping[str, Tensor],
-        path: Path,
-        *,
-        layout: str,
-        dtype: torch.dtype,
-        metadata: Mapping[str, str],
-    ) -> None:
-        """Write a LoRA, with what the matrices were made from in its metadata, and verify it.
-
-        Raises:
-            ModelFileError: a value is not finite or does not fit `dtype`.
-            DiskError: the disk is full, read-only or faulty.
-        """
+    def file_metadata(self) -> dict[str, str]:
+        """Return what the matrices were made from."""
         made_from = {"rank": self.config.rank, "projection_seed": self.config.projection_seed}
-        told = {**metadata, METADATA_KEY: json.dumps(made_from)}
-        super().write_output(state, path, layout=layout, dtype=dtype, metadata=told)
+        return {METADATA_KEY: json.dumps(made_from)}

@@ -8,7 +8,7 @@ slots blended into it: it is no longer separate from the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
@@ -193,6 +193,30 @@ def joined_loraid(tables: Sequence[Mapping[str, str]]) -> dict[str, str]:
     units = tuple(sorted({unit for one in loraids for unit in one.units}))
     shared = next((one.shared for one in loraids if one.shared), "")
     return as_metadata(replace(loraids[0], ids=ids, units=units, shared=shared))
+
+
+def only_held(metadata: Mapping[str, str], modules: Collection[str]) -> dict[str, str]:
+    """Return a header without those of its slots of which a file holds no layer any more.
+
+    Args:
+        metadata: of a file that several slots were joined into, or any other.
+        modules: canonical names of the layers that it holds.
+
+    Raises:
+        ModelFileError: a value cannot be what it should be.
+    """
+    loraid = read_loraid(metadata)
+    if loraid is None or loraid.shared or len(loraid.ids) < 2:
+        return dict(metadata)
+    partition = loraid.partition(image=any(name.endswith("_img") for name in modules))
+    if partition is None:
+        return dict(metadata)
+    there = {partition.slot_of(name) for name in modules}
+    ids = tuple(number for number in loraid.ids if number in there)
+    if ids in {(), loraid.ids}:
+        return dict(metadata)
+    units = tuple(sorted(unit for number in ids for unit in partition.units(number)))
+    return {**metadata, **as_metadata(replace(loraid, ids=ids, units=units))}
 
 
 def _older(ids: tuple[int, ...], expert: SlotExpert, shared: str) -> Loraid:

@@ -9,6 +9,7 @@ from trainer.adapters.base import AdapterFile, Update
 from trainer.adapters.low_rank import Cut
 from trainer.contract.errors import ModelFileError
 from trainer.contract.jobs import LoRAMergeRequest, LoRAOutput, LoRAUse
+from trainer.contract.loraid_metadata import only_held
 from trainer.jobs.base import Emit
 from trainer.jobs.lora_files import open_loras, union
 from trainer.jobs.lora_metadata import combined_metadata, lost_notes, tool_metadata
@@ -101,6 +102,7 @@ def sum_and_write(
         metadata = tool_metadata(adapters[0], tool, **facts)
     else:
         metadata, notes = combined_metadata(adapters, tool, **facts)
+    metadata = only_held(metadata, updates)
     written = write_lora(updates, target, adapters, metadata, exact=not energies.kept)
     named = (note for adapter in adapters for note in _named(adapter))
     notes = (*named, *lost_notes(adapters), *notes, *written.notes)

@@ -17,6 +17,9 @@ from trainer.contract.jobs import CutOptions
 from trainer.jobs.base import MAX_LISTED
 from trainer.jobs.lora_files import is_plain
 
+_ROUNDING = 1e-5
+"""What is left of parts that cancel, relative to the largest: float32 sums of products."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -75,6 +78,8 @@ def cut_of(options: CutOptions) -> Cut:
 def sum_module(name: str, parts: Sequence[Part], cut: Cut, energies: Energies) -> Update | None:
     """Return Σ weight · update of one module, None where no part has a weight.
 
+    None also where a cut is wanted and the parts cancel but for the rounding of their sum.
+
     Plain LoRAs are concatenated, exactly; what is beyond the cut is taken off by a singular value
     decomposition. A module that one file alone has, with weight 1, is kept as it is, whatever its
     kind. Other kinds need a cut: their sum is formed as a matrix and decomposed.
@@ -85,6 +90,15 @@ def sum_module(name: str, parts: Sequence[Part], cut: Cut, energies: Energies) -
     kept = [part for part in parts if part.weight]
     if not kept:
         return None
+    update = _summed(name, kept, cut, energies)
+    if cut.limits and any(part.weight < 0 for part in kept):
+        largest = max(abs(part.weight) * part.update.norm() for part in kept)
+        if update.norm() <= _ROUNDING * largest:
+            return None
+    return update
+
+
+def _summed(name: str, kept: Sequence[Part], cut: Cut, energies: Energies) -> Update:
     if all(is_plain(part.update) for part in kept):
         pairs = [(_factors(part.update), part.weight) for part in kept]
         return _cut(name, weighted_sum(pairs), cut, energies)

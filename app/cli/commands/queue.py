@@ -18,7 +18,7 @@ from app.queue.jobs import Job, JobSpec, JobState, kind_of
 from app.queue.look import JobView, job_run, look_at, look_at_all
 from app.queue.order import ordered
 from app.queue.store import QueueStore, queue_folder
-from app.queue.worker import ensure_worker
+from app.queue.worker import ensure_worker, is_working
 from app.runs import control
 from app.runs.durations import duration
 from trainer.contract.errors import UserError
@@ -123,6 +123,8 @@ def list_jobs(
     output.data(output.table(headers, map(_row, views), right="ID STEP ETA"))
     if store.paused:
         output.say("The queue is paused: nothing is started. `menma queue resume` goes on.")
+    elif any(view.state is JobState.QUEUED for view in views) and not is_working(store.folder):
+        output.say("No worker is at work, as after a restart: `menma queue resume` starts one.")
 
 
 @app.command()
