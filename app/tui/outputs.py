@@ -10,6 +10,7 @@ from app.runs.durations import duration
 from app.runs.state import find_runs
 from trainer.contract.run_dir import RunDir
 
+KIB = 2**10
 MIB = 2**20
 
 
@@ -25,6 +26,8 @@ class Output:
     @property
     def size(self) -> str:
         """Its size as people read it."""
+        if self.num_bytes < MIB:
+            return f"{self.num_bytes / KIB:,.1f} KiB"
         return f"{self.num_bytes / MIB:,.1f} MiB"
 
     @property
