@@ -16,6 +16,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from trainer.engine.process_group import join, leave
+
 # A slow machine is not a failing property.
 settings.register_profile("menma", deadline=None, max_examples=50)
 settings.load_profile("menma")
@@ -26,7 +28,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# And started by nohup, it outlives its terminal.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture
+def world():
+    """Return this process's place in a group of its own, which is made anew if a job left it.
+
+    Not of the session: a job that runs in the test's process takes the group down at its end.
+    """
+    return join("cpu", timeout_s=60)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files with slow tests first, so that no worker is left with one when all others end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_sessionfinish() -> None:
+    leave()

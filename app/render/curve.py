@@ -146,11 +146,11 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10, 20) if power * factor >= rough)
     start = math.ceil(low / step - 1e-9)
-    found = []
-    while start * step <= high + step * 1e-9:
-        found.append(start * step)
-        start += 1
-    return found[:most]
+    places = range(start, start + most)
+    # A product may be off by the spacing of floats, which counts where the range is that small.
+    return [
+        min(max(place * step, low), high) for place in places if place * step <= high + step * 1e-9
+    ]
 
 
 class _Columns:

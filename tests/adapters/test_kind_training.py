@@ -25,7 +25,6 @@ from trainer.contract.catalog import ADAPTERS
 from trainer.contract.stored_kinds import STORED_KINDS
 from trainer.engine.deepspeed import DeepSpeedEngine
 from trainer.engine.local import LocalEngine
-from trainer.engine.process_group import join, leave
 from trainer.memory.block_swap import BlockSwap
 from trainer.models.wan.quantised import is_block_linear, replace_layer
 from trainer.quant.fp8 import Fp8Spec, quantise
@@ -267,12 +266,6 @@ class Step(nn.Module):
     def forward(self, batch):
         seed = int(batch.latents_BCFHW.flatten()[0].abs() * 1000)
         return {"loss": loss_of(self.model, seed)}
-
-
-@pytest.fixture(scope="module")
-def world():
-    yield join("cpu", timeout_s=60)
-    leave()
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ def test_closing_the_terminal_leaves_the_run_alone(run, config, tmp_path):
     os.close(inner)
     wait_for(stepped(run))
     os.close(terminal)
-    assert shell.wait(timeout=20) != 0
+    assert shell.wait(timeout=60) != 0
     step = read_state(run).step
     wait_for(stepped(run, step + 5))
     assert read_state(run).state is State.RUNNING

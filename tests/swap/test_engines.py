@@ -11,7 +11,6 @@ from tests.swap.swapped_models import assert_equal, loss_of, make_model
 from trainer.core.types import Batch
 from trainer.engine.deepspeed import DeepSpeedEngine
 from trainer.engine.local import LocalEngine
-from trainer.engine.process_group import join, leave
 from trainer.memory.streams import HostStreams
 
 
@@ -43,12 +42,6 @@ def results(stage: int | None, swap: int, world) -> tuple[list[Tensor], HostStre
     found += list(engine.full_parameters().values())
     engine.close()
     return found, streams
-
-
-@pytest.fixture(scope="module")
-def world():
-    yield join("cpu", timeout_s=60)
-    leave()
 
 
 @pytest.mark.parametrize("stage", [None, 0, 1, 2])
