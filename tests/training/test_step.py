@@ -141,7 +141,7 @@ def test_every_hook_enters_the_loss() -> None:
         def edit_batch(self, batch: Batch, random: torch.Generator) -> Batch:
             return replace(batch, latents_BCFHW=batch.latents_BCFHW + 1)
 
-        def edit_target(self, target: Tensor, batch: Any, noisy: Any) -> Tensor:
+        def edit_target(self, target: Tensor, batch: Any, noisy: Any, predict_base: Any) -> Tensor:
             return target * 2
 
         def loss_map(self, batch: Any, noisy: Any) -> Tensor:

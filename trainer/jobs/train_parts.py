@@ -196,6 +196,7 @@ def assemble_model(
         techniques,
         config.training.seed,
         transformer.blocks.suspended,
+        suspended_adapter=adapter.suspended,
         part=0 if sequence is None else sequence.rank,
     )
     return TrainedModel(transformer, adapter, techniques, step.train())
