@@ -205,6 +205,7 @@ class Need(StrEnum):
     EXTRA_FORWARD = "extra_forward"
     FULL_GRADS = "full_grads"
     BASE_MODEL = "base_model"
+    MASKS = "masks"
 
 
 class TrainingState(Protocol):
@@ -239,6 +240,11 @@ class Technique:
     maturity: ClassVar[Maturity] = Maturity.EXPERIMENTAL
     needs: ClassVar[frozenset[Need]] = frozenset()
     Config: ClassVar[type[Options]]
+
+    @classmethod
+    def needs_of(cls, options: Options) -> frozenset[Need]:
+        """Return what it requires with these options of `Config`."""
+        return cls.needs
 
     def connect(self, state: TrainingState) -> None:
         """Take what the engine holds, once, before the first step and before `load_state_dict`.

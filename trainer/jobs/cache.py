@@ -32,6 +32,7 @@ from trainer.data.entries import entry_key
 from trainer.data.latent_cache import LatentEntry, write_latents
 from trainer.data.masks import read_alpha_mask, read_mask
 from trainer.data.media import Clip, index_clip, read_window
+from trainer.data.paired import NAMES
 from trainer.data.plan import PlannedItem, plan_source
 from trainer.data.sources.paired import kind_of
 from trainer.data.text_cache import text_file, text_key, write_text_entry
@@ -327,14 +328,20 @@ def _decode(task: _Task, index: Callable[..., Clip]) -> DecodedWindow:
     rates = {"target_fps": task.work.settings.target_fps, "source_fps": source.source_fps}
     clip = index(item.path, item.kind, **rates)
     paired = {what: index(path, kind_of(path), **rates) for what, path in item.paired.items()}
-    mask = None
+    control = mask = None
     if source.alpha_mask:
         mask = read_alpha_mask(clip, frames, size)
-    elif "mask" in paired:
-        mask = read_mask(paired["mask"], frames, size)
+    for what, other in paired.items():
+        try:
+            if what == "mask":
+                mask = read_mask(other, frames, size)
+            else:
+                control = read_window(other, frames, size)
+        except DataError as error:
+            raise DataError(f"its {NAMES[what]} {other.path.name}: {error.message}") from None
     return DecodedWindow(
         frames_FHW3=read_window(clip, frames, size),
-        control_FHW3=read_window(paired["control"], frames, size) if "control" in paired else None,
+        control_FHW3=control,
         control_first_frame=source.control_first_frame,
         mask_FHW=mask,
     )

@@ -22,6 +22,7 @@ from trainer.data.checks import DatasetCheck, check_dataset
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.adapter_checks import adapter_problems
 from trainer.jobs.base import MAX_LISTED, Emit
+from trainer.jobs.build import mask_problems
 from trainer.jobs.components import require_vae, settle_variant, with_variant
 from trainer.jobs.config_checks import (
     batch_problems,
@@ -179,6 +180,7 @@ def _dataset(
         emit("log", message=f"the largest {MAX_LISTED} of {total} buckets are listed")
     problems += _empty_sides(config, checked)
     problems += batch_problems(config, checked.groups)
+    problems += mask_problems(config, masks=checked.masked_clips > 0) if checked.clips else []
     for note in _dataset_notes(config, variant, dataset, checked):
         emit("warning", message=note)
     return {

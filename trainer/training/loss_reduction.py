@@ -20,7 +20,7 @@ def reduce_loss(
     """Return mean_b( item_weight_b · w(σ_b) · mean( pointwise_b · Π maps_b ) ), shape ().
 
     A map that shall not change how much an item counts as a whole has a mean of 1 over the item
-    (see `normalised_map`). What is not there multiplies nothing, so its absence changes no bit.
+    (`loss_maps.normalised_map`). What is not there multiplies nothing: its absence changes no bit.
 
     Args:
         pointwise_BCFHW: loss of every element, float32.
@@ -35,13 +35,3 @@ def reduce_loss(
     if item_weight_B is not None:
         per_item_B = item_weight_B * per_item_B
     return per_item_B.mean()
-
-
-def normalised_map(weights_B1FHW: Tensor) -> Tensor:
-    """Return weights divided by their mean over each item: w / mean(w); all 0 stays all 0.
-
-    An item with a small mask then counts as much as one with a large mask.
-    """
-    mean_B = weights_B1FHW.flatten(1).mean(dim=1)
-    safe_B = mean_B.where(mean_B > 0, 1.0)
-    return weights_B1FHW / safe_B.view(-1, *([1] * (weights_B1FHW.dim() - 1)))
