@@ -140,7 +140,7 @@ def _head(work: Workload) -> float:
     normed = 1 if work.clip.batch == 1 else 2
     # Of a clip that is shared each rank predicts a part, gets the others', and has the whole loss.
     gathered = work.latent_bytes if work.sequence_ranks > 1 else 0
-    loss = LOSS_LATENTS * work.latent_bytes
+    loss: float = LOSS_LATENTS * work.latent_bytes
     if uses_masks(work.config):  # the loss before and after it is weighed, and the weights
         loss += work.latent_bytes + MASK_WEIGHTS * _mask_bytes(work)
     return (normed + 1) * shape.tokens_bytes + loss + gathered
