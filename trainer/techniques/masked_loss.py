@@ -3,8 +3,8 @@
 With m the mask (1: learn), v the clip's velocity and v₀ that of the model before training, the loss
 is the mean of a·ℓ(v̂, v) + b·ℓ(v̂, v₀), where a = o + (1 - o)·m, b = p·(1 - m), o `outside_weight`
 and p `prior_weight`; with `normalize` a and (1 - m) are each divided by their mean over the clip.
-It is computed as (a + b)·ℓ(v̂, (a·v + b·v₀) / (a + b)): where m is 0 or 1 that is the same, and in
-between it is the same for the squared error but for a number that v̂ has no part in, since
+It is computed as (a + b)·ℓ(v̂, (a·v + b·v₀) / (a + b)): where a or b is 0 that is the same; where
+both count it is the same for the squared error but for a number that v̂ has no part in, since
 a(x - v)² + b(x - v₀)² = (a + b)(x - (a·v + b·v₀)/(a + b))² + ab/(a + b)·(v - v₀)².
 
 That the untrained model's prediction is the target outside of the mask is known from OneTrainer as
