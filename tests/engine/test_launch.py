@@ -66,7 +66,7 @@ def start(folder: Path, mode: str, grace: float = 60) -> subprocess.Popen[bytes]
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "EXTRA": "kept"},
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not all((folder / f"{rank}.json").exists() for rank in range(2)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
