@@ -1,4 +1,4 @@
-"""The screens that goldens and pictures show: which keys lead there, and which words tell that it is there."""
+"""The screens that goldens and pictures show: the keys that lead there, the words to wait for."""
 
 from __future__ import annotations
 

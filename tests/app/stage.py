@@ -1,7 +1,7 @@
 """A project with something on every screen, the same on every machine: for goldens and pictures.
 
-It has a run that is live (this process holds its lock), one that is done, one that failed, jobs that
-wait, clips, a config and a machine that is described, not looked at.
+It has a run that is live (this process holds its lock), one that is done, one that failed, jobs
+that wait, clips, a config and a machine that is described, not looked at.
 """
 
 from __future__ import annotations
@@ -119,6 +119,10 @@ def staged(folder: Path) -> Iterator[Sources]:
         os.chdir(before)
 
 
+def _no_worker(folder: Path) -> None:
+    """Start nothing: what waits goes on waiting."""
+
+
 def _files() -> None:
     for name in ("wan2.1-t2v-1.3b", "wan2.1-vae", "umt5-xxl"):
         _touch(Path(f"models/{name}.safetensors"))
@@ -136,13 +140,13 @@ def _touch(path: Path) -> None:
 
 def _run(name: str, steps: int, total: int, age_s: float, error: str = "") -> RunDir:
     run = RunDir(Path("runs") / name)
-    drawn = random.Random(name)  # noqa: S311  (a curve to look at)
+    drawn = random.Random(name)
     emit = EventWriter(run.events)
     emit("phase", name="training", detail="")
     for step in range(1, steps + 1):
         emit(
-            "step", step=step, total_steps=total, loss=_loss(step, drawn), lr=1e-4 * min(1, step / 50),
-            grad_norm=0.4 + 0.1 * drawn.random(), step_time_s=2.5, eta_s=2.5 * (total - step),
+            "step", step=step, total_steps=total, loss=_loss(step, drawn),
+            lr=1e-4 * min(1, step / 50), grad_norm=0.4 + 0.1 * drawn.random(), step_time_s=2.5, eta_s=2.5 * (total - step),
             epoch=step / 12, rss_gib=6.25, vram_gib=14.25,
         )  # fmt: skip
         if step % 100 == 0:
