@@ -146,7 +146,8 @@ def _run(name: str, steps: int, total: int, age_s: float, error: str = "") -> Ru
     for step in range(1, steps + 1):
         emit(
             "step", step=step, total_steps=total, loss=_loss(step, drawn),
-            lr=1e-4 * min(1, step / 50), grad_norm=0.4 + 0.1 * drawn.random(), step_time_s=2.5, eta_s=2.5 * (total - step),
+            lr=1e-4 * min(1, step / 50), grad_norm=0.4 + 0.1 * drawn.random(),
+            step_time_s=2.5, eta_s=2.5 * (total - step),
             epoch=step / 12, rss_gib=6.25, vram_gib=14.25,
         )  # fmt: skip
         if step % 100 == 0:
