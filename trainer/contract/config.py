@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from trainer.contract.expert_config import ExpertSection, ExpertsSection
+from trainer.contract.hub import MODEL_FIELDS, is_reference, parse_reference
 from trainer.contract.options import Options
 from trainer.contract.plugin_options import option_names
 from trainer.contract.webhook import is_webhook
@@ -49,7 +50,8 @@ class ModelSection(Options):
     variant: str = "auto"
     """Model variant such as `wan2.1-t2v-1.3b`; `auto` recognises it from the weights."""
     transformer: Path | None = None
-    """Transformer weights, file or folder, any known layout. Wan 2.2: the low-noise expert."""
+    """Transformer weights, file or folder, any known layout. Wan 2.2: the low-noise expert.
+    Each file of this section may be of the Hugging Face hub: `hf:owner/repo/file`."""
     transformer_high_noise: Path | None = None
     """Wan 2.2 only: weights of the high-noise expert."""
     expert: Literal["low_noise", "high_noise", "both", "shared"] | None = None
@@ -68,6 +70,13 @@ class ModelSection(Options):
     """CLIP ViT-H weights; only Wan 2.1 image-to-video models need them."""
     shape: dict[str, int | float | bool] = Field(default_factory=dict)
     """Sizes of a model that is not a released one, e.g. `{num_heads = 4}`."""
+
+    @field_validator(*MODEL_FIELDS)
+    @classmethod
+    def _known_reference(cls, value: Path | None) -> Path | None:
+        if value is not None and is_reference(value):
+            return Path(str(parse_reference(value.as_posix())))
+        return value
 
 
 class DatasetSection(Options):
