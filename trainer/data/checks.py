@@ -202,7 +202,7 @@ def _look_at(item: MediaItem, source: SourceOptions, variant: Variant) -> _Clip:
 
 def _rate_notes(source: SourceOptions, clips: Sequence[_Clip]) -> list[str]:
     fps = source.source_fps
-    if fps is None:
+    if fps is None or fps == "auto":
         return []
     other = [c.file_fps for c in clips if c.file_fps and abs(c.file_fps / fps - 1) > 0.05]
     if not other:

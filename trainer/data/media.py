@@ -22,8 +22,9 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from trainer.contract.dataset_config import MediaKind
+from trainer.contract.dataset_config import MediaKind, SourceFps
 from trainer.contract.errors import DataError
+from trainer.data.frame_pixels import rgb_pixels
 from trainer.data.images import image_size, read_image
 from trainer.data.resampling import constant_rate, nearest_frames
 from trainer.data.resize import Pixels, resize_cover
@@ -96,13 +97,13 @@ def probe(path: Path, kind: MediaKind) -> ClipInfo:
 
 
 def index_clip(
-    path: Path, kind: MediaKind, *, target_fps: float, source_fps: float | None = None
+    path: Path, kind: MediaKind, *, target_fps: float, source_fps: SourceFps | None = None
 ) -> Clip:
     """List a clip's frames, resampled to `target_fps` if `source_fps` is given.
 
     Frame k of the result is the one nearest in time to k / target_fps. A constant-rate clip and a
     folder of images run at `source_fps`, whatever the file says; one of varying rate has its own
-    time stamps, and those count.
+    time stamps, and those count. With "auto" the time stamps count in any case.
 
     Raises:
         DataError: it cannot be read, is damaged, or has no frames.
@@ -116,7 +117,7 @@ def index_clip(
     constant = constant_rate(packets.pts)
     if source_fps is not None:
         times = packets.times
-        if constant:
+        if constant and source_fps != "auto":
             times = tuple(frame / source_fps for frame in frames)
             end = len(frames) / source_fps
         else:
@@ -167,7 +168,9 @@ def to_video(frames_FHW3: Tensor) -> Tensor:
     return frames_FHW3.permute(3, 0, 1, 2).to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
-def _index_images(path: Path, kind: MediaKind, target_fps: float, source_fps: float | None) -> Clip:
+def _index_images(
+    path: Path, kind: MediaKind, target_fps: float, source_fps: SourceFps | None
+) -> Clip:
     images = tuple(list_images(path)) if path.is_dir() else (path,)
     if not images or (kind == "image" and path.is_dir()):
         raise DataError("is a folder, not an image" if kind == "image" else "holds no images")
@@ -180,7 +183,12 @@ def _index_images(path: Path, kind: MediaKind, target_fps: float, source_fps: fl
                 f"{image.name} {size[0]}x{size[1]}"
             )
     frames = tuple(range(len(images)))
-    if source_fps is not None and kind == "video":
+    if source_fps == "auto" and path.is_dir():
+        raise DataError(
+            "is a folder of images, which has no rate of its own",
+            hint='set source_fps to a number instead of "auto", in a source of its own',
+        )
+    if isinstance(source_fps, float | int) and kind == "video":
         times = tuple(frame / source_fps for frame in frames)
         frames = nearest_frames(times, len(frames) / source_fps, target_fps)
     return Clip(path, width, height, frames, images=images)
@@ -350,8 +358,7 @@ def _reliable_count(container: InputContainer, stream: VideoStream) -> int | Non
 
 def _pixels(frame: VideoFrame) -> Pixels:
     """Return a frame as it is meant to be seen, RGB (H, W, 3)."""
-    image = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-    return np.ascontiguousarray(np.rot90(image, _quarter_turns(frame)))
+    return np.ascontiguousarray(np.rot90(rgb_pixels(frame), _quarter_turns(frame)))
 
 
 def _quarter_turns(frame: VideoFrame) -> int:
