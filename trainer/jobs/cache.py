@@ -174,7 +174,9 @@ def run_cache(
         captions_reused=captions[1],
         buckets=dict(sorted(Counter(entry.bucket for entry in _usable_entries(works)).items())),
         problems=tuple(problem for work in works for problem in work.problems),
-        notes=tuple(note for work in works for note in (*work.plan.notes, *work.notes)),
+        notes=tuple(
+            dict.fromkeys(note for work in works for note in (*work.plan.notes, *work.notes))
+        ),
     )
 
 
