@@ -63,6 +63,7 @@ class LibraryScreen(Screen[None]):
         super().__init__()
         self._sources = sources
         self._outputs: list[Output] = []
+        self._rows: list[tuple[str, str, str, str]] = []
 
     def compose(self) -> ComposeResult:
         """Lay out the list."""
@@ -85,18 +86,15 @@ class LibraryScreen(Screen[None]):
     @on(Found)
     def show(self, message: Found) -> None:
         """Show the files; the cursor stays where it is."""
-        if message.outputs != self._outputs:
-            self._outputs = message.outputs
+        self._outputs = message.outputs
+        rows = [(o.file.name, o.run.root.name, o.size, o.age) for o in self._outputs]
+        if rows != self._rows:  # also when one has only grown older
+            self._rows = rows
             table = self.query_one(DataTable)
             row = table.cursor_row
             table.clear()
-            for output in self._outputs:
-                table.add_row(
-                    output.file.name,
-                    output.run.root.name,
-                    Text(output.size, justify="right"),
-                    output.age,
-                )
+            for name, run, size, age in rows:
+                table.add_row(name, run, Text(size, justify="right"), age)
             table.move_cursor(row=min(row, max(len(self._outputs) - 1, 0)))
         self._describe()
 
