@@ -1,4 +1,4 @@
-"""From the wizard to a finished training, a sample and a merge, by keys alone; real jobs, nano model."""
+"""From the wizard to a training, a sample and a merge, by keys alone; real jobs, nano model."""
 
 from __future__ import annotations
 
@@ -85,8 +85,9 @@ class Hands:
         """Wait until a line of the list says that it is done."""
         end = time.monotonic() + PATIENCE_S
         while "+ done" not in (line := await self.state_of(name, kind)):
-            bad = any(word in line for word in ("failed", "lost", "blocked"))
-            assert not bad and time.monotonic() < end, screen_text(self._app)
+            bad = [word for word in ("failed", "lost", "blocked") if word in line]
+            assert not bad, screen_text(self._app)
+            assert time.monotonic() < end, screen_text(self._app)
             await self._pilot.pause(0.2)
 
 

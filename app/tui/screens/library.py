@@ -152,7 +152,7 @@ class LibraryScreen(Screen[None]):
 
         def answered(agreed: bool | None) -> None:
             if agreed:
-                self._queue(argv)
+                self._queue(argv, output.file.stem)
 
         self.app.push_screen(Ask(f"Queue this?\n\nmenma {shlex.join(argv)}", "Queue"), answered)
 
@@ -163,13 +163,13 @@ class LibraryScreen(Screen[None]):
             self.app.copy_to_clipboard(str(output.file.absolute()))
             self.notify(f"Copied, if this terminal allows it: {output.file}")
 
-    def _queue(self, argv: list[str]) -> None:
+    def _queue(self, argv: list[str], name: str) -> None:
         store = self._sources.store
         if store is None:
             self.notify("the queue cannot be used: see `menma queue list`", severity="error")
             return
         try:
-            number = store.add(job_spec(argv))
+            number = store.add(job_spec(argv, name=name))
             ensure_worker(store.folder)
         except (MenmaError, OSError) as error:
             self.notify(str(error), severity="error", timeout=10)
