@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from textual import on
-from textual.app import App
+from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.screen import Screen
 
 from app.tui.screens.jobs import JobsScreen
 from app.tui.screens.library import LibraryScreen
@@ -20,6 +22,7 @@ from app.tui.widgets import Ask
 
 if TYPE_CHECKING:
     from app.tui.screens.config.screen import ConfigScreen
+    from app.tui.screens.wizard.screen import Finished
 
 RUNS = Path("runs")
 FEW_COLOURS = frozenset({"linux", "screen", "vt100", "ansi", "xterm"})
@@ -77,10 +80,34 @@ class MenmaApp(App[None]):
 
     def edit_config(self, path: Path) -> None:
         """Show a config."""
-        screen = _config_screen()(self._sources)
-        self.install_screen(screen, "config")
-        screen.open(path)
+        if not self.is_screen_installed("config"):
+            self.install_screen(_config_screen()(self._sources), "config")
+        self.get_screen("config", _config_screen()).open(path)
         self.switch_screen("config")
+
+    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
+        """Yield what the command palette offers."""
+        yield SystemCommand("New training", "from a model to a queued run", self.action_new)
+        yield from super().get_system_commands(screen)
+
+    def action_new(self) -> None:
+        """Ask for everything that a training needs, and start it."""
+        from app.tui.screens.wizard.screen import WizardScreen
+
+        if not isinstance(self.screen, WizardScreen):
+            self.push_screen(WizardScreen(self._sources), self._made)
+
+    def _made(self, finished: Finished | None) -> None:
+        """Show the jobs of a new training, or its config."""
+        if finished is None:
+            return
+        self.notify(finished.words)
+        if finished.jobs:
+            self.action_show("jobs")
+        elif self._has_changes():
+            self.notify("The config screen has another one with changes: save it, then o opens.")
+        else:
+            self.edit_config(finished.path)
 
     async def action_quit(self) -> None:
         """Leave; ask first where a config has changes that are not saved."""

@@ -22,14 +22,14 @@ class Sources:
 
     def __init__(self, runs_dir: Path, queue: Path | None = None) -> None:
         self.runs_dir = runs_dir
-        self._folder = queue or queue_folder()
+        self.folder = queue or queue_folder()
         self._problem = ""
         self.store = self._open()
 
     def overview(self) -> Overview:
         """Read runs and jobs. Called from a thread: it has a connection of its own."""
         try:
-            store = QueueStore(self._folder)
+            store = QueueStore(self.folder)
         except DiskError as error:
             return read_overview(self.runs_dir, None, error.message)
         try:
@@ -51,7 +51,7 @@ class Sources:
 
     def _open(self) -> QueueStore | None:
         try:
-            return QueueStore(self._folder)
+            return QueueStore(self.folder)
         except DiskError as error:
             self._problem = error.message
             return None

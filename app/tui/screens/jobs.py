@@ -58,6 +58,7 @@ class JobsScreen(Screen[None]):
         Binding("J", "move(1)", "Later", show=False),
         Binding("K", "move(-1)", "Sooner", show=False),
         Binding("P", "pause", "Pause"),
+        Binding("n", "app.new", "New"),
     ]
 
     class Read(Message):
@@ -283,7 +284,8 @@ class JobsScreen(Screen[None]):
         entry = self._entry()
         if entry is None:
             words = self._overview.problem or (
-                "Nothing here yet. `menma train CONFIG` trains, `menma queue add …` queues."
+                "Nothing here yet. n makes a training, step by step: model, data, start.\n"
+                "On the command line: `menma train CONFIG` trains, `menma queue add …` queues."
             )
             self.query_one("#details", Static).update(Text(words))
             return
