@@ -272,6 +272,23 @@ class LoraVerifyRequest(Options):
     """Which part of files that hold LoRAs for both experts of Wan 2.2."""
 
 
+class FramesRequest(Options):
+    """Write frames of a video, of a folder of images or of an image as small PNG files."""
+
+    path: Path
+    """What to look at."""
+    output: Path
+    """Folder of the pictures, `frame_00000.png` and so on by the number of the frame."""
+    num_frames: int = Field(8, ge=1, le=256)
+    """How many, evenly spread, first and last among them; a shorter clip gives all it has."""
+    frames: tuple[int, ...] = Field((), max_length=256)
+    """Frames to write instead, from 0; those below 0 count from the end, -1 is the last."""
+    max_width: int = Field(320, ge=1, le=4096)
+    """Pixels; the picture keeps its aspect and is never enlarged."""
+    max_height: int = Field(320, ge=1, le=4096)
+    """Pixels."""
+
+
 class DemoRequest(Options):
     """Run the whole pipeline on a tiny model."""
 
@@ -331,6 +348,7 @@ JOBS: Registry[object] = Registry(
     Entry("lora_ema", "trainer.jobs.lora_ema:run", "average the files of one run"),
     Entry("lora_blend", "trainer.jobs.lora_blend:run", "LoRAs share their updates"),
     Entry("lora_verify", "trainer.jobs.lora_verify:run", "whether LoRA files are disjoint"),
+    Entry("frames", "trainer.jobs.frames:run", "frames of a video as small pictures"),
     Entry("demo", "trainer.demo.job:run", "the whole pipeline on a tiny model"),
     Entry("bench", "trainer.bench.job:run", "speed and memory as ratios"),
     Entry("bench_config", "trainer.bench.config_job:run", "time and memory of a config's step"),
@@ -356,6 +374,7 @@ REQUESTS: dict[str, type[Options]] = {
     "lora_ema": LoRAEmaRequest,
     "lora_blend": LoRABlendRequest,
     "lora_verify": LoraVerifyRequest,
+    "frames": FramesRequest,
     "demo": DemoRequest,
     "bench": BenchRequest,
     "bench_config": BenchConfigRequest,

@@ -12,15 +12,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
-import torch
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
-from torch import Tensor
 
 from trainer.contract.dataset_config import MediaKind
 from trainer.contract.errors import DataError
@@ -28,6 +26,9 @@ from trainer.data.images import image_size, read_image
 from trainer.data.resampling import constant_rate, nearest_frames
 from trainer.data.resize import Pixels, resize_cover
 from trainer.data.sources.item import list_images
+
+if TYPE_CHECKING:  # torch is loaded by who wants tensors: looking at clips starts without it
+    from torch import Tensor
 
 _EXACT_CONTAINERS = {"mov", "mp4", "m4a", "3gp", "3g2", "mj2"}
 _LENGTH_IN_HEADER = _EXACT_CONTAINERS | {"matroska", "webm"}
@@ -133,6 +134,17 @@ def read_window(clip: Clip, frames: range, size: tuple[int, int]) -> Tensor:
     Raises:
         DataError: a frame is missing or damaged.
     """
+    import torch
+
+    return torch.from_numpy(read_pixels(clip, frames, size))
+
+
+def read_pixels(clip: Clip, frames: Sequence[int], size: tuple[int, int]) -> Pixels:
+    """Return the same as an array, frames_FHW3; the frames may be any, in any order.
+
+    Raises:
+        DataError: a frame is missing or damaged.
+    """
     wanted = [clip.source_frames[frame] for frame in frames]
     unique = sorted(set(wanted))
     resized: dict[int, Pixels] = {}
@@ -142,11 +154,13 @@ def read_window(clip: Clip, frames: range, size: tuple[int, int]) -> Tensor:
     else:
         for frame, image, pixel_aspect in _decode(clip, unique):
             resized[frame] = resize_cover(image, *size, pixel_aspect=pixel_aspect)
-    return torch.from_numpy(np.stack([resized[frame] for frame in wanted]))
+    return np.stack([resized[frame] for frame in wanted])
 
 
 def to_video(frames_FHW3: Tensor) -> Tensor:
     """Return uint8 frames as video_3FHW in [-1, 1], float32: what a VAE takes."""
+    import torch
+
     # In place: of a clip of 1280x720x81 a second copy would take 0.9 GB.
     return frames_FHW3.permute(3, 0, 1, 2).to(torch.float32, copy=True).div_(127.5).sub_(1)
 
