@@ -45,6 +45,8 @@ class ClipInfo:
     fps: float | None = None
     """Mean rate; None for images."""
     duration_s: float | None = None
+    constant_rate: bool | None = None
+    """Whether frames are evenly spaced in time; None for images, and where nobody has looked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +67,22 @@ class Clip:
     """Time stamps of frames that decoding can start at."""
     file_fps: float | None = None
     """Rate that the file gives, if it is constant."""
+    mean_fps: float | None = None
+    duration_s: float | None = None
+    """Of the file, before resampling; None for images."""
 
     @property
     def num_frames(self) -> int:
         """Frames of the clip after resampling in time."""
         return len(self.source_frames)
+
+    @property
+    def info(self) -> ClipInfo:
+        """What there is to tell of it; frames after resampling, rate and length of the file."""
+        constant = None if self.images else self.file_fps is not None
+        return ClipInfo(
+            self.width, self.height, self.num_frames, self.mean_fps, self.duration_s, constant
+        )
 
 
 def probe(path: Path, kind: MediaKind) -> ClipInfo:
@@ -123,9 +136,17 @@ def index_clip(
         else:
             end = packets.duration_s
         frames = nearest_frames(times, end, target_fps)
-    pts = packets.pts if packets.exact else ()
-    file_fps = packets.fps if constant else None
-    return Clip(path, width, height, frames, (), pts, packets.key_pts, file_fps)
+    return Clip(
+        path,
+        width,
+        height,
+        frames,
+        pts=packets.pts if packets.exact else (),
+        key_pts=packets.key_pts,
+        file_fps=packets.fps if constant else None,
+        mean_fps=packets.fps,
+        duration_s=packets.duration_s,
+    )
 
 
 def read_window(clip: Clip, frames: range, size: tuple[int, int]) -> Tensor:
@@ -155,6 +176,21 @@ def read_pixels(clip: Clip, frames: Sequence[int], size: tuple[int, int]) -> Pix
         for frame, image, pixel_aspect in _decode(clip, unique):
             resized[frame] = resize_cover(image, *size, pixel_aspect=pixel_aspect)
     return np.stack([resized[frame] for frame in wanted])
+
+
+def try_frames(clip: Clip, frames: Sequence[int]) -> None:
+    """Decode frames of a clip and let go of them.
+
+    Raises:
+        DataError: one is missing or damaged.
+    """
+    wanted = sorted({clip.source_frames[frame] for frame in frames})
+    if clip.images:
+        for frame in wanted:
+            read_image(clip.images[frame])
+    else:
+        for _ in _decode(clip, wanted):
+            pass
 
 
 def to_video(frames_FHW3: Tensor) -> Tensor:

@@ -5,17 +5,12 @@ Loads no torch, so that it answers in well under a second.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from PIL import Image
-
 from trainer.contract.errors import DataError
-from trainer.contract.files import atomic_path
 from trainer.contract.jobs import FramesRequest
 from trainer.data.media import index_clip
-from trainer.data.resize import Pixels
 from trainer.data.stills import chosen, fitted, kind_of, read_stills, spread
 from trainer.jobs.base import Emit
+from trainer.sampling.video_io import write_png
 
 
 def run(request: FramesRequest, emit: Emit) -> None:
@@ -38,7 +33,7 @@ def run(request: FramesRequest, emit: Emit) -> None:
         numbers = chosen(count, request.frames) or spread(count, request.num_frames)
         size = fitted(clip.width, clip.height, request.max_width, request.max_height)
         for number, pixels in read_stills(clip, numbers, size):
-            _write(request.output / _name(number), pixels)
+            write_png(request.output / _name(number), pixels)
     except DataError as error:
         raise DataError(f"{path} {error.message}", hint=error.hint) from None
     emit(
@@ -55,8 +50,3 @@ def run(request: FramesRequest, emit: Emit) -> None:
 
 def _name(number: int) -> str:
     return f"frame_{number:05d}.png"
-
-
-def _write(path: Path, pixels: Pixels) -> None:
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        Image.fromarray(pixels).save(file, "png", compress_level=1)
