@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.text import Text
+from textual.widgets import DataTable
 
 from app.domain.data_report import ClipRow, DataReport
 from app.render.data_report import BUCKETS, SOURCES, bucket_rows, source_rows
@@ -12,6 +13,19 @@ from app.render.data_report import BUCKETS, SOURCES, bucket_rows, source_rows
 CLIPS = ("STATE", "NAME", "FRAMES", "SIZE", "FPS", "SEC", "BUCKET", "CAPTION, PROBLEM")
 MAX_NAME = 24
 _STYLES = {"left out": "bold", "warning": "bold"}
+
+
+def fill(table: DataTable[Text], headers: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:
+    """Fill a table anew.
+
+    Widths are given: a table that measures its cells does so after they may have been drawn once,
+    and then keeps what it has drawn.
+    """
+    table.clear(columns=True)
+    for column, head in enumerate(headers):
+        width = max([len(head), *(row[column].cell_len for row in rows)])
+        table.add_column(head, width=width)
+    table.add_rows(rows)
 
 
 def clip_cells(row: ClipRow) -> Sequence[Text]:
@@ -38,7 +52,7 @@ def caption_state(row: ClipRow) -> str:
     return _count(len(row.caption.split()), "word")
 
 
-def table_of(report: DataReport, name: str) -> tuple[tuple[str, ...], list[Sequence[Text]]]:
+def table_of(report: DataReport, name: str) -> tuple[Sequence[str], list[Sequence[Text]]]:
     """Return headers and rows of the table of buckets or of sources."""
     headers = BUCKETS if name == "buckets" else SOURCES
     rows = bucket_rows(report.raw) if name == "buckets" else source_rows(report.raw)

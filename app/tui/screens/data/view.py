@@ -22,7 +22,7 @@ from app.render.data_report import summary
 from app.runs.ask import Cancelled
 from app.runs.frames import ClipFrames, clip_frames
 from app.tui.screens.data.frames import FrameView
-from app.tui.screens.data.tables import CLIPS, clip_cells, details, table_of
+from app.tui.screens.data.tables import CLIPS, clip_cells, details, fill, table_of
 from app.tui.widgets import TextView, Titles
 from trainer.contract.errors import MenmaError
 
@@ -95,8 +95,8 @@ class DataView(Screen[None]):
         yield Footer()
 
     def on_mount(self) -> None:
-        """Name the columns."""
-        self.query_one("#clips", DataTable).add_columns(*CLIPS)
+        """Begin with nothing."""
+        self.show_report(None)
 
     def show_report(self, report: DataReport | None) -> None:
         """Show another report; None: nothing, until there is one."""
@@ -107,11 +107,7 @@ class DataView(Screen[None]):
 
     def _show_tables(self, report: DataReport) -> None:
         for name in VIEWS[1:]:
-            table = self.query_one(f"#{name}", DataTable)
-            table.clear(columns=True)
-            headers, rows = table_of(report, name)
-            table.add_columns(*headers)
-            table.add_rows(rows)
+            fill(self.query_one(f"#{name}", DataTable), *table_of(report, name))
 
     def show_rows(self) -> None:
         """Show the clips that the filter lets through; the cursor stays on its clip."""
@@ -120,9 +116,7 @@ class DataView(Screen[None]):
         report = self.report
         self._rows = [] if report is None else report.shown(words, self._problems_only)
         table = self.query_one("#clips", DataTable)
-        table.clear()
-        for row in self._rows:
-            table.add_row(*clip_cells(row))
+        fill(table, CLIPS, [clip_cells(row) for row in self._rows])
         place = next(
             (n for n, row in enumerate(self._rows) if before and row.path == before.path), 0
         )
@@ -136,7 +130,7 @@ class DataView(Screen[None]):
         shown = f"{len(self._rows)} of {len(self.report.rows)} shown. "
         narrowed = len(self._rows) < len(self.report.rows)
         notes = len(self.report.raw["notes"])
-        more = f", {notes} notes (!)" if notes else ""
+        more = f", {notes} {'note' if notes == 1 else 'notes'} (!)" if notes else ""
         self.say((shown if narrowed else "") + summary(self.report.raw) + more)
 
     @on(DataTable.RowHighlighted, "#clips")
