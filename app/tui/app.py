@@ -38,6 +38,7 @@ class MenmaApp(App[None]):
         Binding("1", "show('jobs')", "Jobs", show=False, id="show-jobs"),
         Binding("2", "show('config')", "Config", show=False, id="show-config"),
         Binding("3", "show('monitor')", "Monitor", show=False, id="show-monitor"),
+        Binding("4", "show('data')", "Data", show=False, id="show-data"),
         Binding("5", "show('library')", "Library", show=False, id="show-library"),
         Binding("6", "show('system')", "System", show=False, id="show-system"),
         Binding("colon", "command_palette", "Palette", show=False, id="palette"),
@@ -69,6 +70,10 @@ class MenmaApp(App[None]):
         """Show a screen by its name."""
         if name == "config" and not self.is_screen_installed(name):
             self.install_screen(_config_screen()(self._sources), name)
+        if name == "data" and not self.is_screen_installed(name):
+            from app.tui.screens.data.screen import DataScreen
+
+            self.install_screen(DataScreen(self._sources, self._open_config), name)
         if self.screen is not self.get_screen(name):
             self.switch_screen(name)
 
@@ -108,6 +113,13 @@ class MenmaApp(App[None]):
             self.notify("The config screen has another one with changes: save it, then o opens.")
         else:
             self.edit_config(finished.path)
+
+    def _open_config(self) -> Path | None:
+        """Return the config that the config's screen shows."""
+        if not self.is_screen_installed("config"):
+            return None
+        file = self.get_screen("config", _config_screen()).file
+        return None if file is None or file.saved is None else file.path
 
     async def action_quit(self) -> None:
         """Leave; ask first where a config has changes that are not saved."""
