@@ -17,6 +17,8 @@ from trainer.contract.run_dir import RunDir
 
 INTERRUPTED = 130
 """Exit code of a trainer that was told to end."""
+LARGEST = 1e300
+"""Larger figures are damage."""
 STALL_S = 300.0
 STALL_STEPS = 10
 """A run counts as stalled after the longer of `STALL_S` and this many median step times."""
@@ -119,10 +121,10 @@ def read_state(run: RunDir, *, now: float | None = None, boot: str | None = None
         root=run.root,
         state=state,
         why=why,
-        step=step.get("step", end.get("step")),
-        total_steps=step.get("total_steps"),
-        loss=step.get("loss"),
-        eta_s=step.get("eta_s"),
+        step=_whole(step.get("step", end.get("step"))),
+        total_steps=_whole(step.get("total_steps")),
+        loss=_number(step.get("loss")),
+        eta_s=_number(step.get("eta_s")),
         started=status.started if status else None,
         ended=status.ended if status and not state.is_live else None,
         last_event=events[-1].get("time") if events else None,
@@ -159,7 +161,7 @@ def _judge(
         if held:
             return State.STARTING, ""
         return _from_events(events, State.FAILED, "it was never started")
-    recent = [event for event in events if event.get("time", 0) >= status.started - 1]
+    recent = control.events_of_start(run, status)
     here = processes.same_boot(status.boot_id, boot)
     if held is None:
         held = here and status.ended is None and status.supervisor.is_alive()
@@ -185,7 +187,8 @@ def _live(
         return State.STOPPING, f"asked {duration(now - asked)} ago"
     if not recent:
         return State.STARTING, ""
-    times = sorted(event["step_time_s"] for event in recent if event.get("step_time_s"))
+    known = (_number(event.get("step_time_s")) for event in recent)
+    times = sorted(seconds for seconds in known if seconds)
     limit = max(STALL_S, STALL_STEPS * times[len(times) // 2]) if times else STALL_S
     silence = now - recent[-1].get("time", now)
     if silence > limit:
@@ -225,3 +228,13 @@ def _phase(events: Sequence[dict[str, Any]]) -> str:
 
 def _last(events: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
     return next((event for event in reversed(events) if event["type"] == kind), {})
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number; None for what a damaged log has instead."""
+    known = isinstance(value, int | float) and abs(value) < LARGEST
+    return float(value) if known else None
