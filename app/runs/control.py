@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from enum import IntEnum
+from pathlib import Path
 
 from app.runs.follow import Event, tail_events
 from app.runs.processes import ProcessId, boot_id, end_tree, same_boot
