@@ -33,14 +33,27 @@ class Plot:
         low: value at the lower edge.
         high: value at the upper edge.
         first: step at the left edge.
-        last: step at the right edge.
+        last: step at the right edge; there may be room behind the last step.
+        per_column: steps in a character.
     """
 
     rows: list[list[Cell]]
     low: float
     high: float
     first: int
-    last: int
+    last: float
+    per_column: float
+
+    def column_of(self, step: int) -> int:
+        """Return the column of characters that a step is in."""
+        return int((step - self.first) / self.per_column)
+
+    def steps_in(self, column: int) -> tuple[int, int]:
+        """Return the first and the last step in a column; of a narrow one, the nearest step."""
+        start = self.first + column * self.per_column
+        first = math.ceil(start - 1e-9)
+        last = math.ceil(start + self.per_column - 1e-9) - 1
+        return (first, last) if last >= first else (round(start), round(start))
 
 
 @dataclass(slots=True)
@@ -65,7 +78,7 @@ class Curve:
     Adam's moments are, so that the first value does not weigh more. What is not finite is left out.
     """
 
-    def __init__(self, smoothing: float = 0.9, most: int = 4096) -> None:
+    def __init__(self, smoothing: float = 0.9, most: int = 2048) -> None:
         self.points: list[Point] = []
         self._smoothing, self._most = smoothing, most
         self._per_point, self._in_last = 1, 0
@@ -107,8 +120,12 @@ def plot(
     *,
     log: bool = False,
     marks: Sequence[tuple[int, float]] = (),
+    span: tuple[int, int] | None = None,
 ) -> Plot:
     """Lay out a curve.
+
+    A column of dots holds a round number of steps, counted from the first: while steps are added,
+    only the last column changes, until all are laid out anew. So there is room on the right.
 
     Args:
         points: of a `Curve`.
@@ -116,8 +133,9 @@ def plot(
         height: characters.
         log: the vertical axis is logarithmic; what is not positive is not drawn.
         marks: further points (step, value), each drawn as one character.
+        span: steps that are drawn; None: from the first to the last one of points and marks.
     """
-    first, last = _span(points, marks)
+    first, last = span or span_of(points, marks)
     columns = _Columns(first, last, width * 2)
     band: list[tuple[float, float] | None] = [None] * (width * 2)
     line: list[float] = [math.nan] * (width * 2)
@@ -135,7 +153,44 @@ def plot(
     for step, value in marks:
         if _drawn(value, log):
             cells[scale.row(value) // 4][columns.of(step) // 2] = Cell("o", "mark")
-    return Plot(cells, low, high, first, last)
+    return Plot(cells, low, high, first, columns.end, columns.per_dot * 2)
+
+
+def overlay(
+    curves: Sequence[tuple[str, Sequence[Point]]],
+    width: int,
+    height: int,
+    *,
+    log: bool = False,
+    marks: Sequence[tuple[str, int, float]] = (),
+) -> Plot:
+    """Lay out the averages of several curves over one another, each in a character of its own.
+
+    Args:
+        curves: character and points of each; a later one is drawn over an earlier one.
+        width: characters.
+        height: characters.
+        log: the vertical axis is logarithmic.
+        marks: further points: character, step, value.
+    """
+    spans = [span_of(points, ()) for _, points in curves if points]
+    spans += [(step, step) for _, step, _ in marks]
+    first, last = (min(s[0] for s in spans), max(s[1] for s in spans)) if spans else (0, 1)
+    columns = _Columns(first, last, width)
+    lines = [_means(points, columns, width) for _, points in curves]
+    values = [value for line in lines for value in line] + [value for _, _, value in marks]
+    low, high = _limits((), values, (), log=log)
+    scale = _Scale(low, high, height, log)
+    cells = [[Cell(" ", "")] * width for _ in range(height)]
+    for number, (char, _) in enumerate(curves):
+        cell = Cell(char, f"line {number}")
+        for column, start, end in _pieces(lines[number], scale):
+            for row in range(min(start, end), max(start, end) + 1):
+                cells[row][column] = cell
+    for char, step, value in marks:
+        if _drawn(value, log):
+            cells[scale.row(value)][columns.of(step)] = Cell(char, "mark")
+    return Plot(cells, low, high, first, columns.end, columns.per_dot)
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
@@ -158,11 +213,17 @@ class _Columns:
 
     def __init__(self, first: int, last: int, num: int) -> None:
         self._first, self._num = first, num
-        self._width = max(last - first, 1)
+        self.per_dot = _round_up(max(last - first + 1, 1) / num)
+        self.end = first + self.per_dot * num - 1
 
     def of(self, step: int) -> int:
-        place = (step - self._first) * (self._num - 1) / self._width
-        return min(max(round(place), 0), self._num - 1)
+        return min(max(int((step - self._first) / self.per_dot), 0), self._num - 1)
+
+
+def _round_up(value: float) -> float:
+    """Return the next number of 4, 5, 6, 7, 8 times a power of two."""
+    power = 2.0 ** (math.floor(math.log2(value)) - 2)
+    return math.ceil(value / power - 1e-9) * power
 
 
 class _Scale:
@@ -193,10 +254,18 @@ def _joined(first: Point, second: Point) -> Point:
     return first
 
 
-def _span(points: Sequence[Point], marks: Sequence[tuple[int, float]]) -> tuple[int, int]:
+def span_of(points: Sequence[Point], marks: Sequence[tuple[int, float]]) -> tuple[int, int]:
+    """Return the first and the last step of points and marks."""
     known = [step for step, _ in marks]
     known += [points[0].step, points[-1].end] if points else []
     return (min(known), max(known)) if known else (0, 1)
+
+
+def _means(points: Sequence[Point], columns: _Columns, num: int) -> list[float]:
+    line = [math.nan] * num
+    for point in points:
+        line[columns.of(point.step)] = point.mean
+    return line
 
 
 def _drawn(value: float, log: bool) -> bool:

@@ -92,6 +92,12 @@ def events_of_start(run: RunDir, status: Status) -> list[Event]:
     return [e for e in tail_events(run.events) if e.get("time", 0) >= status.started - 1]
 
 
+def size_since_start(run: RunDir, status: Status) -> int:
+    """Return the bytes of the event log that this start has written, or all of them."""
+    size = _size(run.events)
+    return size - status.events_from if status.events_from and size > status.events_from else size
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from app.runs.samples import Sample, sample_of
-from trainer.contract.events import EventReader
+from trainer.contract.events import EventReader, decode
 from trainer.contract.run_dir import RunDir
 
 NAN = math.nan
@@ -23,6 +23,9 @@ MAX_STEP = 2**53
 NOT_SERIES = frozenset({"type", "v", "time", "step", "total_steps", "eta_s"})
 """Numbers of a `step` event that are no measurement of the step."""
 VALIDATION = "validation/loss"
+LONG_BYTES = 4 * 2**20
+"""A log of this size takes long enough to be read that its shape is shown first."""
+PART_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +36,15 @@ class Series:
     values: Sequence[float]
     """As many; NaN where the step has none."""
 
+    def place(self, step: int) -> int:
+        """Return the place of the last step up to `step`; before the first one, 0."""
+        return max(bisect_left(self.steps, step + 1) - 1, 0)
+
     def at(self, step: int) -> tuple[int, float] | None:
         """Return the last step up to `step` and its value; before the first one, the first."""
         if not self.steps:
             return None
-        place = max(bisect_left(self.steps, step + 1) - 1, 0)
-        return self.steps[place], self.values[place]
+        return self.steps[self.place(step)], self.values[self.place(step)]
 
 
 @dataclass(slots=True)
@@ -249,3 +255,27 @@ def _number(value: Any) -> float:
         return float(value) if isinstance(value, int | float) else NAN
     except OverflowError:  # a whole number of hundreds of digits
         return NAN
+
+
+def overview(run: RunDir, num_parts: int = 256) -> tuple[list[int], list[float]]:
+    """Return steps and losses from all over a long log, in a moment; of a short one nothing.
+
+    They have the shape of the curve and not every spike: for as long as the log is being read.
+    """
+    found: dict[int, float] = {}
+    try:
+        with run.events.open("rb") as file:
+            size = file.seek(0, 2)
+            if size < LONG_BYTES:
+                return [], []
+            for part in range(num_parts):
+                file.seek(part * (size - PART_BYTES) // (num_parts - 1))
+                # The first and the last piece may be parts of lines.
+                for line in file.read(PART_BYTES).split(b"\n")[1:-1]:
+                    event = decode(line) or {}
+                    if event.get("type") == "step" and _is_step(event.get("step")):
+                        found[event["step"]] = _number(event.get("loss"))
+    except OSError:
+        return [], []
+    steps = sorted(found)
+    return steps, [found[step] for step in steps]

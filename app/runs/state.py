@@ -11,12 +11,14 @@ from typing import Any
 
 from app.runs import control, lock, processes
 from app.runs.durations import duration
-from app.runs.follow import tail_events
+from app.runs.follow import SHORT_TAIL_BYTES, tail_events
 from app.runs.status import Status, read_status
 from trainer.contract.run_dir import RunDir
 
 INTERRUPTED = 130
 """Exit code of a trainer that was told to end."""
+EARLY_STEPS = 30
+"""Before so many steps of a start, how long it still takes is not told."""
 LARGEST = 1e300
 """Larger figures are damage."""
 STALL_S = 300.0
@@ -74,6 +76,8 @@ class RunState:
     total_steps: int | None = None
     loss: float | None = None
     eta_s: float | None = None
+    estimating: bool = False
+    """Whether it has made too few steps to tell how long it still takes."""
     started: float | None = None
     ended: float | None = None
     last_event: float | None = None
@@ -116,6 +120,7 @@ def read_state(run: RunDir, *, now: float | None = None, boot: str | None = None
     )
     step = _last(events, "step")
     end = _last(events, "end")
+    early = state is State.RUNNING and status is not None and _is_early(run, status)
     return RunState(
         name=run.root.name,
         root=run.root,
@@ -124,7 +129,8 @@ def read_state(run: RunDir, *, now: float | None = None, boot: str | None = None
         step=_whole(step.get("step", end.get("step"))),
         total_steps=_whole(step.get("total_steps")),
         loss=_number(step.get("loss")),
-        eta_s=_number(step.get("eta_s")),
+        eta_s=None if early else _number(step.get("eta_s")),
+        estimating=early,
         started=status.started if status else None,
         ended=status.ended if status and not state.is_live else None,
         last_event=events[-1].get("time") if events else None,
@@ -196,6 +202,14 @@ def _live(
     if not any(event["type"] == "step" for event in recent):
         return State.STARTING, _phase(recent)
     return State.RUNNING, ""
+
+
+def _is_early(run: RunDir, status: Status) -> bool:
+    """Tell whether this start has made too few steps for a rate: the first ones are slow."""
+    if control.size_since_start(run, status) > SHORT_TAIL_BYTES:
+        return False
+    kinds = [event["type"] for event in control.events_of_start(run, status)]
+    return kinds.count("step") < EARLY_STEPS
 
 
 def _ended(status: Status, recent: Sequence[dict[str, Any]]) -> tuple[State, str]:

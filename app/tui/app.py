@@ -12,7 +12,7 @@ from textual.binding import Binding, BindingType
 
 from app.tui.screens.jobs import JobsScreen
 from app.tui.screens.library import LibraryScreen
-from app.tui.screens.monitor import MonitorScreen
+from app.tui.screens.monitor.screen import MonitorScreen
 from app.tui.screens.system import SystemScreen
 from app.tui.sources import Sources
 from app.tui.theme import DARK, TERMINAL, THEMES
@@ -43,9 +43,13 @@ class MenmaApp(App[None]):
         Binding("q", "quit", "Quit", id="quit"),
     ]
 
-    def __init__(self, sources: Sources, config: Path | None = None) -> None:
+    def __init__(
+        self, sources: Sources, config: Path | None = None, *, fps: float | None = None
+    ) -> None:
         super().__init__()
         self._sources, self._config = sources, config
+        self.fps = fps
+        """How often a second screens look for news; None: what suits the connection."""
         self.num_live = 0
         """Runs and jobs that go on without the app."""
         for theme in THEMES:

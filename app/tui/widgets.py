@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from rich.style import Style
 from rich.text import Text
-from textual.app import ComposeResult, RenderResult
+from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.reactive import reactive
 from textual.screen import ModalScreen
-from textual.widget import Widget
 from textual.widgets import Button, Label, Static
-
-from app.render.curve import Curve, Plot, plot, ticks
 
 TITLES = {
     "jobs": ("1", "Jobs"),
@@ -48,92 +43,6 @@ class Titles(Static):
             text.append(f"  {key} {shown}", style="bold" if mode == self._mode else "")
         text.append(f"   {right}")
         self.update(text)
-
-
-class LossCurve(Widget):
-    """A curve with axes, and a cursor that reads a step exactly."""
-
-    DEFAULT_CSS = "LossCurve { height: 1fr; min-height: 4; color: $primary; }"
-    AXIS = 9
-    """Columns of the vertical axis."""
-    logarithmic = reactive(False)
-    cursor: reactive[int | None] = reactive(None)
-    """Column that is read; None: none."""
-
-    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002  (Textual's own name)
-        super().__init__(id=id)
-        self._curve = Curve()
-        self._marks: tuple[tuple[int, float], ...] = ()
-
-    def show(self, curve: Curve, marks: tuple[tuple[int, float], ...]) -> None:
-        """Draw a curve, and single points on it."""
-        self._curve, self._marks = curve, marks
-        self.refresh()
-
-    def step_at_cursor(self) -> int | None:
-        """Return the step under the cursor."""
-        points = self._curve.points
-        if self.cursor is None or not points:
-            return None
-        width = max(self.size.width - self.AXIS, 1)
-        share = min(max(self.cursor, 0), width - 1) / max(width - 1, 1)
-        first, last = points[0].step, points[-1].end
-        return round(first + share * (last - first))
-
-    def move_cursor(self, by: int) -> None:
-        """Move the cursor; it comes from the right end."""
-        width = max(self.size.width - self.AXIS, 1)
-        start = width if self.cursor is None and by < 0 else self.cursor or 0
-        self.cursor = min(max(start + by, 0), width - 1)
-
-    def render(self) -> RenderResult:
-        """Draw it for the size that there is."""
-        width, height = self.size.width - self.AXIS, self.size.height - 1
-        if width < 4 or height < 2:
-            return Text("")
-        if not self._curve.points:
-            return Text("no steps yet", style=self._style("muted"))
-        drawn = plot(self._curve.points, width, height, log=self.logarithmic, marks=self._marks)
-        return self._with_axes(drawn, width, height)
-
-    def _with_axes(self, drawn: Plot, width: int, height: int) -> Text:
-        colours = {
-            "line": self._style("accent"),
-            "band": self._style("primary"),
-            "mark": self._style("success"),
-            "": Style(),
-        }
-        muted = self._style("muted")
-        labels = {0: _short(drawn.high), height - 1: _short(drawn.low)}
-        text = Text(no_wrap=True)
-        for number, row in enumerate(drawn.rows):
-            text.append(f"{labels.get(number, ''):>{self.AXIS - 2}} |", style=muted)
-            for column, cell in enumerate(row):
-                style = colours[cell.part]
-                if column == self.cursor:
-                    style += Style(reverse=True)
-                text.append(cell.char, style=style)
-            text.append("\n")
-        return text.append(self._steps(drawn, width), style=muted)
-
-    def _steps(self, drawn: Plot, width: int) -> str:
-        line = [" "] * (width + self.AXIS)
-        end = 0
-        for tick in ticks(drawn.first, drawn.last, max(width // 12, 1)):
-            if tick != round(tick):  # there are no halves of steps
-                continue
-            words = _short(tick)
-            share = (tick - drawn.first) / max(drawn.last - drawn.first, 1)
-            start = self.AXIS + min(round(share * (width - 1)), width - len(words))
-            if start >= end:
-                line[start : start + len(words)] = words
-                end = start + len(words) + 2
-        return "".join(line)
-
-    def _style(self, name: str) -> Style:
-        variables = self.app.theme_variables
-        colour = variables.get(name) or variables.get("foreground") or ""
-        return Style(color=colour) if colour.startswith("#") else Style()
 
 
 class Ask(ModalScreen[bool]):
@@ -208,9 +117,3 @@ class TextView(ModalScreen[None]):
     def action_close(self) -> None:
         """Go back."""
         self.dismiss()
-
-
-def _short(value: float) -> str:
-    if value == round(value) and abs(value) < 1e6:
-        return f"{value:.0f}"
-    return f"{value:.3g}"

@@ -23,7 +23,7 @@ from app.tui.screens import library as library_screen
 from app.tui.screens.jobs import JobsScreen
 from app.tui.sources import Sources
 from app.tui.theme import THEMES
-from app.tui.widgets import LossCurve
+from app.tui.curve_view import SeriesCurve
 from trainer.contract.events import EventWriter
 from trainer.contract.run_dir import RunDir
 
@@ -132,7 +132,7 @@ def test_a_run_is_opened_read_and_left(folders):
         await pilot.press(*["shift+left"] * 8)
         assert "step 1   loss 1 " in await seen(pilot, app, "step 1 ")
         await pilot.press("L", "plus")
-        assert app.screen.query_one(LossCurve).logarithmic
+        assert app.screen.query_one("#loss", SeriesCurve).logarithmic
         await pilot.press("escape")
         await seen(pilot, app, "KIND")
         await pilot.press("3")

@@ -12,20 +12,19 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.coordinate import Coordinate
 from textual.message import Message
-from textual.screen import Screen
 from textual.widgets import DataTable, Footer, Static
 
 from app.queue.look import job_run
 from app.queue.worker import ensure_worker
 from app.runs import control
 from app.runs.launch import console_tail
+from app.tui.live import LiveScreen
 from app.tui.overview import BAD, Entry, Overview
 from app.tui.sources import Sources
 from app.tui.widgets import Ask, TextView, Titles
 from trainer.contract.errors import MenmaError
 from trainer.contract.run_dir import RunDir
 
-POLL_S = 1.0
 WIDTHS = {
     "ID": 4, "KIND": 6, "NAME": 0, "STATE": 11, "STEP": 13, "ETA": 6, "GPU": 3, "LOSS": 6,
 }  # fmt: skip
@@ -35,7 +34,7 @@ SHORTEST_NAME = 8
 LOG_LINES = 200
 
 
-class JobsScreen(Screen[None]):
+class JobsScreen(LiveScreen):
     """What runs, what is next, what broke and why."""
 
     DEFAULT_CSS = """
@@ -87,13 +86,11 @@ class JobsScreen(Screen[None]):
         yield Footer()
 
     def on_mount(self) -> None:
-        """Fill the list now, and again every second."""
+        """Show an empty list until it is read."""
         self._lay_out(self.query_one(DataTable))
-        self.read()
-        self.set_interval(POLL_S, self.read)
 
     @work(thread=True, exclusive=True, group="overview")
-    def read(self) -> None:
+    def look(self) -> None:
         """Read the list, in a thread."""
         self.post_message(self.Read(self._sources.overview()))
 
@@ -251,7 +248,7 @@ class JobsScreen(Screen[None]):
             act()
         except (MenmaError, OSError) as error:
             self.notify(str(error), severity="error", timeout=10)
-        self.read()
+        self.look()
 
     def _entry(self) -> Entry | None:
         row = self.query_one(DataTable).cursor_row

@@ -75,7 +75,11 @@ class LibraryScreen(Screen[None]):
         """Look now, and again every few seconds."""
         self.query_one(DataTable).add_columns(*COLUMNS)
         self.find()
-        self.set_interval(POLL_S, self.find)
+        self.set_interval(POLL_S, self._look_again)
+
+    def _look_again(self) -> None:
+        if self.is_current:
+            self.find()
 
     @work(thread=True, exclusive=True, group="outputs")
     def find(self) -> None:
