@@ -86,25 +86,27 @@ class Curve:
 
     def extend(self, steps: Iterable[int], values: Iterable[float]) -> None:
         """Add steps and their values."""
+        weight, average, correction = self._smoothing, self._average, self._correction
+        isfinite = math.isfinite
         for step, value in zip(steps, values, strict=True):
-            self._add(step, value)
-
-    def _add(self, step: int, value: float) -> None:
-        if math.isfinite(value):
-            weight = self._smoothing
-            self._average = weight * self._average + (1 - weight) * value
-            self._correction = weight * self._correction + (1 - weight)
-        else:
-            value = math.nan
-        mean = self._average / self._correction if self._correction else math.nan
-        if not self.points or self._in_last == self._per_point:
-            if len(self.points) == self._most:
-                self._halve()
-            self.points.append(Point(step, value, value, mean, step))
-            self._in_last = 1
-            return
-        self._in_last += 1
-        _take_in(self.points[-1], value, value, mean, step)
+            finite = isfinite(value)
+            if finite:
+                average = weight * average + (1 - weight) * value
+                correction = weight * correction + (1 - weight)
+            mean = average / correction if correction else math.nan
+            if not self.points or self._in_last == self._per_point:
+                if len(self.points) == self._most:
+                    self._halve()
+                low = value if finite else math.nan
+                self.points.append(Point(step, low, low, mean, step))
+                self._in_last = 1
+                continue
+            self._in_last += 1
+            point = self.points[-1]
+            point.mean, point.end = mean, step
+            if finite:
+                _widen(point, value, value)
+        self._average, self._correction = average, correction
 
     def _halve(self) -> None:
         pairs = zip(self.points[::2], self.points[1::2], strict=True)
@@ -242,15 +244,17 @@ class _Scale:
         return math.log10(max(value, 1e-300)) if self._log else value
 
 
-def _take_in(point: Point, low: float, high: float, mean: float, end: int) -> None:
-    if math.isfinite(low):
-        point.low = min(point.low, low) if math.isfinite(point.low) else low
-        point.high = max(point.high, high) if math.isfinite(point.high) else high
-    point.mean, point.end = mean, end
+def _widen(point: Point, low: float, high: float) -> None:
+    if not low >= point.low:  # smaller, or the first value that is finite
+        point.low = low
+    if not high <= point.high:
+        point.high = high
 
 
 def _joined(first: Point, second: Point) -> Point:
-    _take_in(first, second.low, second.high, second.mean, second.end)
+    if math.isfinite(second.low):
+        _widen(first, second.low, second.high)
+    first.mean, first.end = second.mean, second.end
     return first
 
 

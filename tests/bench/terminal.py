@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import struct
 import subprocess
@@ -39,6 +40,10 @@ NUM_RUNS = 20
 STEPS_PER_S = 2.0
 SETTLE_S, WATCH_S = 5.0, 30.0
 TIMEOUT_S = 120.0
+BRAILLE = b"\xe2[\xa0-\xa3][\x80-\xbf]"
+"""A character of a curve."""
+CURSOR = b"read single steps"
+"""Is there once all events have been read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +98,14 @@ class Terminal:
         self.num_bytes = 0
         self._seen = b""
 
-    def wait_for(self, words: str) -> None:
-        """Read until the words have been written since the last wait.
+    def wait_for(self, words: bytes) -> None:
+        """Read until the pattern has been written since the last wait.
 
         Raises:
-            TimeoutError: they do not come; the message has what came instead.
+            TimeoutError: it does not come; the message has what came instead.
         """
         deadline = time.monotonic() + TIMEOUT_S
-        while words.encode() not in self._seen:
+        while re.search(words, self._seen) is None:
             if time.monotonic() > deadline or not self._read(0.5):
                 raise TimeoutError(f"{words!r} did not come: {self._seen[-2000:]!r}")
         self._seen = b""
@@ -146,7 +151,7 @@ def first_paint(folder: Path) -> Iterator[Figure]:
     wall, cpu = [], []
     for _ in range(5):
         with _terminal([], folder) as terminal:
-            terminal.wait_for("JOBS")
+            terminal.wait_for(b"JOBS")
             wall.append(time.monotonic() - terminal.began)
             cpu.append(terminal.cpu_s())
     yield Figure("first_paint_cpu", "`menma`: processor time to the first picture", min(cpu), 0.6)
@@ -176,18 +181,22 @@ def long_run(folder: Path) -> Iterator[Figure]:
     """Measure the opening of a run of 100,000 steps, from the key to the whole curve."""
     run = RunDir(folder / "runs" / "long")
     _write_run(run, LONG)
-    wall, cpu = [], []
+    figures: dict[str, list[float]] = {name: [] for name in ("shape_cpu", "shape", "cpu", "wall")}
     for _ in range(3):
         with _terminal([], folder) as terminal:
-            terminal.wait_for("100000/100000")
-            before, began = terminal.cpu_s(), time.monotonic()
+            terminal.wait_for(b"100000/100000")
+            cpu, wall = terminal.cpu_s(), time.monotonic()
             terminal.press("\r")
-            terminal.wait_for("read single steps")
-            wall.append(time.monotonic() - began)
-            cpu.append(terminal.cpu_s() - before)
-    what = "run of 100,000 steps, from enter to its whole curve: processor time"
-    yield Figure("long_run_cpu", what, min(cpu), 1.0)
-    yield Figure("long_run", "the same, wall clock, best of 3", min(wall), 1.0)
+            for names, words in ((("shape_cpu", "shape"), BRAILLE), (("cpu", "wall"), CURSOR)):
+                terminal.wait_for(words)
+                figures[names[0]].append(terminal.cpu_s() - cpu)
+                figures[names[1]].append(time.monotonic() - wall)
+    what = "run of 100,000 steps, from enter to its curve: processor time"
+    yield Figure("long_run_cpu", what, min(figures["shape_cpu"]), 1.0)
+    yield Figure("long_run", "the same, wall clock, best of 3", min(figures["shape"]), 1.0)
+    what = "and to the last of its values: processor time"
+    yield Figure("long_run_whole_cpu", what, min(figures["cpu"]))
+    yield Figure("long_run_whole", "the same, wall clock, best of 3", min(figures["wall"]))
 
 
 def monitor(folder: Path) -> Iterator[Figure]:
@@ -210,9 +219,9 @@ def _live(
 ) -> Iterator[Figure]:
     run = RunDir(folder / "runs" / "live")
     with _living(run), _terminal([], folder, size) as terminal:
-        terminal.wait_for("running")
+        terminal.wait_for(b"running")
         terminal.press("\r")
-        terminal.wait_for("read single steps")
+        terminal.wait_for(CURSOR)
         terminal.watch(SETTLE_S)
         cpu, num_bytes, began = terminal.cpu_s(), terminal.num_bytes, time.monotonic()
         terminal.watch(WATCH_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from threading import Lock
 from typing import ClassVar
 
@@ -33,6 +34,8 @@ from trainer.contract.run_dir import RunDir
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 PART = 5_000
 """Events that are read at a time, so that keys are answered while a long run is being read."""
+TELL_S = 0.25
+"""How often it is told how much of a long run has been read."""
 LOWER = "grad_norm"
 """What the lower curve shows at first."""
 
@@ -90,10 +93,10 @@ class MonitorScreen(LiveScreen):
         """New events were read."""
 
         def __init__(
-            self, run: RunDir, state: RunState | None, count: int, share_read: float, problem: str
+            self, run: RunDir, state: RunState | None, share_read: float, problem: str
         ) -> None:
             super().__init__()
-            self.run, self.state, self.count = run, state, count
+            self.run, self.state = run, state
             self.share_read, self.problem = share_read, problem
 
     class Glanced(Message):
@@ -161,14 +164,16 @@ class MonitorScreen(LiveScreen):
         try:
             if not log.steps:
                 self._glance(run)
-            count = PART
+            count, told = PART, 0.0
             while count == PART and log is self._log:
                 with self._columns:
                     count = log.read(PART)
-                share = log.share_read if count == PART else 1.0
-                problem = "" if run.root.is_dir() else f"{run.root} is gone"
-                state = None if problem else read_state(run)
-                self.post_message(self.Read(run, state, count, share, problem))
+                if count < PART or time.monotonic() - told > TELL_S:
+                    told = time.monotonic()
+                    share = log.share_read if count == PART else 1.0
+                    problem = "" if run.root.is_dir() else f"{run.root} is gone"
+                    state = None if problem else read_state(run)
+                    self.post_message(self.Read(run, state, share, problem))
         finally:
             self._reading.release()
 
