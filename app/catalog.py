@@ -9,6 +9,7 @@ COMMANDS: dict[str, str] = {
     "config": "app.cli.commands.config",
     "edit": "app.cli.commands.edit",
     "check": "app.cli.commands.check",
+    "data": "app.cli.commands.data",
     "estimate": "app.cli.commands.estimate",
     "cache": "app.cli.commands.cache",
     "train": "app.cli.commands.train",
