@@ -53,7 +53,7 @@ def drive(sources: Sources, steps: Steps, size: tuple[int, int] = SMALL) -> Menm
 
 async def seen(pilot: Pilot, app: MenmaApp, words: str) -> str:
     """Wait until words are on the screen; return the screen."""
-    for _ in range(200):
+    for _ in range(1200):
         text = screen_text(app)
         if words in text:
             return text

@@ -21,6 +21,7 @@ from app.runs.durations import duration
 from app.runs.launch import console_tail
 from app.runs.metrics import RunLog
 from app.runs.state import RunState, State, read_state
+from app.tui.keyed import Keyed
 from app.tui.widgets import Ask, LossCurve, TextView, Titles
 from trainer.contract.run_dir import RunDir
 
@@ -30,7 +31,7 @@ PART = 5_000
 """Events that are read at a time, so that a long run shows its curve while it is being read."""
 
 
-class MonitorScreen(Screen[None]):
+class MonitorScreen(Keyed, Screen[None]):
     """A training as it goes on; without one it says how to choose it."""
 
     DEFAULT_CSS = """
