@@ -204,13 +204,18 @@ def test_contrast_of_our_themes(theme):
 
 
 @pytest.mark.parametrize("theme", THEMES, ids=lambda theme: theme.name)
-def test_terminals_of_256_colours_show_the_same(theme):
-    """Rich's own choice out of the 256 leaves every colour as it is."""
+def test_in_256_colours_it_is_nearly_the_same_and_can_be_read(theme):
+    """Rich picks out of the 256 what Textual then draws; greys may come out one step darker."""
     from rich.color import Color, ColorSystem
 
+    quantised = {
+        name: Color.parse(colour).downgrade(ColorSystem.EIGHT_BIT).get_truecolor()
+        for name, colour in theme_colours(theme).items()
+    }
     for name, colour in theme_colours(theme).items():
-        quantised = Color.parse(colour).downgrade(ColorSystem.EIGHT_BIT).get_truecolor()
-        assert quantised.hex == colour, name
+        parts = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+        assert max(abs(a - b) for a, b in zip(parts, quantised[name], strict=True)) <= 10, name
+    assert pale_words({name: colour.hex for name, colour in quantised.items()}) == []
 
 
 def test_own_theme_takes_what_it_leaves_out_from_its_base(file):
@@ -229,7 +234,7 @@ def test_in_the_app_keys_and_theme_are_the_users_and_problems_are_shown(file, tm
     async def work() -> None:
         sources = Sources(tmp_path / "runs", tmp_path / "queue")
         app = MenmaApp(sources, preferences=read_preferences())
-        async with app.run_test(size=(100, 24)) as pilot:
+        async with app.run_test(size=(100, 24), notifications=True) as pilot:
 
             async def seen(words: str) -> None:
                 for _ in range(1200):
