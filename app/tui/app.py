@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from textual import on
-from textual.app import App
 from textual.binding import Binding, BindingType
 
+from app.tui import running
+from app.tui.preferences import Preferences, first_theme, read_preferences
 from app.tui.screens.jobs import JobsScreen
 from app.tui.screens.library import LibraryScreen
 from app.tui.screens.monitor.screen import MonitorScreen
 from app.tui.screens.system import SystemScreen
+from app.tui.shell import Shell
 from app.tui.sources import Sources
-from app.tui.theme import DARK, TERMINAL, THEMES
 from app.tui.widgets import Ask
 
 if TYPE_CHECKING:
     from app.tui.screens.config.screen import ConfigScreen
 
 RUNS = Path("runs")
-FEW_COLOURS = frozenset({"linux", "screen", "vt100", "ansi", "xterm"})
-"""Terminals of 16 colours: the theme of their own colours suits them best."""
 
 
-class MenmaApp(App[None]):
+class MenmaApp(Shell):
     """The full-screen app."""
 
     TITLE = "menma"
@@ -44,17 +42,20 @@ class MenmaApp(App[None]):
     ]
 
     def __init__(
-        self, sources: Sources, config: Path | None = None, *, fps: float | None = None
+        self,
+        sources: Sources,
+        config: Path | None = None,
+        preferences: Preferences | None = None,
+        *,
+        fps: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(preferences, read_only=sources.read_only)
         self._sources, self._config = sources, config
         self.fps = fps
         """How often a second screens look for news; None: what suits the connection."""
         self.num_live = 0
         """Runs and jobs that go on without the app."""
-        for theme in THEMES:
-            self.register_theme(theme)
-        self.theme = TERMINAL if os.environ.get("TERM", "") in FEW_COLOURS else DARK.name
+        self.theme = first_theme(self.preferences)
 
     def on_mount(self) -> None:
         """Show the list first; the other screens are made when they are shown."""
@@ -65,6 +66,7 @@ class MenmaApp(App[None]):
         self.push_screen("jobs")
         if self._config is not None:
             self.edit_config(self._config)
+        self.begin()
 
     def action_show(self, name: str) -> None:
         """Show a screen by its name."""
@@ -72,12 +74,6 @@ class MenmaApp(App[None]):
             self.install_screen(_config_screen()(self._sources), name)
         if self.screen is not self.get_screen(name):
             self.switch_screen(name)
-
-    def action_next_theme(self) -> None:
-        """Take the next of our themes."""
-        names = [theme.name for theme in THEMES] + [TERMINAL]
-        place = names.index(self.theme) if self.theme in names else -1
-        self.theme = names[(place + 1) % len(names)]
 
     def edit_config(self, path: Path) -> None:
         """Show a config."""
@@ -129,15 +125,20 @@ def _config_screen() -> type[ConfigScreen]:
     return ConfigScreen
 
 
-def run_app(runs_dir: Path = RUNS, config: Path | None = None) -> str:
+def run_app(runs_dir: Path = RUNS, config: Path | None = None, *, read_only: bool = False) -> str:
     """Run the app until it is left; return what is to be said then.
 
     Args:
         runs_dir: folder of the runs.
         config: file to edit; None: the list is shown first.
+        read_only: to look only.
+
+    Raises:
+        RunError: it has crashed.
+        SystemExit: a signal has ended it.
     """
-    app = MenmaApp(Sources(runs_dir), config)
-    app.run()
+    app = MenmaApp(Sources(runs_dir, read_only=read_only), config, read_preferences())
+    running.run(app)
     if app.num_live:
         goes = "goes" if app.num_live == 1 else "go"
         return f"{app.num_live} {goes} on without this terminal. `menma` shows them again."

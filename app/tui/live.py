@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, cast
 
 from textual.screen import Screen
 
+from app.tui.keyed import Keyed
+
 if TYPE_CHECKING:
     from app.tui.app import MenmaApp
 
@@ -33,7 +35,7 @@ def interval_s(
     return SLOW_INTERVAL_S if far and num_characters >= LARGE_WINDOW else INTERVAL_S
 
 
-class LiveScreen(Screen[None]):
+class LiveScreen(Keyed, Screen[None]):
     """A screen that calls `look` when it comes up, and in intervals while it can be seen."""
 
     def look(self) -> object:

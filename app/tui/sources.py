@@ -18,16 +18,22 @@ class Sources:
     Args:
         runs_dir: folder of the runs.
         queue: folder of the queue; None: the user's.
+        read_only: to look only: no queue is made, and `store` is None.
     """
 
-    def __init__(self, runs_dir: Path, queue: Path | None = None) -> None:
+    def __init__(
+        self, runs_dir: Path, queue: Path | None = None, *, read_only: bool = False
+    ) -> None:
         self.runs_dir = runs_dir
+        self.read_only = read_only
         self._folder = queue or queue_folder()
         self._problem = ""
-        self.store = self._open()
+        self.store = None if read_only else self._open()
 
     def overview(self) -> Overview:
         """Read runs and jobs. Called from a thread: it has a connection of its own."""
+        if self.read_only and not QueueStore.exists(self._folder):
+            return read_overview(self.runs_dir, None)
         try:
             store = QueueStore(self._folder)
         except DiskError as error:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import ModalScreen
-from textual.widgets import Button, Label, Static
+from textual.widgets import Button, DataTable, Label, Static
+
+from app.tui.keyed import LISTS, Keyed, key_of
 
 TITLES = {
     "jobs": ("1", "Jobs"),
@@ -40,12 +42,33 @@ class Titles(Static):
         text = Text(" menma ", style="bold", no_wrap=True, overflow="ellipsis")
         for mode, (key, title) in TITLES.items():
             shown = title.upper() if mode == self._mode else title
-            text.append(f"  {key} {shown}", style="bold" if mode == self._mode else "")
-        text.append(f"   {right}")
+            text.append(
+                f"  {key_of(self.app, f'show-{mode}', key)} {shown}",
+                style="bold" if mode == self._mode else "",
+            )
+        looks = "look only  " if getattr(self.app, "read_only", False) else ""
+        text.append(f"   {looks}{right}")
         self.update(text)
 
 
-class Ask(ModalScreen[bool]):
+class Rows(Keyed, DataTable[Text]):
+    """A list whose lines are gone through by arrows or letters."""
+
+    KEYS_IN = LISTS
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("j", "cursor_down", "Down", show=False),
+        Binding("k", "cursor_up", "Up", show=False),
+        Binding("g", "scroll_top", "First", show=False),
+        Binding("G", "scroll_bottom", "Last", show=False),
+        Binding("ctrl+d", "page_down", "Page down", show=False),
+        Binding("ctrl+u", "page_up", "Page up", show=False),
+    ]
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(cursor_type="row", **attributes)
+
+
+class Ask(Keyed, ModalScreen[bool]):
     """A question before something that cannot be taken back. Cancel has the focus."""
 
     DEFAULT_CSS = """
@@ -84,7 +107,7 @@ class Ask(ModalScreen[bool]):
         self.dismiss(yes)
 
 
-class TextView(ModalScreen[None]):
+class TextView(Keyed, ModalScreen[None]):
     """Text to read and to copy: a command, an error, the end of a log."""
 
     DEFAULT_CSS = """
@@ -107,7 +130,9 @@ class TextView(ModalScreen[None]):
             yield Label(Text(self._title, style="bold"))
             with Vertical(id="text"):
                 yield Static(Text(self._text))
-            yield Label("y copy   esc close")
+            copy = key_of(self.app, "textview.copy", "y")
+            close = key_of(self.app, "textview.close", "esc")
+            yield Label(Text(f"{copy} copy   {close} close"))
 
     def action_copy(self) -> None:
         """Copy the text, also over SSH; it can be selected with the mouse, too."""

@@ -21,7 +21,7 @@ from app.runs.launch import console_tail
 from app.tui.live import LiveScreen
 from app.tui.overview import BAD, Entry, Overview
 from app.tui.sources import Sources
-from app.tui.widgets import Ask, TextView, Titles
+from app.tui.widgets import Ask, Rows, TextView, Titles
 from trainer.contract.errors import MenmaError
 from trainer.contract.run_dir import RunDir
 
@@ -42,10 +42,6 @@ class JobsScreen(LiveScreen):
     JobsScreen #details { height: auto; max-height: 7; padding: 0 1; background: $surface; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("j", "row(1)", "Down", show=False),
-        Binding("k", "row(-1)", "Up", show=False),
-        Binding("g", "first", "First", show=False),
-        Binding("G", "last", "Last", show=False),
         Binding("enter", "open", "Open"),
         Binding("S", "stop", "Stop"),
         Binding("b", "request('save')", "Save"),
@@ -81,7 +77,7 @@ class JobsScreen(LiveScreen):
     def compose(self) -> ComposeResult:
         """Lay out the list, and what is known of the line in focus."""
         yield Titles("jobs")
-        yield DataTable(cursor_type="row", zebra_stripes=False)
+        yield Rows()
         yield Static(id="details")
         yield Footer()
 
@@ -117,20 +113,6 @@ class JobsScreen(LiveScreen):
     def selected(self) -> None:
         """Open the line; the table takes Enter for itself."""
         self.action_open()
-
-    def action_row(self, by: int) -> None:
-        """Move the cursor."""
-        table = self.query_one(DataTable)
-        table.move_cursor(row=min(max(table.cursor_row + by, 0), max(table.row_count - 1, 0)))
-
-    def action_first(self) -> None:
-        """Go to the first line."""
-        self.query_one(DataTable).move_cursor(row=0)
-
-    def action_last(self) -> None:
-        """Go to the last line."""
-        table = self.query_one(DataTable)
-        table.move_cursor(row=max(table.row_count - 1, 0))
 
     def action_open(self) -> None:
         """Show the run of the line, or what the job has printed."""

@@ -15,10 +15,11 @@ from textual.screen import Screen
 from textual.widgets import Footer, Static
 
 from app.render.environment import report_lines
+from app.tui.keyed import Keyed
 from app.tui.widgets import Titles
 
 
-class SystemScreen(Screen[None]):
+class SystemScreen(Keyed, Screen[None]):
     """What `menma doctor` finds."""
 
     DEFAULT_CSS = "SystemScreen VerticalScroll { padding: 0 1; }"
