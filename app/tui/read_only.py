@@ -8,11 +8,14 @@ LOOKS = frozenset(
     """
     show-jobs show-config show-monitor show-library show-system palette help theme quit
     list.down list.up list.first list.last list.page-down list.page-up
-    ask.cancel ask.yes textview.close textview.copy choose.cancel choose.down choose.up
+    ask.cancel ask.yes textview.close textview.copy textview.down textview.up
+    choose.cancel choose.down choose.up
     jobs.open jobs.log jobs.command
     library.look-into-it library.copy-path
     monitor.jobs monitor.cursor-left monitor.cursor-right monitor.cursor-shift-left
     monitor.cursor-shift-right monitor.log-y monitor.smoother monitor.rougher monitor.log
+    monitor.metrics monitor.samples monitor.error failureview.open-in-the-monitor
+    metriclist.close metriclist.down metriclist.up
     system.look-again system.copy
     config.filter config.toml config.back config.undo config.redo config.tier config.gpu
     config.diff config.problems config.command config.open
@@ -24,6 +27,7 @@ WRITES = frozenset(
     jobs.stop jobs.save jobs.sample jobs.queue-again jobs.cancel-job jobs.later jobs.sooner
     jobs.pause
     library.sample library.merge library.convert
+    textview.write-to-a-file
     monitor.stop monitor.save monitor.sample
     config.reset config.save config.run config.editor
     """.split()  # noqa: SIM905

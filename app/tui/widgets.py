@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
+from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Button, DataTable, Label, Static
 
 from app.tui.keyed import LISTS, Keyed, key_of
+from trainer.contract.errors import DiskError
+from trainer.contract.files import write_text
 
 TITLES = {
     "jobs": ("1", "Jobs"),
@@ -108,17 +112,22 @@ class Ask(Keyed, ModalScreen[bool]):
 
 
 class TextView(Keyed, ModalScreen[None]):
-    """Text to read and to copy: a command, an error, the end of a log."""
+    """Text to read, to copy and to keep: a command, an error, the end of a log."""
 
     DEFAULT_CSS = """
     TextView { align: center middle; }
     TextView > Vertical { width: 96%; height: 90%; padding: 0 1; background: $panel; }
-    TextView #text { height: 1fr; overflow-y: auto; }
+    TextView #text { height: 1fr; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q,enter", "close", "Close"),
         Binding("y", "copy", "Copy"),
+        Binding("w", "write", "Write to a file"),
+        Binding("j", "scroll(1)", "Down", show=False),
+        Binding("k", "scroll(-1)", "Up", show=False),
     ]
+    MORE_KEYS = ""
+    """Keys of a kind of text, for the last line."""
 
     def __init__(self, title: str, text: str) -> None:
         super().__init__()
@@ -128,16 +137,37 @@ class TextView(Keyed, ModalScreen[None]):
         """Lay out title, text and keys."""
         with Vertical():
             yield Label(Text(self._title, style="bold"))
-            with Vertical(id="text"):
+            with VerticalScroll(id="text"):
                 yield Static(Text(self._text))
             copy = key_of(self.app, "textview.copy", "y")
+            write = key_of(self.app, "textview.write-to-a-file", "w")
             close = key_of(self.app, "textview.close", "esc")
-            yield Label(Text(f"{copy} copy   {close} close"))
+            words = f"{copy} copy   {write} write to a file   {self.MORE_KEYS}{close} close"
+            yield Label(Text(words))
 
     def action_copy(self) -> None:
         """Copy the text, also over SSH; it can be selected with the mouse, too."""
         self.app.copy_to_clipboard(self._text)
         self.notify("Copied, if this terminal allows it. The text is here, too.")
+
+    def action_write(self) -> None:
+        """Write the text into the folder that the app was started in; nothing is overwritten."""
+        name = re.sub(r"[^\w.-]+", "-", self._title).strip("-.").lower() or "text"
+        names = (f"{name}.txt", *(f"{name}-{number}.txt" for number in range(2, 1000)))
+        path = next((path for each in names if not (path := Path(each)).exists()), None)
+        if path is None:
+            self.notify(f"there are too many files like {names[0]} here", severity="error")
+            return
+        try:
+            write_text(path, f"{self._title}\n\n{self._text}\n")
+        except DiskError as error:
+            self.notify(str(error), severity="error", timeout=10, markup=False)
+            return
+        self.notify(f"Written: {path.absolute()}", markup=False)
+
+    def action_scroll(self, by: int) -> None:
+        """Go through the text by letters, too."""
+        self.query_one("#text", VerticalScroll).scroll_relative(y=by, animate=False)
 
     def action_close(self) -> None:
         """Go back."""

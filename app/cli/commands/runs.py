@@ -48,8 +48,9 @@ def list_runs(runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
 
 @app.command()
 def show(name: Name, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
-    """Show one run: state, figures, files."""
+    """Show one run: state, figures, files; of one that failed, why and what to try."""
     from app.cli.watching import output_files
+    from app.runs.failure import read_failure
 
     run = find_run(name, runs_dir)
     state = read_state(run)
@@ -62,12 +63,17 @@ def show(name: Name, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
         "output": output_files(run),
         "samples": sorted(str(path) for path in run.samples.glob("*") if path.is_file()),
     }
+    failure = read_failure(run, state)
     if as_json:
         points = [point.to_json() for point in curve]
-        output.json_data({**state.to_json(), "validation": points, "files": files})
+        why = failure.to_json() if failure else None
+        whole = {**state.to_json(), "validation": points, "files": files, "failure": why}
+        output.json_data(whole)
         return
     for line in _details(state, curve, files):
         output.data(line)
+    if failure is not None:
+        output.data(f"\n{failure.text()}")
 
 
 @app.command()

@@ -17,9 +17,11 @@ from textual.widgets import DataTable, Footer, Static
 from app.queue.look import job_run
 from app.queue.worker import ensure_worker
 from app.runs import control
+from app.runs.failure import Failure
 from app.runs.launch import console_tail
 from app.tui.live import LiveScreen
 from app.tui.overview import BAD, Entry, Overview
+from app.tui.screens.failure import FailureView
 from app.tui.sources import Sources
 from app.tui.widgets import Ask, Rows, TextView, Titles
 from trainer.contract.errors import MenmaError
@@ -61,6 +63,13 @@ class JobsScreen(LiveScreen):
         def __init__(self, overview: Overview) -> None:
             super().__init__()
             self.overview = overview
+
+    class Explained(Message):
+        """Why the run or job of a line failed was read."""
+
+        def __init__(self, entry: Entry, failure: Failure) -> None:
+            super().__init__()
+            self.entry, self.failure = entry, failure
 
     class Opened(Message):
         """A run is to be shown."""
@@ -115,14 +124,29 @@ class JobsScreen(LiveScreen):
         self.action_open()
 
     def action_open(self) -> None:
-        """Show the run of the line, or what the job has printed."""
+        """Show why it failed; else the run of the line, or what the job has printed."""
         entry = self._entry()
         if entry is None:
             return
-        if entry.run_dir is not None:
+        if entry.state in BAD:
+            self._read_failure(entry)
+        elif entry.run_dir is not None:
             self.post_message(self.Opened(entry.run_dir))
         else:
             self.action_log()
+
+    @work(thread=True, exclusive=True, group="failure")
+    def _read_failure(self, entry: Entry) -> None:
+        failure = self._sources.failure_of(entry)
+        if failure is not None:
+            self.post_message(self.Explained(entry, failure))
+
+    @on(Explained)
+    def explain(self, message: Explained) -> None:
+        """Show why it failed."""
+        run = message.entry.run_dir
+        opener = None if run is None else lambda: self.post_message(self.Opened(run))
+        self.app.push_screen(FailureView(message.failure, opener))
 
     def action_log(self) -> None:
         """Show the end of what it has printed."""

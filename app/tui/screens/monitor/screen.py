@@ -15,12 +15,14 @@ from textual.widgets import Footer, RichLog, Static
 
 from app.render.curve import Curve, span_of
 from app.runs import control
+from app.runs.failure import BAD, Failure, read_failure
 from app.runs.launch import console_tail
 from app.runs.metrics import RunLog, overview
 from app.runs.state import RunState, State, read_state
 from app.tui.curve_view import SeriesCurve
 from app.tui.live import LiveScreen
 from app.tui.meters import Meters
+from app.tui.screens.failure import FailureView
 from app.tui.screens.monitor.words import (
     CURSOR_HINT,
     figures,
@@ -86,7 +88,7 @@ class MonitorScreen(LiveScreen):
         Binding("m", "metrics", "Metrics"),
         Binding("v", "samples", "Samples"),
         Binding("l", "log", "Log"),
-        Binding("e", "failure", "Error"),
+        Binding("e", "failure", "Error", show=False),
     ]
 
     class Read(Message):
@@ -105,6 +107,13 @@ class MonitorScreen(LiveScreen):
         def __init__(self, run: RunDir, curve: Curve) -> None:
             super().__init__()
             self.run, self.curve = run, curve
+
+    class Explained(Message):
+        """Why the run failed was read."""
+
+        def __init__(self, failure: Failure) -> None:
+            super().__init__()
+            self.failure = failure
 
     class Left(Message):
         """The list of jobs is wanted."""
@@ -286,6 +295,24 @@ class MonitorScreen(LiveScreen):
             lines = console_tail(self._run, 200)
             title = f"Log of {self._run.root.name}"
             self.app.push_screen(TextView(title, "\n".join(lines) or "nothing yet"))
+
+    def action_failure(self) -> None:
+        """Show why the run failed."""
+        if self._run is None or self._state is None or self._state.state not in BAD:
+            self.notify("It has not failed.")
+            return
+        self._read_failure(self._run, self._state)
+
+    @work(thread=True, exclusive=True, group="failure")
+    def _read_failure(self, run: RunDir, state: RunState) -> None:
+        failure = read_failure(run, state)
+        if failure is not None:
+            self.post_message(self.Explained(failure))
+
+    @on(Explained)
+    def explain(self, message: Explained) -> None:
+        """Show why it failed."""
+        self.app.push_screen(FailureView(message.failure))
 
     def _start_lines(self) -> None:
         smoothing = SMOOTHINGS[self._smoothing]
