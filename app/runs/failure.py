@@ -49,7 +49,7 @@ _CAUSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         r"not finite|became NaN|NaN or inf",
-        ("a lower optimizer.lr; look at the clips that the message names",),
+        ("a lower optimizer.learning_rate; look at the clips that the message names",),
     ),
     (r"exit code 2\b", ("`menma check CONFIG` lists everything that is wrong at once",)),
 )

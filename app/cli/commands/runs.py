@@ -76,6 +76,42 @@ def show(name: Name, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
         output.data(f"\n{failure.text()}")
 
 
+@app.command("compare")
+def compare_runs(
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN RUN…", help="Names or folders of runs.", show_default=False),
+    ],
+    runs_dir: RunsDir = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Compare runs: their figures, and the options in which their configs differ."""
+    from app.domain.comparison import BEST, UNLIKE
+    from app.domain.run_comparison import config_rows, figure_rows, read_runs
+
+    if len(names) < 2:
+        raise UserError("two runs or more are needed", hint="`menma runs list` shows them")
+    found = read_runs([find_run(name, runs_dir) for name in names])
+    rows, options = figure_rows(found), config_rows(found)
+    heads = [run.label for run in found]
+    if as_json:
+        config = {key: dict(zip(heads, values, strict=True)) for key, values in options}
+        output.json_data({"runs": [run.to_json() for run in found], "config": config})
+        return
+    cells = [(row.name + ("" if row.comparable else f" {UNLIKE}"), *row.cells) for row in rows]
+    output.data(output.table(("FIGURE", *heads), cells, right=" ".join(heads)))
+    if options:
+        output.data()
+        output.data(output.table(("OPTION", *heads), [(key, *each) for key, each in options]))
+    for run in found:
+        if run.note:
+            output.say(f"{run.label}: {run.note}")
+    if any(BEST in cell for row in rows for cell in row.cells):
+        output.say(f"{BEST} best of its row")
+    if not all(row.comparable for row in rows):
+        output.say(f"{UNLIKE} not comparable: data, model or the loss itself differ")
+
+
 @app.command()
 def watch(
     name: Name,
