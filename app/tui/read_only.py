@@ -10,7 +10,10 @@ LOOKS = frozenset(
     list.down list.up list.first list.last list.page-down list.page-up
     ask.cancel ask.yes textview.close textview.copy textview.down textview.up
     choose.cancel choose.down choose.up
-    jobs.open jobs.log jobs.command
+    jobs.open jobs.log jobs.command jobs.mark jobs.compare
+    compare.back compare.cursor-left compare.cursor-right compare.cursor-shift-left
+    compare.cursor-shift-right compare.log-y compare.smoother compare.rougher compare.down
+    compare.up compare.read-again
     library.look-into-it library.copy-path
     monitor.jobs monitor.cursor-left monitor.cursor-right monitor.cursor-shift-left
     monitor.cursor-shift-right monitor.log-y monitor.smoother monitor.rougher monitor.log

@@ -54,7 +54,9 @@ class JobsScreen(LiveScreen):
         Binding("x", "cancel", "Cancel job", show=False),
         Binding("J", "move(1)", "Later", show=False),
         Binding("K", "move(-1)", "Sooner", show=False),
-        Binding("P", "pause", "Pause"),
+        Binding("space", "mark", "Mark", show=False),
+        Binding("equals_sign", "compare", "Compare", key_display="="),
+        Binding("P", "pause", "Pause", show=False),
     ]
 
     class Read(Message):
@@ -82,6 +84,8 @@ class JobsScreen(LiveScreen):
         super().__init__()
         self._sources = sources
         self._overview = Overview(())
+        self._marked: list[str] = []
+        """Keys of the lines that are to be compared, in the order they were marked."""
 
     def compose(self) -> ComposeResult:
         """Lay out the list, and what is known of the line in focus."""
@@ -189,6 +193,31 @@ class JobsScreen(LiveScreen):
         target = run or RunDir(entry.run.root)
         self._ask(f"{entry.name}: {words}", "Stop", lambda: control.stop(target, urgency))
 
+    def action_mark(self) -> None:
+        """Mark a training for a comparison, or take the mark away."""
+        entry = self._entry()
+        if entry is None or entry.run_dir is None:
+            self.notify("Only trainings can be compared.", severity="warning")
+            return
+        if entry.key in self._marked:
+            self._marked.remove(entry.key)
+        else:
+            self._marked.append(entry.key)
+        self._fill()
+        self.query_one(DataTable).action_cursor_down()
+
+    def action_compare(self) -> None:
+        """Compare the trainings that are marked."""
+        from app.tui.screens.compare import MOST, CompareScreen
+
+        by_key = {entry.key: entry.run_dir for entry in self._overview.entries}
+        runs = [run for key in self._marked if (run := by_key.get(key)) is not None]
+        if not 2 <= len(runs) <= MOST:
+            words = f"Mark two to {MOST} trainings with space first: {len(runs)} are marked."
+            self.notify(words, severity="warning")
+            return
+        self.app.push_screen(CompareScreen(runs))
+
     def action_cancel(self) -> None:
         """Take a job that waits out of the queue."""
         entry = self._entry()
@@ -271,7 +300,7 @@ class JobsScreen(LiveScreen):
         )
         self._lay_out(table)
         for entry in self._overview.entries:
-            table.add_row(*_cells(entry), key=entry.key)
+            table.add_row(*_cells(entry, entry.key in self._marked), key=entry.key)
         keys = [entry.key for entry in self._overview.entries]
         table.move_cursor(row=keys.index(key) if key in keys else min(row, max(len(keys) - 1, 0)))
 
@@ -299,13 +328,13 @@ class JobsScreen(LiveScreen):
         self.query_one("#details", Static).update(text)
 
 
-def _cells(entry: Entry) -> list[Text]:
+def _cells(entry: Entry, marked: bool) -> list[Text]:
     number = str(entry.job.job.id) if entry.job else ""
     style = "bold" if entry.live else ("underline" if entry.state in BAD else "")
     words = (
         number,
         entry.kind,
-        entry.name,
+        f"* {entry.name}" if marked else entry.name,
         f"{entry.sign} {entry.state}",
         entry.step,
         entry.eta,
