@@ -18,6 +18,8 @@ LOOKS = frozenset(
     monitor.jobs monitor.cursor-left monitor.cursor-right monitor.cursor-shift-left
     monitor.cursor-shift-right monitor.log-y monitor.smoother monitor.rougher monitor.log
     monitor.metrics monitor.samples monitor.error failureview.open-in-the-monitor
+    gallery.back gallery.frame-back gallery.frame-on gallery.step-back gallery.step-on
+    gallery.prompt gallery.prompt-back gallery.left-one gallery.play gallery.copy-path
     metriclist.close metriclist.down metriclist.up
     system.look-again system.copy
     config.filter config.toml config.back config.undo config.redo config.tier config.gpu

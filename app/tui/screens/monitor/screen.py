@@ -18,6 +18,7 @@ from app.runs import control
 from app.runs.failure import BAD, Failure, read_failure
 from app.runs.launch import console_tail
 from app.runs.metrics import RunLog, overview
+from app.runs.samples import Sample
 from app.runs.state import RunState, State, read_state
 from app.tui.curve_view import SeriesCurve
 from app.tui.live import LiveScreen
@@ -295,6 +296,17 @@ class MonitorScreen(LiveScreen):
             lines = console_tail(self._run, 200)
             title = f"Log of {self._run.root.name}"
             self.app.push_screen(TextView(title, "\n".join(lines) or "nothing yet"))
+
+    def action_samples(self) -> None:
+        """Show the samples of the run."""
+        from app.tui.screens.monitor.gallery import GalleryScreen
+
+        if self._log is not None:
+            self.app.push_screen(GalleryScreen(self._samples, self.look))
+
+    def _samples(self) -> list[Sample]:
+        with self._columns:
+            return list(self._log.samples) if self._log is not None else []
 
     def action_failure(self) -> None:
         """Show why the run failed."""
