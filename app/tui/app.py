@@ -53,8 +53,6 @@ class MenmaApp(Shell):
         self._sources, self._config = sources, config
         self.fps = fps
         """How often a second screens look for news; None: what suits the connection."""
-        self.num_live = 0
-        """Runs and jobs that go on without the app."""
         self.theme = first_theme(self.preferences)
 
     def on_mount(self) -> None:
@@ -112,11 +110,6 @@ class MenmaApp(Shell):
         """Go back to the list."""
         self.switch_screen("jobs")
 
-    @on(JobsScreen.Read)
-    def count(self, message: JobsScreen.Read) -> None:
-        """Remember how many go on, for the last word."""
-        self.num_live = message.overview.num_live
-
 
 def _config_screen() -> type[ConfigScreen]:
     """Return the class of the config's screen; its modules are loaded when somebody wants it."""
@@ -125,21 +118,29 @@ def _config_screen() -> type[ConfigScreen]:
     return ConfigScreen
 
 
-def run_app(runs_dir: Path = RUNS, config: Path | None = None, *, read_only: bool = False) -> str:
+def run_app(
+    runs_dir: Path = RUNS,
+    config: Path | None = None,
+    *,
+    read_only: bool = False,
+    fps: float | None = None,
+) -> str:
     """Run the app until it is left; return what is to be said then.
 
     Args:
         runs_dir: folder of the runs.
         config: file to edit; None: the list is shown first.
         read_only: to look only.
+        fps: how often a second screens look for news; None: what suits the connection.
 
     Raises:
         RunError: it has crashed.
         SystemExit: a signal has ended it.
     """
-    app = MenmaApp(Sources(runs_dir, read_only=read_only), config, read_preferences())
-    running.run(app)
-    if app.num_live:
-        goes = "goes" if app.num_live == 1 else "go"
-        return f"{app.num_live} {goes} on without this terminal. `menma` shows them again."
+    sources = Sources(runs_dir, read_only=read_only)
+    running.run(MenmaApp(sources, config, read_preferences(), fps=fps))
+    num_live = sources.overview().num_live
+    if num_live:
+        goes = "goes" if num_live == 1 else "go"
+        return f"{num_live} {goes} on without this terminal. `menma` shows them again."
     return ""

@@ -47,9 +47,10 @@ def figures(log: RunLog) -> Text:
         ("lr", "{:.3g}", step.get("lr")),
         ("grad", "{:.3g}", step.get("grad_norm")),
         ("s/step", "{:.2f}", step.get("step_time_s")),
-        ("epoch", "{:.2f}", step.get("epoch")),
         ("peak VRAM", "{:.1f}G", step.get("peak_vram_gib")),
         ("RAM", "{:.1f}G", step.get("rss_gib")),
+        ("epoch", "{:.2f}", step.get("epoch")),
+        ("items/s", "{:.3g}", step.get("items_per_s")),
     ]
     words = [
         f"{name} {form.format(float(value))}"
