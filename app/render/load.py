@@ -21,9 +21,9 @@ def gpu_lines(load: Load, width: int, most: int) -> list[str]:
         return [f"GPU   none: {load.no_gpu}"]
     if len(load.gpus) <= most:
         return [_gpu_line(gpu) for gpu in load.gpus]
-    line, left = "GPU", len(load.gpus)
+    line, left = "GPU GiB", len(load.gpus)
     for gpu in load.gpus:
-        part = f" {gpu.index}: {_memory(gpu)} {_busy(gpu)}".rstrip()
+        part = f" {gpu.index}: {_memory(gpu).removesuffix(' GiB')} {_busy(gpu)}".rstrip()
         rest = f" +{left - 1} more" if left > 1 else ""
         if len(line) + len(part) + len(rest) > width:
             return [f"{line} +{left} more"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from app.runs.printable import printable
 from app.runs.samples import Sample, sample_of
 from trainer.contract.events import EventReader, decode
 from trainer.contract.run_dir import RunDir
@@ -166,7 +167,7 @@ class RunLog:
             self.checkpoints.append(step)
 
     def _say(self, kind: str, words: str) -> None:
-        self.messages.append((kind, words))
+        self.messages.append((kind, printable(words)))
         self.num_messages += 1
 
     def _take_step(self, step: int, event: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.runs.printable import printable
 from trainer.contract.run_dir import RunDir
 
 MAX_WORDS = 4_000
@@ -48,7 +49,7 @@ def sample_of(run: RunDir, step: int, event: Mapping[str, Any]) -> Sample | None
     return Sample(
         step=step,
         path=moved if moved.exists() else Path(told),
-        prompt=prompt[:MAX_WORDS] if isinstance(prompt, str) else "",
+        prompt=" ".join(printable(prompt[:MAX_WORDS]).split()) if isinstance(prompt, str) else "",
         seed=seed if isinstance(seed, int) else None,
     )
 

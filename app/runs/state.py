@@ -12,6 +12,7 @@ from typing import Any
 from app.runs import control, lock, processes
 from app.runs.durations import duration
 from app.runs.follow import SHORT_TAIL_BYTES, tail_events
+from app.runs.printable import printable
 from app.runs.status import Status, read_status
 from trainer.contract.run_dir import RunDir
 
@@ -125,7 +126,7 @@ def read_state(run: RunDir, *, now: float | None = None, boot: str | None = None
         name=run.root.name,
         root=run.root,
         state=state,
-        why=why,
+        why=printable(why),
         step=_whole(step.get("step", end.get("step"))),
         total_steps=_whole(step.get("total_steps")),
         loss=_number(step.get("loss")),
