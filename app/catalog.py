@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "push": "app.cli.commands.push",
     "runs": "app.cli.commands.runs",
     "queue": "app.cli.commands.queue",
+    "keys": "app.cli.commands.keys",
     "bench": "app.cli.commands.bench",
     "doctor": "app.cli.commands.doctor",
     "version": "app.cli.commands.version",

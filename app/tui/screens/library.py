@@ -18,9 +18,10 @@ from textual.widgets import DataTable, Footer, Static
 from app.queue.adding import job_spec
 from app.queue.worker import ensure_worker
 from app.runs.child import child_environment
+from app.tui.keyed import Keyed
 from app.tui.outputs import Output, find_outputs
 from app.tui.sources import Sources
-from app.tui.widgets import Ask, TextView, Titles
+from app.tui.widgets import Ask, Rows, TextView, Titles
 from trainer.contract.errors import MenmaError
 
 POLL_S = 3.0
@@ -28,7 +29,7 @@ INSPECT_TIMEOUT_S = 120
 COLUMNS = ("FILE", "RUN", "SIZE", "WRITTEN")
 
 
-class LibraryScreen(Screen[None]):
+class LibraryScreen(Keyed, Screen[None]):
     """Outputs of all runs, the newest first."""
 
     DEFAULT_CSS = """
@@ -36,8 +37,6 @@ class LibraryScreen(Screen[None]):
     LibraryScreen #details { height: auto; max-height: 4; padding: 0 1; background: $surface; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("j", "row(1)", "Down", show=False),
-        Binding("k", "row(-1)", "Up", show=False),
         Binding("enter", "inspect", "Look into it"),
         Binding("v", "job('sample')", "Sample"),
         Binding("m", "job('merge')", "Merge"),
@@ -68,7 +67,7 @@ class LibraryScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         """Lay out the list."""
         yield Titles("library")
-        yield DataTable(cursor_type="row")
+        yield Rows()
         yield Static(id="details")
         yield Footer()
 
@@ -76,7 +75,11 @@ class LibraryScreen(Screen[None]):
         """Look now, and again every few seconds."""
         self.query_one(DataTable).add_columns(*COLUMNS)
         self.find()
-        self.set_interval(POLL_S, self.find)
+        self.set_interval(POLL_S, self._look_again)
+
+    def _look_again(self) -> None:
+        if self.is_current:
+            self.find()
 
     @work(thread=True, exclusive=True, group="outputs")
     def find(self) -> None:
@@ -107,11 +110,6 @@ class LibraryScreen(Screen[None]):
     def selected(self) -> None:
         """Look into the file; the table takes Enter for itself."""
         self.action_inspect()
-
-    def action_row(self, by: int) -> None:
-        """Move the cursor."""
-        table = self.query_one(DataTable)
-        table.move_cursor(row=min(max(table.cursor_row + by, 0), max(table.row_count - 1, 0)))
 
     def action_inspect(self) -> None:
         """Show what is in the file."""
