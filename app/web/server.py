@@ -48,7 +48,9 @@ class Session(AppService):
             stdin=PIPE,
             stdout=PIPE,
             stderr=PIPE,
-            env=child_environment() | self._build_environment(width=width, height=height),
+            env=child_environment()
+            | self._build_environment(width=width, height=height)
+            | {"TERM": "xterm-256color", "COLORTERM": "truecolor"},  # the browser's, not ours
             start_new_session=os.name != "nt",
         )
         self._stdin = self._process.stdin

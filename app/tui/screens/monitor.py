@@ -23,6 +23,7 @@ from app.runs.metrics import RunLog
 from app.runs.state import RunState, State, read_state
 from app.tui.keyed import Keyed
 from app.tui.widgets import Ask, LossCurve, TextView, Titles
+from trainer.contract.errors import MenmaError
 from trainer.contract.run_dir import RunDir
 
 POLL_S = 1.0
@@ -180,8 +181,12 @@ class MonitorScreen(Keyed, Screen[None]):
             words = "it is stopping already. End it now, without saving?"
 
         def answered(agreed: bool | None) -> None:
-            if agreed:
+            if not agreed:
+                return
+            try:
                 control.stop(run, urgency)
+            except (MenmaError, OSError) as error:
+                self.notify(str(error), severity="error", timeout=10)
 
         self.app.push_screen(Ask(f"{state.name}: {words}", "Stop"), answered)
 
