@@ -26,7 +26,7 @@ def fake_command(mode: str) -> list[str]:
     return [sys.executable, str(FAKE_TRAINER), mode]
 
 
-def wait_for(what: Callable[[], object], timeout_s: float = 30.0) -> None:
+def wait_for(what: Callable[[], object], timeout_s: float = 90.0) -> None:
     """Wait until `what()` is true."""
     deadline = time.monotonic() + timeout_s
     while not what():

@@ -5,13 +5,23 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import select
 import struct
 import subprocess
+import sys
 import termios
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+_OWN_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""In place of a `preexec_fn`, which may wait for ever for a lock (of imports, above all) that
+another thread of the tests held when it was forked."""
 
 
 class Terminal:
@@ -34,16 +44,14 @@ class Terminal:
         self.set_size(size)
         self.modes_before = termios.tcgetattr(self._inner)
 
-        def own_terminal() -> None:
-            os.setsid()
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
         self.process = subprocess.Popen(
-            command, stdin=inner, stdout=inner, stderr=inner, cwd=cwd, env=environment,
-            preexec_fn=own_terminal,  # noqa: PLW1509
+            [sys.executable, "-SEc", _OWN_TERMINAL, *command],
+            stdin=inner, stdout=inner, stderr=inner, cwd=cwd, env=environment,
+            start_new_session=True,
         )  # fmt: skip
         os.close(inner)
         self._pieces: list[bytes] = []
+        self._closing = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -67,9 +75,11 @@ class Terminal:
 
     def close(self) -> None:
         """Close the window: who is on the terminal gets SIGHUP."""
-        with suppress(OSError):
-            os.close(self._inner)
         if self._master >= 0:
+            # A read that waits would keep the terminal open behind our back.
+            self._closing.set()
+            self._reader.join()
+            os.close(self._inner)
             os.close(self._master)
             self._master = -1
 
@@ -81,6 +91,7 @@ class Terminal:
         self.close()
 
     def _read(self) -> None:
-        with suppress(OSError):  # EIO: the program has left; EBADF: the window is closed
-            while piece := os.read(self._master, 65536):
-                self._pieces.append(piece)
+        with suppress(OSError):  # EIO: nobody is on the terminal any more
+            while not self._closing.is_set():
+                if select.select([self._master], [], [], 0.05)[0]:
+                    self._pieces.append(os.read(self._master, 65536))
