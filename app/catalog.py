@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "runs": "app.cli.commands.runs",
     "queue": "app.cli.commands.queue",
     "keys": "app.cli.commands.keys",
+    "serve": "app.cli.commands.serve",
     "bench": "app.cli.commands.bench",
     "doctor": "app.cli.commands.doctor",
     "version": "app.cli.commands.version",

@@ -32,6 +32,7 @@ from app.tui.screens.monitor.words import (
     state_words,
 )
 from app.tui.widgets import Ask, TextView, Titles
+from trainer.contract.errors import MenmaError
 from trainer.contract.run_dir import RunDir
 
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -285,8 +286,12 @@ class MonitorScreen(LiveScreen):
             words = "it is stopping already. End it now, without saving?"
 
         def answered(agreed: bool | None) -> None:
-            if agreed:
+            if not agreed:
+                return
+            try:
                 control.stop(run, urgency)
+            except (MenmaError, OSError) as error:
+                self.notify(str(error), severity="error", timeout=10)
 
         self.app.push_screen(Ask(f"{state.name}: {words}", "Stop"), answered)
 
