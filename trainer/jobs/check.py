@@ -36,7 +36,7 @@ from trainer.jobs.memory_checks import memory_notes, memory_problems
 from trainer.jobs.run_items import cache_settings, holdout_of
 from trainer.jobs.start import machine_problems
 from trainer.models.wan.detect import recognise
-from trainer.sampling.prompts import read_prompts
+from trainer.contract.prompts import read_prompts
 from trainer.sampling.requests import requests_of
 
 

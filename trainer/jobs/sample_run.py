@@ -27,7 +27,7 @@ from trainer.jobs.components import (
 from trainer.jobs.config_job import read_config
 from trainer.jobs.loraid_files import is_of_slots, resolve_loraids
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
-from trainer.sampling.prompts import read_prompts
+from trainer.contract.prompts import read_prompts
 from trainer.sampling.requests import requests_of
 
 TransformerFiles = dict[Expert, Path]

@@ -20,7 +20,7 @@ from trainer.models.wan.transformer import WanTransformer
 from trainer.models.wan.vae import WanVAE
 from trainer.sampling.conditions import Conditions, encode_files, encode_texts
 from trainer.sampling.pipeline import SamplingModels, decode_frames, generate
-from trainer.sampling.prompts import read_prompts
+from trainer.contract.prompts import read_prompts
 from trainer.sampling.requests import SampleRequest, requests_of
 from trainer.sampling.results import write_sample
 
