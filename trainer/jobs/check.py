@@ -15,6 +15,7 @@ from trainer.contract.dataset_config import DatasetConfig
 from trainer.contract.errors import ConfigError, DataError, Problem, UserError
 from trainer.contract.experts import trains_both
 from trainer.contract.jobs import CheckRequest
+from trainer.contract.prompts import read_prompts
 from trainer.contract.variants import Variant
 from trainer.core.seams import BuildContext
 from trainer.data.cache_index import is_cached
@@ -36,7 +37,6 @@ from trainer.jobs.memory_checks import memory_notes, memory_problems
 from trainer.jobs.run_items import cache_settings, holdout_of
 from trainer.jobs.start import machine_problems
 from trainer.models.wan.detect import recognise
-from trainer.contract.prompts import read_prompts
 from trainer.sampling.requests import requests_of
 
 

@@ -105,7 +105,11 @@ class Draft:
     def _problems(self) -> list[Problem]:
         import tomlkit
 
-        text = tomlkit.dumps(self.nested())
+        content = self.nested()
+        dataset = content.setdefault("dataset", {})
+        if "file" not in dataset and not dataset.get("sources"):
+            dataset["sources"] = [{"video_directory": "clips"}]  # as the text has it then
+        text = tomlkit.dumps(content)
         try:
             load_config_with_sources(Path("imported.toml"), environ={}, text=text)
         except ConfigError as error:

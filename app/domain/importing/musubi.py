@@ -58,7 +58,7 @@ def files(keys: Keys) -> None:
     named = {"vae": "model.vae", "t5": "model.text_encoder", "clip": "model.image_encoder"}
     for name, target in named.items():
         for key in (name, f"wan_cache_latents.{name}", f"wan_cache_text_encoder_outputs.{name}"):
-            if keys.get(key) in {None, ""}:
+            if keys.get(key) in (None, ""):
                 continue
             if target in keys.draft.values:
                 keys.done(key, "given before", target)

@@ -69,7 +69,7 @@ def compiling(keys: Keys) -> None:
     if "compile_backend" in keys and keys.get("compile_backend") != "inductor":
         keys.lacks("compile_backend", "blocks are compiled by inductor only")
     for key in COMPILE:
-        if keys.get(key) not in {None, "", "default", "inductor"} and keys.get(key) is not False:
+        if keys.get(key) not in (None, "", "default", "inductor") and keys.get(key) is not False:
             keys.done(key, "Menma chooses this for its blocks")
 
 
@@ -88,7 +88,7 @@ def memory(keys: Keys) -> None:
     if swapped:
         keys.put("blocks_to_swap", "memory.blocks_to_swap", swapped)
     for key in ("block_swap_h2d_only", "use_pinned_memory_for_block_swap", "block_swap_ring_size"):
-        if keys.get(key) not in {None, False}:
+        if keys.get(key) not in (None, False):
             keys.done(
                 key, "frozen blocks are only copied to the GPU, from pinned memory, two at a time"
             )
@@ -164,7 +164,7 @@ def schedule(keys: Keys) -> None:
                    "choose lr_schedule.kind")  # fmt: skip
     put_schedule(keys, "lr_scheduler", name)
     _steps(keys, "lr_warmup_steps", "lr_schedule.warmup_steps")
-    if keys.get("lr_decay_steps") not in {None, 0, "0"}:
+    if keys.get("lr_decay_steps") not in (None, 0, "0"):
         found = _named(keys, "lr_schedule", ("decay_steps", "num_decay_steps"))
         if found is None:
             keys.lacks("lr_decay_steps", f"lr_schedule.kind = {_schedule(keys)!r} has no such part")
@@ -178,7 +178,7 @@ def schedule(keys: Keys) -> None:
     }
     for key, (convert, default, names) in options.items():
         value = keys.read(key, convert, default)
-        if key not in keys or value in {None, 0}:
+        if key not in keys or value in (None, 0):
             continue
         found = _named(keys, "lr_schedule", names)
         if found is not None:

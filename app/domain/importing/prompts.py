@@ -97,9 +97,7 @@ def _inline(keys: Keys) -> list[dict[str, Any]]:
         if (converted := keys.read(key, _CONVERT.get(field, v.text))) is not None:
             fields[field] = converted
             keys.done(key, "", f"sampling.prompts[{index}].{field}")
-            row = keys.reported[key]
-            row.status = "carried" if field == name else "renamed"
-            row.new_value = converted
+            keys.reported[key].new_value = converted
     return [tables[index] for index in sorted(tables)]
 
 

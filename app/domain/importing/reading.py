@@ -221,7 +221,7 @@ def _of_commands(path: Path | None, text: str, tool: Tool | None) -> _Document:
             hint="wan_train_network.py, wan_train.py, wan_cache_latents.py, "
             "wan_cache_text_encoder_outputs.py",
         )
-    if tool not in {None, "musubi"}:
+    if tool not in (None, "musubi"):
         raise UserError(f"{where} calls musubi-tuner's scripts, not {tool}'s")
     return _Document(path, known, "musubi", "commands")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from app.domain.importing.draft import Draft
-from app.domain.importing.report import DefaultRow, Row
+from app.domain.importing.report import DefaultRow, Row, Status
 from app.domain.importing.values import as_is
 
 OMITTED: Any = object()
@@ -157,6 +157,9 @@ class Keys:
         Returns:
             Whether the config has it now, be it by its default.
         """
+        if value is None:
+            self.same(key, "not set, as in Menma")
+            return False
         if not self.draft.knows(target, value):
             self.lacks(key, f"Menma has no {_words(target, value)} yet", hint)
             return False
@@ -164,8 +167,7 @@ class Keys:
         default = self.draft.chosen(target) if plain else OMITTED
         if key in self.values and key not in self.reported:
             self.draft.values[target] = value
-            same = key.rpartition(".")[2] == target.rpartition(".")[2]
-            status = "different" if note else "carried" if same else "renamed"
+            status = "different" if note else _kept(key, target)
             self._row(key, status, target=target, new_value=value, note=note)
         elif value != default and target not in self.draft.values:
             self.draft.values[target] = value
@@ -173,10 +175,11 @@ class Keys:
         return True
 
     def done(self, key: str, note: str, target: str = "") -> None:
-        """Say that a key is done in another way (or together with the one at `target`)."""
+        """Say that a key is done in another way; with a target and no note, that it is there."""
         if key in self.values:
             value = self.draft.values.get(target) if target else None
-            self._row(key, "different", target=target, new_value=value, note=note)
+            status = "different" if note else _kept(key, target)
+            self._row(key, status, target=target, new_value=value, note=note)
 
     def same(self, key: str, note: str = "off, as in Menma") -> None:
         """Say that a key asks for what Menma does anyway."""
@@ -225,7 +228,7 @@ class Keys:
             return
         self.put(key, rule.target, value, note=rule.note, hint=rule.hint)
 
-    def _row(self, key: str, status: Any, **more: Any) -> Row:
+    def _row(self, key: str, status: Status, **more: Any) -> Row:
         """Note what became of a key; the first word on it counts."""
         row = Row(key, self.values[key], status, file=self.files.get(key, ""), **more)
         return self.reported.setdefault(key, row)
@@ -265,6 +268,11 @@ def read_table(table: Table, keys: Keys) -> None:
 
 def _named(key: str, name: str) -> bool:
     return key.startswith(name[:-1]) if name.endswith("*") else key == name
+
+
+def _kept(key: str, target: str) -> Status:
+    same = not target or key.rpartition(".")[2] == target.rpartition(".")[2]
+    return "carried" if same else "renamed"
 
 
 def _words(target: str, value: Any) -> str:
