@@ -172,8 +172,9 @@ def test_takenoko_means_other_things_with_what_it_leaves_out(tmp_path):
 def test_takenoko_with_both_experts_and_clips_to_validate_on(tmp_path):
     imported, config = imported_from("takenoko/wan22_dual.toml", tmp_path)
     assert config.model.expert == "shared"
-    assert config.model.transformer.name == "wan2.2_t2v_low_noise_14B_fp16.safetensors"
-    assert "nothing is downloaded" in rows_of(imported)["dit"].note
+    file = "wan2.2_t2v_low_noise_14B_fp16.safetensors"
+    assert config.model.transformer.as_posix() == f"hf:Comfy-Org/Wan_2.2/{file}"
+    assert "menma fetch" in rows_of(imported)["dit"].note
     sources = config.load_all_sources().sources
     assert [source.resolution for source in sources] == [(512, 512), (832, 480), (512, 512)]
     assert config.validation.every_steps == 500

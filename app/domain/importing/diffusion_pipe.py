@@ -48,7 +48,7 @@ def model(keys: Keys) -> None:
         keys.draft.values["model.expert"] = expert
         target = "model.transformer_high_noise" if expert == "high_noise" else target
     if transformer:
-        path, note = keys.file_of(transformer)
+        path, note = keys.weights_of(transformer)
         keys.put("model.transformer_path", target, path, note=note)
     elif folder:
         keys.draft.values[target] = folder
@@ -63,7 +63,7 @@ def model(keys: Keys) -> None:
         keys.done("model.ckpt_path", "the files in it that Menma needs are named one by one",
                   "model.vae")  # fmt: skip
     if keys.get("model.llm_path"):
-        path, note = keys.file_of(keys.get("model.llm_path"))
+        path, note = keys.weights_of(keys.get("model.llm_path"))
         keys.put("model.llm_path", "model.text_encoder", path, note=note)
     elif folder:
         keys.draft.values["model.text_encoder"] = f"{folder}/models_t5_umt5-xxl-enc-bf16.pth"
@@ -336,8 +336,8 @@ RULES: Mapping[str, Rule] = {
     "image_eval_micro_batch_size_per_gpu": Done("validation.batch_size", off=()),
     "eval_gradient_accumulation_steps": Done("validation adds up over all clips", off=()),
     "disable_block_swap_for_eval": Done("blocks are swapped in validation, too", off=()),
-    "huggingface_repo": Lacks("Menma uploads nothing", "`hf upload`"),
-    "upload_hf_from_epoch": Lacks("Menma uploads nothing", "`hf upload`"),
+    "huggingface_repo": Done("`menma push RUN owner/repo` uploads outputs, when you say so"),
+    "upload_hf_from_epoch": Done("of huggingface_repo", off=()),
     "monitoring.wandb_api_key": Secret("set WANDB_API_KEY in the environment"),
     "monitoring.wandb_tracker_name": To("logging.wandb_project", v.text),
     "monitoring.wandb_run_name": To("logging.wandb_run_name", v.text),

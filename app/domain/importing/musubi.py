@@ -37,8 +37,7 @@ TASKS: Mapping[str, str] = {
     "i2v-A14B": "wan2.2-i2v-a14b",
 }
 DEFAULT_TASK = "t2v-14B"
-NO_UPLOAD = "Menma uploads nothing"
-UPLOAD = "upload the output file with `hf upload`"
+UPLOAD = Done("`menma push RUN owner/repo` uploads outputs, when you say so", off=(False, None, ""))
 RESUME = "give the last LoRA file as adapter.init_from; the optimizer begins anew"
 _WORKERS = "cached items are read ahead of the step, by threads"
 
@@ -63,7 +62,7 @@ def files(keys: Keys) -> None:
             if target in keys.draft.values:
                 keys.done(key, "given before", target)
                 continue
-            path, note = keys.file_of(keys.get(key))
+            path, note = keys.weights_of(keys.get(key))
             keys.put(key, target, path, note=note)
 
 
@@ -154,10 +153,10 @@ RULES: Mapping[str, Rule] = {
         default="fp32",
     ),
     "resume": Lacks("the state of another trainer cannot be read", RESUME),
-    "resume_from_huggingface": Lacks(NO_UPLOAD.replace("uploads", "downloads"), RESUME),
-    "save_state_to_huggingface": Lacks(NO_UPLOAD, UPLOAD),
-    "async_upload": Lacks(NO_UPLOAD, UPLOAD),
-    **{f"huggingface_{part}": Lacks(NO_UPLOAD, UPLOAD)
+    "resume_from_huggingface": Lacks("the state of another trainer cannot be read", RESUME),
+    "save_state_to_huggingface": Lacks("states stay on this machine"),
+    "async_upload": UPLOAD,
+    **{f"huggingface_{part}": UPLOAD
        for part in ("repo_id", "repo_type", "path_in_repo", "repo_visibility")},
     "fused_backward_pass": Lacks("Menma does not step in the backward pass",
                                  "distributed.zero_stage and offload_optimizer save memory"),

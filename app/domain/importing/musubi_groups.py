@@ -263,7 +263,7 @@ def experts(keys: Keys) -> None:
 
 def _transformer(keys: Keys, key: str, target: str, value: Any) -> None:
     if value is not None:
-        path, note = keys.file_of(value)
+        path, note = keys.weights_of(value)
         keys.put(key, target, path, note=note)
 
 

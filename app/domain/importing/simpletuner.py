@@ -12,7 +12,7 @@ from app.domain.importing import values as v
 from app.domain.importing.simpletuner_data import datasets, dropout
 from app.domain.importing.tables import Done, Group, Lacks, Rule, Secret, Table, To
 
-NO_UPLOAD = Lacks("Menma uploads nothing", "`hf upload`")
+UPLOAD = Done("`menma push RUN owner/repo` uploads outputs, when you say so")
 OFF_ONE = (False, None, "", 0, 0.0, 1.0)
 RULES: Mapping[str, Rule] = {
     "seed": To("training.seed", v.whole),
@@ -63,7 +63,7 @@ RULES: Mapping[str, Rule] = {
     "distillation_method": Lacks("Menma does not distil"),
     "controlnet": Lacks("Menma has no control networks"),
     "control": Lacks("Menma has no control clips yet"),
-    "webhook_config": Lacks("Menma calls no webhooks"),
+    "webhook_config": Lacks("a file of their own", "logging.webhook is an address"),
     "model_card_note": To("output.description", v.text),
     "masked_loss_probability": Lacks("Menma has no masks yet", off=OFF_ONE),
     "train_text_encoder": Lacks("the text encoder is not trained"),
@@ -79,7 +79,7 @@ RULES: Mapping[str, Rule] = {
     "i_know_what_i_am_doing": Done("Menma has no such switch", off=()),
 }  # fmt: skip
 PATTERNS: tuple[tuple[str, Rule], ...] = (
-    (r"push_.*|hub_.*|publishing_.*|model_card_.*|post_\w+_script", NO_UPLOAD),
+    (r"push_.*|hub_.*|publishing_.*|model_card_.*|post_\w+_script", UPLOAD),
     (r"crepa_.*|scheduled_sampling_.*|diff2flow_.*|ramtorch.*|refiner_.*|sla_.*|slider_.*",
      Lacks("Menma lacks this technique", "`menma config options techniques`",
            off=(False, None, "", 0, 0.0))),

@@ -36,7 +36,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model(keys: Keys) -> None:
-    """Variant, expert and weight files. What is a repository's name is a folder in `models/`."""
+    """Variant, expert and weight files; what is a repository's name is one of the hub."""
     family = str(keys.get("model_family") or "wan").lower()
     if family not in {"wan", "wan_s2v"}:
         keys.lacks("model_family", f"Menma trains Wan, not {family}")
@@ -112,9 +112,8 @@ def _subfolder(keys: Keys, part: str) -> str:
 
 def _folder(keys: Keys, name: str) -> tuple[str, str]:
     if _REPOSITORY.fullmatch(name) and not Path(name).exists():
-        folder = f"models/{name.rpartition('/')[2]}"
-        return folder, f"nothing is downloaded: `hf download {name} --local-dir {folder}`"
-    return keys.file_of(name)
+        return f"hf:{name}", "`menma fetch` downloads it"
+    return keys.weights_of(name)
 
 
 def precision(keys: Keys) -> None:

@@ -20,6 +20,12 @@ OMITTED: Any = object()
 """Default of an option whose default is Menma's, or that does nothing when it is left out."""
 
 
+_HUB_ADDRESS = re.compile(
+    r"https?://(?:www\.)?huggingface\.co/(?P<repo>[\w.-]+/[\w.-]+)/(?:resolve|blob)/"
+    r"(?P<revision>[\w.-]+)/(?P<path>[^?#]+)"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class To:
     """The key has one of the same meaning in Menma."""
@@ -108,6 +114,14 @@ class Keys:
     def default(self, key: str, fallback: Any = None) -> Any:
         """Return the trainer's own default of a key."""
         return self.defaults.get(key, fallback)
+
+    def weights_of(self, value: Any) -> tuple[str, str]:
+        """Return what names weights in `[model]`, as `file_of`; of the hub they may be, too."""
+        match = _HUB_ADDRESS.match(str(value).strip())
+        if match is None:
+            return self.file_of(value)
+        at = "" if match["revision"] == "main" else f"@{match['revision']}"
+        return f"hf:{match['repo']}{at}/{match['path']}", "`menma fetch` downloads it"
 
     def file_of(self, value: Any) -> tuple[str, str]:
         """Return a path as Menma can use it, and a note if it is not the one that was given.
