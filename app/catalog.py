@@ -5,6 +5,7 @@ from __future__ import annotations
 COMMANDS: dict[str, str] = {
     "demo": "app.cli.commands.demo",
     "new": "app.cli.commands.new",
+    "import": "app.cli.commands.import_",
     "presets": "app.cli.commands.presets",
     "config": "app.cli.commands.config",
     "edit": "app.cli.commands.edit",
