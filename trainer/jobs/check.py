@@ -16,6 +16,7 @@ from trainer.contract.errors import ConfigError, Problem, UserError
 from trainer.contract.experts import trains_both
 from trainer.contract.hub import references
 from trainer.contract.jobs import CheckRequest
+from trainer.contract.prompts import read_prompts
 from trainer.contract.variants import Variant
 from trainer.core.seams import BuildContext
 from trainer.data.cache_index import is_cached
@@ -37,7 +38,6 @@ from trainer.jobs.memory_checks import memory_notes, memory_problems
 from trainer.jobs.run_items import cache_settings, holdout_of
 from trainer.jobs.start import machine_problems
 from trainer.models.wan.detect import recognise
-from trainer.sampling.prompts import read_prompts
 from trainer.sampling.requests import requests_of
 
 
