@@ -6,17 +6,11 @@ resuming needs no saved random state, and a sample gets the same noise on any nu
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
-_MASK = (1 << 63) - 1
+from trainer.core.seeds import derive_seed
 
-
-def derive_seed(seed: int, *names: str | int) -> int:
-    """Return a 63-bit seed that depends on all arguments and on nothing else."""
-    text = "\x1f".join(f"{type(name).__name__}:{name}" for name in (seed, *names))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") & _MASK
+__all__ = ["derive_seed", "generator"]
 
 
 def generator(seed: int, *names: str | int) -> torch.Generator:
