@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainer.contract.options import Options
+from trainer.contract.sigma_distributions import SigmaDistribution
 from trainer.contract.variants import Variant
 from trainer.core.types import Batch, LossTerm, NoisyInput, StepResult
 
@@ -37,18 +38,22 @@ class BuildContext:
 
 
 class TimestepSampler(Protocol):
-    """Draws sigma in [0, 1]."""
+    """Draws sigma in [0, 1]. `frame_tokens` are the tokens of one latent frame of the sample."""
 
-    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+    def sample(self, num: int, generator: torch.Generator, frame_tokens: int) -> Tensor:
         """Return `num` sigmas, float32 on the CPU."""
+        ...
+
+    def distribution(self, frame_tokens: int) -> SigmaDistribution:
+        """Return what `sample` draws from."""
         ...
 
 
 class Loss(Protocol):
     """Compares prediction and target."""
 
-    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of every element, float32, same shape as the arguments."""
+    def __call__(self, prediction: Tensor, target: Tensor, sigma_B: Tensor) -> Tensor:
+        """Return the loss of every element, float32, same shape as prediction and target."""
         ...
 
 
