@@ -22,6 +22,7 @@ from trainer.contract.experts import (
 )
 from trainer.contract.loraid_rules import loraid_rule
 from trainer.contract.memory_rules import activations_rule, compile_rule, streaming_rule
+from trainer.contract.objective_rules import objective_rule
 from trainer.contract.offload_rules import offload_rule
 from trainer.contract.registry import nearest
 from trainer.contract.sequence_rules import sequence_rule
@@ -340,6 +341,7 @@ _RULES: tuple[Rule, ...] = (
     _variant,
     experts_rule,
     _timesteps,
+    objective_rule,
     _dataset,
     _sampling,
     _validation,

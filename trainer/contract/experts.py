@@ -111,9 +111,7 @@ def for_expert(config: RunConfig, expert: Expert, boundary: float) -> RunConfig:
     )
 
 
-def known_turns(
-    config: RunConfig, boundary: float, variant: Variant | None = None
-) -> Turns | None:
+def known_turns(config: RunConfig, boundary: float, variant: Variant | None = None) -> Turns | None:
     """Return the turns of a run with both experts as far as the config tells them.
 
     None where the share is `auto` and the sampler gives one expert nothing, or goes by frames of

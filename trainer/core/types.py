@@ -30,6 +30,9 @@ class Batch:
     """The clips the items come from, for messages."""
     item_seeds: tuple[int, ...] = ()
     """One number per item; it fixes its noise and sigma, whatever rank or batch it is in."""
+    quantiles: tuple[float | None, ...] = ()
+    """Where in the distribution each item's sigma is, in [0, 1); None or missing: drawn by its
+    seed alone."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch with every tensor on `device`."""

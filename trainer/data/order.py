@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
+from typing import Literal
 
 from trainer.contract.errors import DataError, Problem
 from trainer.core.rng import derive_seed
 from trainer.data.buckets import Bucket
 from trainer.data.items import TrainingItem
+from trainer.data.strata import quantile_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class Draw:
     """Which of the item's appearances in this epoch, from 0."""
     seed: int
     """Fixes its noise and sigma, whatever rank or batch it lands in."""
+    quantile: float | None = None
+    """Where in the distribution its sigma is, in [0, 1); None: drawn independently."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +61,20 @@ class BatchOrder:
     smaller one. Every epoch has the same number of microbatches.
     """
 
-    def __init__(self, items: Sequence[TrainingItem], seed: int) -> None:
+    def __init__(
+        self,
+        items: Sequence[TrainingItem],
+        seed: int,
+        *,
+        num_timestep_buckets: int | Literal["epoch"] | None = None,
+    ) -> None:
         """Sort the items into groups.
+
+        Args:
+            items: of the dataset.
+            seed: of the run.
+            num_timestep_buckets: equally likely parts of the distribution of sigma that items get
+                in turn; `epoch`: as many as an epoch has items; None: sigmas are independent.
 
         Raises:
             DataError: there are no items.
@@ -66,12 +83,14 @@ class BatchOrder:
             raise DataError("the dataset has no items to train on")
         self.items = tuple(items)
         self._seed = seed
+        self._buckets = num_timestep_buckets
         groups: dict[tuple[int, Bucket], list[TrainingItem]] = {}
         for item in sorted(items, key=lambda item: item.key):
             groups.setdefault((item.source, item.bucket), []).append(item)
         self._groups = [groups[group] for group in sorted(groups)]
         # Not a method: an instance's own cache ends with the instance, and is safe among threads.
         self._epoch = lru_cache(maxsize=2)(self._shuffle)
+        self._items_before = lru_cache(maxsize=2)(self._count_before)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -107,11 +126,25 @@ class BatchOrder:
     def batch(self, position: int) -> tuple[Draw, ...]:
         """Return microbatch `position` of the stream, from 0."""
         epoch, place = divmod(position, self.batches_per_epoch)
-        return tuple(self._draw(item, epoch, repeat) for item, repeat in self._epoch(epoch)[place])
+        batch = self._epoch(epoch)[place]
+        draws = [self._draw(item, epoch, repeat) for item, repeat in batch]
+        if self._buckets is None:
+            return tuple(draws)
+        items = self.items_per_epoch
+        size = items if self._buckets == "epoch" else self._buckets
+        first = epoch * items + self._items_before(epoch)[place]
+        return tuple(
+            replace(draw, quantile=quantile_at(self._seed, number, size))
+            for number, draw in enumerate(draws, first)
+        )
 
     def _draw(self, item: TrainingItem, epoch: int, repeat: int) -> Draw:
         seed = derive_seed(self._seed, "item", epoch, item.key, repeat)
         return Draw(item, epoch, repeat, seed)
+
+    def _count_before(self, epoch: int) -> list[int]:
+        """Return how many items of an epoch come before each of its microbatches."""
+        return list(accumulate((len(batch) for batch in self._epoch(epoch)), initial=0))
 
     def _shuffle(self, epoch: int) -> list[list[tuple[TrainingItem, int]]]:
         # Random's shuffle of a seeded generator is the same on every platform and Python 3.

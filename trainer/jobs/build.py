@@ -68,6 +68,7 @@ def build_objective(config: RunConfig, build: BuildContext) -> Objective:
             high=high / NUM_TRAIN_TIMESTEPS,
             preserve_shape=section.preserve_distribution_shape,
         ),
+        patch_size=build.variant.transformer.patch_size,
     )
 
 

@@ -95,7 +95,8 @@ def open_data(config: RunConfig, variant: Variant, world: World, config_name: st
     """
     items = load_run_items(config, variant, config_name)
     cached = items.training
-    order = BatchOrder(cached.items, config.training.seed)
+    buckets = config.objective.num_timestep_buckets
+    order = BatchOrder(cached.items, config.training.seed, num_timestep_buckets=buckets)
     accumulation = config.training.gradient_accumulation_steps
     require_full_step(order, world_size=world.data_size, gradient_accumulation_steps=accumulation)
     steps = TrainingSteps(

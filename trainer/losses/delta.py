@@ -1,7 +1,8 @@
 """δ of the Huber losses over sigma (Khrapov et al., arXiv:2403.16728, section 4).
 
-The schedules are those of the paper and of kohya-ss' sd-scripts, told by δ at both ends: δ₀ at σ = 0
-and δ₁ at σ = 1. `snr` is sd-scripts' (1 - c) / (1 + √(1/SNR))² + c, and √(1/SNR) = σ / (1 - σ) here.
+The schedules are those of the paper and of kohya-ss' sd-scripts, told by δ at both ends: δ₀ at σ =
+0 and δ₁ at σ = 1. `snr` is sd-scripts' (1 - c) / (1 + √(1/SNR))² + c, and √(1/SNR) = σ / (1 - σ)
+here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Pseudo-Huber loss, smooth everywhere (Khrapov et al., arXiv:2403.16728).
 
-The paper's δ²·(√(1 + (d/δ)²) - 1), twice, so that it is the squared error for small deviations. kohya-ss'
-sd-scripts have the same as 2·c·(√(d² + c²) - c); musubi-tuner's descendants leave the factor out, which
-changes the size of the loss with δ.
+The paper's δ²·(√(1 + (d/δ)²) - 1), twice, so that it is the squared error for small deviations.
+kohya-ss' sd-scripts have the same as 2·c·(√(d² + c²) - c); musubi-tuner's descendants leave the
+factor out, which changes the size of the loss with δ.
 """
 
 from __future__ import annotations

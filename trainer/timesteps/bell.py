@@ -1,5 +1,4 @@
-"""A bell over sigma, cut off at 0 and 1.
-"""
+"""A bell over sigma, cut off at 0 and 1."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Cubic sampling towards noise, where the composition is decided.
 
-Mou et al., T2I-Adapter (arXiv:2302.08453), section 3.4: t = (1 - u³)·T. Takenoko's `content` has the
-formula the other way round, that of `style` here.
+Mou et al., T2I-Adapter (arXiv:2302.08453), section 3.4: t = (1 - u³)·T. Takenoko's `content` has
+the formula the other way round, that of `style` here.
 """
 
 from __future__ import annotations

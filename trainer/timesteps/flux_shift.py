@@ -1,9 +1,9 @@
 """Sigmoid-of-normal sigmas, moved towards noise the more the larger a frame is.
 
 The line through (256 tokens, 0.5) and (4096 tokens, 1.15) is that of FLUX (Black Forest Labs,
-`get_lin_function` and `time_shift` of their sampling code), which musubi-tuner's `flux_shift` trains
-with. FLUX makes images: the tokens are those of one latent frame, not of the clip, for which the
-line would end at shifts in the hundreds.
+`get_lin_function` and `time_shift` of their sampling code), which musubi-tuner's `flux_shift`
+trains with. FLUX makes images: the tokens are those of one latent frame, not of the clip, for which
+the line would end at shifts in the hundreds.
 """
 
 from __future__ import annotations

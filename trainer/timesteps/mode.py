@@ -1,5 +1,4 @@
-"""Mode sampling with heavy tails (Esser et al., arXiv:2403.03206, section 3.1).
-"""
+"""Mode sampling with heavy tails (Esser et al., arXiv:2403.03206, section 3.1)."""
 
 from __future__ import annotations
 

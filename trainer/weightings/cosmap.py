@@ -1,4 +1,4 @@
-"""The weight of the cosine schedule mapped to rectified flow (Esser et al., arXiv:2403.03206, B.2)."""
+"""The cosine schedule mapped to rectified flow (Esser et al., arXiv:2403.03206, section 3.1)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Min-SNR weighting for rectified flow (Hang et al., arXiv:2303.09556).
 
-The paper weighs the error of the clean estimate by min(SNR, γ). Rectified flow has
-SNR = ((1 - σ) / σ)², and the clean estimate's error is σ·(v̂ - v), so the velocity's error gets
-σ²·min(SNR, γ) = min((1 - σ)², γ·σ²). Like the paper's weight of v-prediction, min(SNR, γ) / (SNR + 1),
-it goes to 0 at both ends.
+The paper weighs the error of the clean estimate by min(SNR, γ). Rectified flow has SNR = ((1 - σ) /
+σ)², and the clean estimate's error is σ·(v̂ - v), so the velocity's error gets σ²·min(SNR, γ) =
+min((1 - σ)², γ·σ²). Like the paper's weight of v-prediction, min(SNR, γ) / (SNR + 1), it goes to 0
+at both ends.
 """
 
 from __future__ import annotations

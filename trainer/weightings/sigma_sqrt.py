@@ -1,8 +1,8 @@
 """1 / σ², which makes nearly clean latents count most (diffusers' and musubi-tuner's `sigma_sqrt`).
 
-In diffusers' training of Stable Diffusion 3 it weighs the error of the clean estimate, σ·(v̂ - v), so
-that it gives the plain velocity loss back. Upon the velocity loss, as musubi-tuner has it, it grows
-without limit towards clean latents: the floor sets the limit here.
+In diffusers' training of Stable Diffusion 3 it weighs the error of the clean estimate, σ·(v̂ - v),
+so that it gives the plain velocity loss back. Upon the velocity loss, as musubi-tuner has it, it
+grows without limit towards clean latents: the floor sets the limit here.
 """
 
 from __future__ import annotations
