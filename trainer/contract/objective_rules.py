@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from trainer.contract.catalog import TIMESTEP_SAMPLERS
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.experts import boundary_of, expert_timesteps, for_expert, trained_experts
@@ -20,6 +21,8 @@ from trainer.contract.variants import VARIANTS
 
 def objective_rule(config: RunConfig) -> Iterator[Problem]:
     """Yield what cannot be drawn, and options that would change nothing."""
+    if config.objective.timestep_sampler not in TIMESTEP_SAMPLERS:
+        return  # told with its name
     options = sampler_options(config)
     mixed = options.get("noisy_share", 0.0) + options.get("clean_share", 0.0)
     if mixed > 1:

@@ -95,10 +95,12 @@ def high_noise_mass(
         variant: the model; None: the one that the config names.
 
     Returns:
-        None where the sampler practically never falls into the range, or goes by frames of which
+        None where there is no such sampler, or it practically never falls into the range, or goes by frames of which
         neither the dataset nor the variant tells the size.
     """
     section = config.objective
+    if section.timestep_sampler not in _MAKERS:
+        return None  # told with its name
     low = 0.0 if section.min_timestep is None else section.min_timestep / 1000
     high = 1.0 if section.max_timestep is None else section.max_timestep / 1000
     if low >= high or boundary >= high:
