@@ -79,6 +79,21 @@ TECHNIQUES: Registry[Any] = Registry(
         "trainer.techniques.contrastive_flow:ContrastiveFlow",
         "push predictions away from the targets of other samples",
     ),
+    Entry(
+        "immiscible_noise",
+        "trainer.techniques.immiscible_noise:ImmiscibleNoise",
+        "mix each sample with the nearest of several noises",
+    ),
+    Entry(
+        "noise_offset",
+        "trainer.techniques.noise_offset:NoiseOffset",
+        "noise that moves each channel as a whole",
+    ),
+    Entry(
+        "pyramid_noise",
+        "trainer.techniques.pyramid_noise:PyramidNoise",
+        "noise of several resolutions",
+    ),
 )
 ATTENTION: Registry[Any] = Registry(
     "attention",

@@ -18,6 +18,23 @@ from trainer.contract.timestep_mass import (
 )
 from trainer.contract.variants import VARIANTS
 
+_CHOOSES, _SHAPE_NOISE = "immiscible_noise", frozenset({"noise_offset", "pyramid_noise"})
+
+
+def noise_rule(config: RunConfig) -> Iterator[Problem]:
+    """Yield techniques in an order in which one undoes what another did to the noise."""
+    names = [section.name for section in config.techniques]
+    if _CHOOSES not in names:
+        return
+    place = names.index(_CHOOSES)
+    for before in names[:place]:
+        if before in _SHAPE_NOISE:
+            yield Problem(
+                f"{_CHOOSES} chooses among plain noises, and {before} before it has changed one",
+                f"techniques[{place}]",
+                hint=f"put {_CHOOSES} in front of {before}",
+            )
+
 
 def objective_rule(config: RunConfig) -> Iterator[Problem]:
     """Yield what cannot be drawn, and options that would change nothing."""

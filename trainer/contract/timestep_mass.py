@@ -95,8 +95,8 @@ def high_noise_mass(
         variant: the model; None: the one that the config names.
 
     Returns:
-        None where there is no such sampler, or it practically never falls into the range, or goes by frames of which
-        neither the dataset nor the variant tells the size.
+        None where there is no such sampler, where it practically never falls into the range, and
+        where it goes by frames of which neither the dataset nor the variant tells the size.
     """
     section = config.objective
     if section.timestep_sampler not in _MAKERS:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.core.flow import add_noise
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -61,6 +63,15 @@ class NoisyInput:
     noisy_latents_BCFHW: Tensor
     sigma_B: Tensor
     noise_BCFHW: Tensor
+
+    @classmethod
+    def mix(cls, latents_BCFHW: Tensor, noise_BCFHW: Tensor, sigma_B: Tensor) -> NoisyInput:
+        """Return clean latents with noise added, in float32."""
+        return cls(
+            noisy_latents_BCFHW=add_noise(latents_BCFHW.float(), noise_BCFHW, sigma_B),
+            sigma_B=sigma_B,
+            noise_BCFHW=noise_BCFHW,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.contract.timestep_mass import within
-from trainer.core.flow import add_noise, to_timestep, velocity_target
+from trainer.core.flow import to_timestep, velocity_target
 from trainer.core.rng import derive_seed, generator
 from trainer.core.seams import Loss, Technique, TimestepSampler, Weighting
 from trainer.core.types import Batch, LossTerm, NoisyInput
@@ -116,11 +116,7 @@ class TrainStep(nn.Module):
         ]
         sigma = self._draw_sigmas(batch).to(latents.device)
         noise = torch.stack(noises).to(latents.device)
-        return NoisyInput(
-            noisy_latents_BCFHW=add_noise(latents.float(), noise, sigma),
-            sigma_B=sigma,
-            noise_BCFHW=noise,
-        )
+        return NoisyInput.mix(latents, noise, sigma)
 
     def _draw_sigmas(self, batch: Batch) -> Tensor:
         """Return one sigma per item, (B,) on the CPU."""
