@@ -71,7 +71,8 @@ def _enlarging(points: int, length: int) -> Tensor:
 
     Its rows have the length 1: independent N(0, 1) at the points give N(0, 1) at each place.
     """
-    weights = torch.nn.functional.interpolate(
+    weights: Tensor = torch.nn.functional.interpolate(
         torch.eye(points)[None], size=length, mode="linear", align_corners=False
     )[0].T
-    return weights / weights.norm(dim=1, keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(weights, dim=1, keepdim=True)
+    return weights / lengths
