@@ -204,6 +204,19 @@ def _reason(code: int, *, oom_kills: int) -> str:
     return ""
 
 
+def _tell_end(run: RunDir) -> None:
+    """Tell the address of the config; a run does not fail because nobody listens.
+
+    After the lock was given back: until then the run has not ended for those who look.
+    """
+    from app.runs.webhook import tell_end
+
+    problem = tell_end(run)
+    if problem:
+        with suppress(OSError), run.console.open("a", encoding="utf-8") as console:
+            console.write(f"warning: logging.webhook: {problem}\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the supervisor process."""
     parser = argparse.ArgumentParser(prog="python -m app.runs.supervise", description=__doc__)
@@ -232,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         code = Supervisor(run, command, grace_s=options.grace_s).run()
         lock.release()
+        _tell_end(run)
     except MenmaError as error:
         sys.stderr.write(f"menma supervisor: {error}\n")
         return error.exit_code

@@ -94,6 +94,11 @@ TECHNIQUES: Registry[Any] = Registry(
         "trainer.techniques.pyramid_noise:PyramidNoise",
         "noise of several resolutions",
     ),
+    Entry(
+        "masked_loss",
+        "trainer.techniques.masked_loss:MaskedLoss",
+        "learn what a mask marks, and keep the rest as it was",
+    ),
 )
 ATTENTION: Registry[Any] = Registry(
     "attention",

@@ -35,6 +35,10 @@ class Batch:
     quantiles: tuple[float | None, ...] = ()
     """Where in the distribution each item's sigma is, in [0, 1); None or missing: drawn by its
     seed alone."""
+    mask_B1FHW: Tensor | None = None
+    """What of each item shall be learned, in [0, 1] on the latents' grid; None: no masks."""
+    loss_weight_B: Tensor | None = None
+    """`loss_weight` of each item's source, float32; None: all are 1."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch with every tensor on `device`."""
@@ -44,6 +48,8 @@ class Batch:
             context=tuple(item.to(device, non_blocking=True) for item in self.context),
             extra_channels_BCFHW=_to(self.extra_channels_BCFHW, device),
             image_context_BTD=_to(self.image_context_BTD, device),
+            mask_B1FHW=_to(self.mask_B1FHW, device),
+            loss_weight_B=_to(self.loss_weight_B, device),
         )
 
     @property

@@ -13,10 +13,13 @@ from trainer.data.buckets import Bucket, num_tokens
 from trainer.data.cache_index import known_identities
 from trainer.data.fingerprint import identify
 from trainer.data.holdout import Holdout
-from trainer.data.media import index_clip, probe
+from trainer.data.masks import no_alpha
+from trainer.data.media import Clip, ClipInfo, index_clip, probe
 from trainer.data.order import Group
+from trainer.data.paired import common_frames
 from trainer.data.plan import in_threads, length_notes, plan_windows
 from trainer.data.sources import MediaItem, scan_source
+from trainer.data.windows import takes_turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,8 @@ class DatasetCheck:
     """What microbatches are made of: the training items of each source and bucket."""
     shared_clips: int = 0
     """Clips of the validation sources that are training clips, too."""
+    masked_clips: int = 0
+    """Training clips with a mask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,7 @@ class _Clip:
     file_fps: float | None
     content: str
     """Hash of it; empty where nobody asks."""
+    has_mask: bool = False
 
 
 def check_dataset(
@@ -101,8 +107,8 @@ def check_dataset(
     ]
     groups = tuple(
         Group(count * options.num_repeats, options.num_repeats, options.batch_size)
-        for options, source in zip(dataset.sources, windows, strict=True)
-        for count in source.values()
+        for options, clips in zip(dataset.sources, training, strict=True)
+        for count in _slots(options, clips).values()
     )
     return DatasetCheck(
         clips=sum(len(clips) for clips in training),
@@ -111,12 +117,21 @@ def check_dataset(
         groups=groups,
         problems=tuple(problem for source in looked for problem in source.problems),
         notes=tuple(note for source in looked for note in source.notes),
+        masked_clips=sum(clip.has_mask for clips in training for clip in clips),
         validation_clips=len(validation),
         validation_items=sum(len(clip.buckets) for clip in validation),
         shared_clips=len(
             {clip.content for clip in validation}
             & {clip.content for clips in training for clip in clips}
         ),
+    )
+
+
+def _slots(source: SourceOptions, clips: Sequence[_Clip]) -> Counter[Bucket]:
+    """Count what an epoch shows of each bucket: windows that take turns count as one."""
+    once = takes_turns(source)
+    return Counter(
+        bucket for clip in clips for bucket in (set(clip.buckets) if once else clip.buckets)
     )
 
 
@@ -166,17 +181,23 @@ def _look(
 
 
 def _look_at(item: MediaItem, source: SourceOptions, variant: Variant) -> _Clip:
-    file_fps = None
-    if source.source_fps is None:
-        info = probe(item.path, item.kind)
-        num_frames, width, height = info.num_frames, info.width, info.height
+    fps, file_fps = source.source_fps, None
+    seen: ClipInfo | Clip
+    if fps is None:
+        seen = probe(item.path, item.kind)
     else:  # the number of frames depends on every time stamp
-        fps = source.source_fps
-        clip = index_clip(item.path, item.kind, target_fps=variant.fps, source_fps=fps)
-        num_frames, width, height = clip.num_frames, clip.width, clip.height
-        file_fps = clip.file_fps
-    size, windows = plan_windows(num_frames, width, height, source, variant.pixel_multiple)
-    return _Clip([Bucket(*size, window.num_frames) for window in windows], file_fps, content="")
+        seen = index_clip(item.path, item.kind, target_fps=variant.fps, source_fps=fps)
+        file_fps = seen.file_fps
+    if source.alpha_mask and item.kind == "video" and item.path.is_file():
+        raise no_alpha()
+    num_frames = common_frames(
+        item, seen, source, conditioning=variant.conditioning, target_fps=variant.fps
+    )
+    size, windows = plan_windows(
+        num_frames, seen.width, seen.height, source, variant.pixel_multiple
+    )
+    buckets = [Bucket(*size, window.num_frames) for window in windows]
+    return _Clip(buckets, file_fps, content="", has_mask=item.mask is not None or source.alpha_mask)
 
 
 def _rate_notes(source: SourceOptions, clips: Sequence[_Clip]) -> list[str]:

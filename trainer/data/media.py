@@ -7,7 +7,7 @@ from a key frame in the middle, with B-frames and open groups of pictures, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -133,15 +133,31 @@ def read_window(clip: Clip, frames: range, size: tuple[int, int]) -> Tensor:
     Raises:
         DataError: a frame is missing or damaged.
     """
-    wanted = [clip.source_frames[frame] for frame in frames]
-    unique = sorted(set(wanted))
-    resized: dict[int, Pixels] = {}
     if clip.images:
-        for frame in unique:
-            resized[frame] = resize_cover(read_image(clip.images[frame]), *size)
-    else:
-        for frame, image, pixel_aspect in _decode(clip, unique):
-            resized[frame] = resize_cover(image, *size, pixel_aspect=pixel_aspect)
+        return read_pictures(clip, frames, size, read_image)
+    wanted = [clip.source_frames[frame] for frame in frames]
+    resized: dict[int, Pixels] = {}
+    for frame, image, pixel_aspect in _decode(clip, sorted(set(wanted))):
+        resized[frame] = resize_cover(image, *size, pixel_aspect=pixel_aspect)
+    return torch.from_numpy(np.stack([resized[frame] for frame in wanted]))
+
+
+def read_pictures(
+    clip: Clip, frames: range, size: tuple[int, int], read: Callable[[Path], Pixels]
+) -> Tensor:
+    """Return frames of a clip of images, brought to (width, height): uint8, frames_FHW3.
+
+    Args:
+        clip: an image, or a folder of images.
+        frames: which of them.
+        size: width and height.
+        read: makes pixels_HW3 of a file.
+
+    Raises:
+        DataError: a frame is damaged.
+    """
+    wanted = [clip.source_frames[frame] for frame in frames]
+    resized = {frame: resize_cover(read(clip.images[frame]), *size) for frame in set(wanted)}
     return torch.from_numpy(np.stack([resized[frame] for frame in wanted]))
 
 

@@ -139,6 +139,44 @@ def sample(name: Name, runs_dir: RunsDir = RUNS, no_wait: NoWait = False) -> Non
     _ask(find_run(name, runs_dir), "sample", no_wait=no_wait)
 
 
+@app.command("csv")
+def export_csv(
+    name: Name,
+    runs_dir: RunsDir = RUNS,
+    to: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; stdout without it.")
+    ] = None,
+) -> None:
+    """Write the figures of all steps and validations as CSV."""
+    from app.runs.export import figures_csv
+    from trainer.contract.files import write_text
+
+    text = figures_csv(find_run(name, runs_dir))
+    if to is None:
+        output.data(text.rstrip("\n"))
+        return
+    write_text(to, text)
+    output.say(f"Wrote {to}.")
+
+
+@app.command()
+def notify(name: Name, runs_dir: RunsDir = RUNS) -> None:
+    """Tell the config's webhook now how the run is, to try it."""
+    from app.runs import webhook
+
+    run = find_run(name, runs_dir)
+    wanted = webhook.wanted_address(run)
+    if wanted is None:
+        raise UserError(
+            f"the config of {run.root.name} names no logging.webhook",
+            hint="`menma config set CONFIG logging.webhook=env:MY_WEBHOOK` for its next start",
+        )
+    problem = webhook.send(wanted, webhook.message_of(read_state(run), run))
+    if problem:
+        raise UserError(f"logging.webhook: {problem}")
+    output.say("Told.")
+
+
 def find_run(name: str, runs_dir: Path) -> RunDir:
     """Return the run of a name or a folder.
 
