@@ -95,6 +95,26 @@ TECHNIQUES: Registry[Any] = Registry(
         "noise of several resolutions",
     ),
     Entry(
+        "blank_prompt_preservation",
+        "trainer.techniques.blank_prompt_preservation:BlankPromptPreservation",
+        "keep what the model makes of an empty prompt",
+    ),
+    Entry(
+        "output_preservation",
+        "trainer.techniques.output_preservation:OutputPreservation",
+        "a trigger word learns, its class stays what it was",
+    ),
+    Entry(
+        "concept_slider",
+        "trainer.techniques.concept_slider:ConceptSlider",
+        "from one description towards another, by the adapter's strength",
+    ),
+    Entry(
+        "text_token_dropout",
+        "trainer.techniques.text_token_dropout:TextTokenDropout",
+        "leave out text tokens at random",
+    ),
+    Entry(
         "masked_loss",
         "trainer.techniques.masked_loss:MaskedLoss",
         "learn what a mask marks, and keep the rest as it was",

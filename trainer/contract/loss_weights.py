@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.contract.config import RunConfig
-from trainer.contract.plugin_options import plugin_schemas
+from trainer.contract.plugin_options import all_options
 from trainer.contract.sigma_distributions import BellSigma
 
 Options = Mapping[str, Any]
@@ -27,9 +27,8 @@ def loss_weight(name: str, options: Options) -> Weight:
 def weight_of(config: RunConfig) -> Weight:
     """Return the weight of a sigma in a config, options not given at their defaults."""
     section = config.objective
-    specs = plugin_schemas()["weighting"][section.weighting].get("properties", {})
-    options = {name: spec.get("default") for name, spec in specs.items()}
-    return loss_weight(section.weighting, options | section.options("weighting"))
+    options = all_options("weighting", section.weighting, section.options("weighting"))
+    return loss_weight(section.weighting, options)
 
 
 def inverse_square_mean(floor: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 from trainer.contract.config import RunConfig
 from trainer.contract.dataset_config import SourceOptions
 from trainer.contract.errors import ConfigError
-from trainer.contract.plugin_options import plugin_schemas
+from trainer.contract.plugin_options import all_options
 from trainer.contract.sigma_distributions import (
     BellSigma,
     CubicSigma,
@@ -75,9 +75,8 @@ def base_distribution(config: RunConfig, frame_tokens: int) -> SigmaDistribution
 def sampler_options(config: RunConfig) -> dict[str, Any]:
     """Return all options of the config's sampler, those not given at their defaults."""
     section = config.objective
-    specs = plugin_schemas()["timestep_sampler"][section.timestep_sampler].get("properties", {})
-    options = {name: spec.get("default") for name, spec in specs.items()}
-    return options | section.options("timestep_sampler")
+    given = section.options("timestep_sampler")
+    return all_options("timestep_sampler", section.timestep_sampler, given)
 
 
 def high_noise_mass(

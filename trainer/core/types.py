@@ -32,6 +32,8 @@ class Batch:
     """The clips the items come from, for messages."""
     item_seeds: tuple[int, ...] = ()
     """One number per item; it fixes its noise and sigma, whatever rank or batch it is in."""
+    captions: tuple[str, ...] = ()
+    """The texts that `context` was made from."""
     quantiles: tuple[float | None, ...] = ()
     """Where in the distribution each item's sigma is, in [0, 1); None or missing: drawn by its
     seed alone."""
