@@ -153,11 +153,23 @@ class ObjectiveSection(PluginSection):
     max_timestep: float | None = Field(None, ge=0, le=1000)
     """Largest timestep that is trained; empty: 1000, or the expert's range."""
     preserve_distribution_shape: bool = False
-    """Redraw timesteps outside the range instead of squeezing the distribution into it."""
+    """Keep the draws that are in the range instead of squeezing the whole distribution into it."""
+    num_timestep_buckets: Literal["epoch"] | Annotated[int, Field(ge=2)] | None = None
+    """Part the distribution into so many equally likely buckets, which items meet in turn; `epoch`:
+    as many as an epoch has items. Empty: every item is drawn independently."""
     loss: str = "mse"
     """Pointwise comparison of prediction and target."""
     weighting: str = "none"
     """Weight of the loss as a function of sigma."""
+
+    @field_validator("num_timestep_buckets", mode="wrap")
+    @classmethod
+    def _one_message(cls, value: Any, check: Callable[[Any], Any]) -> Any:
+        try:
+            return check(value)
+        except ValidationError:  # it has a message for each kind of value that would do
+            text = 'should be a number of buckets, 2 or more, or "epoch"'
+            raise PydanticCustomError("choice", text) from None
 
 
 class OptimizerSection(PluginSection):

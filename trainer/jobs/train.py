@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from trainer.contract.jobs import TrainRequest
 from trainer.contract.run_dir import Request, RunDir
 from trainer.contract.variants import Variant
 from trainer.core.seams import BuildContext
+from trainer.data.loader import load_text
 from trainer.engine import process_group
 from trainer.engine.failures import failing_together
 from trainer.engine.process_group import World
@@ -136,6 +138,7 @@ class TrainingRun:
             seed=config.training.seed,
             device=world.device,
             total_steps=data.total_steps,
+            encoded=lru_cache(maxsize=64)(partial(load_text, data.cached)),
         )
         samples = self._samples(variant)
         self.emit("phase", name="load", detail="transformer")

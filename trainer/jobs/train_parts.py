@@ -100,7 +100,8 @@ def open_data(config: RunConfig, variant: Variant, world: World, config_name: st
     problems = mask_problems(config, masks=any(item.has_mask for item in cached.items))
     if problems:
         raise ConfigError(problems=problems)
-    order = BatchOrder(cached.items, config.training.seed)
+    buckets = config.objective.num_timestep_buckets
+    order = BatchOrder(cached.items, config.training.seed, num_timestep_buckets=buckets)
     accumulation = config.training.gradient_accumulation_steps
     require_full_step(order, world_size=world.data_size, gradient_accumulation_steps=accumulation)
     steps = TrainingSteps(
