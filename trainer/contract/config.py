@@ -17,10 +17,13 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from trainer.contract.ema_config import EmaSection
 from trainer.contract.expert_config import ExpertSection, ExpertsSection
+from trainer.contract.optimizer_traits import traits_of
 from trainer.contract.options import Options
 from trainer.contract.plugin_options import option_names
 
@@ -158,9 +161,21 @@ class OptimizerSection(PluginSection):
     kind: str = "adamw"
     """Optimizer."""
     learning_rate: float = Field(1e-4, gt=0)
-    """Step size after the warm-up."""
+    """Step size after the warm-up. Where it is left out, optimizers of another scale take their
+    own: 1 with `prodigy`, 3e-5 with `lion` and so on (docs/optimizers.md)."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this norm over all trained weights; 0 switches it off."""
+    max_grad_value: float = Field(0.0, ge=0)
+    """After that, each element of the gradients is cut to this size; 0 switches it off."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_rate(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "learning_rate" in values:
+            return values
+        rate = traits_of(str(values.get("kind", "adamw"))).learning_rate
+        usual = cls.model_fields["learning_rate"].default
+        return values if rate == usual else {**values, "learning_rate": rate}
 
 
 class LRScheduleSection(PluginSection):
@@ -172,6 +187,12 @@ class LRScheduleSection(PluginSection):
     """Course of the learning rate after the warm-up."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises from 0."""
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Instead of `warmup_steps`: share of all steps over which it rises, e.g. 0.05."""
+
+    def warmup_of(self, total_steps: int) -> int:
+        """Return the steps of the warm-up in a run of so many."""
+        return round(self.warmup_ratio * total_steps) if self.warmup_ratio else self.warmup_steps
 
 
 class TrainingSection(Options):
@@ -487,6 +508,8 @@ class RunConfig(Options):
     """Updates."""
     lr_schedule: LRScheduleSection = LRScheduleSection()
     """Learning rate over time."""
+    ema: EmaSection = EmaSection()
+    """Average of the weights."""
     training: TrainingSection = TrainingSection()
     """Length and seed."""
     memory: MemorySection = MemorySection()
