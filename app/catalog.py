@@ -10,6 +10,7 @@ COMMANDS: dict[str, str] = {
     "edit": "app.cli.commands.edit",
     "check": "app.cli.commands.check",
     "estimate": "app.cli.commands.estimate",
+    "schedule": "app.cli.commands.schedule",
     "cache": "app.cli.commands.cache",
     "train": "app.cli.commands.train",
     "sample": "app.cli.commands.sample",

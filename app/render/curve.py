@@ -107,6 +107,7 @@ def plot(
     *,
     log: bool = False,
     marks: Sequence[tuple[int, float]] = (),
+    lowest: float | None = None,
 ) -> Plot:
     """Lay out a curve.
 
@@ -116,6 +117,7 @@ def plot(
         height: characters.
         log: the vertical axis is logarithmic; what is not positive is not drawn.
         marks: further points (step, value), each drawn as one character.
+        lowest: value that the axis reaches down to; None: the smallest one.
     """
     first, last = _span(points, marks)
     columns = _Columns(first, last, width * 2)
@@ -128,7 +130,8 @@ def plot(
             low, high = known or (point.low, point.high)
             band[column] = (min(low, point.low), max(high, point.high))
         line[column] = point.mean
-    low, high = _limits(band, line, [value for _, value in marks], log=log)
+    edges = [value for _, value in marks] + ([] if lowest is None else [lowest])
+    low, high = _limits(band, line, edges, log=log)
     scale = _Scale(low, high, height * 4, log)
     bits = _draw(band, line, scale, width, height)
     cells = [[_cell(*bits[row][column]) for column in range(width)] for row in range(height)]

@@ -36,8 +36,7 @@ def average_rule(config: RunConfig) -> Iterator[Problem]:
     """Yield why the weights cannot be averaged, or an option of it has no meaning."""
     ema = config.ema
     if not ema.decay:
-        changed = [key for key in ema.model_fields_set - {"decay"}]
-        for key in sorted(changed):
+        for key in sorted(ema.model_fields_set - {"decay"}):
             if getattr(ema, key) != type(ema).model_fields[key].default:
                 yield Problem(
                     "has a meaning only where weights are averaged",
@@ -76,18 +75,15 @@ def optimizer_notes(config: RunConfig) -> Iterator[str]:
         own = getattr(config, name).learning_rate
         if own is not None:
             rates[f"{name}.learning_rate"] = own
+    lowest, usual, highest = traits.lowest, traits.learning_rate, traits.highest
+    if config.optimizer.options("kind").get("lr_adjust") == "original":  # Muon's own scale
+        lowest, usual, highest = 1e-3, 0.02, 0.5
     for key, rate in rates.items():
-        if not traits.lowest <= rate <= traits.highest:
-            word = "small" if rate < traits.lowest else "large"
+        if not lowest <= rate <= highest:
+            word = "small" if rate < lowest else "large"
             yield (
-                f"{key} = {rate:g} is {word} for {kind}, which usually takes "
-                f"{traits.learning_rate:g} (docs/optimizers.md)"
-            )
-    if kind == "muon" and config.optimizer.options("kind").get("lr_adjust") == "original":
-        if config.optimizer.learning_rate < 1e-3:
-            yield (
-                f"optimizer.learning_rate = {config.optimizer.learning_rate:g} is small for muon "
-                'with lr_adjust = "original", which usually takes 0.02 (docs/optimizers.md)'
+                f"{key} = {rate:g} is {word} for {kind}, which usually takes {usual:g} "
+                "(docs/optimizers.md)"
             )
     if traits.averages and config.lr_schedule.kind != "constant":
         yield (
@@ -106,8 +102,8 @@ def _sharding(config: RunConfig) -> Iterator[Problem]:
         return  # another rule has a better hint
     if not traits.elementwise:
         yield Problem(
-            f"{traits.why_whole}, and ZeRO-{stage} shows {kind} flat pieces of many: it would train "
-            "otherwise without an error",
+            f"{traits.why_whole}, and ZeRO-{stage} shows {kind} flat pieces of many: it would "
+            "train otherwise without an error",
             KIND_KEY,
             hint='set distributed.zero_stage = 0 (or engine = "local" on one GPU), or use adamw',
         )
@@ -178,18 +174,16 @@ def _low_precision(config: RunConfig) -> Iterator[Problem]:
 
 def _rates(config: RunConfig) -> Iterator[Problem]:
     """Yield what of the adapter this optimizer's steps would make wrong."""
-    if traits_of(config.optimizer.kind).averages:
-        if config.adapter.options("kind").get("scale_weight_norms") is not None:
-            yield Problem(
-                f"{config.optimizer.kind} averages weights of which this would bound one copy only",
-                "adapter.scale_weight_norms",
-                hint="leave it out, or use another optimizer",
-            )
-    if not traits_of(config.optimizer.kind).one_rate:
-        return
-    if config.adapter.options("kind").get("loraplus_lr_ratio") not in {None, 1, 1.0}:
+    kind, options = config.optimizer.kind, config.adapter.options("kind")
+    if traits_of(kind).averages and options.get("scale_weight_norms") is not None:
         yield Problem(
-            f"{config.optimizer.kind} has one step size for all weights: it would ignore this",
+            f"{kind} averages weights of which this would bound one copy only",
+            "adapter.scale_weight_norms",
+            hint="leave it out, or use another optimizer",
+        )
+    if traits_of(kind).one_rate and options.get("loraplus_lr_ratio") not in {None, 1}:
+        yield Problem(
+            f"{kind} has one step size for all weights: it would ignore this",
             "adapter.loraplus_lr_ratio",
             hint="leave it out, or use another optimizer",
         )

@@ -97,7 +97,9 @@ def check_arguments(
     ]
     # The first one is what the class works on, whatever its name is.
     problems += [
-        Problem(f"{made_from.__name__} needs the argument {name!r}", key, hint=f"{{{name} = …}}")
+        Problem(
+            f"{made_from.__name__} needs the argument {name!r}", key, hint=f"{key} = {{{name} = …}}"
+        )
         for name in missing
         if name != next(iter(named), None)
     ]

@@ -33,7 +33,7 @@ class Custom(LRSchedule):
 
         path: str = Field(alias="class", pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
         """Class of an installed package, e.g. `torch.optim.lr_scheduler.StepLR`."""
-        arguments: dict[str, Any] = Field(default_factory=dict)
+        arguments: dict[str, Any] = Field({})
         """What it is made with, besides the optimizer, e.g. `{step_size = 100}`. Rates in them are
         factors of `optimizer.learning_rate`."""
 

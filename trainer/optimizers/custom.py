@@ -32,7 +32,7 @@ class Custom(OptimizerFactory):
 
         path: str = Field(alias="class", pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
         """Class of an installed package, e.g. `torch.optim.NAdam`."""
-        arguments: dict[str, Any] = Field(default_factory=dict)
+        arguments: dict[str, Any] = Field({})
         """What it is made with, besides weights and learning rate, e.g. `{betas = [0.9, 0.99]}`."""
 
     def __init__(self, config: Custom.Config, build: BuildContext) -> None:
