@@ -14,6 +14,7 @@ from trainer.contract.config_rules import check_files
 from trainer.contract.dataset_config import DatasetConfig
 from trainer.contract.errors import ConfigError, DataError, Problem, UserError
 from trainer.contract.experts import trains_both
+from trainer.contract.hub import references
 from trainer.contract.jobs import CheckRequest
 from trainer.contract.optimizer_rules import optimizer_notes
 from trainer.contract.variants import Variant
@@ -78,6 +79,8 @@ def run(request: CheckRequest, emit: Emit) -> None:
         problems = list(dict.fromkeys(problems))
     for note in (*memory_notes(config), *optimizer_notes(config)):
         emit("warning", message=note)
+    for field, file in references(config).items():
+        emit("log", message=f"model.{field}: {file} is downloaded when it is needed")
     summary = _dataset(config, variant, problems, emit)
     if problems:
         raise ConfigError(problems=place_problems(problems, loaded.sources))
