@@ -11,8 +11,9 @@ import transformers.optimization
 from pydantic import ValidationError
 
 from trainer.contract.catalog import LR_SCHEDULES
-from trainer.contract.config import LRScheduleSection, RunConfig
+from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError
+from trainer.contract.optimizer_config import LRScheduleSection
 from trainer.contract.variants import VARIANTS
 from trainer.core.seams import BuildContext
 from trainer.jobs.train_parts import learning_rate

@@ -12,39 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from trainer.contract.ema_config import EmaSection
 from trainer.contract.expert_config import ExpertSection, ExpertsSection
 from trainer.contract.hub import MODEL_FIELDS, is_reference, parse_reference
-from trainer.contract.optimizer_traits import traits_of
+from trainer.contract.optimizer_config import EmaSection, LRScheduleSection, OptimizerSection
 from trainer.contract.options import Options
-from trainer.contract.plugin_options import option_names
+from trainer.contract.plugin_section import PluginSection
 from trainer.contract.webhook import is_webhook
 
 if TYPE_CHECKING:
     from trainer.contract.dataset_config import DatasetConfig, GeneralOptions, SourceOptions
-
-
-class PluginSection(Options):
-    """A section whose further keys are the options of the plug-ins it names."""
-
-    model_config = ConfigDict(extra="allow")
-
-    slots: ClassVar[dict[str, str]] = {}
-    """Field that holds a plug-in's name -> kind of plug-in (`catalog.PLUGIN_KINDS`)."""
-
-    def options(self, slot: str) -> dict[str, Any]:
-        """Return the options of the plug-in chosen in field `slot`."""
-        names = option_names(self.slots[slot], getattr(self, slot))
-        return {k: v for k, v in (self.__pydantic_extra__ or {}).items() if k in names}
 
 
 class ModelSection(Options):
@@ -161,48 +144,6 @@ class ObjectiveSection(PluginSection):
     """Pointwise comparison of prediction and target."""
     weighting: str = "none"
     """Weight of the loss as a function of sigma."""
-
-
-class OptimizerSection(PluginSection):
-    """How gradients become updates."""
-
-    slots: ClassVar[dict[str, str]] = {"kind": "optimizer"}
-
-    kind: str = "adamw"
-    """Optimizer."""
-    learning_rate: float = Field(1e-4, gt=0)
-    """Step size after the warm-up. Where it is left out, optimizers of another scale take their
-    own: 1 with `prodigy`, 3e-5 with `lion` and so on (docs/optimizers.md)."""
-    max_grad_norm: float = Field(1.0, ge=0)
-    """Gradients are scaled down to this norm over all trained weights; 0 switches it off."""
-    max_grad_value: float = Field(0.0, ge=0)
-    """After that, each element of the gradients is cut to this size; 0 switches it off."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _usual_rate(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "learning_rate" in values:
-            return values
-        rate = traits_of(str(values.get("kind", "adamw"))).learning_rate
-        usual = cls.model_fields["learning_rate"].default
-        return values if rate == usual else {**values, "learning_rate": rate}
-
-
-class LRScheduleSection(PluginSection):
-    """How the learning rate changes over the run."""
-
-    slots: ClassVar[dict[str, str]] = {"kind": "lr_schedule"}
-
-    kind: str = "constant"
-    """Course of the learning rate after the warm-up."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises from 0."""
-    warmup_ratio: float = Field(0.0, ge=0, lt=1)
-    """Instead of `warmup_steps`: share of all steps over which it rises, e.g. 0.05."""
-
-    def warmup_of(self, total_steps: int) -> int:
-        """Return the steps of the warm-up in a run of so many."""
-        return round(self.warmup_ratio * total_steps) if self.warmup_ratio else self.warmup_steps
 
 
 class TrainingSection(Options):
