@@ -13,7 +13,7 @@ from pathlib import Path
 
 from trainer.contract.caption_options import CaptionOptions
 from trainer.contract.errors import DataError
-from trainer.core.seeds import derive_seed
+from trainer.core.rng import derive_seed
 
 _TRIES_PER_ORDER = 8
 

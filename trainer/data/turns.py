@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from trainer.core.seeds import derive_seed
+from trainer.core.rng import derive_seed
 
 _SEEDS = 1 << 63
 
