@@ -36,6 +36,11 @@ def test_nothing_heavy_is_loaded(module):
     assert not modules_after(f"import {module}") & set(HEAVY)
 
 
+@pytest.mark.parametrize("module", ["trainer.jobs.frames", "trainer.data.captions"])
+def test_looking_at_clips_and_captions_does_not_wait_for_torch(module):
+    assert "torch" not in modules_after(f"import {module}")
+
+
 @pytest.mark.parametrize("module", ["trainer.contract.run_dir", "trainer.contract.events"])
 def test_what_reads_a_run_needs_the_standard_library_only(module):
     assert "pydantic" not in modules_after(f"import {module}")

@@ -164,8 +164,13 @@ def test_lists_name_control_videos_and_masks_in_their_lines(controlled):
     assert "alpha_mask takes its transparency instead" in problems(alpha)
     file.write_text(json.dumps(line | {"mask_path": 3}))
     assert "3 is no path" in problems(parse_dataset({"datasets": [source]}))
-    with pytest.raises(ConfigError, match="a list has control_path in its lines"):
-        parse_dataset({"datasets": [source | {"control_directory": "x"}]})
+    file.write_text(json.dumps({"video_path": "clips/a", "caption": "x"}))
+    by_name = parse_dataset(
+        {"datasets": [source | {"control_directory": str(controlled / "control")}]}
+    )
+    again = batch_of(by_name, Models(), CONTROL)
+    assert torch.equal(again.extra_channels_BCFHW, batch.extra_channels_BCFHW)
+    assert again.mask_B1FHW is None
 
 
 # Masks ------------------------------------------------------------------------------------------

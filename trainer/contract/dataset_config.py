@@ -281,10 +281,6 @@ def check_source(source: SourceOptions) -> None:
     wrong = [key for key in VIDEO_KEYS if getattr(source, key) != fields[key].default]
     if source.kind == "image" and wrong:
         raise sentence(f"{', '.join(wrong)}: only for sources of videos")
-    listed = [key for key in ("control_directory", "mask_directory") if getattr(source, key)]
-    if source.jsonl_file is not None and listed:
-        keys = " and ".join(f"{key.removesuffix('directory')}path" for key in listed)
-        raise sentence(f"{', '.join(listed)}: a list has {keys} in its lines instead")
     if source.mask_directory is not None and source.alpha_mask:
         raise sentence("mask_directory and alpha_mask exclude each other")
     _check_windows(source)

@@ -145,7 +145,7 @@ def check_dataset(
     groups = tuple(
         Group(count * options.num_repeats, options.num_repeats, options.batch_size)
         for options, source in zip(dataset.sources, looked, strict=True)
-        for count in _slots(source).values()
+        for count in slots_of(source).values()
     )
     return DatasetCheck(
         clips=len(training),
@@ -165,7 +165,7 @@ def check_dataset(
     )
 
 
-def _slots(source: LookedSource) -> Counter[Bucket]:
+def slots_of(source: LookedSource) -> Counter[Bucket]:
     """Count what an epoch shows of each bucket: windows that take turns count as one."""
     once = takes_turns(source.source)
     return Counter(

@@ -17,7 +17,7 @@ from trainer.contract.errors import Problem
 from trainer.contract.variants import Variant
 from trainer.data.buckets import Bucket, num_tokens
 from trainer.data.captions import caption_path
-from trainer.data.checks import DatasetCheck, LookedClip, LookedSource
+from trainer.data.checks import DatasetCheck, LookedClip, LookedSource, slots_of
 from trainer.data.order import Group
 from trainer.data.windows import round_down_frames
 
@@ -91,7 +91,8 @@ def _clip(
 ) -> dict[str, Any]:
     info, item = clip.info, clip.item
     scale = max(clip.size[0] / info.width, clip.size[1] / info.height)
-    tokens = (context.token_counts or {}).get(item.caption)
+    counts = context.token_counts or {}
+    tokens = max((counts[text] for text in item.captions if text in counts), default=None)
     return {
         "source": number,
         "name": item.name,
@@ -157,7 +158,7 @@ def _warnings(
     if clip.info.constant_rate is False:
         how = "its own time stamps count" if source.source_fps else "its frames are taken as even"
         yield f"its frame rate varies; {how}"
-    if source.kind == "video" and source.frame_extraction != "full":
+    if source.kind == "video" and source.frame_extraction not in {"full", "adaptive"}:
         given = {window.num_frames for window in clip.windows}
         for target in sorted({round_down_frames(frames) for frames in source.target_frames}):
             if target not in given and target > clip.info.num_frames:
@@ -168,8 +169,7 @@ def _warnings(
 
 def _sources(checked: DatasetCheck, context: ReportContext) -> Iterator[dict[str, Any]]:
     appearances = [
-        sum(len(clip.windows) for clip in looked.training) * looked.source.num_repeats
-        for looked in checked.sources
+        slots_of(looked).total() * looked.source.num_repeats for looked in checked.sources
     ]
     total = sum(appearances) or 1
     for number, looked in enumerate(checked.sources):

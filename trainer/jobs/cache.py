@@ -185,9 +185,7 @@ def run_cache(
         captions_reused=captions[1],
         buckets=dict(sorted(Counter(entry.bucket for entry in _usable_entries(works)).items())),
         problems=tuple(problem for work in works for problem in work.problems),
-        notes=tuple(
-            dict.fromkeys(note for work in works for note in (*work.plan.notes, *work.notes))
-        ),
+        notes=_notes(works),
     )
 
 
@@ -372,6 +370,11 @@ def _usable_entries(works: Sequence[Work]) -> Iterator[LatentEntry]:
         for planned in work.plan.items:
             if work.failed_captions.isdisjoint(planned.item.captions):
                 yield from (e for e in planned.entries if e.file not in work.failed)
+
+
+def _notes(works: Sequence[Work]) -> tuple[str, ...]:
+    """Return all notes, each once: the texts of a clip may all be too long."""
+    return tuple(dict.fromkeys(note for work in works for note in (*work.plan.notes, *work.notes)))
 
 
 def _note_problem(work: Work, problem: Problem, strict: bool) -> None:

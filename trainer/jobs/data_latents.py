@@ -64,16 +64,14 @@ def _damaged(item: TrainingItem, error: Exception) -> dict[str, str]:
 
 def _bad_captions(items: tuple[TrainingItem, ...]) -> list[str]:
     """Return the items whose caption is encoded as NaN or infinity, or cannot be read."""
-    state: dict[Path, bool] = {}
-    for item in items:
-        if item.context not in state:
-            state[item.context] = _is_finite(item)
-    return [item.name for item in items if not state[item.context]]
+    entries = dict.fromkeys(entry for item in items for entry in item.contexts)
+    state = {entry: _is_finite(*entry) for entry in entries}
+    return [item.name for item in items if not all(state[entry] for entry in item.contexts)]
 
 
-def _is_finite(item: TrainingItem) -> bool:
+def _is_finite(path: Path, key: str) -> bool:
     try:
-        context = read_entry(item.context, item.context_key).get("context")
+        context = read_entry(path, key).get("context")
     except DataError:
         return False
     return context is not None and bool(torch.isfinite(context).all())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from trainer.contract.dataset_config import SourceOptions
 from trainer.contract.errors import DataError, Problem
 from trainer.data.captions import caption_texts, several_captions
 from trainer.data.sources.item import MediaItem, SourceScan
+from trainer.data.sources.paired import PairedFolder, paired_folders
 
 _UNSUPPORTED = ("control_path_", "image_path_", "video_path_")
 _PAIRED = ("control", "mask")
@@ -19,7 +20,9 @@ _PAIRED = ("control", "mask")
 def scan_jsonl(source: SourceOptions) -> SourceScan:
     """List the items of a JSONL file, in its order. Each bad line is a problem with its number.
 
-    Relative paths are looked up from the list's folder, then from the working directory.
+    Relative paths are looked up from the list's folder, then from the working directory. A line
+    without `control_path` or `mask_path` has the file of its clip's name, if the source has a
+    folder of them.
     """
     file = source.media_path
     try:
@@ -29,13 +32,17 @@ def scan_jsonl(source: SourceOptions) -> SourceScan:
         return SourceScan((), (Problem(f"the list cannot be read: {reason}", file=file),))
     except UnicodeDecodeError:
         return SourceScan((), (Problem("the list is not UTF-8 text", file=file),))
+    try:
+        folders = paired_folders(source)
+    except DataError as error:
+        return SourceScan((), (Problem(error.message, file=file),))
     items: dict[str, MediaItem] = {}
     problems = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            item = _item(line, source, items)
+            item = _item(line, source, items, folders)
             items[item.name] = item
         except DataError as error:
             problems.append(Problem(error.message, file=file, line=number, hint=error.hint))
@@ -44,7 +51,12 @@ def scan_jsonl(source: SourceOptions) -> SourceScan:
     return SourceScan(tuple(items.values()), tuple(problems))
 
 
-def _item(line: str, source: SourceOptions, known: Container[str]) -> MediaItem:
+def _item(
+    line: str,
+    source: SourceOptions,
+    known: Container[str],
+    folders: Mapping[str, PairedFolder],
+) -> MediaItem:
     values = _parse(line)
     key = f"{source.kind}_path"
     name = values.get(key)
@@ -62,12 +74,10 @@ def _item(line: str, source: SourceOptions, known: Container[str]) -> MediaItem:
     if source.alpha_mask and values.get("mask_path") is not None:
         raise DataError(f"{name} has a mask_path, and alpha_mask takes its transparency instead")
     first, *more = caption_texts(captions, source)
-    files = {
-        what: _existing(values[f"{what}_path"], source)
-        for what in _PAIRED
-        if values.get(f"{what}_path") is not None
-    }
     path = _existing(name, source)
+    named = {what: values.get(f"{what}_path") for what in _PAIRED}
+    files = {what: _existing(file, source) for what, file in named.items() if file is not None}
+    files |= {what: folder.of(path) for what, folder in folders.items() if what not in files}
     return MediaItem(name, path, source.kind, first, tuple(more), **files)
 
 
