@@ -138,7 +138,7 @@ class TrainingRun:
             seed=config.training.seed,
             device=world.device,
             total_steps=data.total_steps,
-            encoded=lru_cache(maxsize=64)(partial(load_text, data.cached)),
+            encoded=lru_cache(maxsize=16)(partial(load_text, data.cached)),
         )
         samples = self._samples(variant)
         self.emit("phase", name="load", detail="transformer")
