@@ -160,6 +160,8 @@ def test_lists_name_control_videos_and_masks_in_their_lines(controlled):
     batch = batch_of(parse_dataset({"datasets": [source]}), Models(), CONTROL)
     assert batch.extra_channels_BCFHW.shape == (1, 32, 2, 4, 8)
     assert torch.equal(batch.mask_B1FHW, torch.ones(1, 1, 2, 4, 8))
+    alpha = parse_dataset({"datasets": [source | {"alpha_mask": True}]})
+    assert "alpha_mask takes its transparency instead" in problems(alpha)
     file.write_text(json.dumps(line | {"mask_path": 3}))
     assert "3 is no path" in problems(parse_dataset({"datasets": [source]}))
     with pytest.raises(ConfigError, match="a list has control_path in its lines"):

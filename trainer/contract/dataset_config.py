@@ -10,7 +10,7 @@ is looked up in the source, then in `general`, then here.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,6 +48,7 @@ FrameExtraction = Literal[
     "adaptive",
     "random",
 ]
+SourceFps = float | Literal["auto"]
 MediaKind = Literal["image", "video"]
 
 CACHE_FOLDER = "menma_cache"
@@ -135,8 +136,9 @@ class SourceOptions(SharedOptions):
     """Frames that neighbours of `overlapping` share at least."""
     max_frames: int = Field(default=129, ge=1)
     """Longest window of `full`."""
-    source_fps: float | None = Field(default=None, gt=0, le=1000)
-    """Frames a second of the videos. Given, they are resampled to the model's rate."""
+    source_fps: Literal["auto"] | Annotated[float, Field(gt=0, le=1000)] | None = None
+    """Frames a second of the videos. Given, they are resampled to the model's rate; `auto`: each by
+    its own time stamps, also where its rate varies. Empty: frames are taken as they come."""
     control_directory: Path | None = None
     """Control videos (of images: control images) for Fun-Control models: for each clip the file, or
     folder of frames, of its name. Cut and resized as the clip."""
@@ -156,6 +158,15 @@ class SourceOptions(SharedOptions):
         cls, values: Any, handler: ModelWrapValidatorHandler[SourceOptions]
     ) -> SourceOptions:
         return with_explanations(cls, values, handler, explain_key)
+
+    @field_validator("source_fps", mode="wrap")
+    @classmethod
+    def _one_message(cls, value: Any, check: Callable[[Any], Any]) -> Any:
+        try:
+            return check(value)
+        except ValidationError:  # it has a message for each kind of value that would do
+            message = 'should be a number above 0, at most 1000, or "auto"'
+            raise PydanticCustomError("choice", message) from None
 
     @model_validator(mode="after")
     def _one_medium(self) -> SourceOptions:

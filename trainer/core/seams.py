@@ -76,8 +76,13 @@ class Weighting(Protocol):
 class LRSchedule(Protocol):
     """Course of the learning rate after the warm-up."""
 
-    def factor(self, progress: float) -> float:
-        """Return the multiplier of the learning rate at `progress` in [0, 1]."""
+    def factor(self, progress: float, num_steps: int) -> float:
+        """Return the multiplier of the learning rate.
+
+        Args:
+            progress: how far the course is, in [0, 1]: 0 at its first step, 1 at its last one.
+            num_steps: of the course, that is, after the warm-up.
+        """
         ...
 
 
@@ -88,6 +93,8 @@ class OptimizerFactory(Protocol):
     """The update of an element depends on that element alone, so that ZeRO may cut tensors."""
     state_names: ClassVar[tuple[str, ...]]
     """Per-element state tensors, saved by parameter; empty: saved as the engine holds them."""
+    keeps_low_precision: ClassVar[bool] = False
+    """Updates bf16 weights as they are, where others need float32 copies of them."""
 
     def build(self, parameters: Iterable[Mapping[str, Any]], lr: float) -> torch.optim.Optimizer:
         """Return the optimizer for parameter groups `{"params": [...], ...}`."""
@@ -359,6 +366,22 @@ class Engine(Protocol):
         """Return the trained parameters, whole, float32 on the CPU, by canonical name.
 
         A collective call; ranks other than 0 may get an empty dict.
+        """
+        ...
+
+    @property
+    def has_average(self) -> bool:
+        """Whether a running average of the weights is kept."""
+        ...
+
+    def inference_weights(self, *, averaged: bool) -> AbstractContextManager[None]:
+        """Have the weights in the module that are for use, for the duration of a block.
+
+        Training goes on with the same bits as without it. A collective call.
+
+        Args:
+            averaged: the running average, where there is one that has begun; else the trained
+                weights, to which some optimizers have to switch.
         """
         ...
 

@@ -18,17 +18,24 @@ from trainer.core.rng import derive_seed
 _TRIES_PER_ORDER = 8
 
 
+def caption_path(media: Path, extension: str) -> Path:
+    """Return the caption's file: beside the clip, of its name but for the extension.
+
+    A folder of images `walk` has `walk.txt`.
+    """
+    return media.with_suffix(extension) if not media.is_dir() else Path(f"{media}{extension}")
+
+
 def read_captions(media: Path, extension: str) -> tuple[str, ...]:
     """Return what stands in the caption file of a clip, an image or a folder of images.
 
-    It is a UTF-8 file beside it, of the same name but for the extension; a folder `walk`
-    has `walk.txt`. A `.json` file holds a string or a list of strings, any other one text. White
-    space around a text is not part of it.
+    It is the UTF-8 file `caption_path`. A `.json` file holds a string or a list of strings, any
+    other one text. White space around a text is not part of it.
 
     Raises:
         DataError: there is no such file, it is empty, or it is no text.
     """
-    path = media.with_suffix(extension) if not media.is_dir() else Path(f"{media}{extension}")
+    path = caption_path(media, extension)
     try:
         text = path.read_text("utf-8-sig")
     except FileNotFoundError:

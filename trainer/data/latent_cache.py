@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from trainer.contract.dataset_config import SourceFps
 from trainer.data.buckets import Bucket
 from trainer.data.cache_settings import CacheSettings
 from trainer.data.entries import DTYPES, FORMAT_VERSION, LATENTS_SUFFIX, write_entry
@@ -60,7 +61,7 @@ def latent_entry(
     window: Window,
     size: tuple[int, int],
     settings: CacheSettings,
-    source_fps: float | None,
+    source_fps: SourceFps | None,
     conditions: Mapping[str, str] | None = None,
 ) -> LatentEntry:
     """Return the entry of a window of the clip whose content has this hash.

@@ -20,6 +20,7 @@ from trainer.data.latent_cache import LatentEntry, latent_entry
 from trainer.data.masks import no_alpha
 from trainer.data.media import index_clip
 from trainer.data.paired import common_frames, conditions
+from trainer.data.resampling import constant_rate
 from trainer.data.sources import MediaItem, scan_source
 from trainer.data.windows import Window, choose_windows, round_down_frames, shortest_window
 
@@ -36,6 +37,8 @@ class PlannedItem:
     entries: tuple[LatentEntry, ...]
     paired: Mapping[str, FileIdentity] = field(default_factory=dict)
     """Identities of `item.paired`."""
+    varying_rate: bool = False
+    """Its frames are taken as they come, though they are not shown for equal times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +84,19 @@ def plan_source(
             items.append(planned)
         report(done, len(scan.items), item.name)
     lengths = [{entry.window.num_frames for entry in item.entries} for item in items]
-    notes = length_notes(source, lengths)
+    notes = (*length_notes(source, lengths), *_rate_notes(source, items))
     return SourcePlan(source, tuple(items), tuple(problems), skipped, notes)
+
+
+def _rate_notes(source: SourceOptions, items: Sequence[PlannedItem]) -> Iterator[str]:
+    varying = [item.item.name for item in items if item.varying_rate]
+    if varying:
+        listed = ", ".join(varying[:3]) + (", ..." if len(varying) > 3 else "")
+        yield (
+            f"{source.media_path}: the frame rate of {len(varying)} clips varies ({listed}), and "
+            'their frames are taken as they come; set source_fps = "auto" to go by their time '
+            "stamps"
+        )
 
 
 def plan_windows(
@@ -161,7 +175,8 @@ def _plan_item(
     entries = tuple(
         latent_entry(identity.content, window, size, settings, fps, more) for window in windows
     )
-    return PlannedItem(item, identity, entries, paired)
+    varying = fps is None and not constant_rate(clip.pts)
+    return PlannedItem(item, identity, entries, paired, varying)
 
 
 def identify_paired(item: MediaItem, known: IndexedItem | None) -> dict[str, FileIdentity]:

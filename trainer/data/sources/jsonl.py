@@ -59,6 +59,8 @@ def _item(line: str, source: SourceOptions, known: Container[str]) -> MediaItem:
         raise DataError(f"{name} has no caption")
     if name in known:
         raise DataError(f"{name} is in the list twice", hint="use num_repeats to repeat items")
+    if source.alpha_mask and values.get("mask_path") is not None:
+        raise DataError(f"{name} has a mask_path, and alpha_mask takes its transparency instead")
     first, *more = caption_texts(captions, source)
     files = {
         what: _existing(values[f"{what}_path"], source)

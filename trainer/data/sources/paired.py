@@ -7,7 +7,8 @@ from pathlib import Path
 
 from trainer.contract.dataset_config import MediaKind, SourceOptions
 from trainer.contract.errors import DataError
-from trainer.data.sources.item import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, list_images
+from trainer.contract.media_kinds import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from trainer.data.sources.item import list_images
 
 
 class PairedFolder:
