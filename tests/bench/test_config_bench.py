@@ -74,6 +74,11 @@ KINDS = {
         "dataset.general.batch_size=2",
         'techniques=[{name="contrastive_flow"}]',
     ],
+    "kept outputs and a slider": [
+        LOCAL,
+        'techniques=[{name="output_preservation", trigger="sks", class_word="a", class_share=0.99},'
+        ' {name="concept_slider", positive="a", negative="b"}]',
+    ],
     "deepspeed": ["distributed.engine=deepspeed"],
     "ZeRO-2": ["distributed.zero_stage=2"],
     "full fine-tune in bf16": ["adapter.kind=none", "distributed.zero_stage=2"],

@@ -131,6 +131,8 @@ def test_a_sampler_by_size_is_unknown_without_sizes() -> None:
         {"dataset": {"file": "nowhere.toml"}, "objective": {"timestep_sampler": "flux_shift"}}
     )
     assert high_noise_mass(missing, 0.875, T2V) is None
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+        settle_turns(missing, BUILD)
 
 
 def test_nothing_beyond_the_boundary() -> None:

@@ -66,7 +66,13 @@ def _build_step(config: RunConfig, work: Workload) -> tuple[TrainStep, Any]:
             if isinstance(module, nn.Linear) and is_block_linear(f"{name}.weight", (1, 1)):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, _fp8_layer(module, spec))
-    build = BuildContext(variant=work.variant, seed=0, device=torch.device("cpu"), total_steps=1)
+    build = BuildContext(
+        variant=work.variant,
+        seed=0,
+        device=torch.device("cpu"),
+        total_steps=1,
+        encoded=lambda _: torch.empty(work.shape.text_len, work.shape.text_dim),
+    )
     adapter: Any
     if config.adapter.kind == "none":
         adapter = FullFineTune(FullFineTune.Config(**config.adapter.options("kind")), build)
@@ -154,6 +160,7 @@ def _batch(work: Workload) -> Batch:
             else None
         ),
         item_seeds=tuple(range(clip.batch)),
+        captions=("a sks dog",) * clip.batch,
         mask_B1FHW=torch.empty(clip.batch, 1, *size) if uses_masks(work.config) else None,
     )
 

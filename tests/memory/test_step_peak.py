@@ -74,6 +74,14 @@ def check(settings: Iterable[dict[str, Any]]) -> None:
 
 MASKED = ({"name": "masked_loss"},)
 PRIOR = ({"name": "masked_loss", "prior_weight": 1.0, "outside_weight": 0.1},)
+SLIDER = ({"name": "concept_slider", "positive": "a", "negative": "b"},)
+KEPT = (
+    {"name": "output_preservation", "trigger": "sks", "class_word": "a", "class_share": 0.999},
+    {"name": "immiscible_noise"},
+    {"name": "pyramid_noise"},
+    {"name": "text_token_dropout"},
+)
+HUBER: Mapping[str, Any] = {"loss": "pseudo_huber", "huber_schedule": "snr"}
 BOTH: Mapping[str, Any] = {"attention_chunks": 4, "feed_forward_chunks": 8}
 OTHERS: dict[str, dict[str, Any]] = {
     "one block": {"num_layers": 1},
@@ -94,6 +102,9 @@ OTHERS: dict[str, dict[str, Any]] = {
         "memory": {"gradient_checkpointing": False},
         "techniques": PRIOR,
     },
+    "a slider, one rank-1 block": {"num_layers": 1, "rank": 1, "techniques": SLIDER},
+    "kept outputs and other noise": {"batch": 2, "techniques": KEPT},
+    "pseudo-Huber, one rank-1 block": {"num_layers": 1, "rank": 1, "objective": HUBER},
     "masks, prior, one rank-1 block": {"num_layers": 1, "rank": 1, "techniques": PRIOR},
     "an expert": {"variant": "wan2.2-i2v-a14b"},
     "rank 1": {"rank": 1},

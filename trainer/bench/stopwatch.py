@@ -70,7 +70,7 @@ def measure_steps(
         seed=config.training.seed,
         device=world.device,
         total_steps=warmup_steps + steps,
-        encoded=lambda _: torch.zeros(work.shape.text_len, work.shape.text_dim),
+        encoded=partial(_random_text, work),
     )
     emit("phase", name="load", detail="random weights")
     weights = partial(random_weights, config, work)
@@ -139,9 +139,21 @@ def random_batch(work: Workload, seed: int) -> Batch:
         extra_channels_BCFHW=draw(clip.batch, extra, *size) if extra else None,
         image_context_BTD=images,
         names=tuple(f"random {index}" for index in range(clip.batch)),
+        captions=(_caption(work.config),) * clip.batch,
         item_seeds=tuple(derive_seed(seed, index) for index in range(clip.batch)),
         mask_B1FHW=draw(clip.batch, 1, *size).sigmoid() if uses_masks(work.config) else None,
     )
+
+
+def _random_text(work: Workload, text: str) -> torch.Tensor:
+    """Return a text of full length, another one for another text."""
+    random = generator(work.config.training.seed, "bench text", text)
+    return torch.randn(work.shape.text_len, work.shape.text_dim, generator=random)
+
+
+def _caption(config: RunConfig) -> str:
+    """Return a caption with the words that techniques look for."""
+    return " ".join(str(one.options("name").get("trigger", "")) for one in config.techniques)
 
 
 def _timed_steps(

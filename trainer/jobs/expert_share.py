@@ -7,7 +7,7 @@ from trainer.contract.errors import ConfigError
 from trainer.contract.expert_rules import idle_expert, starving_expert
 from trainer.contract.expert_turns import Turns
 from trainer.contract.experts import known_turns
-from trainer.contract.timestep_mass import high_noise_mass
+from trainer.contract.timestep_mass import depends_on_size, high_noise_mass, source_frame_tokens
 from trainer.core.seams import BuildContext
 
 
@@ -24,6 +24,8 @@ def settle_turns(config: RunConfig, build: BuildContext) -> Turns:
     boundary = build.variant.expert_boundary
     turns = known_turns(config, boundary, build.variant)
     if turns is None:
+        if depends_on_size(config):
+            source_frame_tokens(config, build.variant)  # says what is wrong with the dataset
         mass = high_noise_mass(config, boundary, build.variant)
         raise ConfigError(problems=[idle_expert(config, 0.0 if mass is None else mass)])
     problem = starving_expert(config, turns, build.total_steps) if build.total_steps else None

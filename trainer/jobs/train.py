@@ -139,7 +139,7 @@ class TrainingRun:
             seed=config.training.seed,
             device=world.device,
             total_steps=data.total_steps,
-            encoded=lru_cache(maxsize=64)(partial(load_text, data.cached)),
+            encoded=lru_cache(maxsize=16)(partial(load_text, data.cached)),
             observe_loss=losses.observe,
         )
         samples = self._samples(variant)
