@@ -1,4 +1,4 @@
-"""What `[optimizer]`, `[lr_schedule]` and `[ema]` refuse, warn of, and take where nothing is said."""
+"""What `[optimizer]`, `[lr_schedule]` and `[ema]` refuse, warn of, and take by default."""
 
 from __future__ import annotations
 
