@@ -139,11 +139,23 @@ class ObjectiveSection(PluginSection):
     max_timestep: float | None = Field(None, ge=0, le=1000)
     """Largest timestep that is trained; empty: 1000, or the expert's range."""
     preserve_distribution_shape: bool = False
-    """Redraw timesteps outside the range instead of squeezing the distribution into it."""
+    """Keep the draws that are in the range instead of squeezing the whole distribution into it."""
+    num_timestep_buckets: Literal["epoch"] | Annotated[int, Field(ge=2)] | None = None
+    """Part the distribution into so many equally likely buckets, which items meet in turn; `epoch`:
+    as many as an epoch has items. Empty: every item is drawn independently."""
     loss: str = "mse"
     """Pointwise comparison of prediction and target."""
     weighting: str = "none"
     """Weight of the loss as a function of sigma."""
+
+    @field_validator("num_timestep_buckets", mode="wrap")
+    @classmethod
+    def _one_message(cls, value: Any, check: Callable[[Any], Any]) -> Any:
+        try:
+            return check(value)
+        except ValidationError:  # it has a message for each kind of value that would do
+            text = 'should be a number of buckets, 2 or more, or "epoch"'
+            raise PydanticCustomError("choice", text) from None
 
 
 class TrainingSection(Options):
@@ -436,6 +448,14 @@ class LoggingSection(Options):
 
     wandb_mode: Literal["online", "offline"] = "online"
     """Whether figures are sent at once, or kept in the run directory."""
+
+    details_every_steps: int = Field(default=50, ge=0)
+    """How often the mean loss of each source and of each tenth of the timesteps since the last time
+    is told; 0: never."""
+
+    weight_norms_every_steps: int = Field(default=0, ge=0)
+    """How often the norms of the trained weights are told (all, mean and largest of one tensor);
+    each time they are copied to the CPU. 0: never."""
 
     webhook: str | None = None
     """URL that is told when the run ends: `https://…`, or `env:NAME` for the environment variable

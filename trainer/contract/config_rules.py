@@ -23,6 +23,7 @@ from trainer.contract.experts import (
 from trainer.contract.hub import MODEL_FIELDS, is_offline, is_reference, references
 from trainer.contract.loraid_rules import loraid_rule
 from trainer.contract.memory_rules import activations_rule, compile_rule, streaming_rule
+from trainer.contract.objective_rules import noise_rule, objective_rule
 from trainer.contract.offload_rules import offload_rule
 from trainer.contract.optimizer_rules import average_rule, optimizer_rule, schedule_rule
 from trainer.contract.optimizer_traits import traits_of
@@ -353,6 +354,8 @@ _RULES: tuple[Rule, ...] = (
     _variant,
     experts_rule,
     _timesteps,
+    objective_rule,
+    noise_rule,
     _dataset,
     _sampling,
     _validation,
