@@ -10,7 +10,7 @@ set "PY="
 set "INDEX="
 set "DEMO="
 set "TEST="
-set "EXTRAS=bnb,logging"
+set "EXTRAS=bnb,optimizers,logging"
 
 :options
 if "%~1"=="" goto find_python

@@ -80,7 +80,7 @@ make_environment() {
   "$python" -m venv "$venv"
 }
 
-extras=bnb,logging
+extras=bnb,optimizers,logging
 [ -z "$test$dev" ] || extras=$extras,test
 [ -z "$dev" ] || extras=$extras,dev
 torch_requirement=torch==$TORCH_VERSION

@@ -26,11 +26,13 @@ PACKAGES = (
     "textual",
     "tomlkit",
     "bitsandbytes",
+    "pytorch-optimizer",
     "tensorboard",
 )
 NEEDED = ("torch", "safetensors", "transformers", "av", "numpy", "pydantic")
 OPTIONAL = {
-    "bitsandbytes": "optimizer.kind = 'adamw8bit'",
+    "bitsandbytes": "optimizer.kind = 'adamw8bit' or 'lion8bit'",
+    "pytorch-optimizer": "optimizer.kind = 'lion', 'prodigy', 'muon' and others",
     "tensorboard": "logging.tensorboard = true",
 }
 LITTLE_RAM_GIB = 32

@@ -20,15 +20,18 @@ def drawing(points: Points, width: int, height: int) -> Iterator[str]:
         width: characters of a line.
         height: lines, without that of the steps.
     """
+    room = max(width - AXIS, 4)
+    # A point for every column of dots, so that the curve fills the width whatever its length is.
+    dots = 2 * room
+    places = [round(dot * (len(points) - 1) / (dots - 1)) for dot in range(dots)]
     curve = Curve(smoothing=0.0)
-    curve.extend((step for step, _ in points), (rate for _, rate in points))
-    drawn = plot(curve.points, max(width - AXIS, 4), height, lowest=0.0)
+    curve.extend(range(dots), (points[place][1] for place in places))
+    drawn = plot(curve.points, room, height, lowest=0.0)
     for number, row in enumerate(drawn.rows):
         label = {0: f"{drawn.high:.3g}", height - 1: f"{drawn.low:.3g}"}.get(number, "")
         yield f"{label:>{AXIS - 2}} |" + "".join(cell.char for cell in row).rstrip()
-    first, last = str(drawn.first), str(drawn.last)
-    room = max(width - AXIS - len(first), len(last))
-    yield " " * AXIS + first + last.rjust(room)
+    first, last = str(points[0][0]), str(points[-1][0])
+    yield " " * AXIS + first + last.rjust(max(room - len(first), len(last) + 1))
 
 
 def rows(points: Points, warmup_steps: int, steps: int) -> Iterator[tuple[str, str]]:

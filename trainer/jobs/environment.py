@@ -25,6 +25,7 @@ _PACKAGES = (
     "safetensors",
     "transformers",
     "bitsandbytes",
+    "pytorch-optimizer",
     "av",
     "pydantic",
 )
