@@ -34,6 +34,7 @@ SCENES = (
     Scene("jobs", (("", "harbour"),)),
     Scene("monitor", (("", "fish"), ("enter", "412/600"))),
     Scene("config", (("", "VRAM"),), config=True),
+    Scene("data", (("", "VRAM"), ("4", "left out"), ("j", "frame 1 of 81")), config=True),
     Scene("library", (("", "fish"), ("5", "harbour.safetensors"))),
     Scene("system", (("", "fish"), ("6", "RTX 4090"))),
     Scene("command", (("", "fish"), ("c", "Command of fish"))),
