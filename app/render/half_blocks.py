@@ -141,6 +141,23 @@ class DrawnStrip:
         yield from _draw([_fitted(frame, columns, 2 * rows) for frame in frames])
 
 
+def frame_lines(frame: Frame, columns: int, rows: int) -> list[list[Segment]]:
+    """Draw a frame as lines of segments, at most `columns` x `rows` characters, aspect kept.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no picture, or too large to be one.
+    """
+    drawn = _fitted(_open(frame), max(columns, 1), 2 * max(rows, 1))
+    lines: list[list[Segment]] = [[]]
+    for segment in _draw([drawn]):
+        if segment.text == "\n":
+            lines.append([])
+        else:
+            lines[-1].append(segment)
+    return lines[:-1]
+
+
 def _draw(frames: Sequence[Image]) -> Iterator[Segment]:
     pixels = [_pixels(frame) for frame in frames]
     gap = Segment(" " * GAP)
@@ -192,7 +209,7 @@ def _open(frame: Frame) -> Image:
     try:
         with Image.open(frame) as image:
             return image.convert("RGB")
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, SyntaxError) as error:  # SyntaxError: a damaged PNG
         raise ValueError(f"{frame}: {error}") from error
 
 

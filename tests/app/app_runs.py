@@ -39,6 +39,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.config_text = ""
         self.started: list[RunDir] = []
 
     def prepared(self, name: str) -> tuple[RunDir, list[str]]:
@@ -46,7 +47,10 @@ class Runs:
         run = RunDir(self.folder / name)
         self.started.append(run)
         preparation = launch.Preparation(
-            config_text="", overrides=(), resume="auto", argv=("menma", "train", "x.toml")
+            config_text=self.config_text,
+            overrides=(),
+            resume="auto",
+            argv=("menma", "train", "x.toml"),
         )
         return run, ["train", str(launch.prepare(run, preparation))]
 

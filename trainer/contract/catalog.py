@@ -38,14 +38,39 @@ TIMESTEP_SAMPLERS: Registry[Any] = Registry(
     Entry("sigmoid", "trainer.timesteps.sigmoid:Sigmoid", "sigmoid of a normal: mid sigmas"),
     Entry("shift", "trainer.timesteps.shift:Shift", "sigmoid moved towards noise by flow_shift"),
     Entry("logit_normal", "trainer.timesteps.logit_normal:LogitNormal", "normal in the logit"),
+    Entry("flux_shift", "trainer.timesteps.flux_shift:FluxShift", "shift by a frame's size"),
+    Entry("qwen_shift", "trainer.timesteps.qwen_shift:QwenShift", "the same, gentler"),
+    Entry("logsnr", "trainer.timesteps.logsnr:LogSNR", "normal in ln SNR: very noisy, for styles"),
+    Entry(
+        "qinglong_flux",
+        "trainer.timesteps.qinglong_flux:QinglongFlux",
+        "flux_shift with some very noisy and some nearly clean",
+    ),
+    Entry(
+        "qinglong_qwen",
+        "trainer.timesteps.qinglong_qwen:QinglongQwen",
+        "qwen_shift with some nearly clean",
+    ),
+    Entry("mode", "trainer.timesteps.mode:Mode", "the middle or both ends, none ever rare"),
+    Entry("bell", "trainer.timesteps.bell:Bell", "a bell over sigma"),
+    Entry("half_bell", "trainer.timesteps.half_bell:HalfBell", "a rising bell, flat towards noise"),
+    Entry("content", "trainer.timesteps.content:Content", "cubic towards noise: composition"),
+    Entry("style", "trainer.timesteps.style:Style", "cubic towards clean latents: detail"),
 )
 LOSSES: Registry[Any] = Registry(
     "loss",
     Entry("mse", "trainer.losses.mse:MSE", "squared error of the velocity"),
+    Entry("l1", "trainer.losses.l1:L1", "absolute error"),
+    Entry("huber", "trainer.losses.huber:Huber", "squared up to a size, then absolute"),
+    Entry("pseudo_huber", "trainer.losses.pseudo_huber:PseudoHuber", "the same without a corner"),
 )
 WEIGHTINGS: Registry[Any] = Registry(
     "weighting",
     Entry("none", "trainer.weightings.none:Unweighted", "every sigma counts the same"),
+    Entry("sigma_sqrt", "trainer.weightings.sigma_sqrt:SigmaSqrt", "1 / sigma²: clean latents"),
+    Entry("cosmap", "trainer.weightings.cosmap:CosMap", "the middle, at most twice the ends"),
+    Entry("bell", "trainer.weightings.bell:BellWeight", "a bell over sigma"),
+    Entry("min_snr", "trainer.weightings.min_snr:MinSNR", "signal-to-noise ratio, cut at gamma"),
 )
 TECHNIQUES: Registry[Any] = Registry(
     "technique",
@@ -53,6 +78,46 @@ TECHNIQUES: Registry[Any] = Registry(
         "contrastive_flow",
         "trainer.techniques.contrastive_flow:ContrastiveFlow",
         "push predictions away from the targets of other samples",
+    ),
+    Entry(
+        "immiscible_noise",
+        "trainer.techniques.immiscible_noise:ImmiscibleNoise",
+        "mix each sample with the nearest of several noises",
+    ),
+    Entry(
+        "noise_offset",
+        "trainer.techniques.noise_offset:NoiseOffset",
+        "noise that moves each channel as a whole",
+    ),
+    Entry(
+        "pyramid_noise",
+        "trainer.techniques.pyramid_noise:PyramidNoise",
+        "noise of several resolutions",
+    ),
+    Entry(
+        "blank_prompt_preservation",
+        "trainer.techniques.blank_prompt_preservation:BlankPromptPreservation",
+        "keep what the model makes of an empty prompt",
+    ),
+    Entry(
+        "output_preservation",
+        "trainer.techniques.output_preservation:OutputPreservation",
+        "a trigger word learns, its class stays what it was",
+    ),
+    Entry(
+        "concept_slider",
+        "trainer.techniques.concept_slider:ConceptSlider",
+        "from one description towards another, by the adapter's strength",
+    ),
+    Entry(
+        "text_token_dropout",
+        "trainer.techniques.text_token_dropout:TextTokenDropout",
+        "leave out text tokens at random",
+    ),
+    Entry(
+        "masked_loss",
+        "trainer.techniques.masked_loss:MaskedLoss",
+        "learn what a mask marks, and keep the rest as it was",
     ),
 )
 ATTENTION: Registry[Any] = Registry(

@@ -96,9 +96,10 @@ def _token_counts(config: RunConfig, checked: DatasetCheck) -> tuple[Mapping[str
     except UserError as error:
         return None, f"captions are not counted in tokens: {error.message}"
     captions = {
-        clip.item.caption
+        caption
         for looked in checked.sources
         for clip in (*looked.training, *looked.validation)
+        for caption in clip.item.captions
     }
     return {caption: len(tokenizer.encode(caption)) for caption in captions}, ""
 
