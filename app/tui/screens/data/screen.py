@@ -37,6 +37,7 @@ class DataScreen(DataView):
         current_config: returns the config that is open elsewhere in the app, if one is.
     """
 
+    KEYS_IN = "data"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("e", "edit", "Caption"),
         Binding("r", "look", "Look again"),
