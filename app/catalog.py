@@ -13,6 +13,7 @@ COMMANDS: dict[str, str] = {
     "data": "app.cli.commands.data",
     "estimate": "app.cli.commands.estimate",
     "timesteps": "app.cli.commands.timesteps",
+    "schedule": "app.cli.commands.schedule",
     "fetch": "app.cli.commands.fetch",
     "cache": "app.cli.commands.cache",
     "train": "app.cli.commands.train",

@@ -32,6 +32,10 @@ def _no_texts(text: str) -> Tensor:
     raise RuntimeError(f"nothing is encoded here, and {text!r} is asked for")
 
 
+LossObserver = Callable[[Batch, Tensor, Tensor], None]
+"""Takes a batch, its sigma_B and the loss of each item, (B,) float32 on the device."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildContext:
     """What a plug-in may need at birth, and nothing else."""
@@ -43,6 +47,8 @@ class BuildContext:
     encoded: Callable[[str], Tensor] = _no_texts
     """Gives the embedding, (T, D) float32 on the CPU, of a text that `Technique.texts` named; for
     use while training, not at birth."""
+    observe_loss: LossObserver | None = None
+    """Told of the loss of each item, for figures; None: nobody asks."""
 
 
 class TimestepSampler(Protocol):
@@ -76,8 +82,13 @@ class Weighting(Protocol):
 class LRSchedule(Protocol):
     """Course of the learning rate after the warm-up."""
 
-    def factor(self, progress: float) -> float:
-        """Return the multiplier of the learning rate at `progress` in [0, 1]."""
+    def factor(self, progress: float, num_steps: int) -> float:
+        """Return the multiplier of the learning rate.
+
+        Args:
+            progress: how far the course is, in [0, 1]: 0 at its first step, 1 at its last one.
+            num_steps: of the course, that is, after the warm-up.
+        """
         ...
 
 
@@ -88,6 +99,8 @@ class OptimizerFactory(Protocol):
     """The update of an element depends on that element alone, so that ZeRO may cut tensors."""
     state_names: ClassVar[tuple[str, ...]]
     """Per-element state tensors, saved by parameter; empty: saved as the engine holds them."""
+    keeps_low_precision: ClassVar[bool] = False
+    """Updates bf16 weights as they are, where others need float32 copies of them."""
 
     def build(self, parameters: Iterable[Mapping[str, Any]], lr: float) -> torch.optim.Optimizer:
         """Return the optimizer for parameter groups `{"params": [...], ...}`."""
@@ -359,6 +372,22 @@ class Engine(Protocol):
         """Return the trained parameters, whole, float32 on the CPU, by canonical name.
 
         A collective call; ranks other than 0 may get an empty dict.
+        """
+        ...
+
+    @property
+    def has_average(self) -> bool:
+        """Whether a running average of the weights is kept."""
+        ...
+
+    def inference_weights(self, *, averaged: bool) -> AbstractContextManager[None]:
+        """Have the weights in the module that are for use, for the duration of a block.
+
+        Training goes on with the same bits as without it. A collective call.
+
+        Args:
+            averaged: the running average, where there is one that has begun; else the trained
+                weights, to which some optimizers have to switch.
         """
         ...
 

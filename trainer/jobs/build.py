@@ -12,12 +12,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from trainer.contract.catalog import ATTENTION, PLUGIN_KINDS, TECHNIQUES
-from trainer.contract.config import PluginSection, RunConfig, TechniqueSection
+from trainer.contract.config import RunConfig, TechniqueSection
 from trainer.contract.config_io import problems_of
 from trainer.contract.config_rules import is_fp8, trained_timesteps
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.experts import trained_experts
 from trainer.contract.memory_rules import too_many_blocks
+from trainer.contract.plugin_section import PluginSection
 from trainer.contract.variants import Expert
 from trainer.core.flow import NUM_TRAIN_TIMESTEPS
 from trainer.core.seams import BuildContext, Need, Technique

@@ -109,6 +109,16 @@ class _Task:
     entry: LatentEntry
 
 
+def _require_image_encoder(
+    variant: Variant, image_encoder: LazyModel[ImageEncoding] | None
+) -> None:
+    if uses_image_encoder(variant) and image_encoder is None:
+        raise ConfigError(
+            f"{variant.name} sees the first frame through CLIP: an image encoder is needed",
+            hint="set model.image_encoder",
+        )
+
+
 def run_cache(
     dataset: DatasetConfig,
     *,
@@ -147,11 +157,7 @@ def run_cache(
         OutOfMemoryError: the device cannot encode a window of this size.
     """
     options = options or CacheOptions()
-    if uses_image_encoder(variant) and image_encoder is None:
-        raise ConfigError(
-            f"{variant.name} sees the first frame through CLIP: an image encoder is needed",
-            hint="set model.image_encoder",
-        )
+    _require_image_encoder(variant, image_encoder)
     settings = CacheSettings.of(
         variant,
         vae=vae.identity,
