@@ -202,7 +202,9 @@ def test_errors_are_shown_and_another_config_can_be_chosen(project, monkeypatch)
         await seen(pilot, app, "configs/fish.toml")
         await pilot.press("escape")
         await seen(pilot, app, "No config is chosen")
-        await pilot.press("r", "enter")
+        await pilot.press("r")
+        await seen(pilot, app, "configs/fish.toml")
+        await pilot.press("enter")
         text = await seen(pilot, app, "look at dataset.sources")
         assert "clips: no such folder" in text
         await pilot.press("escape")
@@ -225,7 +227,9 @@ def test_a_reading_that_is_not_wanted_any_more_is_ended(project, monkeypatch):
     monkeypatch.setattr(data_screen, "read_report", forever)
 
     async def steps(pilot, app):
-        await pilot.press("4", "enter")
+        await pilot.press("4")
+        await seen(pilot, app, "configs/fish.toml")
+        await pilot.press("enter")
         await seen(pilot, app, "Looking at the clips")
 
     drive(steps)
