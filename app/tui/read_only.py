@@ -6,7 +6,7 @@ from textual.dom import DOMNode
 
 LOOKS = frozenset(
     """
-    show-jobs show-config show-monitor show-library show-system palette help theme quit
+    show-jobs show-config show-monitor show-data show-library show-system palette help theme quit
     list.down list.up list.first list.last list.page-down list.page-up
     ask.cancel ask.yes textview.close textview.copy textview.down textview.up
     choose.cancel choose.down choose.up
@@ -21,6 +21,8 @@ LOOKS = frozenset(
     gallery.back gallery.frame-back gallery.frame-on gallery.step-back gallery.step-on
     gallery.prompt gallery.prompt-back gallery.left-one gallery.play gallery.copy-path
     metriclist.close metriclist.down metriclist.up
+    data.filter data.problems data.view data.copy-path data.notes data.frame-left data.frame-right
+    data.all data.look-again data.decode data.open
     system.look-again system.copy
     config.filter config.toml config.back config.undo config.redo config.tier config.gpu
     config.diff config.problems config.command config.open
@@ -34,6 +36,7 @@ WRITES = frozenset(
     library.sample library.merge library.convert
     textview.write-to-a-file
     monitor.stop monitor.save monitor.sample
+    data.caption
     config.reset config.save config.run config.editor
     """.split()  # noqa: SIM905
 )

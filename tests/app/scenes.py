@@ -39,6 +39,7 @@ SCENES = (
     Scene("compare", (("", "fish"), *MARK_TWO, ("equals_sign", "validation, best"))),
     Scene("error", (("", "fish"), ("G", "portrait: failed"), ("enter", "What to try"))),
     Scene("config", (("", "VRAM"),), config=True),
+    Scene("data", (("", "VRAM"), ("4", "left out"), ("j", "frame 1 of 81")), config=True),
     Scene("library", (("", "fish"), ("5", "harbour.safetensors"))),
     Scene("system", (("", "fish"), ("6", "RTX 4090"))),
     Scene("command", (("", "fish"), ("c", "Command of fish"))),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from data_reports import report
 from PIL import Image
 
 from app.domain import environment
@@ -25,6 +26,7 @@ from app.domain.load import GpuLoad, Load
 from app.queue.jobs import JobSpec
 from app.queue.store import QueueStore
 from app.runs import processes
+from app.runs.frames import ClipFrames
 from app.runs.lock import RunLock
 from app.runs.processes import ProcessId
 from app.runs.status import Status
@@ -32,6 +34,8 @@ from app.tui import meters
 from app.tui.screens import jobs, library
 from app.tui.screens.config import card_choice
 from app.tui.screens.config import screen as config
+from app.tui.screens.data import screen as data_screen
+from app.tui.screens.data import view as data_view
 from app.tui.sources import Sources
 from trainer.contract.events import EventWriter
 from trainer.contract.memory_model import gpu_of_memory
@@ -112,6 +116,8 @@ def staged(folder: Path) -> Iterator[Sources]:
         ),
         patch.object(meters, "read_load", lambda run=None: LOAD),
         patch.object(card_choice, "choose_card", lambda name, size: CARD),
+        patch.object(data_screen, "read_report", lambda config, **options: report()),
+        patch.object(data_view, "clip_frames", _frames),
     ]
     for each in described:
         each.start()
@@ -129,6 +135,15 @@ def staged(folder: Path) -> Iterator[Sources]:
         for each in described:
             each.stop()
         os.chdir(before)
+
+
+def _frames(path: Path, **options: Any) -> ClipFrames:
+    """Draw one frame, a ramp from dark to light."""
+    picture = Path("frame.png")
+    Image.linear_gradient("L").resize((64, 36)).convert("RGB").save(picture)
+    return ClipFrames(
+        paths=(picture,), numbers=(0,), num_frames=81, width=832, height=480, fps=24.0
+    )
 
 
 def _no_worker(folder: Path) -> None:

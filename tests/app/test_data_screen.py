@@ -8,11 +8,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from data_reports import NOTE, report
 from PIL import Image
 from screens import screen_text
 from textual.pilot import Pilot
 
-from app.domain.data_report import ClipRow, DataReport, parse_report
+from app.domain.data_report import ClipRow
 from app.runs.ask import Cancelled
 from app.runs.frames import ClipFrames
 from app.tui.app import MenmaApp
@@ -22,52 +23,6 @@ from app.tui.sources import Sources
 from trainer.contract.errors import UserError
 
 SMALL, LARGE = (80, 24), (120, 40)
-NOTE = "clips: 2 of 3 clips run at 24 frames a second"
-
-
-def clip(name: str, **fields) -> dict:
-    """Return one clip of a report, without a fault."""
-    return {
-        "source": 0, "name": name, "path": f"clips/{name}", "used": True, "validation": False,
-        "width": 832, "height": 480, "num_frames": 81, "fps": 24.0, "duration_s": 3.375,
-        "buckets": ["832x480x33"], "caption": f"a fish called {name}",
-        "caption_file": f"clips/{Path(name).stem}.txt", "caption_tokens": 9, "problem": "",
-        "hint": "", "warnings": [],
-    } | fields  # fmt: skip
-
-
-def report(*clips: dict) -> DataReport:
-    """Return a report of these clips."""
-    unknown = dict.fromkeys(("width", "height", "num_frames", "fps", "duration_s", "caption"))
-    unknown |= {"used": False, "buckets": [], "caption_tokens": None}
-    clips = clips or (
-        clip("good.mp4"),
-        clip("long.mp4", warnings=["its caption has 600 tokens, the model reads 512"]),
-        clip("none.mp4", problem="has no caption: there is no none.txt", **unknown),
-        clip("held.mp4", validation=True, buckets=["832x480x33", "832x480x17"]),
-    )
-    cache = {"folder": "clips/menma_cache", "state": "out of date", "detail": "", "bytes": 2**30}
-    source = {
-        "number": 0, "media": "clips", "clips": 2, "validation_clips": 1, "left_out": 1,
-        "items": 3, "num_repeats": 2, "share": 1.0, "cache": cache,
-    }  # fmt: skip
-    bucket = {
-        "bucket": "832x480x33", "items": 3, "items_per_epoch": 6, "share": 1.0, "batches": 6,
-        "smaller_batches": 0, "tokens": 14040,
-    }  # fmt: skip
-    counts = {
-        "clips": 2, "validation_clips": 1, "items": 3, "batches_per_epoch": 6, "left_out": 1,
-        "clips_with_warnings": 1,
-    }  # fmt: skip
-    return parse_report(
-        {
-            "clips": clips,
-            "sources": [source],
-            "buckets": [bucket],
-            "counts": counts,
-            "notes": [NOTE],
-        }
-    )
 
 
 @pytest.fixture
@@ -247,7 +202,9 @@ def test_errors_are_shown_and_another_config_can_be_chosen(project, monkeypatch)
         await seen(pilot, app, "configs/fish.toml")
         await pilot.press("escape")
         await seen(pilot, app, "No config is chosen")
-        await pilot.press("r", "enter")
+        await pilot.press("r")
+        await seen(pilot, app, "configs/fish.toml")
+        await pilot.press("enter")
         text = await seen(pilot, app, "look at dataset.sources")
         assert "clips: no such folder" in text
         await pilot.press("escape")
@@ -270,7 +227,9 @@ def test_a_reading_that_is_not_wanted_any_more_is_ended(project, monkeypatch):
     monkeypatch.setattr(data_screen, "read_report", forever)
 
     async def steps(pilot, app):
-        await pilot.press("4", "enter")
+        await pilot.press("4")
+        await seen(pilot, app, "configs/fish.toml")
+        await pilot.press("enter")
         await seen(pilot, app, "Looking at the clips")
 
     drive(steps)

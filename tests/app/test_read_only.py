@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from conftest import CONFIG
+from data_reports import report
 from screens import screen_text
 from test_tui import finished_run
 
@@ -16,11 +17,12 @@ from app.tui.app import MenmaApp
 from app.tui.keymap import all_actions
 from app.tui.preferences import Preferences
 from app.tui.read_only import LOOKS, WRITES, is_refused
+from app.tui.screens.data import screen as data_screen
 from app.tui.screens.jobs import JobsScreen
 from app.tui.sources import Sources
 
 WORDS = "It was opened to"
-SCREENS = {"1": "jobs", "2": "config", "3": "monitor", "5": "library"}
+SCREENS = {"1": "jobs", "2": "config", "3": "monitor", "4": "data", "5": "library"}
 SIZE = (120, 40)
 
 
@@ -66,7 +68,10 @@ def content(folder):
     }
 
 
-def test_all_that_writes_is_refused_with_words_and_nothing_has_changed(scene, tmp_path):
+def test_all_that_writes_is_refused_with_words_and_nothing_has_changed(
+    scene, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(data_screen, "read_report", lambda config, **options: report())
     before = content(tmp_path)
     jobs_before = QueueStore(tmp_path / "queue").jobs()
     writes = {a.id: a for a in all_actions() if a.id in WRITES}

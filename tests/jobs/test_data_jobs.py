@@ -105,6 +105,15 @@ def test_buckets_are_told_before_anything_is_cached(config):
     assert other["counts"]["batches_per_epoch"] == 3, "the source's own batch size wins"
 
 
+def test_windows_that_take_turns_count_once_an_epoch(config):
+    source = "video_directory = 'clips', target_frames = [5], frame_sample = 3, num_repeats = 2"
+    report = check(config, f"dataset.sources=[{{{source}, frame_extraction = 'random'}}]")
+    (row,) = report["buckets"]
+    assert (row["items"], row["items_per_epoch"]) == (12, 4 * 2)
+    assert row["batches"] == report["counts"]["batches_per_epoch"] == 8
+    assert report["sources"][0]["items_per_epoch"] == 8
+
+
 def test_the_report_is_what_caching_then_makes(config):
     report = check(config)
     dataset = load_config(config).dataset.load()

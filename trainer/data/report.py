@@ -43,7 +43,8 @@ def report_of(checked: DatasetCheck, context: ReportContext) -> dict[str, Any]:
 
     `sources`, `buckets` (of what is trained on, by most tokens), `clips` (each that was found,
     used or not), `problems`, `notes`, and sums of them in `stats`. Sizes are in pixels, `width`
-    before `height`; lengths in frames and seconds; `share` is of one epoch, repeats counted.
+    before `height`; lengths in frames and seconds. `items` are windows; `items_per_epoch` counts
+    repeats, and windows that take turns once; `share` is of that.
     """
     clips = list(_clips(checked, context))
     sources = list(_sources(checked, context))
@@ -109,8 +110,9 @@ def _clip(
         "windows": [list(window) for window in clip.windows],
         "buckets": [str(bucket) for bucket in dict.fromkeys(clip.buckets)],
         "caption": item.caption,
+        "more_captions": list(item.more_captions),
         "caption_file": _caption_file(source, item.path),
-        "caption_words": len(item.caption.split()),
+        "caption_words": max(len(text.split()) for text in item.captions),
         "caption_tokens": tokens,
         "copy_of": None,
         "problem": "",
@@ -135,6 +137,7 @@ def _unused(number: int, source: SourceOptions, problem: Problem) -> dict[str, A
         "windows": [],
         "buckets": [],
         "caption": None,
+        "more_captions": [],
         "caption_file": _caption_file(source, path) if is_media else None,
         "caption_words": None,
         "caption_tokens": None,
@@ -195,9 +198,8 @@ def _buckets(checked: DatasetCheck, variant: Variant) -> list[dict[str, Any]]:
     items: Counter[Bucket] = Counter()
     groups: defaultdict[Bucket, list[Group]] = defaultdict(list)
     for looked in checked.sources:
-        own = Counter(bucket for clip in looked.training for bucket in clip.buckets)
-        items += own
-        for bucket, count in own.items():
+        items += Counter(bucket for clip in looked.training for bucket in clip.buckets)
+        for bucket, count in slots(looked).items():
             repeats = looked.source.num_repeats
             groups[bucket].append(Group(count * repeats, repeats, looked.source.batch_size))
     total = sum(group.appearances for of in groups.values() for group in of) or 1
@@ -230,8 +232,8 @@ def _rate_notes(checked: DatasetCheck, variant: Variant) -> Iterator[str]:
         if looked.source.source_fps is None and other:
             yield (
                 f"{looked.source.media_path}: {len(other)} of {len(rates)} clips run at "
-                f"{_range(other)} frames a second, {variant.name} at {variant.fps:g}; without "
-                "source_fps they are not resampled, and motion comes out at another speed"
+                f"{_range(other)} frames a second, {variant.name} at {variant.fps:g}; they are not "
+                'resampled, and motion comes out at another speed: source_fps = "auto" resamples'
             )
 
 

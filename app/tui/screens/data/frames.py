@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from rich.segment import Segment
 from rich.text import Text
 from textual import events
 from textual.app import RenderResult
 from textual.widget import Widget
 
-from app.render.half_blocks import frame_text
+from app.render.half_blocks import frame_lines
 from app.runs.frames import ClipFrames
 
 
@@ -56,8 +58,13 @@ class FrameView(Widget):
         key = (path, width, height)
         if key not in self._drawn:
             try:
-                self._drawn[key] = frame_text(path, width, height)
+                self._drawn[key] = _as_text(frame_lines(path, width, height))
             except (OSError, ValueError):  # the cache has made room
                 self._drawn[key] = Text("the picture is gone: r looks again")
         number = f"frame {frames.numbers[self._place] + 1} of {frames.num_frames}"
         return self._drawn[key].copy().append(f"\n{number}", style="not bold")
+
+
+def _as_text(lines: Sequence[Sequence[Segment]]) -> Text:
+    parts = [Text.assemble(*((s.text, s.style or "") for s in line)) for line in lines]
+    return Text("\n", no_wrap=True).join(parts)

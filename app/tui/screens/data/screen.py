@@ -37,6 +37,7 @@ class DataScreen(DataView):
         current_config: returns the config that is open elsewhere in the app, if one is.
     """
 
+    KEYS_IN = "data"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("e", "edit", "Caption"),
         Binding("r", "look", "Look again"),
@@ -167,20 +168,21 @@ class DataScreen(DataView):
             self.notify(f"Captions of this source are in {media}: edit them there.")
             return
         try:
+            before = caption_text(row)
             with self.app.suspend():
-                text = edited(caption_text(row), row.caption_file.name)
-            self._take_caption(row, text)
+                text = edited(before, row.caption_file.name)
+            self._take_caption(row, before, text)
         except SuspendNotSupported:
             self.notify("This terminal cannot be lent to an editor.", severity="warning")
         except (MenmaError, OSError, UnicodeDecodeError) as error:
             self.notify(str(error), severity="error", timeout=10)
 
-    def _take_caption(self, row: ClipRow, text: str | None) -> None:
+    def _take_caption(self, row: ClipRow, before: str, text: str | None) -> None:
         if text is None:
             self.notify("The editor ended with an error: nothing is taken.", severity="warning")
         elif not text.strip():
             self.notify("An empty caption is none: nothing is written.", severity="warning")
-        elif text.strip() == (row.caption or "") or self.report is None:
+        elif text.strip() == before.strip() or self.report is None:
             self.notify("The caption is as it was.", timeout=2)
         else:
             self.report = self.report.replaced(write_caption(row, text))

@@ -21,9 +21,10 @@ from app.domain.data_report import ClipRow, DataReport
 from app.render.data_report import summary
 from app.runs.ask import Cancelled
 from app.runs.frames import ClipFrames, clip_frames
+from app.tui.keyed import Keyed
 from app.tui.screens.data.frames import FrameView
 from app.tui.screens.data.tables import CLIPS, clip_cells, details, fill, table_of
-from app.tui.widgets import TextView, Titles
+from app.tui.widgets import Rows, TextView, Titles
 from trainer.contract.errors import MenmaError
 
 VIEWS = ("clips", "buckets", "sources")
@@ -35,10 +36,11 @@ REST_S = 0.3
 """The cursor rests for this long before frames of its clip are asked for."""
 
 
-class DataView(Screen[None]):
+class DataView(Keyed, Screen[None]):
     """A report of a dataset, to be looked through."""
 
     AUTO_FOCUS = "#clips"
+    KEYS_IN = "data"
     DEFAULT_CSS = """
     DataView #summary { height: 1; padding: 0 1; }
     DataView Input { padding: 0 1; display: none; }
@@ -57,10 +59,6 @@ class DataView(Screen[None]):
         Binding("exclamation_mark", "notes", "Notes", key_display="!", show=False),
         Binding("left", "frame(-1)", "Frame", show=False, priority=True),
         Binding("right", "frame(1)", "Frame", show=False, priority=True),
-        Binding("j", "row(1)", "Down", show=False),
-        Binding("k", "row(-1)", "Up", show=False),
-        Binding("g", "row(-1000000)", "First", show=False),
-        Binding("G", "row(1000000)", "Last", show=False),
         Binding("escape", "all", "All", show=False),
     ]
 
@@ -87,7 +85,7 @@ class DataView(Screen[None]):
         yield Input(placeholder="words of name, state, bucket or caption", compact=True)
         with ContentSwitcher(initial="clips"):
             for name in VIEWS:
-                yield DataTable(id=name, cursor_type="row")
+                yield Rows(id=name)
         with Horizontal(id="below"):
             with VerticalScroll(can_focus=False):
                 yield Static(id="words")
@@ -200,11 +198,6 @@ class DataView(Screen[None]):
             field.action_cursor_left() if by < 0 else field.action_cursor_right()
         else:
             self.query_one(FrameView).move(by)
-
-    def action_row(self, by: int) -> None:
-        """Move the cursor of the table."""
-        table = self._table()
-        table.move_cursor(row=min(max(table.cursor_row + by, 0), max(table.row_count - 1, 0)))
 
     def action_view(self) -> None:
         """Show the next table: clips, buckets, sources."""
