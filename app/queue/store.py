@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from app.domain.user_folders import state_folder
+from app.domain.state_folder import state_folder
 from app.queue.jobs import Claim, Job, JobSpec, JobState, Outcome
 from trainer.contract.errors import DiskError, UserError
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import output
+from app.cli import completion, output
 from app.cli.options import command_app
 from trainer.contract.errors import UserError
 from trainer.contract.files import write_text
@@ -20,7 +20,12 @@ app = command_app()
 def new(
     preset: Annotated[
         str | None,
-        typer.Option("--preset", "-p", help="Preset to start from; see `menma presets list`."),
+        typer.Option(
+            "--preset",
+            "-p",
+            help="Preset to start from; see `menma presets list`.",
+            autocompletion=completion.presets,
+        ),
     ] = None,
     target: Annotated[
         Path | None,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli import output
+from app.cli import completion, output
 from app.cli.options import Config, Json, Overrides, command_app
 from app.queue.adding import job_name, job_spec
 from app.queue.jobs import Job, JobSpec, JobState, kind_of
@@ -24,15 +24,34 @@ from app.runs.durations import duration
 from trainer.contract.errors import UserError
 
 app = command_app(help="Queue jobs: they run one after the other, without this terminal.")
-Number = Annotated[int, typer.Argument(metavar="JOB", help="Number of a job.", show_default=False)]
-Numbers = Annotated[
-    list[int], typer.Argument(metavar="JOB...", help="Numbers of jobs.", show_default=False)
+Number = Annotated[
+    int,
+    typer.Argument(
+        metavar="JOB", help="Number of a job.", show_default=False, autocompletion=completion.jobs
+    ),
 ]
-Maybe = Annotated[int | None, typer.Argument(metavar="[JOB]", help="Number of a job.")]
+Numbers = Annotated[
+    list[int],
+    typer.Argument(
+        metavar="JOB...",
+        help="Numbers of jobs.",
+        show_default=False,
+        autocompletion=completion.jobs,
+    ),
+]
+Maybe = Annotated[
+    int | None,
+    typer.Argument(metavar="[JOB]", help="Number of a job.", autocompletion=completion.jobs),
+]
 Priority = Annotated[int, typer.Option("--priority", help="Larger goes first.")]
 After = Annotated[
     list[int] | None,
-    typer.Option("--after", metavar="JOB", help="Only once this job is done. Repeatable."),
+    typer.Option(
+        "--after",
+        metavar="JOB",
+        help="Only once this job is done. Repeatable.",
+        autocompletion=completion.jobs,
+    ),
 ]
 Gpus = Annotated[
     str | None,
@@ -256,7 +275,9 @@ def duplicate(
 
 @app.command()
 def remove(
-    numbers: Annotated[list[int] | None, typer.Argument(metavar="[JOB...]")] = None,
+    numbers: Annotated[
+        list[int] | None, typer.Argument(metavar="[JOB...]", autocompletion=completion.jobs)
+    ] = None,
     ended: Annotated[bool, typer.Option("--ended", help="All jobs that have ended.")] = False,
 ) -> None:
     """Forget jobs that have ended or were never started. Their files stay."""

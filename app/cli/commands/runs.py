@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli import output
+from app.cli import completion, output
 from app.cli.exit_codes import ExitCode
 from app.cli.options import Json, RunsDir, command_app
 from app.runs import control
@@ -23,7 +23,13 @@ from trainer.contract.run_dir import Request, RunDir
 
 app = command_app(help="See and steer the runs of this machine.")
 Name = Annotated[
-    str, typer.Argument(metavar="RUN", help="Name or folder of a run.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="Name or folder of a run.",
+        show_default=False,
+        autocompletion=completion.runs,
+    ),
 ]
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Come back without waiting for it.")]
 
