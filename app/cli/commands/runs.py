@@ -83,8 +83,15 @@ def watch(
     as_json: Annotated[
         bool, typer.Option("--json", help="Write the run's events as JSON lines to stdout.")
     ] = False,
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="Lines in place of a bar: for screen readers and logs."),
+    ] = False,
 ) -> None:
-    """Show a run live. Ctrl-C leaves; the run goes on."""
+    """Show a run live. Ctrl-C leaves; the run goes on.
+
+    Where the words do not go to a terminal, they are plain lines in any case.
+    """
     from app.cli import watching
 
     run = find_run(name, runs_dir)
@@ -95,7 +102,7 @@ def watch(
 
     size = run.events.stat().st_size if run.events.exists() else 0
     offset = 0 if as_json else max(0, size - WATCH_FROM_BYTES)
-    code = watching.finish(run, watching.watch(run, leave, offset=offset, as_json=as_json))
+    code = watching.finish(run, watching.watch(run, leave, offset=offset, as_json=as_json, plain=plain))
     if code != ExitCode.DONE:
         raise typer.Exit(code)
 
