@@ -9,7 +9,6 @@ import typer
 
 from app.cli import completion
 from trainer.contract.errors import UserError
-from trainer.contract.expert_turns import EXPERTS
 
 Config = Annotated[
     Path,
@@ -29,6 +28,16 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 RunsDir = Annotated[
     Path, typer.Option("--runs-dir", help="Folder of the runs, as in output.runs_dir.")
+]
+Fps = Annotated[
+    float | None,
+    typer.Option(
+        "--fps",
+        min=0.1,
+        max=10,
+        help="How often a second the app looks for news; 1, and 0.5 over SSH in large windows.",
+        show_default=False,
+    ),
 ]
 Loras = Annotated[
     list[str] | None,
@@ -54,6 +63,8 @@ def lora_use(text: str) -> dict[str, Any]:
     Raises:
         UserError: the file does not exist.
     """
+    from trainer.contract.expert_turns import EXPERTS
+
     use: dict[str, Any] = {}
     rest = text
     for expert in EXPERTS:

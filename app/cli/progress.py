@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 Event = dict[str, Any]
 PLAIN_EVERY_S = 5.0
-_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|[\x00-\x08\x0b-\x1f\x7f]")
+_CONTROL = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|[\x00-\x08\x0b-\x1f\x7f]"
+)
 
 
 class Progress(Protocol):

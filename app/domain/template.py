@@ -37,10 +37,30 @@ FILES = {
 """Names written where the user has to put his own and the preset knows no usual one."""
 
 
-def render_config(name: str, preset: Preset | None = None) -> str:
-    """Return the text of a config called `name`, ready to be filled in."""
-    values = _with_files(preset)
+def render_config(
+    name: str, preset: Preset | None = None, given: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
+    """Return the text of a config called `name`, ready to be filled in.
+
+    Args:
+        name: of the run.
+        preset: its values are set.
+        given: section -> key -> value; they win. Those of `dataset` are the keys of one source,
+            and with `model` no weight files are written but the ones in it.
+    """
     origin = f" from preset {preset.name!r}: {preset.title}" if preset else ""
+    return render_values(name, _with_given(preset, given or {}), origin=origin)
+
+
+def render_values(name: str, values: Mapping[str, Any], *, origin: str = "") -> str:
+    """Return the text of a config called `name` with these values.
+
+    Args:
+        name: of the run.
+        values: section -> values. `dataset` has `general` and `sources` as in a config, or the
+            keys of one source.
+        origin: where it comes from, with a space before it.
+    """
     lines = [HEAD.format(origin=origin)]
     lines += _option("name", RunConfig.model_fields["name"], {"name": name})
     for key, field in RunConfig.model_fields.items():
@@ -49,6 +69,21 @@ def render_config(name: str, preset: Preset | None = None) -> str:
             lines += _section(key, section, field.description or "", values.get(key, {}))
     lines += _techniques(values.get("techniques", ()))
     return "\n".join(lines) + "\n"
+
+
+def _with_given(preset: Preset | None, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the preset's values with those that are known better."""
+    values = _with_files(preset)
+    for section, known in given.items():
+        before = values.get(section, {})
+        if section == "dataset":
+            before = {}
+        elif section == "adapter" and known.get("kind", before.get("kind")) != before.get("kind"):
+            before = {}  # options of another kind
+        elif section == "model":
+            before = {key: value for key, value in before.items() if key not in FILES}
+        values[section] = {**before, **known}
+    return values
 
 
 def _with_files(preset: Preset | None) -> dict[str, Any]:
@@ -84,7 +119,7 @@ def _section(
         return
     slots: dict[str, str] = getattr(section, "slots", {})
     for key, field in section.model_fields.items():
-        if key == "prompts":
+        if key == "prompts" or (key == "sources" and values.get(key)):
             continue
         yield from _option(key, field, values, kind=slots.get(key))
     for slot, kind in slots.items():
@@ -97,6 +132,8 @@ def _section(
                 yield from _comment(f"  Keys of {key}: {', '.join(tables[key]['properties'])}.")
     if name == "sampling":
         yield from _prompts(values.get("prompts", ()))
+    if name == "validation":
+        yield from _sources("validation.sources", values.get("sources", ()))
 
 
 def _option(
@@ -131,15 +168,37 @@ def _dataset(values: Mapping[str, Any]) -> Iterator[str]:
         "The clips can stand in a file of their own, in musubi-tuner's schema, instead of the "
         "[[dataset.sources]] below."
     )
-    yield "# file ="
-    yield ""
-    yield from _comment("One table a folder or list. Each clip's caption lies beside it.")
-    yield "[[dataset.sources]]"
+    file = values.get("file")
+    yield f"file = {toml_value(file)}" if file is not None else "# file ="
+    if file is not None:
+        return
+    if general := values.get("general"):
+        yield ""
+        yield from _comment("Keys that hold for every source that does not set them itself.")
+        yield "[dataset.general]"
+        yield from (f"{key} = {toml_value(value)}" for key, value in general.items())
+    if "sources" in values:
+        yield from _sources("dataset.sources", values["sources"])
+        return
     given = {"resolution": [832, 480], "enable_bucket": True, **dict(values)}
     if not any(key in given for key in MEDIA_KEYS):
         given = {"video_directory": "clips", "target_frames": [33], **given}
+    yield from _sources("dataset.sources", [given])
+
+
+def _sources(name: str, sources: Any) -> Iterator[str]:
+    """Yield the tables of clips; what a key means is told in the first one."""
+    if not sources:
+        return
+    yield ""
+    yield from _comment("One table a folder or list. Each clip's caption lies beside it.")
+    first, *others = sources
+    yield f"[[{name}]]"
     for key, field in SourceOptions.model_fields.items():
-        yield from _option(key, field, given)
+        yield from _option(key, field, first)
+    for source in others:
+        yield f"\n[[{name}]]"
+        yield from (f"{key} = {toml_value(value)}" for key, value in source.items())
 
 
 def _prompts(prompts: Any) -> Iterator[str]:

@@ -8,11 +8,19 @@ LOOKS = frozenset(
     """
     show-jobs show-config show-monitor show-library show-system palette help theme quit
     list.down list.up list.first list.last list.page-down list.page-up
-    ask.cancel ask.yes textview.close textview.copy choose.cancel choose.down choose.up
-    jobs.open jobs.log jobs.command
+    ask.cancel ask.yes textview.close textview.copy textview.down textview.up
+    choose.cancel choose.down choose.up
+    jobs.open jobs.log jobs.command jobs.mark jobs.compare
+    compare.back compare.cursor-left compare.cursor-right compare.cursor-shift-left
+    compare.cursor-shift-right compare.log-y compare.smoother compare.rougher compare.down
+    compare.up compare.read-again
     library.look-into-it library.copy-path
     monitor.jobs monitor.cursor-left monitor.cursor-right monitor.cursor-shift-left
     monitor.cursor-shift-right monitor.log-y monitor.smoother monitor.rougher monitor.log
+    monitor.metrics monitor.samples monitor.error failureview.open-in-the-monitor
+    gallery.back gallery.frame-back gallery.frame-on gallery.step-back gallery.step-on
+    gallery.prompt gallery.prompt-back gallery.left-one gallery.play gallery.copy-path
+    metriclist.close metriclist.down metriclist.up
     system.look-again system.copy
     config.filter config.toml config.back config.undo config.redo config.tier config.gpu
     config.diff config.problems config.command config.open
@@ -24,6 +32,7 @@ WRITES = frozenset(
     jobs.stop jobs.save jobs.sample jobs.queue-again jobs.cancel-job jobs.later jobs.sooner
     jobs.pause
     library.sample library.merge library.convert
+    textview.write-to-a-file
     monitor.stop monitor.save monitor.sample
     config.reset config.save config.run config.editor
     """.split()  # noqa: SIM905
