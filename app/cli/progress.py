@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -10,15 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from app.cli import output
 from app.runs.durations import duration
+from app.runs.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 Event = dict[str, Any]
 PLAIN_EVERY_S = 5.0
-_CONTROL = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|[\x00-\x08\x0b-\x1f\x7f]"
-)
 
 
 class Progress(Protocol):
@@ -94,7 +91,7 @@ class PlainProgress:
 
     def say(self, text: str) -> None:
         """Write a line to stderr, without the control characters that a program may have sent."""
-        output.say(_CONTROL.sub("", text), whole=True)
+        output.say(printable(text), whole=True)
 
 
 class LiveProgress:

@@ -110,7 +110,8 @@ def _say_done(run: RunDir, state: RunState) -> None:
     for file in newest_output_files(run):
         output.data(file)
     took = ""
-    if state.started is not None and state.ended is not None:
+    # A clock that was set back meanwhile would make it a negative time.
+    if state.started is not None and state.ended is not None and state.ended >= state.started:
         took = f" after {duration(state.ended - state.started)}"
     output.say(f"Done{_at_step(state)}{took}.")
     output.say(f'Next: menma sample {run.root} --prompt "..."')
