@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from app.cli import output
 from app.runs.durations import duration
+from app.runs.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -42,13 +43,15 @@ class Progress(Protocol):
         ...
 
 
-def open_progress(*, show_errors: bool) -> Progress:
+def open_progress(*, show_errors: bool, plain: bool = False) -> Progress:
     """Return the progress for where stderr goes.
 
     Args:
         show_errors: also show `error` events; a job whose stderr is shown has said them already.
+        plain: lines, whatever stderr is.
     """
-    return (LiveProgress if output.is_terminal() else PlainProgress)(show_errors=show_errors)
+    draws = output.is_terminal() and not plain
+    return (LiveProgress if draws else PlainProgress)(show_errors=show_errors)
 
 
 class PlainProgress:
@@ -87,8 +90,8 @@ class PlainProgress:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """Write a line to stderr."""
-        output.say(text)
+        """Write a line to stderr, without the control characters that a program may have sent."""
+        output.say(printable(text), whole=True)
 
 
 class LiveProgress:

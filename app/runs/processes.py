@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,15 @@ class ProcessId:
     def to_json(self) -> dict[str, float]:
         """Return plain values for a JSON file."""
         return {"pid": self.pid, "start_time": self.start_time}
+
+    def age(self) -> float | None:
+        """Return for how many seconds it lives, which does not depend on how the clock is set.
+
+        None where the system does not say (not Linux, or it is gone).
+        """
+        if not self.is_alive() or not hasattr(time, "CLOCK_BOOTTIME"):
+            return None
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - self.start_time / os.sysconf("SC_CLK_TCK")
 
     def is_alive(self) -> bool:
         """Tell whether this very process still runs (a zombie does not)."""

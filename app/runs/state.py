@@ -116,7 +116,7 @@ def read_state(run: RunDir, *, now: float | None = None, boot: str | None = None
         run,
         status,
         events,
-        now=time.time() if now is None else now,
+        now=now,
         boot=processes.boot_id() if boot is None else boot,
     )
     step = _last(events, "step")
@@ -161,7 +161,12 @@ def _changed(path: Path) -> float:
 
 
 def _judge(
-    run: RunDir, status: Status | None, events: Sequence[dict[str, Any]], *, now: float, boot: str
+    run: RunDir,
+    status: Status | None,
+    events: Sequence[dict[str, Any]],
+    *,
+    now: float | None,
+    boot: str,
 ) -> tuple[State, str]:
     held = lock.is_held(run.lock)
     if status is None:
@@ -175,7 +180,9 @@ def _judge(
     if held:
         if status.ended is not None:  # a new supervisor has the lock and has not written yet
             return State.STARTING, ""
-        return _live(run, status, recent, now=now)
+        # A given moment is of a clock that knows nothing of this machine's processes.
+        lived = status.supervisor.age() if now is None else None
+        return _live(run, status, recent, now=time.time() if now is None else now, lived=lived)
     if status.ended is not None:
         return _ended(status, recent)
     if here and status.trainer is not None and status.trainer.is_alive():
@@ -187,7 +194,12 @@ def _judge(
 
 
 def _live(
-    run: RunDir, status: Status, recent: Sequence[dict[str, Any]], *, now: float
+    run: RunDir,
+    status: Status,
+    recent: Sequence[dict[str, Any]],
+    *,
+    now: float,
+    lived: float | None,
 ) -> tuple[State, str]:
     asked = status.stop_asked or control.stop_pending(run)
     if asked is not None:
@@ -198,6 +210,8 @@ def _live(
     times = sorted(seconds for seconds in known if seconds)
     limit = max(STALL_S, STALL_STEPS * times[len(times) // 2]) if times else STALL_S
     silence = now - recent[-1].get("time", now)
+    if lived is not None:  # the clock may have been set: no event is older than its run
+        silence = min(silence, lived)
     if silence > limit:
         return State.STALLED, f"nothing heard for {duration(silence)}"
     if not any(event["type"] == "step" for event in recent):

@@ -117,6 +117,13 @@ def key_map(actions: Sequence[Action], wishes: Mapping[str, Any]) -> KeyMap:
     return KeyMap(keys, changed, tuple(wanted.problems))
 
 
+def has_list(actions: Sequence[Action], place: str) -> bool:
+    """Tell whether the keys of lists work on a screen: one without a list has its own for them."""
+    of_lists = {key for action in actions if action.place == LISTS for key in action.keys}
+    own = {key for action in actions if action.place == place for key in action.keys}
+    return place == LISTS or not of_lists & own
+
+
 def normal_key(text: str) -> str | None:
     """Return a key as Textual names it, `question_mark` for `?`; None: there is no such key."""
     *modifiers, key = [part.strip() for part in text.strip().split("+")] if text != "+" else ["+"]
@@ -211,7 +218,9 @@ def _clashes(
     """Yield (place, key, actions) where a key that the user has set does two things at once."""
     places = {action.place: action.is_modal for action in actions}
     for place, is_modal in places.items():
-        also = () if is_modal else (EVERYWHERE, LISTS)
+        also = (
+            () if is_modal else (EVERYWHERE, LISTS) if has_list(actions, place) else (EVERYWHERE,)
+        )
         users: dict[str, list[str]] = {}
         for action in actions:
             if action.place == place or action.place in also:

@@ -15,7 +15,7 @@ from app.domain.app_memory import remembered_theme
 from app.domain.app_settings import COLOURS, GROUNDS, contrast, pale_words, read_settings
 from app.tui.app import MenmaApp
 from app.tui.keyed import Keyed, shown
-from app.tui.keymap import PRESETS, QUIT, Action, all_actions, key_map, normal_key
+from app.tui.keymap import PRESETS, QUIT, Action, all_actions, has_list, key_map, normal_key
 from app.tui.keys_file import default_text
 from app.tui.preferences import Preferences, first_theme, read_preferences
 from app.tui.sources import Sources
@@ -40,8 +40,9 @@ def file(tmp_path, monkeypatch):
 def keys_in(actions, keys, place):
     """Return key -> actions, as they work together on one screen."""
     found: dict[str, list[str]] = {}
+    also = {"app", "list"} if has_list(actions, place) else {"app"}
     for action in actions:
-        if action.place in {place, "app", "list"}:
+        if action.place in {place, *also}:
             for key in keys[action.id]:
                 found.setdefault(key, []).append(action.id)
     return found
@@ -74,7 +75,7 @@ def test_presets_speak_of_actions_that_there_are_and_nothing_is_twice(actions, p
 
 
 def test_no_default_is_a_key_of_multiplexers_or_a_double(actions):
-    taken = {"ctrl+b", "ctrl+a", "ctrl+j", "ctrl+m", "ctrl+h", "ctrl+i", "space"}
+    taken = {"ctrl+b", "ctrl+a", "ctrl+j", "ctrl+m", "ctrl+h", "ctrl+i"}
     for action in actions:
         letters = [key for key in action.keys if key not in taken]
         assert letters, f"{action.id} is on {action.keys} only"

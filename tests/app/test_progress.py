@@ -7,7 +7,7 @@ import io
 import pytest
 
 from app.cli import output
-from app.cli.progress import PlainProgress, _Picture, count_line, words
+from app.cli.progress import PlainProgress, _Picture, count_line, open_progress, words
 from app.runs.durations import duration
 from trainer.contract.errors import ConfigError, Problem, RunError
 
@@ -136,3 +136,15 @@ def test_words_that_the_terminal_cannot_spell_do_not_end_the_command(monkeypatch
     output.say("a fish – 魚")
     stream.seek(0)
     assert stream.read() == "a fish ? ?\n"
+
+
+def test_plain_lines_have_no_control_characters_on_a_terminal_too(capsys, monkeypatch):
+    monkeypatch.setattr(output, "is_terminal", lambda: True)
+    with open_progress(show_errors=True, plain=True) as progress:
+        progress.event(STEP)
+        progress.event(
+            {"type": "log", "message": "\x1b[31mred\x1b[0m \x07bell \x1b]0;title\x07end"}
+        )
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1] == "red bell end"
+    assert all(line.isprintable() for line in lines)

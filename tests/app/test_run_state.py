@@ -237,3 +237,33 @@ def test_following_yields_what_is_written_meanwhile_and_the_rest_after_the_end(t
     found = list(follow(path, is_over, sleep=sleep))
     seen = [event and event.get("step", "end") for event in found]
     assert seen == [1, None, 2, None, 2, "end"]
+
+
+@pytest.mark.parametrize("years", [1, 50])
+def test_a_clock_that_was_set_ahead_makes_no_run_silent_for_years(run, held, monkeypatch, years):
+    """The supervisor is this process: nothing of the run can be older than it."""
+    now = time.time()
+    step = event_line("step", now, step=3, total_steps=9, step_time_s=2.0)
+    ahead = now + years * 365 * 86400
+    monkeypatch.setattr(time, "time", lambda: ahead)
+    monkeypatch.setattr(ProcessId, "age", lambda self: 120.0)
+    assert judge(run, a_status(started=now - 60), step, now=None) == (State.RUNNING, "")
+    monkeypatch.setattr(ProcessId, "age", lambda self: None)  # where the system does not say
+    assert judge(run, a_status(started=now - 60), step, now=None)[0] is State.STALLED
+
+
+def test_a_clock_that_was_set_back_leaves_states_and_times_as_they_are(run, held):
+    before = event_line("step", NOW + 9e6, step=3, total_steps=9, step_time_s=2.0)
+    assert judge(run, a_status(started=NOW + 8e6), before) == (State.RUNNING, "")
+    asked = a_status(started=NOW + 8e6, stop_asked=NOW + 9e6)
+    assert judge(run, asked, before) == (State.STOPPING, "asked 0s ago")
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="the system does not say")
+def test_the_age_of_a_process_is_what_psutil_says():
+    import psutil
+
+    me = ProcessId.of(os.getpid())
+    theirs = time.time() - psutil.Process().create_time()
+    assert me.age() == pytest.approx(theirs, abs=2)
+    assert ProcessId(me.pid, me.start_time + 1).age() is None

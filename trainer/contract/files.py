@@ -19,6 +19,7 @@ DISK_ERRNOS = {
     errno.EDQUOT: "disk quota exceeded",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "no permission to write",
+    errno.EPERM: "no permission to write",
     errno.EIO: "input/output error",
     errno.EFBIG: "file too large for this file system",
 }

@@ -199,7 +199,7 @@ def _buckets(checked: DatasetCheck, variant: Variant) -> list[dict[str, Any]]:
     groups: defaultdict[Bucket, list[Group]] = defaultdict(list)
     for looked in checked.sources:
         items += Counter(bucket for clip in looked.training for bucket in clip.buckets)
-        for bucket, count in slots(looked).items():
+        for bucket, count in slots_of(looked).items():
             repeats = looked.source.num_repeats
             groups[bucket].append(Group(count * repeats, repeats, looked.source.batch_size))
     total = sum(group.appearances for of in groups.values() for group in of) or 1
