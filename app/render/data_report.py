@@ -56,7 +56,7 @@ def summary(report: Report) -> str:
         f"{counts['batches_per_epoch']:,} batches an epoch"
     ]
     if counts["validation_clips"]:
-        words.append(f"{counts['validation_clips']:,} clips for validation")
+        words.append(f"{counts['validation_clips']:,} for validation")
     words.append(f"{counts['left_out']:,} left out")
     if counts["clips_with_warnings"]:
         words.append(f"{counts['clips_with_warnings']:,} with warnings")

@@ -99,6 +99,25 @@ def print_strips(
         _say(console, "\n  ".join([strip.title, *_paths(strip)]))
 
 
+def frame_text(frame: Frame, columns: int, rows: int) -> Text:
+    """Return a frame as characters for a widget: as large as it fits, never enlarged.
+
+    Args:
+        frame: what to draw.
+        columns: of the box, one pixel each.
+        rows: of the box, two pixels each.
+
+    Raises:
+        OSError: the file is not there or cannot be read.
+        ValueError: it is no picture.
+    """
+    text = Text(no_wrap=True, end="")
+    for segment in _draw([_fitted(_open(frame), max(columns, 1), max(2 * rows, 1))]):
+        text.append(segment.text, segment.style)
+    text.right_crop(1)  # the last line's end
+    return text
+
+
 @dataclass(frozen=True, slots=True)
 class DrawnStrip:
     """A strip as something that rich draws: a line of words, then the frames."""

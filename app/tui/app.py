@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import on
+from textual.app import SystemCommand
 from textual.binding import Binding, BindingType
+from textual.screen import Screen
 
 from app.tui import running
 from app.tui.preferences import Preferences, first_theme, read_preferences
@@ -20,6 +23,7 @@ from app.tui.widgets import Ask
 
 if TYPE_CHECKING:
     from app.tui.screens.config.screen import ConfigScreen
+    from app.tui.screens.wizard.screen import Finished
 
 RUNS = Path("runs")
 
@@ -33,6 +37,7 @@ class MenmaApp(Shell):
         Binding("1", "show('jobs')", "Jobs", show=False, id="show-jobs"),
         Binding("2", "show('config')", "Config", show=False, id="show-config"),
         Binding("3", "show('monitor')", "Monitor", show=False, id="show-monitor"),
+        Binding("4", "show('data')", "Data", show=False, id="show-data"),
         Binding("5", "show('library')", "Library", show=False, id="show-library"),
         Binding("6", "show('system')", "System", show=False, id="show-system"),
         Binding("colon", "command_palette", "Palette", show=False, id="palette"),
@@ -70,15 +75,50 @@ class MenmaApp(Shell):
         """Show a screen by its name."""
         if name == "config" and not self.is_screen_installed(name):
             self.install_screen(_config_screen()(self._sources), name)
+        if name == "data" and not self.is_screen_installed(name):
+            from app.tui.screens.data.screen import DataScreen
+
+            self.install_screen(DataScreen(self._sources, self._open_config), name)
         if self.screen is not self.get_screen(name):
             self.switch_screen(name)
 
     def edit_config(self, path: Path) -> None:
         """Show a config."""
-        screen = _config_screen()(self._sources)
-        self.install_screen(screen, "config")
-        screen.open(path)
+        if not self.is_screen_installed("config"):
+            self.install_screen(_config_screen()(self._sources), "config")
+        self.get_screen("config", _config_screen()).open(path)
         self.switch_screen("config")
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """Yield what the command palette offers."""
+        yield SystemCommand("New training", "from a model to a queued run", self.action_new)
+        yield from super().get_system_commands(screen)
+
+    def action_new(self) -> None:
+        """Ask for everything that a training needs, and start it."""
+        from app.tui.screens.wizard.screen import WizardScreen
+
+        if not isinstance(self.screen, WizardScreen):
+            self.push_screen(WizardScreen(self._sources), self._made)
+
+    def _made(self, finished: Finished | None) -> None:
+        """Show the jobs of a new training, or its config."""
+        if finished is None:
+            return
+        self.notify(finished.words)
+        if finished.jobs:
+            self.action_show("jobs")
+        elif self._has_changes():
+            self.notify("The config screen has another one with changes: save it, then o opens.")
+        else:
+            self.edit_config(finished.path)
+
+    def _open_config(self) -> Path | None:
+        """Return the config that the config's screen shows."""
+        if not self.is_screen_installed("config"):
+            return None
+        file = self.get_screen("config", _config_screen()).file
+        return None if file is None or file.saved is None else file.path
 
     async def action_quit(self) -> None:
         """Leave; ask first where a config has changes that are not saved."""

@@ -26,16 +26,16 @@ class Sources:
     ) -> None:
         self.runs_dir = runs_dir
         self.read_only = read_only
-        self._folder = queue or queue_folder()
+        self.folder = queue or queue_folder()
         self._problem = ""
         self.store = None if read_only else self._open()
 
     def overview(self) -> Overview:
         """Read runs and jobs. Called from a thread: it has a connection of its own."""
-        if self.read_only and not QueueStore.exists(self._folder):
+        if self.read_only and not QueueStore.exists(self.folder):
             return read_overview(self.runs_dir, None)
         try:
-            store = QueueStore(self._folder)
+            store = QueueStore(self.folder)
         except DiskError as error:
             return read_overview(self.runs_dir, None, error.message)
         try:
@@ -70,7 +70,7 @@ class Sources:
 
     def _open(self) -> QueueStore | None:
         try:
-            return QueueStore(self._folder)
+            return QueueStore(self.folder)
         except DiskError as error:
             self._problem = error.message
             return None

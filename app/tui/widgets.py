@@ -21,6 +21,7 @@ TITLES = {
     "jobs": ("1", "Jobs"),
     "config": ("2", "Config"),
     "monitor": ("3", "Mon"),
+    "data": ("4", "Data"),
     "library": ("5", "Lib"),
     "system": ("6", "Sys"),
 }

@@ -13,6 +13,7 @@ from trainer.sampling.video_io import Frame, write_png
 
 CELL = 96
 """Height of a frame on the sheet, in pixels."""
+MAX_LINES = 4
 _GAP = 6
 _LINE = 18
 _PAPER, _INK = (250, 250, 248), (30, 30, 30)
@@ -27,7 +28,7 @@ class Row:
     title: str
     frames: Sequence[Frame]
     text: str = ""
-    """Below the title, on as many lines as it takes."""
+    """Below the title, on as many lines as it takes, `MAX_LINES` at most."""
 
 
 def write_sheet(path: Path, rows: Sequence[Row], *, cell: int = CELL) -> None:
@@ -47,7 +48,7 @@ def write_sheet(path: Path, rows: Sequence[Row], *, cell: int = CELL) -> None:
     font = ImageFont.load_default(size=13)
     cells = [[_cell(frame, cell) for frame in row.frames] for row in rows]
     width = max(_GAP + sum(picture.width + _GAP for picture in row) for row in cells)
-    words = [[row.title, *_lines(row.text, font, width - 2 * _GAP)] for row in rows]
+    words = [[row.title, *_short(_lines(row.text, font, width - 2 * _GAP))] for row in rows]
     height = _GAP + sum(len(lines) * _LINE + cell + _GAP for lines in words)
     sheet = Image.new("RGB", (width, height), _PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -78,6 +79,13 @@ def _cell(frame: Frame, height: int) -> Image.Image:
     width = max(round(picture.width * height / picture.height), 1)
     way = Image.Resampling.NEAREST if height >= picture.height else Image.Resampling.BOX
     return picture.resize((width, height), way)
+
+
+def _short(lines: Iterator[str]) -> list[str]:
+    found = list(lines)
+    if len(found) > MAX_LINES:
+        found[MAX_LINES - 1 :] = [f"{found[MAX_LINES - 1]} …"]
+    return found
 
 
 def _lines(text: str, font: Font, width: int) -> Iterator[str]:

@@ -57,6 +57,7 @@ class JobsScreen(LiveScreen):
         Binding("space", "mark", "Mark", show=False),
         Binding("equals_sign", "compare", "Compare", key_display="="),
         Binding("P", "pause", "Pause", show=False),
+        Binding("n", "app.new", "New"),
     ]
 
     class Read(Message):
@@ -315,7 +316,8 @@ class JobsScreen(LiveScreen):
         entry = self._entry()
         if entry is None:
             words = self._overview.problem or (
-                "Nothing here yet. `menma train CONFIG` trains, `menma queue add …` queues."
+                "Nothing here yet. n makes a training, step by step: model, data, start.\n"
+                "On the command line: `menma train CONFIG` trains, `menma queue add …` queues."
             )
             self.query_one("#details", Static).update(Text(words))
             return

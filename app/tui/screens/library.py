@@ -62,6 +62,7 @@ class LibraryScreen(Keyed, Screen[None]):
         super().__init__()
         self._sources = sources
         self._outputs: list[Output] = []
+        self._rows: list[tuple[str, str, str, str]] = []
 
     def compose(self) -> ComposeResult:
         """Lay out the list."""
@@ -88,18 +89,15 @@ class LibraryScreen(Keyed, Screen[None]):
     @on(Found)
     def show(self, message: Found) -> None:
         """Show the files; the cursor stays where it is."""
-        if message.outputs != self._outputs:
-            self._outputs = message.outputs
+        self._outputs = message.outputs
+        rows = [(o.file.name, o.run.root.name, o.size, o.age) for o in self._outputs]
+        if rows != self._rows:  # also when one has only grown older
+            self._rows = rows
             table = self.query_one(DataTable)
             row = table.cursor_row
             table.clear()
-            for output in self._outputs:
-                table.add_row(
-                    output.file.name,
-                    output.run.root.name,
-                    Text(output.size, justify="right"),
-                    output.age,
-                )
+            for name, run, size, age in rows:
+                table.add_row(name, run, Text(size, justify="right"), age)
             table.move_cursor(row=min(row, max(len(self._outputs) - 1, 0)))
         self._describe()
 
@@ -152,7 +150,7 @@ class LibraryScreen(Keyed, Screen[None]):
 
         def answered(agreed: bool | None) -> None:
             if agreed:
-                self._queue(argv)
+                self._queue(argv, output.file.stem)
 
         self.app.push_screen(Ask(f"Queue this?\n\nmenma {shlex.join(argv)}", "Queue"), answered)
 
@@ -163,13 +161,13 @@ class LibraryScreen(Keyed, Screen[None]):
             self.app.copy_to_clipboard(str(output.file.absolute()))
             self.notify(f"Copied, if this terminal allows it: {output.file}")
 
-    def _queue(self, argv: list[str]) -> None:
+    def _queue(self, argv: list[str], name: str) -> None:
         store = self._sources.store
         if store is None:
             self.notify("the queue cannot be used: see `menma queue list`", severity="error")
             return
         try:
-            number = store.add(job_spec(argv))
+            number = store.add(job_spec(argv, name=name))
             ensure_worker(store.folder)
         except (MenmaError, OSError) as error:
             self.notify(str(error), severity="error", timeout=10)

@@ -6,15 +6,13 @@ from pathlib import Path
 
 from trainer.contract.dataset_config import SourceOptions
 from trainer.contract.errors import DataError, Problem
-from trainer.data.captions import read_caption
-from trainer.data.sources.item import (
+from trainer.contract.media_kinds import (
     IMAGE_EXTENSIONS,
     OTHER_MEDIA_EXTENSIONS,
     VIDEO_EXTENSIONS,
-    MediaItem,
-    SourceScan,
-    list_images,
 )
+from trainer.data.captions import read_caption
+from trainer.data.sources.item import MediaItem, SourceScan, list_images
 
 _MEDIA_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS | OTHER_MEDIA_EXTENSIONS
 

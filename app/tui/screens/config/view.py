@@ -81,7 +81,7 @@ class ConfigView(Keyed, Screen[None]):
         self.checked = Checked()
         self._options: list[Option] = []
         self._all = False
-        self._choice = CardChoice()
+        self.choice = CardChoice()
         self._is_laid_out = False
         self._pending = ""
         self._timer: Timer | None = None
@@ -290,7 +290,7 @@ class ConfigView(Keyed, Screen[None]):
 
     def action_card(self) -> None:
         """Estimate for the next size of GPU."""
-        self._choice.next()
+        self.choice.next()
         if self.file is not None:
             self._check_soon(self.file.document.text)
 
@@ -335,7 +335,7 @@ class ConfigView(Keyed, Screen[None]):
         text, file = self._pending, self.file
         if file is not None:
             path: Path = file.path
-            self.post_message(self.Found(text, check_text(text, path, self._choice.card())))
+            self.post_message(self.Found(text, check_text(text, path, self.choice.card())))
 
     def _say(self, line: str, words: Text) -> None:
         self.query_one(f"#{line}", Static).update(words)
