@@ -181,7 +181,7 @@ class MonitorScreen(LiveScreen):
                 if count < PART or time.monotonic() - told > TELL_S:
                     told = time.monotonic()
                     share = log.share_read if count == PART else 1.0
-                    problem = "" if run.root.is_dir() else f"{run.root} is gone"
+                    problem = "" if run.root.is_dir() else f"{run.root.name} is gone"
                     state = None if problem else read_state(run)
                     self.post_message(self.Read(run, state, share, problem))
         finally:
@@ -208,7 +208,9 @@ class MonitorScreen(LiveScreen):
         if message.run is not self._run or log is None:
             return
         if message.problem or message.state is None:
-            self._write("state", Text(f"x {message.problem}: what was read of it stays here"))
+            self._write(
+                "state", Text(f"x {message.problem} from the disk; this is what was read of it")
+            )
             return
         self._state = message.state
         with self._columns:
