@@ -22,7 +22,7 @@ from trainer.contract.errors import BusyError, DiskError, RunError
 from trainer.contract.files import write_json, write_text
 from trainer.contract.run_dir import RunDir
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 SECRET_NAME = re.compile(r"TOKEN(?!IZ)|KEY|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
 URL_LOGIN = re.compile(r"(\w+://)[^/\s:@]+(:[^/\s@]*)?@")
 MASK = "***"

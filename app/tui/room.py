@@ -8,6 +8,7 @@ from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.geometry import Size
+from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
@@ -21,7 +22,7 @@ def is_too_small(size: Size) -> bool:
 
 
 class TooSmall(ModalScreen[None]):
-    """Words in place of a torn layout; it leaves by itself once there is room."""
+    """Words in place of a torn layout; the app takes it away once there is room."""
 
     DEFAULT_CSS = """
     TooSmall { background: $background; }
@@ -33,27 +34,25 @@ class TooSmall(ModalScreen[None]):
         """Lay out the words."""
         yield Static()
 
+    class Uncovered(Message):
+        """Whatever was shown over it is gone: the app is to look again."""
+
     def on_mount(self) -> None:
         """Say it."""
-        self._look()
+        self.on_resize()
 
     def on_resize(self) -> None:
-        """Say it for the new size, or leave."""
-        self._look()
-
-    @staticmethod
-    def words(size: Size) -> str:
-        """Return what is said, the most important first: few lines may be all that there is."""
-        return (
-            f"{size.width} x {size.height} is too small: make it {WIDTH} x {HEIGHT} or larger. "
-            "q leaves. `menma runs list` needs no room."
-        )
+        """Say it for the new size."""
+        self.query_one(Static).update(Text(words(self.app.size)))
 
     def on_screen_resume(self) -> None:
-        """Look again when whatever was shown over it is gone."""
-        self._look()
+        """Tell the app."""
+        self.post_message(self.Uncovered())
 
-    def _look(self) -> None:
-        self.query_one(Static).update(Text(self.words(self.app.size)))
-        if not is_too_small(self.app.size) and self.is_current:
-            self.dismiss()
+
+def words(size: Size) -> str:
+    """Return what is said, the most important first: few lines may be all that there is."""
+    return (
+        f"{size.width} x {size.height} is too small: make it {WIDTH} x {HEIGHT} or larger. "
+        "q leaves. `menma runs list` needs no room."
+    )

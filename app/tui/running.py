@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 
 from app.domain.user_folders import state_folder
-from app.tui.shell import Shell
+from app.tui.shell import Shell, ending_signals
 from trainer.contract.errors import RunError
 from trainer.contract.files import write_text
 
@@ -31,7 +33,8 @@ def run(app: Shell) -> None:
         SystemExit: a signal has ended it.
     """
     app.error_console = Console(file=io.StringIO())  # Textual's account, with all local variables
-    with _terminal_kept():
+    app.owns_process = True
+    with _terminal_kept(), _signals_raise():
         try:
             app.run()
         except Exception as error:  # noqa: BLE001  (told below, with the place of its details)
@@ -55,6 +58,21 @@ def _log(error: BaseException) -> str:
         sys.stderr.write(text)
         return f"The details are above; they could not be kept: {failure}."
     return f"Details: {crash_log()}."
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Leave in order by a signal that comes before the app itself listens, or after."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in ending_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
-from textual import actions, events
+from textual import actions, events, on
 from textual.actions import ActionParseResult
 from textual.app import App, SystemCommand
 from textual.dom import DOMNode
@@ -18,10 +19,14 @@ from app.tui.preferences import Preferences
 from app.tui.read_only import is_refused
 from app.tui.room import TooSmall, is_too_small
 from app.tui.theme import TERMINAL
+from app.tui.threads import Readers
 from trainer.contract.errors import MenmaError
 
-SIGNALS = ("SIGTERM", "SIGHUP")
-"""They end the app as `q` does, so that the terminal stays in order."""
+
+def ending_signals() -> list[signal.Signals]:
+    """Return the signals that end the app, so that the terminal is left in order."""
+    names = ("SIGTERM", "SIGHUP")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 class Shell(App[None]):
@@ -40,6 +45,9 @@ class Shell(App[None]):
         """The mistake of our own that ended the app."""
         self.ended_by: int | None = None
         """The signal that ended the app."""
+        self._has_begun = False
+        self.owns_process = False
+        """It is alone in its process: signals end it as `q` does, threads end with it."""
         for theme in self.preferences.themes:
             self.register_theme(theme)
 
@@ -52,18 +60,30 @@ class Shell(App[None]):
             more = f"\n{len(problems) - 1} more: `menma keys` lists them." if problems[1:] else ""
             words = f"{self.preferences.file}:\n{problems[0]}{more}"
             self.notify(words, severity="warning", timeout=20, markup=False)
-        self._look_at_room()
+        self._has_begun = True
+        self.look_at_room()
+        if self.owns_process:
+            loop = asyncio.get_running_loop()
+            loop.set_default_executor(Readers())
+            for number in ending_signals():
+                with suppress(NotImplementedError):  # Windows
+                    loop.add_signal_handler(number, self._end_by, number)
 
-    def end_by_signals(self) -> None:
-        """From now on, signals end the app as `q` does. Called inside the running loop."""
-        loop = asyncio.get_running_loop()
-        for name in SIGNALS:
-            if hasattr(signal, name):
-                loop.add_signal_handler(getattr(signal, name), self._end_by, getattr(signal, name))
+    @on(events.Resize)
+    @on(TooSmall.Uncovered)
+    def room_may_have_changed(self) -> None:
+        """Look once everybody knows the new size."""
+        self.call_later(self.look_at_room)
 
-    def on_resize(self, event: events.Resize) -> None:
-        """Say it when there is no room left."""
-        self._look_at_room()
+    def look_at_room(self) -> None:
+        """Cover the screen with words where there is too little room, and uncover it again."""
+        if not self._has_begun:
+            return
+        covered = any(isinstance(screen, TooSmall) for screen in self.screen_stack)
+        if is_too_small(self.size) and not covered:
+            self.push_screen(TooSmall())
+        elif not is_too_small(self.size) and isinstance(self.screen, TooSmall):
+            self.pop_screen()
 
     async def run_action(
         self,
@@ -107,10 +127,6 @@ class Shell(App[None]):
         if self.focused is not None:
             places["focused"] = self.focused
         return place in places and is_refused(places[place], name)
-
-    def _look_at_room(self) -> None:
-        if is_too_small(self.size) and not isinstance(self.screen, TooSmall):
-            self.push_screen(TooSmall())
 
     def _end_by(self, number: int) -> None:
         self.ended_by = number

@@ -84,7 +84,7 @@ def test_entries_hold_what_the_encoders_made_of_the_right_frames(clips, models):
         with safe_open(item.context, "pt") as entry:
             expected = FakeTextEncoder.context(f"clip {name[0]}")
             assert torch.equal(entry.get_tensor("context"), expected)
-    with safe_open(cached.empty_caption[0], "pt") as entry:
+    with safe_open(cached.texts[""][0], "pt") as entry:
         assert torch.equal(entry.get_tensor("context"), FakeTextEncoder.context(""))
 
 
@@ -592,3 +592,15 @@ def test_random_edits_recache_exactly_what_changed(tmp_path):
         )
         cached = load_cached_dataset(dataset_of(folder), models.settings(T2V))
         assert len(cached.items) == len(state)
+
+
+def test_clips_of_varying_rate_are_named_unless_their_time_stamps_count(tmp_path):
+    times = [n * 40 for n in range(5)] + [200 + n * 100 for n in range(20)]
+    write_video(tmp_path / "vary.mkv", 25, times_ms=times)
+    write_video(tmp_path / "even.mp4", 10)
+    for name in ("vary.mkv", "even.mp4"):
+        write_caption(tmp_path / name, "x")
+    (note,) = Models().cache(dataset_of(tmp_path)).notes
+    assert "the frame rate of 1 clips varies (vary.mkv)" in note
+    assert 'source_fps = "auto"' in note
+    assert Models().cache(dataset_of(tmp_path, source_fps="auto")).notes == ()

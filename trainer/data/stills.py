@@ -9,9 +9,9 @@ from pathlib import Path
 
 from trainer.contract.dataset_config import MediaKind
 from trainer.contract.errors import DataError
+from trainer.contract.media_kinds import IMAGE_EXTENSIONS
 from trainer.data.media import Clip, read_pixels
 from trainer.data.resize import Pixels
-from trainer.data.sources.item import IMAGE_EXTENSIONS
 
 
 def kind_of(path: Path) -> MediaKind:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +12,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from trainer.contract.catalog import ATTENTION, PLUGIN_KINDS, TECHNIQUES
-from trainer.contract.config import PluginSection, RunConfig
+from trainer.contract.config import RunConfig, TechniqueSection
 from trainer.contract.config_io import problems_of
 from trainer.contract.config_rules import is_fp8, trained_timesteps
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.experts import trained_experts
 from trainer.contract.memory_rules import too_many_blocks
+from trainer.contract.plugin_section import PluginSection
 from trainer.contract.variants import Expert
 from trainer.core.flow import NUM_TRAIN_TIMESTEPS
 from trainer.core.seams import BuildContext, Need, Technique
@@ -68,6 +69,7 @@ def build_objective(config: RunConfig, build: BuildContext) -> Objective:
             high=high / NUM_TRAIN_TIMESTEPS,
             preserve_shape=section.preserve_distribution_shape,
         ),
+        patch_size=build.variant.transformer.patch_size,
     )
 
 
@@ -94,7 +96,8 @@ def technique_problems(config: RunConfig, largest_batch: int) -> list[Problem]:
     for index, section in enumerate(config.techniques):
         technique: type[Technique] = TECHNIQUES.load(section.name)
         key = f"techniques[{index}]"
-        if Need.BATCH_OVER_ONE in technique.needs and largest_batch < 2:
+        needs = needs_of(section)
+        if Need.BATCH_OVER_ONE in needs and largest_batch < 2:
             problems.append(
                 Problem(
                     f"{section.name} compares the samples of a batch, and every batch has one",
@@ -103,7 +106,16 @@ def technique_problems(config: RunConfig, largest_batch: int) -> list[Problem]:
                 )
             )
         distributed = config.distributed
-        if Need.FULL_GRADS in technique.needs and (
+        if Need.BASE_MODEL in needs and config.adapter.kind == "none":
+            problems.append(
+                Problem(
+                    f"{section.name} asks the model as it was before training, and a full "
+                    "fine-tune changes its weights",
+                    key,
+                    hint="train an adapter, or change the technique's options",
+                )
+            )
+        if Need.FULL_GRADS in needs and (
             distributed.zero_stage > 1 or distributed.offload_optimizer != "none"
         ):
             problems.append(
@@ -112,6 +124,15 @@ def technique_problems(config: RunConfig, largest_batch: int) -> list[Problem]:
                     "an offloaded optimizer takes away",
                     key,
                     hint="set distributed.zero_stage to 0 or 1, and offload_optimizer = 'none'",
+                )
+            )
+        if Need.UNEVEN_FORWARDS in needs and distributed.zero_stage == 3:
+            problems.append(
+                Problem(
+                    f"{section.name} runs more forwards for some batches than for others, and "
+                    "processes that share weights must run as many",
+                    key,
+                    hint="set distributed.zero_stage to 0, 1 or 2, or remove the technique",
                 )
             )
         if distributed.sequence_parallel > 1 and _hooks_blocks(technique):
@@ -124,6 +145,60 @@ def technique_problems(config: RunConfig, largest_batch: int) -> list[Problem]:
                 )
             )
     return problems
+
+
+def needs_of(section: TechniqueSection) -> frozenset[Need]:
+    """Return what a technique of the config requires of the run."""
+    technique: type[Technique] = TECHNIQUES.load(section.name)
+    return technique.needs_of(technique.Config(**section.options("name")))
+
+
+def technique_texts(config: RunConfig, captions: Sequence[str]) -> tuple[str, ...]:
+    """Return what techniques need encoded beside the captions of the dataset.
+
+    Raises:
+        ConfigError: a technique cannot work with these captions.
+    """
+    found: dict[str, None] = {}
+    for index, section in enumerate(config.techniques):
+        technique: type[Technique] = TECHNIQUES.load(section.name)
+        try:
+            found |= dict.fromkeys(
+                technique.texts(technique.Config(**section.options("name")), captions)
+            )
+        except ConfigError as error:
+            problem = Problem(error.message, f"techniques[{index}]", hint=error.hint)
+            raise ConfigError(problems=[problem]) from None
+    return tuple(found)
+
+
+def mask_problems(config: RunConfig, *, masks: bool) -> list[Problem]:
+    """Return why masks and techniques do not go together.
+
+    Args:
+        config: of the run.
+        masks: some item that is trained on has one.
+    """
+    using = [index for index, one in enumerate(config.techniques) if Need.MASKS in needs_of(one)]
+    if masks and not using:
+        return [
+            Problem(
+                "the dataset has masks, and nothing uses them",
+                "techniques",
+                hint='add [[techniques]] with name = "masked_loss", or remove mask_directory and '
+                "alpha_mask (in a list: mask_path)",
+            )
+        ]
+    if masks:
+        return []
+    return [
+        Problem(
+            f"{config.techniques[index].name} works on masks, and no clip of the dataset has one",
+            f"techniques[{index}]",
+            hint="set mask_directory or alpha_mask of a source (in a list: mask_path)",
+        )
+        for index in using
+    ]
 
 
 def _hooks_blocks(technique: type[Technique]) -> bool:

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -29,12 +29,17 @@ from trainer.data.buckets import Bucket
 from trainer.data.cache_index import Unneeded, find_section, locked, read_index
 from trainer.data.cache_settings import CacheDtype, CacheSettings, uses_image_encoder
 from trainer.data.entries import entry_key
+from trainer.data.items import Texts, no_texts
 from trainer.data.latent_cache import LatentEntry, write_latents
+from trainer.data.masks import read_alpha_mask, read_mask
 from trainer.data.media import Clip, index_clip, read_window
+from trainer.data.paired import NAMES
 from trainer.data.plan import PlannedItem, plan_source
+from trainer.data.sources.paired import kind_of
 from trainer.data.text_cache import text_file, text_key, write_text_entry
 from trainer.jobs.cache_sections import Work, mark_unfinished, write_finished
 from trainer.jobs.window_encoder import (
+    DecodedWindow,
     ImageEncoding,
     LazyModel,
     TextEncoding,
@@ -67,6 +72,8 @@ class CacheOptions:
     """(height, width) in pixels: encode in overlapping tiles."""
     extra_captions: tuple[str, ...] = ("",)
     """Encoded, too, though no item has them: the empty one serves caption dropout."""
+    texts: Texts = no_texts
+    """Given all captions, returns more of these."""
     prune: bool = False
     """Remove every entry of the cache folders that this dataset does not need."""
 
@@ -102,6 +109,16 @@ class _Task:
     entry: LatentEntry
 
 
+def _require_image_encoder(
+    variant: Variant, image_encoder: LazyModel[ImageEncoding] | None
+) -> None:
+    if uses_image_encoder(variant) and image_encoder is None:
+        raise ConfigError(
+            f"{variant.name} sees the first frame through CLIP: an image encoder is needed",
+            hint="set model.image_encoder",
+        )
+
+
 def run_cache(
     dataset: DatasetConfig,
     *,
@@ -133,17 +150,14 @@ def run_cache(
         DataError: nothing can be trained on, or none of the validation sources can be used; or the
             dataset is `strict` and something cannot be used (found before anything is encoded, as
             far as it can be seen without decoding all).
-        ConfigError: the variant needs an image encoder and there is none.
+        ConfigError: the variant needs an image encoder and there is none, or `options.texts` cannot
+            work with these captions.
         BusyError: another process caches into the same folder.
         DiskError: the disk is full, read-only or gone.
         OutOfMemoryError: the device cannot encode a window of this size.
     """
     options = options or CacheOptions()
-    if uses_image_encoder(variant) and image_encoder is None:
-        raise ConfigError(
-            f"{variant.name} sees the first frame through CLIP: an image encoder is needed",
-            hint="set model.image_encoder",
-        )
+    _require_image_encoder(variant, image_encoder)
     settings = CacheSettings.of(
         variant,
         vae=vae.identity,
@@ -156,6 +170,7 @@ def run_cache(
             locks.enter_context(locked(folder))
         works = _plan(dataset, settings, options, report)
         _require_clips(works, len(works) if num_training is None else num_training)
+        options = _with_texts(options, works)
         captions = _cache_captions(works, text_encoder, options, report, dataset.general.strict)
         _release_memory()
         encode = WindowEncoder(variant, vae, image_encoder, options.tile)
@@ -170,7 +185,9 @@ def run_cache(
         captions_reused=captions[1],
         buckets=dict(sorted(Counter(entry.bucket for entry in _usable_entries(works)).items())),
         problems=tuple(problem for work in works for problem in work.problems),
-        notes=tuple(note for work in works for note in (*work.plan.notes, *work.notes)),
+        notes=tuple(
+            dict.fromkeys(note for work in works for note in (*work.plan.notes, *work.notes))
+        ),
     )
 
 
@@ -206,6 +223,13 @@ def _require_clips(works: Sequence[Work], num_training: int) -> None:
             raise DataError(_listed(f"no clip of {of} can be used", problems))
 
 
+def _with_texts(options: CacheOptions, works: Sequence[Work]) -> CacheOptions:
+    """Add what techniques need to the extra captions."""
+    captions = {c for work in works for planned in work.plan.items for c in planned.item.captions}
+    extra = dict.fromkeys((*options.extra_captions, *options.texts(sorted(captions))))
+    return replace(options, extra_captions=tuple(extra))
+
+
 def _cache_captions(
     works: Sequence[Work],
     text_encoder: LazyModel[TextEncoding],
@@ -217,7 +241,7 @@ def _cache_captions(
     missing: dict[str, list[Work]] = {}
     reused: set[str] = set()
     for work in works:
-        captions = {planned.item.caption for planned in work.plan.items}
+        captions = {text for planned in work.plan.items for text in planned.item.captions}
         for caption in sorted(captions | set(options.extra_captions)):
             key = text_key(caption, work.settings)
             if entry_key(work.folder / text_file(key)) == key:
@@ -259,7 +283,7 @@ def _store_caption(work: Work, caption: str, context: Tensor, strict: bool) -> N
 
 
 def _paths_with(work: Work, caption: str) -> list[Path]:
-    return [planned.item.path for planned in work.plan.items if planned.item.caption == caption]
+    return [planned.item.path for planned in work.plan.items if caption in planned.item.captions]
 
 
 def _cache_windows(
@@ -300,12 +324,12 @@ def _cache_windows(
 
 def _decoded(
     tasks: Sequence[_Task], options: CacheOptions
-) -> Iterator[tuple[_Task, Future[Tensor]]]:
+) -> Iterator[tuple[_Task, Future[DecodedWindow]]]:
     """Yield tasks in order with their frames, decoding ahead, `max_decoded` at once at most."""
-    waiting: deque[tuple[_Task, Future[Tensor]]] = deque()
+    waiting: deque[tuple[_Task, Future[DecodedWindow]]] = deque()
     pool = ThreadPoolExecutor(options.num_threads, thread_name_prefix="menma-decode")
     # Windows of one clip follow each other: list its frames once, but not all clips' at once.
-    index = lru_cache(maxsize=2 * options.num_threads)(index_clip)
+    index = lru_cache(maxsize=6 * options.num_threads)(index_clip)
     try:
         for task in tasks:
             if len(waiting) >= options.max_decoded:
@@ -317,22 +341,36 @@ def _decoded(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode(task: _Task, index: Callable[..., Clip]) -> Tensor:
-    item = task.planned.item
-    clip = index(
-        item.path,
-        item.kind,
-        target_fps=task.work.settings.target_fps,
-        source_fps=task.work.plan.source.source_fps,
+def _decode(task: _Task, index: Callable[..., Clip]) -> DecodedWindow:
+    item, source = task.planned.item, task.work.plan.source
+    frames, bucket = task.entry.window.frames, task.entry.bucket
+    size = bucket.width, bucket.height
+    rates = {"target_fps": task.work.settings.target_fps, "source_fps": source.source_fps}
+    clip = index(item.path, item.kind, **rates)
+    paired = {what: index(path, kind_of(path), **rates) for what, path in item.paired.items()}
+    control = mask = None
+    if source.alpha_mask:
+        mask = read_alpha_mask(clip, frames, size)
+    for what, other in paired.items():
+        try:
+            if what == "mask":
+                mask = read_mask(other, frames, size)
+            else:
+                control = read_window(other, frames, size)
+        except DataError as error:
+            raise DataError(f"its {NAMES[what]} {other.path.name}: {error.message}") from None
+    return DecodedWindow(
+        frames_FHW3=read_window(clip, frames, size),
+        control_FHW3=control,
+        control_first_frame=source.control_first_frame,
+        mask_FHW=mask,
     )
-    bucket = task.entry.bucket
-    return read_window(clip, task.entry.window.frames, (bucket.width, bucket.height))
 
 
 def _usable_entries(works: Sequence[Work]) -> Iterator[LatentEntry]:
     for work in works:
         for planned in work.plan.items:
-            if planned.item.caption not in work.failed_captions:
+            if work.failed_captions.isdisjoint(planned.item.captions):
                 yield from (e for e in planned.entries if e.file not in work.failed)
 
 

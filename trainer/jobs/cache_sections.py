@@ -7,7 +7,7 @@ file that is no encoder, a window that does not fit the GPU) leaves a good cache
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trainer.contract.errors import Problem
@@ -80,11 +80,16 @@ def _write_sections(
 ) -> list[Section]:
     """Write the index of a folder and return the sections of these sources."""
     mine: dict[str, Section] = {}
+    others = {} if alone else read_index(folder)
     for work in works:
         # Two sources that are alike share a section; problems are noted at the first.
-        if work.folder == folder and work.section_name not in mine:
-            mine[work.section_name] = _section(work, captions, finished)
-    others = {} if alone else read_index(folder)
+        name = work.section_name
+        if work.folder == folder and name not in mine:
+            section = _section(work, captions, finished)
+            if name in others:  # another config may need other texts of the same clips
+                kept = {**others[name].extra_captions, **section.extra_captions}
+                section = replace(section, extra_captions=kept)
+            mine[name] = section
     write_index(folder, {**{n: s for n, s in others.items() if n not in mine}, **mine})
     return list(mine.values())
 
@@ -93,7 +98,7 @@ def _section(work: Work, captions: Sequence[str], finished: bool) -> Section:
     items = {}
     skipped = dict(work.plan.skipped)
     for planned in work.plan.items:
-        if planned.item.caption in work.failed_captions:
+        if not work.failed_captions.isdisjoint(planned.item.captions):
             skipped[planned.item.name] = planned.identity.stat
             continue
         entries = tuple(entry for entry in planned.entries if entry.file not in work.failed)
@@ -102,6 +107,10 @@ def _section(work: Work, captions: Sequence[str], finished: bool) -> Section:
             text_key(planned.item.caption, work.settings),
             entries,
             whole=len(entries) == len(planned.entries),
+            more_caption_keys=tuple(
+                text_key(text, work.settings) for text in planned.item.more_captions
+            ),
+            paired=planned.paired,
         )
     return Section(
         work.settings.for_source(work.plan.source),

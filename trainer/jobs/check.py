@@ -12,18 +12,20 @@ from trainer.contract.config import RunConfig
 from trainer.contract.config_io import load_config_with_sources, place_problems
 from trainer.contract.config_rules import check_files
 from trainer.contract.dataset_config import DatasetConfig
-from trainer.contract.errors import ConfigError, DataError, Problem, UserError
+from trainer.contract.errors import ConfigError, Problem, UserError
 from trainer.contract.experts import trains_both
 from trainer.contract.hub import references
 from trainer.contract.jobs import CheckRequest
+from trainer.contract.optimizer_rules import optimizer_notes
+from trainer.contract.prompts import read_prompts
 from trainer.contract.variants import Variant
 from trainer.core.seams import BuildContext
 from trainer.data.cache_index import is_cached
-from trainer.data.cache_settings import CacheSettings
 from trainer.data.checks import DatasetCheck, check_dataset
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.adapter_checks import adapter_problems
 from trainer.jobs.base import MAX_LISTED, Emit
+from trainer.jobs.build import mask_problems
 from trainer.jobs.components import require_vae, settle_variant, with_variant
 from trainer.jobs.config_checks import (
     batch_problems,
@@ -34,10 +36,10 @@ from trainer.jobs.config_checks import (
 from trainer.jobs.distributed_checks import distributed_problems
 from trainer.jobs.expert_share import settle_turns
 from trainer.jobs.memory_checks import memory_notes, memory_problems
+from trainer.jobs.optimizer_checks import optimizer_problems
 from trainer.jobs.run_items import cache_settings, holdout_of
 from trainer.jobs.start import machine_problems
 from trainer.models.wan.detect import recognise
-from trainer.sampling.prompts import read_prompts
 from trainer.sampling.requests import requests_of
 
 
@@ -57,12 +59,12 @@ def run(request: CheckRequest, emit: Emit) -> None:
         *weight_problems(config),
         *machine_problems(config),
         *distributed_problems(config),
+        *optimizer_problems(config),
     ]
     shares: dict[str, object] = {}
     variant = _variant(config, problems)
     if variant is not None:
         problems += _file_problems(with_variant(config, variant))
-        problems += _training_problems(variant)
         told = {problem.key for problem in problems}
         more = (
             *_kind_problems(config, variant),
@@ -74,7 +76,7 @@ def run(request: CheckRequest, emit: Emit) -> None:
         shares = _expert_shares(config, variant, problems, emit)
         problems += adapter_problems(config)
         problems = list(dict.fromkeys(problems))
-    for note in memory_notes(config):
+    for note in (*memory_notes(config), *optimizer_notes(config)):
         emit("warning", message=note)
     for field, file in references(config).items():
         emit("log", message=f"model.{field}: {file} is downloaded when it is needed")
@@ -86,14 +88,6 @@ def run(request: CheckRequest, emit: Emit) -> None:
 
 def _file_problems(config: RunConfig) -> list[Problem]:
     return list(dict.fromkeys(check_files(config, "cache") + check_files(config, "train")))
-
-
-def _training_problems(variant: Variant) -> list[Problem]:
-    try:
-        CacheSettings.of(variant, vae=None, text_encoder=None)
-    except DataError as error:
-        return [Problem(error.message, "model.variant", hint=error.hint)]
-    return []
 
 
 def _prompt_problems(config: RunConfig, variant: Variant) -> list[Problem]:
@@ -192,6 +186,7 @@ def _dataset(
         emit("log", message=f"the largest {MAX_LISTED} of {total} buckets are listed")
     problems += _empty_sides(config, checked)
     problems += batch_problems(config, checked.groups)
+    problems += mask_problems(config, masks=checked.masked_clips > 0) if checked.clips else []
     for note in _dataset_notes(config, variant, dataset, checked):
         emit("warning", message=note)
     return {

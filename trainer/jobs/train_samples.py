@@ -12,6 +12,7 @@ from torch import nn
 
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import NonFiniteError
+from trainer.contract.prompts import read_prompts
 from trainer.contract.variants import Expert, Variant
 from trainer.engine.process_group import World
 from trainer.jobs.build import freeze, load_base
@@ -20,7 +21,6 @@ from trainer.models.wan.transformer import WanTransformer
 from trainer.models.wan.vae import WanVAE
 from trainer.sampling.conditions import Conditions, encode_files, encode_texts
 from trainer.sampling.pipeline import SamplingModels, decode_frames, generate
-from trainer.sampling.prompts import read_prompts
 from trainer.sampling.requests import SampleRequest, requests_of
 from trainer.sampling.results import FinishedSample, write_sample
 

@@ -7,6 +7,7 @@ import math
 from trainer.contract.memory_model.clips import Clip
 from trainer.contract.memory_model.gpus import GIB
 from trainer.contract.memory_model.offload import offloaded_disk_parts, offloaded_host_parts
+from trainer.contract.memory_model.techniques import uses_masks
 from trainer.contract.memory_model.workload import ELEMENT, Workload
 
 PROCESS_BYTES = 2.5 * GIB
@@ -31,6 +32,11 @@ def host_parts(work: Workload) -> dict[str, int]:
         tokens = work.block_shape().tokens_bytes
         parts["parked activations"] = here * work.recomputed * tokens
     parts |= offloaded_host_parts(work)
+    if work.average_bytes and (
+        work.config.ema.device == "cpu" or work.config.distributed.offload_optimizer != "none"
+    ):
+        copies = work.share_here if work.zero_stage else here
+        parts["average of weights"] = work.adapters * work.average_bytes * copies
     # A copy of the trained weights on the way to a file.
     beside = work.targets.output - work.trained_parameters  # what a file holds besides
     saved = work.trained_parameters * 4.0 + beside * ELEMENT[work.config.output.dtype]
@@ -50,6 +56,8 @@ def cache_disk_parts(work: Workload, clip: Clip) -> dict[str, float]:
     channels = shape.out_channels + (
         shape.in_channels - shape.out_channels if variant.conditioning != "none" else 0
     )
+    if uses_masks(work.config):
+        channels += 1
     item = channels * cells * element
     if shape.image_dim:
         images = shape.image_tokens * (2 if shape.image_position_embedding else 1)
@@ -70,8 +78,9 @@ def disk_parts(work: Workload) -> dict[str, int]:
         if config.checkpoint.every_steps
         else 0
     )
-    state = trained * (4.0 + (8.0 if config.optimizer.kind == "adamw" else 2.04))
+    state = trained * 4.0 + work.adapters * (work.optimizer_state + work.average_bytes)
     outputs = 1
+    files = 2 if config.ema.decay else 1  # one of the average
     if config.output.every_steps:
         outputs += (config.training.max_steps - 1) // config.output.every_steps
     return {
@@ -79,7 +88,7 @@ def disk_parts(work: Workload) -> dict[str, int]:
         # One more while the newest is being written.
         "checkpoints": round(state * (min(kept, saves + 1) + 1)),
         "outputs": round(
-            outputs * work.adapters * work.targets.output * ELEMENT[config.output.dtype]
+            files * outputs * work.adapters * work.targets.output * ELEMENT[config.output.dtype]
         ),
         **{name: round(size) for name, size in offloaded_disk_parts(work).items()},
     }

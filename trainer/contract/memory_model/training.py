@@ -12,13 +12,19 @@ from trainer.contract.memory_model.offload import (
 )
 from trainer.contract.memory_model.optimizers import optimizer_memory
 from trainer.contract.memory_model.stack import StackOptions, training_peak
+from trainer.contract.memory_model.techniques import uses_masks
 from trainer.contract.memory_model.workload import Workload
+from trainer.contract.optimizer_traits import traits_of
 
 Parts = dict[str, float]
 
+DRAWN_LATENTS = 3
+"""Copies of the latents that a forward holds: noise, its mixture with the latents, the target."""
 LOSS_LATENTS = 7
 """Copies of the latents while the loss is computed: noise, its mixture with the latents, the
 prediction in two orders, the target, their difference and its square."""
+MASK_WEIGHTS = 2
+"""Weights of a masked loss that are alive at once beside the mask."""
 BUCKET_ELEMENTS = 50_000_000
 """Most gradients that ZeRO reduces together; `engine.deepspeed_config` sets it."""
 REDUCED_TOGETHER = 500_000_000
@@ -30,7 +36,6 @@ and what arrives."""
 
 def standing_parts(work: Workload) -> Parts:
     """Return what is on the GPU through the whole training."""
-    memory = optimizer_memory(work.config.optimizer.kind)
     trained, world = work.adapters * work.trained_parameters, work.world_size
     stage = work.zero_stage
     sharded_optimizer = world if stage >= 1 else 1
@@ -42,9 +47,11 @@ def standing_parts(work: Workload) -> Parts:
     if not work.full:
         parts["adapter"] = (trained + work.targets.held) * FLOAT32
     if optimizer_place(work) == "none":
-        if stage >= 1 or (work.full and work.element != FLOAT32):
+        if stage >= 1 or _has_masters(work):
             parts["fp32 masters"] = trained * FLOAT32 / sharded_optimizer
-        parts["optimizer"] = trained * memory.state / sharded_optimizer
+        parts["optimizer"] = work.adapters * work.optimizer_state / sharded_optimizer
+        if work.config.ema.decay and work.config.ema.device == "train":
+            parts["average of weights"] = work.adapters * work.average_bytes / sharded_optimizer
     else:
         parts["offload buffers"] = gpu_buffers(work)
     if stage and world >= 1:
@@ -70,7 +77,14 @@ def inputs_bytes(work: Workload) -> float:
     if shape.image_dim:
         images = batch * shape.image_tokens * (2 if shape.image_position_embedding else 1)
         size += images * (2 * shape.image_dim + shape.dim * work.element)
+    if uses_masks(work.config):
+        size += _mask_bytes(work)
     return size + work.tokens * shape.head_dim * FLOAT32
+
+
+def _mask_bytes(work: Workload) -> float:
+    """Return one value for each place of the latents, float32."""
+    return work.latent_bytes / work.shape.out_channels
 
 
 def step_peak(work: Workload) -> tuple[Parts, float]:
@@ -94,7 +108,7 @@ def step_peak(work: Workload) -> tuple[Parts, float]:
         work.targets.blocks,
         stack_options(work),
         first=work.targets.first,
-        drawn=2 * work.latent_bytes,
+        drawn=DRAWN_LATENTS * work.latent_bytes,
         head=_head(work),
         gradient_share=share,
     )
@@ -128,12 +142,21 @@ def _head(work: Workload) -> float:
     normed = 1 if work.clip.batch == 1 else 2
     # Of a clip that is shared each rank predicts a part, gets the others', and has the whole loss.
     gathered = work.latent_bytes if work.sequence_ranks > 1 else 0
-    return (normed + 1) * shape.tokens_bytes + LOSS_LATENTS * work.latent_bytes + gathered
+    loss: float = LOSS_LATENTS * work.latent_bytes
+    if uses_masks(work.config):  # the loss before and after it is weighed, and the weights
+        loss += work.latent_bytes + MASK_WEIGHTS * _mask_bytes(work)
+    return (normed + 1) * shape.tokens_bytes + loss + gathered
 
 
 def _adds_in_float32(work: Workload) -> bool:
     """Whether bf16 gradients are added to float32 ones after each microbatch."""
-    return work.full and work.element != FLOAT32 and work.zero_stage == 0
+    return _has_masters(work) and work.zero_stage == 0
+
+
+def _has_masters(work: Workload) -> bool:
+    """Whether weights in bf16 are trained through float32 copies."""
+    keeps = traits_of(work.config.optimizer.kind).bf16_only
+    return work.full and work.element != FLOAT32 and not keeps
 
 
 def _update_bytes(work: Workload, total: float) -> float:

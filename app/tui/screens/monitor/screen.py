@@ -32,6 +32,7 @@ from app.tui.screens.monitor.words import (
     state_words,
 )
 from app.tui.widgets import Ask, TextView, Titles
+from trainer.contract.errors import MenmaError
 from trainer.contract.run_dir import RunDir
 
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -281,14 +282,15 @@ class MonitorScreen(LiveScreen):
         if run is None or state is None or not state.state.is_live:
             self.notify("It does not train.", severity="warning")
             return
-        urgency, words = control.Urgency.SAVE, "finish the step, save a checkpoint, end?"
-        if state.state is State.STOPPING:
-            urgency = control.Urgency.NOW
-            words = "it is stopping already. End it now, without saving?"
+        urgency, words = _how_hard(state)
 
         def answered(agreed: bool | None) -> None:
-            if agreed:
+            if not agreed:
+                return
+            try:
                 control.stop(run, urgency)
+            except (MenmaError, OSError) as error:
+                self.notify(str(error), severity="error", timeout=10)
 
         self.app.push_screen(Ask(f"{state.name}: {words}", "Stop"), answered)
 
@@ -364,3 +366,9 @@ class MonitorScreen(LiveScreen):
         if before is None or before.plain != text.plain:
             self._shown[name] = text
             self.query_one(f"#{name}", Static).update(text, layout=False)
+
+
+def _how_hard(state: RunState) -> tuple[control.Urgency, str]:
+    if state.state is State.STOPPING:
+        return control.Urgency.NOW, "it is stopping already. End it now, without saving?"
+    return control.Urgency.SAVE, "finish the step, save a checkpoint, end?"
