@@ -7,15 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
+from app.cli import completion
 from trainer.contract.errors import UserError
 
-Config = Annotated[Path, typer.Argument(help="Config file (TOML).", show_default=False)]
+Config = Annotated[
+    Path,
+    typer.Argument(
+        help="Config file (TOML).", show_default=False, autocompletion=completion.configs
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
         help="Set a value of the config, e.g. training.seed=7; wins over the file. Repeatable.",
+        autocompletion=completion.settings,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]

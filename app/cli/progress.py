@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 Event = dict[str, Any]
 PLAIN_EVERY_S = 5.0
+_CONTROL = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|[\x00-\x08\x0b-\x1f\x7f]"
+)
 
 
 class Progress(Protocol):
@@ -42,13 +46,15 @@ class Progress(Protocol):
         ...
 
 
-def open_progress(*, show_errors: bool) -> Progress:
+def open_progress(*, show_errors: bool, plain: bool = False) -> Progress:
     """Return the progress for where stderr goes.
 
     Args:
         show_errors: also show `error` events; a job whose stderr is shown has said them already.
+        plain: lines, whatever stderr is.
     """
-    return (LiveProgress if output.is_terminal() else PlainProgress)(show_errors=show_errors)
+    draws = output.is_terminal() and not plain
+    return (LiveProgress if draws else PlainProgress)(show_errors=show_errors)
 
 
 class PlainProgress:
@@ -87,8 +93,8 @@ class PlainProgress:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """Write a line to stderr."""
-        output.say(text)
+        """Write a line to stderr, without the control characters that a program may have sent."""
+        output.say(_CONTROL.sub("", text), whole=True)
 
 
 class LiveProgress:

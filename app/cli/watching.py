@@ -32,7 +32,12 @@ class Watched:
 
 
 def watch(
-    run: RunDir, on_interrupt: OnInterrupt, *, offset: int = 0, as_json: bool = False
+    run: RunDir,
+    on_interrupt: OnInterrupt,
+    *,
+    offset: int = 0,
+    as_json: bool = False,
+    plain: bool = False,
 ) -> Watched:
     """Show the events of a run until it ends.
 
@@ -41,10 +46,11 @@ def watch(
         on_interrupt: what Ctrl-C does; it may raise to leave.
         offset: where in the event log to begin, in bytes.
         as_json: write the events as JSON lines to stdout instead of drawing them.
+        plain: write lines without control characters, on a terminal too.
     """
     error_shown = False
     handled = 0
-    screen = nullcontext(None) if as_json else open_progress(show_errors=True)
+    screen = nullcontext(None) if as_json else open_progress(show_errors=True, plain=plain)
     with _counted_interrupts() as count, screen as progress:
         say = output.say if progress is None else progress.say
         for event in follow(run.events, lambda: not _is_live(run), offset=offset):

@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from app.domain.user_folders import state_folder
+from app.domain.state_folder import state_folder
 from trainer.contract.errors import DiskError
 from trainer.contract.files import write_json
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.domain.user_folders import config_folder
+from trainer.contract.preset_folders import config_folder
 from trainer.contract.registry import nearest
 
 SECTIONS = ("theme", "keys", "themes")

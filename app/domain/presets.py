@@ -10,17 +10,11 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from trainer.contract.config import TrainingSection
-from trainer.contract.config_io import (
-    PRESETS_DIR,
-    find_preset,
-    place_problems,
-    presets_dirs,
-    problems_of,
-    read_toml,
-)
+from trainer.contract.config_io import find_preset, place_problems, problems_of, read_toml
 from trainer.contract.dataset_config import SourceOptions
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.options import Options
+from trainer.contract.preset_folders import PRESETS_DIR, presets_dirs
 
 Goal = Literal["general", "character", "style", "motion", "full"]
 CARD_SIZES_GB = (10, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)

@@ -13,13 +13,13 @@ from typing import Any
 from app.domain.presets import Preset, PresetHead, flatten, read_preset, usable_preset
 from app.domain.toml_text import toml_key, toml_value
 from trainer.contract.config import DatasetSection, RunConfig
-from trainer.contract.config_io import presets_dirs
 from trainer.contract.config_layers import plugin_sections
 from trainer.contract.dataset_config import MEDIA_KEYS
 from trainer.contract.errors import ConfigError, DiskError, Problem, UserError
 from trainer.contract.files import write_text
 from trainer.contract.options import Options
 from trainer.contract.plugin_options import option_model, plugin_schemas
+from trainer.contract.preset_folders import presets_dirs
 
 PERSONAL = (
     "name",

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from app.domain.user_folders import state_folder
+from app.domain.state_folder import state_folder
 from app.queue.jobs import Claim, Job, JobSpec, JobState, Outcome
+from app.queue.volumes import network_volume
 from trainer.contract.errors import DiskError, UserError
 
 FORMAT = 1
@@ -66,8 +67,8 @@ class QueueStore:
                 self._path, timeout=_PATIENCE_S, isolation_level=None
             )
             self._connection.row_factory = sqlite3.Row
-            # Needs shared memory, which network volumes lack; SQLite then keeps the mode it has.
-            self._connection.execute("PRAGMA journal_mode = WAL")
+            self.note = _choose_journal(self._connection, network_volume(folder), self._path)
+            """What is to be known of this volume, in words; empty: nothing."""
             self._connection.execute("PRAGMA synchronous = FULL")
             self._make_tables()
 
@@ -104,24 +105,43 @@ class QueueStore:
             for index, spec in enumerate(specs):
                 after = (*spec.after, *numbers[-1:]) if chained else spec.after
                 self._require(after)
-                cursor = self._connection.execute(
-                    "INSERT INTO jobs (argv, name, cwd, environment, priority, gpus, after, held,"
-                    " position, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        json.dumps(spec.argv),
-                        spec.name,
-                        str(spec.cwd),
-                        json.dumps(spec.environment),
-                        spec.priority,
-                        json.dumps(spec.gpus),
-                        json.dumps(after),
-                        spec.held,
-                        last + 1 + index,
-                        time.time(),
-                    ),
-                )
-                numbers.append(int(cursor.lastrowid or 0))
+                values = {
+                    **_columns(spec, after),
+                    "position": last + 1 + index,
+                    "created": time.time(),
+                }
+                numbers.append(self._insert(values))
         return numbers
+
+    def restore(self, job: Job) -> int | None:
+        """Put a job back that is not in the database any more; return its number.
+
+        It keeps its number if that is free. None: it is there, or was never started and its number
+        is another job's now.
+
+        Args:
+            job: with its claim and outcome; `position` is not looked at.
+        """
+        claim, outcome = job.claim, job.outcome
+        with self._transaction():
+            is_taken = self._one("SELECT 1 FROM jobs WHERE id = ?", (job.id,)) is not None
+            if is_taken and claim is None:
+                return None
+            last = self._one("SELECT COALESCE(MAX(position), 0) FROM jobs")[0]
+            values = {
+                "id": None if is_taken or job.id < 1 else job.id,
+                **_columns(job.spec, job.spec.after),
+                "position": last + 1,
+                "created": job.created,
+                "token": claim.token if claim else None,
+                "folder": str(claim.folder) if claim else None,
+                "claimed": claim.time if claim else None,
+                "devices": json.dumps(claim.devices) if claim else None,
+                "outcome": outcome.state.value if outcome else None,
+                "why": outcome.why if outcome else None,
+                "ended": outcome.time if outcome else None,
+            }
+            return self._insert(values)
 
     def jobs(self) -> list[Job]:
         """Return all jobs: those that wait in the order in which they will start."""
@@ -257,6 +277,13 @@ class QueueStore:
         if found < FORMAT:
             self._connection.executescript(f"{_TABLES} PRAGMA user_version = {FORMAT};")
 
+    def _insert(self, values: Mapping[str, Any]) -> int:
+        columns, places = ", ".join(values), ", ".join("?" * len(values))
+        cursor = self._connection.execute(
+            f"INSERT INTO jobs ({columns}) VALUES ({places})", tuple(values.values())
+        )
+        return int(cursor.lastrowid or 0)
+
     def _require(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             self.job(number)
@@ -286,8 +313,45 @@ class QueueStore:
         except (sqlite3.Error, OSError) as error:
             raise DiskError(
                 f"the queue in {self._path} cannot be used: {error}",
-                hint="it needs a local disk that can be written; XDG_STATE_HOME moves it",
+                hint="it needs a local disk that can be written; XDG_STATE_HOME moves it. "
+                "One that is broken is made anew by `menma queue rebuild`",
             ) from error
+
+
+def _choose_journal(connection: sqlite3.Connection, volume: str, path: Path) -> str:
+    """Choose the write-ahead log where all readers are of this machine; return words if not.
+
+    The log needs memory that its readers share. File systems without it refuse; those of a network
+    take it and lose data once another machine looks at the file.
+    """
+    found = ""
+    if not volume:
+        try:
+            found = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):  # by somebody who makes the database at this moment
+                raise
+    if found == "wal":
+        return ""
+    connection.execute("PRAGMA journal_mode = DELETE")
+    why = f"on a network volume ({volume})" if volume else "on a volume without shared memory"
+    return (
+        f"{path} is {why}: it is written more slowly, by a rollback journal. Use it from one "
+        "machine at a time; XDG_STATE_HOME moves it to a local disk."
+    )
+
+
+def _columns(spec: JobSpec, after: Sequence[int]) -> dict[str, Any]:
+    return {
+        "argv": json.dumps(spec.argv),
+        "name": spec.name,
+        "cwd": str(spec.cwd),
+        "environment": json.dumps(spec.environment),
+        "priority": spec.priority,
+        "gpus": json.dumps(spec.gpus),
+        "after": json.dumps(after),
+        "held": spec.held,
+    }
 
 
 def _job(row: sqlite3.Row) -> Job:

@@ -146,7 +146,19 @@ def launch_job(job: Job, claim: Claim, run: RunDir, lock: RunLock) -> None:
     command = [*APP, *arguments]
     write_json(
         run.command,
-        {"argv": ["menma", *spec.argv], "cwd": str(spec.cwd), "time": time.time(), "job": job.id},
+        {
+            "argv": ["menma", *spec.argv],
+            "cwd": str(spec.cwd),
+            "time": time.time(),
+            "job": job.id,
+            "queued": {  # what `menma queue rebuild` needs when the database is lost
+                "name": spec.name,
+                "priority": spec.priority,
+                "gpus": spec.gpus,
+                "environment": spec.environment,
+                "devices": claim.devices,
+            },
+        },
     )
     launch.start(
         run,

@@ -14,7 +14,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from app.domain.user_folders import state_folder
+from app.domain.state_folder import state_folder
 from app.tui.shell import Shell, ending_signals
 from trainer.contract.errors import RunError
 from trainer.contract.files import write_text

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from app.domain.presets import PRESETS_DIR, Preset, read_preset
+from app.domain.presets import Preset, read_preset
+from trainer.contract.preset_folders import PRESETS_DIR
 
 PAGE = Path(__file__).parents[2] / "docs" / "presets.md"
 _HEAD = "| preset | GPUs | GiB on each | RAM, GB | data | steps |\n|---|---|---|---|---|---|\n"

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from app.domain.presets import PRESETS_DIR, all_presets, differences, flatten, read_preset
+from app.domain.presets import all_presets, differences, flatten, read_preset
 from app.domain.template import render_config
 from app.domain.toml_text import toml_value
 from trainer.contract.config import RunConfig
 from trainer.contract.config_io import load_config
 from trainer.contract.dataset_config import load_dataset_file
 from trainer.contract.errors import ConfigError
+from trainer.contract.preset_folders import PRESETS_DIR
 from trainer.contract.variants import VARIANTS
 
 ROOT = Path(__file__).parents[2]

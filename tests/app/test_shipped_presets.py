@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from preset_table import PAGE, with_table
 
-from app.domain.presets import PRESETS_DIR, card_memory_gib, differences, flatten, read_preset
+from app.domain.presets import card_memory_gib, differences, flatten, read_preset
 from app.domain.template import render_config
 from app.domain.user_presets import settings_of
 from trainer.contract.config import RunConfig
@@ -23,6 +23,7 @@ from trainer.contract.memory_model import (
     estimate,
     gpu_of_memory,
 )
+from trainer.contract.preset_folders import PRESETS_DIR
 from trainer.contract.timestep_mass import high_noise_mass
 from trainer.contract.variants import VARIANTS
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import Answer
 
-from app.domain.presets import PRESETS_DIR, all_presets, read_preset
+from app.domain.presets import all_presets, read_preset
 from app.domain.user_presets import is_personal, save_preset, settings_of
 from trainer.contract.config_io import load_config
 from trainer.contract.memory_model import estimate
+from trainer.contract.preset_folders import PRESETS_DIR
 
 Menma = Callable[..., Answer]
 

@@ -27,13 +27,13 @@ from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.hub import cached_path, is_reference, with_local_files
 from trainer.contract.plugin_options import option_model, option_names
 from trainer.contract.plugin_section import PluginSection
+from trainer.contract.preset_folders import presets_dirs
 from trainer.contract.registry import nearest
 from trainer.contract.toml_lines import key_lines, locate
 
 ENVIRONMENT_PREFIX = "MENMA__"
 """`MENMA__TRAINING__SEED=7` sets `training.seed`."""
 _SOURCE_PATHS = (*MEDIA_KEYS, "cache_directory")
-PRESETS_DIR = Path(__file__).parents[2] / "presets"
 
 
 @dataclass(slots=True)
@@ -154,12 +154,6 @@ def parse_override(text: str) -> dict[str, Any]:
     for part in reversed(parts):
         parsed = {part: parsed}
     return cast("dict[str, Any]", parsed)
-
-
-def presets_dirs() -> list[Path]:
-    """Folders of presets: the user's first, then the shipped ones."""
-    config_home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return [Path(config_home) / "menma" / "presets", PRESETS_DIR]
 
 
 def find_preset(name: str, *, sources: Mapping[str, Source] | None = None) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli import jobs, output
+from app.cli import completion, jobs, output
 from app.cli.options import Config, Json, Overrides, command_app
 from trainer.contract.errors import UserError
 from trainer.contract.files import write_text
@@ -70,7 +70,12 @@ def deepspeed(
 def set_values(
     config: Config,
     values: Annotated[
-        list[str], typer.Argument(metavar="KEY=VALUE...", help="Such as training.seed=7.")
+        list[str],
+        typer.Argument(
+            metavar="KEY=VALUE...",
+            help="Such as training.seed=7.",
+            autocompletion=completion.settings,
+        ),
     ],
 ) -> None:
     """Write values into a config file; everything else in it stays as it is, byte for byte.
@@ -98,7 +103,14 @@ def set_values(
 @app.command()
 def unset(
     config: Config,
-    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Such as training.seed.")],
+    keys: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY...",
+            help="Such as training.seed.",
+            autocompletion=completion.option_keys,
+        ),
+    ],
 ) -> None:
     """Take values out of a config file, so that the preset's or the default counts again."""
     from app.domain.config_file import open_config

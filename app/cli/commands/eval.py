@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli import jobs, output
+from app.cli import completion, jobs, output
 from app.cli.exit_codes import ExitCode
 from app.cli.options import Json, Overrides, command_app
 from trainer.contract.errors import MenmaError
@@ -30,6 +30,7 @@ def evaluate(
             metavar="CONFIG|RUN…",
             help="Configs, or runs (their folder, or their name in runs/).",
             show_default=False,
+            autocompletion=completion.configs_or_runs,
         ),
     ],
     overrides: Overrides = None,

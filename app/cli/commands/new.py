@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli import output
+from app.cli import completion, output
 from app.cli.options import RunsDir, command_app
 from trainer.contract.errors import UserError
 from trainer.contract.files import write_text
@@ -29,6 +29,7 @@ def new(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
             "-p",
             help="Preset to start from; see `menma presets list`. With --goal: left out, the best "
             "one for model, goal and GPU; `none`: Menma's defaults.",
+            autocompletion=completion.presets,
         ),
     ] = None,
     target: Annotated[

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli import output
+from app.cli import completion, output
 from app.cli.options import Config, Json, Overrides, command_app
 from trainer.contract.errors import UserError
 
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 app = command_app(help="Presets to start from.")
 
-Name = Annotated[str, typer.Argument(help="Preset: its name, or a file.", show_default=False)]
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="Preset: its name, or a file.", show_default=False, autocompletion=completion.presets
+    ),
+]
 
 
 @app.command("list")
@@ -84,7 +89,10 @@ def diff(
     name: Name,
     other: Annotated[
         str | None,
-        typer.Argument(help="A second preset or a config file; left out: Menma's defaults."),
+        typer.Argument(
+            help="A second preset or a config file; left out: Menma's defaults.",
+            autocompletion=completion.presets_or_configs,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -144,7 +152,11 @@ def save(
 
 
 @app.command()
-def remove(name: Annotated[str, typer.Argument(help="Preset of your own.")]) -> None:
+def remove(
+    name: Annotated[
+        str, typer.Argument(help="Preset of your own.", autocompletion=completion.presets)
+    ],
+) -> None:
     """Delete a preset of your own."""
     from app.domain.user_presets import remove_preset
 

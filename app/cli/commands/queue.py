@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli import output
-from app.cli.options import Config, Json, Overrides, command_app
+from app.cli import completion, output
+from app.cli.commands.runs import RUNS
+from app.cli.options import Config, Json, Overrides, RunsDir, command_app
 from app.queue.adding import job_name, job_spec
 from app.queue.jobs import Job, JobSpec, JobState, kind_of
 from app.queue.look import JobView, job_run, look_at, look_at_all
@@ -24,15 +25,34 @@ from app.runs.durations import duration
 from trainer.contract.errors import UserError
 
 app = command_app(help="Queue jobs: they run one after the other, without this terminal.")
-Number = Annotated[int, typer.Argument(metavar="JOB", help="Number of a job.", show_default=False)]
-Numbers = Annotated[
-    list[int], typer.Argument(metavar="JOB...", help="Numbers of jobs.", show_default=False)
+Number = Annotated[
+    int,
+    typer.Argument(
+        metavar="JOB", help="Number of a job.", show_default=False, autocompletion=completion.jobs
+    ),
 ]
-Maybe = Annotated[int | None, typer.Argument(metavar="[JOB]", help="Number of a job.")]
+Numbers = Annotated[
+    list[int],
+    typer.Argument(
+        metavar="JOB...",
+        help="Numbers of jobs.",
+        show_default=False,
+        autocompletion=completion.jobs,
+    ),
+]
+Maybe = Annotated[
+    int | None,
+    typer.Argument(metavar="[JOB]", help="Number of a job.", autocompletion=completion.jobs),
+]
 Priority = Annotated[int, typer.Option("--priority", help="Larger goes first.")]
 After = Annotated[
     list[int] | None,
-    typer.Option("--after", metavar="JOB", help="Only once this job is done. Repeatable."),
+    typer.Option(
+        "--after",
+        metavar="JOB",
+        help="Only once this job is done. Repeatable.",
+        autocompletion=completion.jobs,
+    ),
 ]
 Gpus = Annotated[
     str | None,
@@ -121,6 +141,8 @@ def list_jobs(
         return
     headers = ("ID", "KIND", "NAME", "STATE", "STEP", "ETA", "GPU", "WHY")
     output.data(output.table(headers, map(_row, views), right="ID STEP ETA"))
+    if store.note:
+        output.warn(store.note)
     if store.paused:
         output.say("The queue is paused: nothing is started. `menma queue resume` goes on.")
     elif any(view.state is JobState.QUEUED for view in views) and not is_working(store.folder):
@@ -256,7 +278,9 @@ def duplicate(
 
 @app.command()
 def remove(
-    numbers: Annotated[list[int] | None, typer.Argument(metavar="[JOB...]")] = None,
+    numbers: Annotated[
+        list[int] | None, typer.Argument(metavar="[JOB...]", autocompletion=completion.jobs)
+    ] = None,
     ended: Annotated[bool, typer.Option("--ended", help="All jobs that have ended.")] = False,
 ) -> None:
     """Forget jobs that have ended or were never started. Their files stay."""
@@ -295,6 +319,36 @@ def logs(
         if not follow or view.state.has_ended:
             return
         time.sleep(0.5)
+
+
+@app.command()
+def rebuild(runs_dir: RunsDir = RUNS) -> None:
+    """Make a lost or broken list of jobs anew, from what the jobs have left on the disk.
+
+    Jobs that were started come back as they are; those that only waited have to be queued again.
+    """
+    from app.queue.rebuild import rebuild as rebuild_queue
+    from app.queue.worker import worker_lock
+    from app.runs.lock import RunLock
+    from trainer.contract.errors import BusyError
+
+    folder = queue_folder()
+    try:
+        lock = RunLock.acquire(worker_lock(folder))
+    except BusyError:
+        hint = "it ends when nothing is left to do; or end the process `python -m app.queue.worker`"
+        raise BusyError("a worker is at work", hint=hint) from None
+    try:
+        found = rebuild_queue(folder, [runs_dir])
+    finally:
+        lock.release()
+    if found.kept is not None:
+        output.say(f"The list could not be read; it is kept as {found.kept}")
+    for place in found.unreadable:
+        output.warn(f"{place}: its files do not say what job it was")
+    num = len(found.jobs)
+    output.say(f"{num} {'job is' if num == 1 else 'jobs are'} in the list again.")
+    output.say("See them: menma queue list. What waits starts with: menma queue resume")
 
 
 @app.command()

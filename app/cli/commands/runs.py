@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli import output
+from app.cli import completion, output
 from app.cli.exit_codes import ExitCode
 from app.cli.options import Json, RunsDir, command_app
 from app.runs import control
@@ -23,7 +23,13 @@ from trainer.contract.run_dir import Request, RunDir
 
 app = command_app(help="See and steer the runs of this machine.")
 Name = Annotated[
-    str, typer.Argument(metavar="RUN", help="Name or folder of a run.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="Name or folder of a run.",
+        show_default=False,
+        autocompletion=completion.runs,
+    ),
 ]
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Come back without waiting for it.")]
 
@@ -119,8 +125,15 @@ def watch(
     as_json: Annotated[
         bool, typer.Option("--json", help="Write the run's events as JSON lines to stdout.")
     ] = False,
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="Lines in place of a bar: for screen readers and logs."),
+    ] = False,
 ) -> None:
-    """Show a run live. Ctrl-C leaves; the run goes on."""
+    """Show a run live. Ctrl-C leaves; the run goes on.
+
+    Where the words do not go to a terminal, they are plain lines in any case.
+    """
     from app.cli import watching
 
     run = find_run(name, runs_dir)
@@ -131,7 +144,9 @@ def watch(
 
     size = run.events.stat().st_size if run.events.exists() else 0
     offset = 0 if as_json else max(0, size - WATCH_FROM_BYTES)
-    code = watching.finish(run, watching.watch(run, leave, offset=offset, as_json=as_json))
+    code = watching.finish(
+        run, watching.watch(run, leave, offset=offset, as_json=as_json, plain=plain)
+    )
     if code != ExitCode.DONE:
         raise typer.Exit(code)
 

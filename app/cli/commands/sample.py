@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.cli import jobs, output
+from app.cli import completion, jobs, output
 from app.cli.loraid_options import (
     LoraidCommand,
     LoraidFrom,
@@ -33,6 +33,7 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
             help="A config, or a run (its folder, or its name in runs/): then its newest LoRA is "
             "used.",
             show_default=False,
+            autocompletion=completion.configs_or_runs,
         ),
     ],
     prompts: Annotated[

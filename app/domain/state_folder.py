@@ -1,16 +1,9 @@
-"""Where a user's own files are: what they write, and what the app remembers."""
+"""Where programs keep what they remember of a user."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-
-
-def config_folder() -> Path:
-    """Return the folder of what the user writes: `$XDG_CONFIG_HOME/menma` (~/.config)."""
-    from trainer.contract.config_io import presets_dirs  # pydantic, which a queue does not need
-
-    return presets_dirs()[0].parent
 
 
 def state_folder() -> Path:
