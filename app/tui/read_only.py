@@ -6,7 +6,7 @@ from textual.dom import DOMNode
 
 LOOKS = frozenset(
     """
-    show-jobs show-config show-monitor show-library show-system palette help theme quit
+    show-jobs show-config show-monitor show-data show-library show-system palette help theme quit
     list.down list.up list.first list.last list.page-down list.page-up
     ask.cancel ask.yes textview.close textview.copy textview.down textview.up
     choose.cancel choose.down choose.up
@@ -23,14 +23,14 @@ LOOKS = frozenset(
     metriclist.close metriclist.down metriclist.up
     system.look-again system.copy
     config.filter config.toml config.back config.undo config.redo config.tier config.gpu
-    config.diff config.problems config.command config.open
+    config.diff config.problems config.command config.open config.preset
     """.split()  # noqa: SIM905  (quoted one by one they are hard to read)
 )
 """Actions that change nothing on the disk and start nothing that does."""
 WRITES = frozenset(
     """
     jobs.stop jobs.save jobs.sample jobs.queue-again jobs.cancel-job jobs.later jobs.sooner
-    jobs.pause
+    jobs.pause jobs.new
     library.sample library.merge library.convert
     textview.write-to-a-file
     monitor.stop monitor.save monitor.sample
