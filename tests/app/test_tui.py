@@ -103,7 +103,7 @@ def test_runs_and_jobs_are_one_list(folders, size):
 
     async def steps(pilot, app):
         await seen(pilot, app, "fish")
-        text = await seen(pilot, app, "S Stop")
+        text = await seen(pilot, app, "menma cache first.toml")
         lines = [line.split() for line in text.splitlines()]
         assert lines[1] == ["ID", "KIND", "NAME", "STATE", "STEP", "ETA", "GPU", "LOSS"]
         assert lines[2][:5] == ["1", "cache", "first", ".", "queued"]
