@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -14,6 +13,8 @@ from trainer.contract.events import EventReader, decode
 TAIL_BYTES = 256 * 1024
 SHORT_TAIL_BYTES = 16 * 1024
 """What is read first: the last words of most logs. More is read where it has no step."""
+LATEST = 1e12
+"""Unix seconds; a later time is damage."""
 POLL_S = 0.5
 
 Event = dict[str, Any]
@@ -65,7 +66,7 @@ def _tail(
 
 def _has_time(event: Event) -> bool:
     moment = event.get("time", 0.0)
-    return isinstance(moment, int | float) and math.isfinite(moment)
+    return isinstance(moment, int | float) and abs(moment) < LATEST
 
 
 def follow(

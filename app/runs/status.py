@@ -65,6 +65,7 @@ def read_status(run: RunDir) -> Status | None:
         supervisor = ProcessId.from_json(content["supervisor"])
         if supervisor is None:
             return None
+        events_from = content.get("events_from")
         return Status(
             supervisor=supervisor,
             trainer=ProcessId.from_json(content.get("trainer")),
@@ -75,7 +76,7 @@ def read_status(run: RunDir) -> Status | None:
             ended=content.get("ended"),
             exit_code=content.get("exit_code"),
             signal=content.get("signal"),
-            events_from=content.get("events_from"),
+            events_from=events_from if isinstance(events_from, int) else None,
             job=str(content.get("job", "")),
             reason=str(content.get("reason", "")),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import on
 from textual.app import SystemCommand
@@ -89,7 +89,7 @@ class MenmaApp(Shell):
         self.get_screen("config", _config_screen()).open(path)
         self.switch_screen("config")
 
-    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """Yield what the command palette offers."""
         yield SystemCommand("New training", "from a model to a queued run", self.action_new)
         yield from super().get_system_commands(screen)

@@ -25,14 +25,14 @@ LOOKS = frozenset(
     data.all data.look-again data.decode data.open
     system.look-again system.copy
     config.filter config.toml config.back config.undo config.redo config.tier config.gpu
-    config.diff config.problems config.command config.open
+    config.diff config.problems config.command config.open config.preset
     """.split()  # noqa: SIM905  (quoted one by one they are hard to read)
 )
 """Actions that change nothing on the disk and start nothing that does."""
 WRITES = frozenset(
     """
     jobs.stop jobs.save jobs.sample jobs.queue-again jobs.cancel-job jobs.later jobs.sooner
-    jobs.pause
+    jobs.pause jobs.new
     library.sample library.merge library.convert
     textview.write-to-a-file
     monitor.stop monitor.save monitor.sample

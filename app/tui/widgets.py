@@ -14,7 +14,6 @@ from textual.screen import ModalScreen
 from textual.widgets import Button, DataTable, Label, Static
 
 from app.tui.keyed import LISTS, Keyed, key_of
-from trainer.contract.errors import DiskError
 from trainer.contract.files import write_text
 
 TITLES = {
@@ -159,11 +158,7 @@ class TextView(Keyed, ModalScreen[None]):
         if path is None:
             self.notify(f"there are too many files like {names[0]} here", severity="error")
             return
-        try:
-            write_text(path, f"{self._title}\n\n{self._text}\n")
-        except DiskError as error:
-            self.notify(str(error), severity="error", timeout=10, markup=False)
-            return
+        write_text(path, f"{self._title}\n\n{self._text}\n")
         self.notify(f"Written: {path.absolute()}", markup=False)
 
     def action_scroll(self, by: int) -> None:

@@ -19,7 +19,7 @@ GROUPS = {
     "presets": ["list", "show", "diff", "save", "remove"],
     "config": ["show", "deepspeed"],
     "lora": ["inspect", "convert", "merge", "subtract", "blend", "ema", "resize", "extract"],
-    "runs": ["list", "show", "watch", "stop", "save", "sample"],
+    "runs": ["list", "show", "compare", "watch", "stop", "save", "sample"],
 }
 EVERY_COMMAND = [[name] for name in COMMANDS] + [
     [group, name] for group, names in GROUPS.items() for name in names

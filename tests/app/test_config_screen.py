@@ -88,7 +88,7 @@ def saved() -> str:
 
 
 GOLDEN = """\
- menma   1 Jobs  2 CONFIG  3 Mon  5 Lib  6 Sys   configs/fish.toml
+ menma   1 Jobs  2 CONFIG  3 Mon  4 Data  5 Lib  6 Sys   configs/fish.toml
 swap                                                            found: 1 of 106
  OPTION                              VALUE                   DEFAULT
  * memory.blocks_to_swap             4                       0

@@ -72,6 +72,46 @@ def test_steps_of_an_earlier_start_do_not_count(run, held):
     assert judge(run, a_status(), old)[0] is State.STARTING
 
 
+def test_a_clock_that_was_set_back_hides_nothing_of_this_start(run, held):
+    old = event_line("step", NOW - 10, step=8, total_steps=9)
+    status = a_status(started=NOW + 5000, events_from=len(old))
+    assert judge(run, status, old)[0] is State.STARTING
+    new = event_line("step", NOW - 5, step=3, total_steps=9)
+    assert judge(run, status, old, new) == (State.RUNNING, "")
+    assert judge(run, status, old, new, now=NOW - 9000) == (State.RUNNING, "")
+
+
+def test_a_clock_that_was_set_back_hides_no_last_words(run):
+    status = a_status(started=NOW + 5000, events_from=0, ended=NOW, exit_code=1)
+    error = event_line("error", NOW - 4, message="disk full")
+    assert judge(run, status, error) == (State.FAILED, "disk full")
+    # The log was cut off since: times are all there is to go by.
+    assert judge(run, replace(status, events_from=10**6), error) == (State.FAILED, "exit code 1")
+
+
+@pytest.mark.parametrize(("num", "early"), [(1, True), (29, True), (30, False), (200, False)])
+def test_before_thirty_steps_of_a_start_the_time_left_is_not_told(run, held, num, early):
+    old = [event_line("step", NOW - 500, step=n, eta_s=9.0) for n in range(1, 60)]
+    status = a_status(events_from=len("".join(old)))
+    new = [event_line("step", NOW - 1, step=60 + n, eta_s=9.0) for n in range(num)]
+    assert judge(run, status, *old, *new)[0] is State.RUNNING
+    found = read_state(run, now=NOW)
+    assert (found.estimating, found.eta_s) == (early, None if early else 9.0)
+
+
+@pytest.mark.parametrize("value", ["x", [], {}, None, 1e999, "9" * 400])
+def test_nonsense_in_an_event_is_left_out(run, held, value):
+    shown = dict.fromkeys(("step", "total_steps", "loss", "eta_s", "step_time_s"), value)
+    judge(run, a_status(), event_line("step", NOW - 1, **shown))
+    found = read_state(run, now=NOW)
+    assert found.state is State.RUNNING
+    assert (found.step, found.total_steps, found.loss, found.eta_s) == (None, None, None, None)
+    for moment in (value, 10**400):
+        damaged = json.dumps({"type": "step", "time": moment, "step": 4}) + "\n"
+        judge(run, a_status(events_from=0), damaged, event_line("step", NOW - 1, step=5))
+        assert read_state(run, now=NOW).step == 5
+
+
 @pytest.mark.parametrize(
     ("step_time_s", "silence_s", "state"),
     [

@@ -91,19 +91,20 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     return samples
 
 
-def names(paths: Any) -> list[str]:
-    return [path.name for path in paths]
+def names(samples: Any) -> list[str]:
+    return [sample.path.name for sample in samples]
 
 
 def test_prompts_are_dealt_out_and_come_back_in_their_order(make: Make) -> None:
-    samples, said = make("a", "b", "c", other=("", "step00000005_01_8.mp4"))
-    paths = samples(5)
+    samples, said = make("a", "b", "c", other=("", "000001 step00000005_01_8.mp4"))
+    found = samples(5)
     wanted = ["step00000005_00_7.mp4", "step00000005_01_8.mp4", "step00000005_02_9.mp4"]
-    assert names(paths) == wanted
-    assert [path.exists() for path in paths] == [True, False, True]
+    assert names(found) == wanted
+    assert [(sample.prompt, sample.seed) for sample in found] == [("a", 7), ("b", 8), ("c", 9)]
+    assert [sample.path.exists() for sample in found] == [True, False, True]
     second, _ = make("a", "b", "c", rank=1)
     assert names(second(5)) == ["step00000005_01_8.mp4"]
-    assert [path.read_text() for path in paths] == ["7.0", "8.0", "9.0"]
+    assert [sample.path.read_text() for sample in found] == ["7.0", "8.0", "9.0"]
     assert said == []
 
 

@@ -13,7 +13,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.message import Message
-from textual.screen import Screen
+from textual.screen import ModalScreen
 from textual.widgets import Footer, Static
 
 from app.domain.comparison import BEST, UNLIKE
@@ -32,7 +32,7 @@ MOST = len(LINES)
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
-class CompareScreen(Keyed, Screen[None]):
+class CompareScreen(Keyed, ModalScreen[None]):
     """Two runs or more, as they were when the screen was opened."""
 
     DEFAULT_CSS = """
@@ -42,7 +42,7 @@ class CompareScreen(Keyed, Screen[None]):
     CompareScreen VerticalScroll { height: 1fr; min-height: 6; padding: 0 1; background: $surface; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "close", "Back"),
+        Binding("escape,q", "close", "Back"),
         Binding("left", "cursor(-1)", "Cursor", show=False),
         Binding("right", "cursor(1)", "Cursor", show=False),
         Binding("shift+left", "cursor(-10)", "Cursor", show=False),
@@ -128,7 +128,7 @@ class CompareScreen(Keyed, Screen[None]):
 
     def action_close(self) -> None:
         """Go back to the list."""
-        self.app.pop_screen()
+        self.dismiss()
 
     def _draw(self) -> None:
         curves, marks = [], []

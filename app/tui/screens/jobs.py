@@ -54,7 +54,7 @@ class JobsScreen(LiveScreen):
         Binding("x", "cancel", "Cancel job", show=False),
         Binding("J", "move(1)", "Later", show=False),
         Binding("K", "move(-1)", "Sooner", show=False),
-        Binding("space", "mark", "Mark", show=False),
+        Binding("m,space", "mark", "Mark", show=False),
         Binding("equals_sign", "compare", "Compare", key_display="="),
         Binding("P", "pause", "Pause", show=False),
         Binding("n", "app.new", "New"),

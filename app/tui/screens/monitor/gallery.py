@@ -11,6 +11,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.message import Message
+from textual.screen import ModalScreen
 from textual.widgets import Footer, Static
 from textual.worker import get_current_worker
 
@@ -26,7 +27,7 @@ AROUND = 5
 """Lines of the screen that are no picture."""
 
 
-class GalleryScreen(LiveScreen):
+class GalleryScreen(LiveScreen, ModalScreen[None]):
     """Samples beside one another.
 
     Args:
@@ -40,7 +41,7 @@ class GalleryScreen(LiveScreen):
     GalleryScreen .head { height: 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape,v", "close", "Back"),
+        Binding("escape,q,v", "close", "Back"),
         Binding("left", "frame(-1)", "Frame back", show=False),
         Binding("right", "frame(1)", "Frame on", show=False),
         Binding("up,k", "step(-1)", "Step back", show=False),
@@ -136,7 +137,7 @@ class GalleryScreen(LiveScreen):
 
     def action_close(self) -> None:
         """Go back to the curves."""
-        self.app.pop_screen()
+        self.dismiss()
 
     @work(thread=True, exclusive=True, group="films")
     def _read(self, samples: Sequence[Sample], room: tuple[int, int], wanted: object) -> None:

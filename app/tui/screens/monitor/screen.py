@@ -14,16 +14,12 @@ from textual.message import Message
 from textual.widgets import Footer, RichLog, Static
 
 from app.render.curve import Curve, span_of
-from app.runs import control
-from app.runs.failure import BAD, Failure, read_failure
-from app.runs.launch import console_tail
 from app.runs.metrics import RunLog, overview
 from app.runs.samples import Sample
-from app.runs.state import RunState, State, read_state
+from app.runs.state import RunState, read_state
 from app.tui.curve_view import SeriesCurve
-from app.tui.live import LiveScreen
 from app.tui.meters import Meters
-from app.tui.screens.failure import FailureView
+from app.tui.screens.monitor.steering import SteeringScreen
 from app.tui.screens.monitor.words import (
     CURSOR_HINT,
     figures,
@@ -31,8 +27,7 @@ from app.tui.screens.monitor.words import (
     series_line,
     state_words,
 )
-from app.tui.widgets import Ask, TextView, Titles
-from trainer.contract.errors import MenmaError
+from app.tui.widgets import Titles
 from trainer.contract.run_dir import RunDir
 
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -64,7 +59,7 @@ class Line:
         return self.curve
 
 
-class MonitorScreen(LiveScreen):
+class MonitorScreen(SteeringScreen):
     """A training as it goes on; without one it says how to choose it."""
 
     DEFAULT_CSS = """
@@ -110,24 +105,15 @@ class MonitorScreen(LiveScreen):
             super().__init__()
             self.run, self.curve = run, curve
 
-    class Explained(Message):
-        """Why the run failed was read."""
-
-        def __init__(self, failure: Failure) -> None:
-            super().__init__()
-            self.failure = failure
-
     class Left(Message):
         """The list of jobs is wanted."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._run: RunDir | None = None
         self._log: RunLog | None = None
         self._smoothing = 3
         self._loss = Line("loss", SMOOTHINGS[self._smoothing])
         self._lower = Line(LOWER, SMOOTHINGS[self._smoothing])
-        self._state: RunState | None = None
         self._shown: dict[str, Text] = {}
         """What stands in the lines, so that only what has changed is written."""
         self._said = 0
@@ -182,7 +168,7 @@ class MonitorScreen(LiveScreen):
                 if count < PART or time.monotonic() - told > TELL_S:
                     told = time.monotonic()
                     share = log.share_read if count == PART else 1.0
-                    problem = "" if run.root.is_dir() else f"{run.root} is gone"
+                    problem = "" if run.root.is_dir() else f"{run.root.name} is gone"
                     state = None if problem else read_state(run)
                     self.post_message(self.Read(run, state, share, problem))
         finally:
@@ -209,7 +195,9 @@ class MonitorScreen(LiveScreen):
         if message.run is not self._run or log is None:
             return
         if message.problem or message.state is None:
-            self._write("state", Text(f"x {message.problem}: what was read of it stays here"))
+            self._write(
+                "state", Text(f"x {message.problem} from the disk; this is what was read of it")
+            )
             return
         self._state = message.state
         with self._columns:
@@ -266,39 +254,6 @@ class MonitorScreen(LiveScreen):
 
         self.app.push_screen(MetricList(names, self._lower.name), chosen)
 
-    def action_request(self, what: str) -> None:
-        """Ask the run to save or to sample."""
-        if self._run is None or self._state is None or not self._state.state.is_live:
-            self.notify("It does not train.", severity="warning")
-            return
-        control.request_once(self._run, "save" if what == "save" else "sample")
-        self.notify(f"{what} after the current step")
-
-    def action_stop(self) -> None:
-        """Stop the run; asked again while it stops: harder."""
-        run, state = self._run, self._state
-        if run is None or state is None or not state.state.is_live:
-            self.notify("It does not train.", severity="warning")
-            return
-        urgency, words = _how_hard(state)
-
-        def answered(agreed: bool | None) -> None:
-            if not agreed:
-                return
-            try:
-                control.stop(run, urgency)
-            except (MenmaError, OSError) as error:
-                self.notify(str(error), severity="error", timeout=10)
-
-        self.app.push_screen(Ask(f"{state.name}: {words}", "Stop"), answered)
-
-    def action_log(self) -> None:
-        """Show the end of what the run has printed."""
-        if self._run is not None:
-            lines = console_tail(self._run, 200)
-            title = f"Log of {self._run.root.name}"
-            self.app.push_screen(TextView(title, "\n".join(lines) or "nothing yet"))
-
     def action_samples(self) -> None:
         """Show the samples of the run."""
         from app.tui.screens.monitor.gallery import GalleryScreen
@@ -309,24 +264,6 @@ class MonitorScreen(LiveScreen):
     def _samples(self) -> list[Sample]:
         with self._columns:
             return list(self._log.samples) if self._log is not None else []
-
-    def action_failure(self) -> None:
-        """Show why the run failed."""
-        if self._run is None or self._state is None or self._state.state not in BAD:
-            self.notify("It has not failed.")
-            return
-        self._read_failure(self._run, self._state)
-
-    @work(thread=True, exclusive=True, group="failure")
-    def _read_failure(self, run: RunDir, state: RunState) -> None:
-        failure = read_failure(run, state)
-        if failure is not None:
-            self.post_message(self.Explained(failure))
-
-    @on(Explained)
-    def explain(self, message: Explained) -> None:
-        """Show why it failed."""
-        self.app.push_screen(FailureView(message.failure))
 
     def _start_lines(self) -> None:
         smoothing = SMOOTHINGS[self._smoothing]
@@ -364,9 +301,3 @@ class MonitorScreen(LiveScreen):
         if before is None or before.plain != text.plain:
             self._shown[name] = text
             self.query_one(f"#{name}", Static).update(text, layout=False)
-
-
-def _how_hard(state: RunState) -> tuple[control.Urgency, str]:
-    if state.state is State.STOPPING:
-        return control.Urgency.NOW, "it is stopping already. End it now, without saving?"
-    return control.Urgency.SAVE, "finish the step, save a checkpoint, end?"

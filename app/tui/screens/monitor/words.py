@@ -29,11 +29,10 @@ def state_words(state: RunState, share_read: float, bad_lines: int) -> Text:
         parts.append(f"{duration(state.eta_s)} left")
     if share_read < 1.0:
         parts.append(f"reading {share_read:.0%}")
+    if bad_lines:
+        parts.append("1 damaged line" if bad_lines == 1 else f"{bad_lines} damaged lines")
     if state.why:
         parts.append(state.why)
-    if bad_lines:
-        lines = "1 line" if bad_lines == 1 else f"{bad_lines} lines"
-        parts.append(f"{lines} of the events cannot be read")
     return text.append("".join(f"   {part}" for part in parts), style="not bold")
 
 
