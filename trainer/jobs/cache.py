@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -29,11 +29,13 @@ from trainer.data.buckets import Bucket
 from trainer.data.cache_index import Unneeded, find_section, locked, read_index
 from trainer.data.cache_settings import CacheDtype, CacheSettings, uses_image_encoder
 from trainer.data.entries import entry_key
-from trainer.data.latent_cache import LatentEntry, write_latents
+from trainer.data.latent_cache import EncodedWindow, LatentEntry, write_latents
 from trainer.data.media import Clip, index_clip, read_window
 from trainer.data.plan import PlannedItem, plan_source
 from trainer.data.text_cache import text_file, text_key, write_text_entry
 from trainer.jobs.cache_sections import Work, mark_unfinished, write_finished
+from trainer.jobs.musubi_adoption import Adoption, unused_caches
+from trainer.jobs.musubi_export import export_caches, require_exportable
 from trainer.jobs.window_encoder import (
     ImageEncoding,
     LazyModel,
@@ -69,6 +71,10 @@ class CacheOptions:
     """Encoded, too, though no item has them: the empty one serves caption dropout."""
     prune: bool = False
     """Remove every entry of the cache folders that this dataset does not need."""
+    from_musubi: bool = False
+    """Take what musubi-tuner has encoded, where it fits (`musubi_adoption`)."""
+    write_musubi: Path | None = None
+    """Write the caches in musubi-tuner's format, too, into this folder (`musubi_export`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +85,17 @@ class CacheReport:
     """Windows encoded now, ..."""
     reused: int
     """... already there, ..."""
+    adopted: int
+    """... taken from musubi-tuner's caches, ..."""
     removed: Unneeded
     """... and entries (of captions, too) that this dataset does not need: those removed, ..."""
     unneeded: Unneeded
     """... and those that were left where they are."""
     captions_encoded: int
     captions_reused: int
+    captions_adopted: int
+    exported: int
+    """Files written in musubi-tuner's format."""
     buckets: dict[Bucket, int]
     """Windows in each bucket, all sources together, without repeats."""
     problems: tuple[Problem, ...]
@@ -139,11 +150,7 @@ def run_cache(
         OutOfMemoryError: the device cannot encode a window of this size.
     """
     options = options or CacheOptions()
-    if uses_image_encoder(variant) and image_encoder is None:
-        raise ConfigError(
-            f"{variant.name} sees the first frame through CLIP: an image encoder is needed",
-            hint="set model.image_encoder",
-        )
+    _require_models(variant, image_encoder, options)
     settings = CacheSettings.of(
         variant,
         vae=vae.identity,
@@ -156,21 +163,27 @@ def run_cache(
             locks.enter_context(locked(folder))
         works = _plan(dataset, settings, options, report)
         _require_clips(works, len(works) if num_training is None else num_training)
-        captions = _cache_captions(works, text_encoder, options, report, dataset.general.strict)
+        adoption = Adoption(variant) if options.from_musubi else None
+        strict = dataset.general.strict
+        captions = _cache_captions(works, text_encoder, options, report, strict, adoption)
         _release_memory()
         encode = WindowEncoder(variant, vae, image_encoder, options.tile)
-        windows = _cache_windows(works, encode, options, report, dataset.general.strict)
+        windows = _cache_windows(works, encode, options, report, strict, adoption)
         unneeded = write_finished(works, options.extra_captions, prune=options.prune)
+        exported = export_caches(works, variant, options.write_musubi)
     return CacheReport(
         encoded=windows[0],
         reused=windows[1],
+        adopted=adoption.latents if adoption else 0,
         removed=unneeded if options.prune else Unneeded(),
         unneeded=Unneeded() if options.prune else unneeded,
         captions_encoded=captions[0],
         captions_reused=captions[1],
+        captions_adopted=adoption.captions if adoption else 0,
+        exported=exported,
         buckets=dict(sorted(Counter(entry.bucket for entry in _usable_entries(works)).items())),
         problems=tuple(problem for work in works for problem in work.problems),
-        notes=tuple(note for work in works for note in (*work.plan.notes, *work.notes)),
+        notes=_notes(works, adoption, encoded=windows[0]),
     )
 
 
@@ -196,6 +209,28 @@ def _plan(
     return works
 
 
+def _require_models(
+    variant: Variant, image_encoder: LazyModel[ImageEncoding] | None, options: CacheOptions
+) -> None:
+    if uses_image_encoder(variant) and image_encoder is None:
+        raise ConfigError(
+            f"{variant.name} sees the first frame through CLIP: an image encoder is needed",
+            hint="set model.image_encoder",
+        )
+    if options.write_musubi is not None:
+        require_exportable(variant)
+
+
+def _notes(works: list[Work], adoption: Adoption | None, *, encoded: int) -> tuple[str, ...]:
+    """Return what is no fault and yet worth knowing, with what other caches are good for."""
+    notes = [note for work in works for note in (*work.plan.notes, *work.notes)]
+    if adoption is not None:
+        notes += adoption.notes()
+    elif encoded:
+        notes += unused_caches(works)
+    return tuple(notes)
+
+
 def _require_clips(works: Sequence[Work], num_training: int) -> None:
     for of, part in (
         ("the dataset", works[:num_training]),
@@ -212,6 +247,7 @@ def _cache_captions(
     options: CacheOptions,
     report: Report,
     strict: bool,
+    adoption: Adoption | None,
 ) -> tuple[int, int]:
     """Encode missing captions; return how many were encoded and how many were there."""
     missing: dict[str, list[Work]] = {}
@@ -227,6 +263,8 @@ def _cache_captions(
     if not missing:
         return 0, len(reused)
     encode = text_encoder.load()
+    if adoption is not None:
+        _adopt_captions(missing, encode, adoption, options, strict)
     todo = sorted(missing, key=len)  # of like length in a batch: little padding
     for start in range(0, len(todo), options.text_batch):
         batch = todo[start : start + options.text_batch]
@@ -240,6 +278,33 @@ def _cache_captions(
                 _store_caption(work, caption, context, strict)
             report("captions", done, len(todo), caption)
     return len(missing), len(reused - missing.keys())
+
+
+def _adopt_captions(
+    missing: dict[str, list[Work]],
+    encode: TextEncoding,
+    adoption: Adoption,
+    options: CacheOptions,
+    strict: bool,
+) -> None:
+    """Store what musubi-tuner has of the missing captions, and take it out of them."""
+
+    def encoded(caption: str) -> Tensor:
+        with torch.inference_mode():
+            return encode([caption])[0]
+
+    for caption, works in list(missing.items()):
+        own = partial(encoded, caption)
+        contexts = {id(work): adoption.context(work, caption, own) for work in works}
+        taken = [work for work in works if contexts[id(work)] is not None]
+        mark_unfinished(taken, options.extra_captions)
+        for work in taken:
+            context = contexts[id(work)]
+            assert context is not None
+            _store_caption(work, caption, context, strict)
+        missing[caption] = [work for work in works if contexts[id(work)] is None]
+        if not missing[caption]:
+            del missing[caption]
 
 
 def _store_caption(work: Work, caption: str, context: Tensor, strict: bool) -> None:
@@ -268,6 +333,7 @@ def _cache_windows(
     options: CacheOptions,
     report: Report,
     strict: bool,
+    adoption: Adoption | None,
 ) -> tuple[int, int]:
     """Encode missing windows; return how many were encoded and how many were there."""
     tasks: dict[Path, _Task] = {}  # two clips of equal content share their entries
@@ -282,6 +348,8 @@ def _cache_windows(
                     reused.add(path)
                 else:
                     tasks[path] = _Task(work, planned, entry)
+    if adoption is not None:
+        _adopt_windows(tasks, encode, adoption, options)
     encoded = 0
     for done, (task, decoded) in enumerate(_decoded(list(tasks.values()), options), start=1):
         try:
@@ -296,6 +364,27 @@ def _cache_windows(
             _note_problem(task.work, problem, strict)
         report("latents", done, len(tasks), task.planned.item.name)
     return encoded, len(reused)
+
+
+def _adopt_windows(
+    tasks: dict[Path, _Task], encode: WindowEncoder, adoption: Adoption, options: CacheOptions
+) -> None:
+    """Store what musubi-tuner has of the missing windows, and take it out of them."""
+    for path, task in list(tasks.items()):
+        try:
+            own = partial(_encoded, task, encode)
+            found = adoption.window(task.work, task.planned, task.entry, own)
+        except DataError:  # our own encoding failed, or the clip: told when it is encoded
+            continue
+        if found is not None:
+            mark_unfinished([task.work], options.extra_captions)
+            name = task.planned.item.name
+            write_latents(task.work.folder, task.entry, found, task.work.settings, name)
+            del tasks[path]
+
+
+def _encoded(task: _Task, encode: WindowEncoder) -> EncodedWindow:
+    return encode(_decode(task, index_clip))
 
 
 def _decoded(

@@ -42,6 +42,8 @@ def run(request: CacheRequest, emit: Emit) -> None:
             dtype=config.memory.cache_dtype,
             tile=(tile, tile) if tile else None,
             prune=request.prune,
+            from_musubi=request.from_musubi,
+            write_musubi=request.write_musubi,
         ),
         report=progress_events(emit),
     )
@@ -64,6 +66,9 @@ def emit_report(report: CacheReport, emit: Emit) -> None:
         unneeded_bytes=report.unneeded.num_bytes,
         captions_encoded=report.captions_encoded,
         captions_reused=report.captions_reused,
+        adopted=report.adopted,
+        captions_adopted=report.captions_adopted,
+        exported=report.exported,
         num_buckets=len(report.buckets),
         buckets={str(b): count for b, count in islice(report.buckets.items(), MAX_LISTED)},
         num_problems=len(report.problems),
