@@ -37,10 +37,19 @@ FILES = {
 """Names written where the user has to put his own and the preset knows no usual one."""
 
 
-def render_config(name: str, preset: Preset | None = None) -> str:
-    """Return the text of a config called `name`, ready to be filled in."""
+def render_config(
+    name: str, preset: Preset | None = None, given: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
+    """Return the text of a config called `name`, ready to be filled in.
+
+    Args:
+        name: of the run.
+        preset: its values are set.
+        given: section -> key -> value; they win. Those of `dataset` are the keys of one source,
+            and with `model` no weight files are written but the ones in it.
+    """
     origin = f" from preset {preset.name!r}: {preset.title}" if preset else ""
-    return render_values(name, _with_files(preset), origin=origin)
+    return render_values(name, _with_given(preset, given or {}), origin=origin)
 
 
 def render_values(name: str, values: Mapping[str, Any], *, origin: str = "") -> str:
@@ -60,6 +69,21 @@ def render_values(name: str, values: Mapping[str, Any], *, origin: str = "") -> 
             lines += _section(key, section, field.description or "", values.get(key, {}))
     lines += _techniques(values.get("techniques", ()))
     return "\n".join(lines) + "\n"
+
+
+def _with_given(preset: Preset | None, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the preset's values with those that are known better."""
+    values = _with_files(preset)
+    for section, known in given.items():
+        before = values.get(section, {})
+        if section == "dataset":
+            before = {}
+        elif section == "adapter" and known.get("kind", before.get("kind")) != before.get("kind"):
+            before = {}  # options of another kind
+        elif section == "model":
+            before = {key: value for key, value in before.items() if key not in FILES}
+        values[section] = {**before, **known}
+    return values
 
 
 def _with_files(preset: Preset | None) -> dict[str, Any]:

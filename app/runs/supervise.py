@@ -55,6 +55,7 @@ class Supervisor:
             boot_id=boot_id(),
             host=host_name(),
             started=time.time(),
+            events_from=_size(run.events),
             job=os.environ.get(JOB_TOKEN, ""),
         )
 
@@ -124,7 +125,7 @@ class Supervisor:
 
     def _begin_stop(self, asked: float) -> None:
         self._update(stop_asked=asked)
-        if not control.has_stepped(self.run_dir, self._status.started):
+        if not control.has_stepped(self.run_dir, self._status):
             self._end_now()  # still loading: there is nothing to save, and no step to wait for
 
     def _end_now(self) -> None:
@@ -176,6 +177,13 @@ else:
     def _kill_leftovers(process: subprocess.Popen[bytes]) -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # no start before this one has written anything
+        return 0
 
 
 def _oom_kills() -> int:

@@ -30,9 +30,14 @@ class Scene:
     """The config is open from the start."""
 
 
+MARK_TWO = (("space", "* fish"), ("G", "fish"), ("k", "fish"), ("space", "* harbour"))
 SCENES = (
     Scene("jobs", (("", "harbour"),)),
     Scene("monitor", (("", "fish"), ("enter", "412/600"))),
+    Scene("metrics", (("", "fish"), ("enter", "412/600"), ("m", "Lower curve"))),
+    Scene("samples", (("", "fish"), ("enter", "412/600"), ("v", "frame 1/1"))),
+    Scene("compare", (("", "fish"), *MARK_TWO, ("equals_sign", "validation, best"))),
+    Scene("error", (("", "fish"), ("G", "portrait: failed"), ("enter", "What to try"))),
     Scene("config", (("", "VRAM"),), config=True),
     Scene("library", (("", "fish"), ("5", "harbour.safetensors"))),
     Scene("system", (("", "fish"), ("6", "RTX 4090"))),

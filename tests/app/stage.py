@@ -17,14 +17,18 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from PIL import Image
+
 from app.domain import environment
 from app.domain.cards import Card
+from app.domain.load import GpuLoad, Load
 from app.queue.jobs import JobSpec
 from app.queue.store import QueueStore
 from app.runs import processes
 from app.runs.lock import RunLock
 from app.runs.processes import ProcessId
 from app.runs.status import Status
+from app.tui import meters
 from app.tui.screens import jobs, library
 from app.tui.screens.config import card_choice
 from app.tui.screens.config import screen as config
@@ -85,6 +89,13 @@ MACHINE: dict[str, Any] = {
 }
 
 
+LOAD = Load(
+    gpus=(GpuLoad("0", 14.3, 24.0, 97.0, 68.0, 412.0),),
+    no_gpu="",
+    ram_used_gib=22.7,
+    ram_total_gib=63.9,
+    run_gib=6.3,
+)
 CARD = Card(gpu=gpu_of_memory(24))
 
 
@@ -99,6 +110,7 @@ def staged(folder: Path) -> Iterator[Sources]:
             patch.object(each, "ensure_worker", lambda folder: None)
             for each in (config, jobs, library)
         ),
+        patch.object(meters, "read_load", lambda run=None: LOAD),
         patch.object(card_choice, "choose_card", lambda name, size: CARD),
     ]
     for each in described:
@@ -148,11 +160,12 @@ def _run(name: str, steps: int, total: int, age_s: float, error: str = "") -> Ru
             "step", step=step, total_steps=total, loss=_loss(step, drawn),
             lr=1e-4 * min(1, step / 50), grad_norm=0.4 + 0.1 * drawn.random(),
             step_time_s=2.5, eta_s=2.5 * (total - step),
-            epoch=step / 12, rss_gib=6.25, vram_gib=14.25,
+            epoch=step / 12, rss_gib=6.25, peak_vram_gib=14.25, items_per_s=0.4,
         )  # fmt: skip
         if step % 100 == 0:
             emit("validation", step=step, loss=0.07 + 0.1 * math.exp(-step / 150), items=4)
             emit("checkpoint", step=step, path=f"checkpoints/step-{step:08}")
+            _sample(run, step, emit)
     if error:
         emit("error", message=error, hint="`menma estimate --fit` finds settings that fit")
         emit("end", reason="failed", step=steps)
@@ -168,6 +181,16 @@ def _run(name: str, steps: int, total: int, age_s: float, error: str = "") -> Ru
     for path in (run.events, run.root):
         os.utime(path, (time.time() - age_s, time.time() - age_s))
     return run
+
+
+def _sample(run: RunDir, step: int, emit: EventWriter) -> None:
+    """Draw a picture that gets clearer with the steps, as a sample does."""
+    path = run.samples / f"step{step:08d}_00_42.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.new("RGB", (64, 64), (18, 60, 90))
+    picture.paste((255, 140, 60), (16, 24, 16 + step // 12, 40))
+    picture.save(path)
+    emit("sample", step=step, path=str(path), prompt="mnm fish swims to the left", seed=42)
 
 
 def _loss(step: int, drawn: random.Random) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from app_runs import ENVIRONMENT, Runs, wait_for
+from terminals import Terminal
 
 from app.runs.processes import ProcessId
 from app.runs.state import State, read_state
@@ -44,7 +45,7 @@ def menma_process(mode, *arguments, **options):
 def menma_answer(mode, *arguments, cwd):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = menma_process(mode, *arguments, cwd=cwd, **pipes)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=90)
     return process.returncode, out, err
 
 
@@ -152,32 +153,21 @@ def test_leaving_a_watched_run_does_not_stop_it(run, config, tmp_path):
 
 
 def test_closing_the_terminal_leaves_the_run_alone(run, config, tmp_path):
-    terminal, inner = pty.openpty()
-    command = [sys.executable, str(DRIVER), "steps", "train", str(config)]
-
-    def own_terminal():
-        os.setsid()
-        import fcntl
-        import termios
-
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    shell = subprocess.Popen(
-        command,
-        stdin=inner,
-        stdout=inner,
-        stderr=inner,
+    terminal = Terminal(
+        [sys.executable, str(DRIVER), "steps", "train", str(config)],
         cwd=tmp_path,
-        env=ENVIRONMENT | {"TERM": "xterm-256color"},
-        preexec_fn=own_terminal,  # noqa: PLW1509
+        environment=ENVIRONMENT | {"TERM": "xterm-256color"},
     )
-    os.close(inner)
-    wait_for(stepped(run))
-    os.close(terminal)
-    assert shell.wait(timeout=60) != 0
-    step = read_state(run).step
-    wait_for(stepped(run, step + 5))
-    assert read_state(run).state is State.RUNNING
+    try:
+        wait_for(stepped(run))
+        wait_for(lambda: "step " in terminal.output)  # it watches: the closing is not its start
+        terminal.close()
+        assert terminal.process.wait(timeout=90) != 0
+        step = read_state(run).step
+        wait_for(stepped(run, step + 5))
+        assert read_state(run).state is State.RUNNING
+    finally:
+        terminal.end()
 
 
 def test_on_a_terminal_of_80_columns_a_bar_is_drawn_that_fits(run, config, tmp_path):

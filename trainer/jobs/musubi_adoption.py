@@ -77,7 +77,8 @@ class Adoption:
             self.missing += 1
             return None
         try:
-            self._require_newer(path, planned.item.path)
+            _require_alone(work, planned)
+            _require_newer(path, planned.item.path)
             found = read_latents(path, entry.bucket, self.variant, work.settings.dtype)
             if (id(work), "latents") not in self._trusted:
                 self._compare(work, "latents", found.latents_CFHW, encode().latents_CFHW)
@@ -92,7 +93,7 @@ class Adoption:
         if self._trusted.get((id(work), "text")) is False:
             return None
         for planned in work.plan.items:
-            if planned.item.caption != caption:
+            if caption not in planned.item.captions:
                 continue
             path = self._file(work, text_name(planned.item.path.stem))
             if path is None:
@@ -147,17 +148,23 @@ class Adoption:
         folders = cache_folders(work.plan.source)
         return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
-    @staticmethod
-    def _require_newer(path: Path, clip: Path) -> None:
-        try:
-            newest = max(
-                (file.stat().st_mtime for file in (clip.iterdir() if clip.is_dir() else [clip])),
-                default=0.0,
-            )
-            if newest > path.stat().st_mtime + _CLOCK_S:
-                raise DataError("its clip has changed since it was made")
-        except OSError as error:
-            raise DataError(f"it cannot be looked at: {error.strerror or error}") from None
+
+def _require_alone(work: Work, planned: PlannedItem) -> None:
+    if planned.item.paired or work.plan.source.alpha_mask:
+        raise DataError("its clip has a mask or a control video, which is encoded with it")
+
+
+def _require_newer(path: Path, clip: Path) -> None:
+    try:
+        newest = max(
+            (file.stat().st_mtime for file in (clip.iterdir() if clip.is_dir() else [clip])),
+            default=0.0,
+        )
+        made = path.stat().st_mtime
+    except OSError as error:
+        raise DataError(f"it cannot be looked at: {error.strerror or error}") from None
+    if newest > made + _CLOCK_S:
+        raise DataError("its clip has changed since it was made")
 
 
 def unused_caches(works: list[Work]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import tomlkit
 
-from trainer.contract.dataset_config import SharedOptions, SourceOptions
+from trainer.contract.dataset_config import MEDIA_KEYS, SourceOptions
 from trainer.contract.errors import DataError
 from trainer.contract.files import write_text
 from trainer.contract.variants import Variant
@@ -21,6 +21,17 @@ from trainer.data.text_cache import text_file, text_key
 from trainer.jobs.cache_sections import Work
 
 DATASET_FILE = "dataset.toml"
+_KEYS = (
+    *MEDIA_KEYS,
+    "resolution",
+    "caption_extension",
+    "batch_size",
+    "num_repeats",
+    "enable_bucket",
+    "bucket_no_upscale",
+    "target_frames",
+)
+"""Keys that musubi-tuner's training looks at; what is cached is in the files."""
 _HEAD = """\
 # Dataset of musubi-tuner, written by `menma cache --write-musubi`: its caches are in these folders.
 """
@@ -69,7 +80,7 @@ def export_caches(works: Sequence[Work], variant: Variant, folder: Path | None) 
 def _export_item(work: Work, planned: PlannedItem, folder: Path) -> Iterator[Path]:
     item = planned.item
     entries = [entry for entry in planned.entries if entry.file not in work.failed]
-    if item.caption in work.failed_captions or not entries:
+    if not work.failed_captions.isdisjoint(item.captions) or not entries:
         return
     dtype = work.settings.dtype
     info = probe(item.path, item.kind)
@@ -101,15 +112,16 @@ def _require_names(work: Work) -> None:
 
 
 def _table(source: SourceOptions, folder: Path) -> dict[str, Any]:
-    """Return a source as musubi-tuner's `[[datasets]]`: values that are not its defaults."""
+    """Return a source as musubi-tuner's `[[datasets]]`."""
     table: dict[str, Any] = {}
-    for key in source.model_fields_set | set(SharedOptions.model_fields):
+    for key in _KEYS:
         value = getattr(source, key)
-        if value is None or (key == "frame_extraction" and value == "head"):
+        if value is None or value == SourceOptions.model_fields[key].default:
             continue
         if isinstance(value, Path):
             value = str(value.absolute())
         table[key] = list(value) if isinstance(value, tuple) else value
+    table["caption_extension"] = source.caption_extension  # it has no default there
     table["cache_directory"] = str(folder.absolute())
     return dict(sorted(table.items()))
 

@@ -64,10 +64,12 @@ _LOST: Mapping[str, Rule] = {
 }  # fmt: skip
 _OURS = {
     "caption_prefix": ("caption_prefix",),
-    "shuffle_tags": ("shuffle_caption", "caption_shuffle", "shuffle_tags"),
-    "mask_path": ("mask_directory", "mask_path"),
+    "shuffle_tags": ("shuffle_tags",),
+    "cache_shuffle_num": ("caption_variants",),
+    "cache_shuffle_delimiter": ("tag_separator",),
+    "mask_path": ("mask_directory",),
     "control_path": ("control_directory",),
-    "loss_scale": ("loss_weight", "loss_scale"),
+    "loss_scale": ("loss_weight",),
 }
 """Keys of a directory -> names they may have in a source of Menma, which is asked for them."""
 
@@ -106,11 +108,19 @@ def _directory(keys: Keys, index: int, place: int, used: dict[str, str]) -> int:
                 own |= {name: ("", part) for name, part in _clip_mode(keys).items()}
             for name, targets in _OURS.items():
                 target = next((t for t in targets if t in SourceOptions.model_fields), None)
-                if target is not None and value(name) is not None:
-                    own[target] = (name, value(name))
+                if target is not None and value(name) not in (None, False, "", 0):
+                    own[target] = (name, _converted(name, value(name)))
+            if "caption_variants" in own:
+                own["shuffle_tags"] = ("cache_shuffle_num", True)
             _write_source(keys, index, f"dataset.sources[{place}]", own, used)
             place += 1
     return place
+
+
+def _converted(name: str, value: Any) -> Any:
+    if name == "cache_shuffle_num" and isinstance(value, int):
+        return value + 1  # the order as it is written counts, too
+    return value
 
 
 def _write_source(
@@ -138,6 +148,5 @@ def _kinds(folder: Path, frames: list[int]) -> list[str]:
 
 def _clip_mode(keys: Keys) -> dict[str, Any]:
     mode = str(keys.get("video_clip_mode") or "single_beginning")
-    wanted = {"single_beginning": "head", "single_middle": "middle",
-              "multiple_overlapping": "multiple_overlapping"}.get(mode, "head")  # fmt: skip
+    wanted = {"single_middle": "middle", "multiple_overlapping": "overlapping"}.get(mode, "head")
     return {"frame_extraction": wanted} if wanted in get_args(FrameExtraction) else {}

@@ -26,6 +26,8 @@ class Optimizer:
     """What is different, if it is the first of them."""
     like_adamw: bool = False
     """Its learning rate means the same with AdamW."""
+    paged: bool = False
+    """Its state may wait in RAM."""
 
 
 _BF16 = "Menma keeps fp32 masters of what it trains, so rounding needs no compensation"
@@ -37,8 +39,8 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "fusedadam": Optimizer(("adamw",), "AdamW without weight decay is Adam", like_adamw=True),
     "adamw8bit": Optimizer(("adamw8bit", "adamw"), like_adamw=True),
     "adam8bit": Optimizer(("adamw8bit", "adamw"), like_adamw=True),
-    "pagedadamw": Optimizer(("adamw",), _PAGED, like_adamw=True),
-    "pagedadamw8bit": Optimizer(("adamw8bit", "adamw"), _PAGED, like_adamw=True),
+    "pagedadamw": Optimizer(("adamw",), like_adamw=True, paged=True),
+    "pagedadamw8bit": Optimizer(("adamw8bit", "adamw"), like_adamw=True, paged=True),
     "adamw8bitkahan": Optimizer(("adamw8bit_kahan", "adamw8bit", "adamw"), _BF16, like_adamw=True),
     "adamwkahan": Optimizer(("adamw_kahan", "adamw"), _BF16, like_adamw=True),
     "adamwoptimi": Optimizer(("adamw",), _BF16, like_adamw=True),
@@ -52,7 +54,7 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "schedulefree": Optimizer(("schedulefree", "adamw_schedulefree", "schedulefree_adamw")),
     "adafactor": Optimizer(("adafactor",)),
     "came": Optimizer(("came",)),
-    "came8bit": Optimizer(("came8bit", "came"), "states of full precision"),
+    "came8bit": Optimizer(("came8bit", "came")),
     "muon": Optimizer(("muon",)),
     "normuon": Optimizer(("normuon",)),
     "adamuon": Optimizer(("adamuon",)),
@@ -62,11 +64,11 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "scion": Optimizer(("scion",)),
     "scionlight": Optimizer(("scion_light", "scion")),
     "prodigy": Optimizer(("prodigy",)),
-    "prodigy8bit": Optimizer(("prodigy8bit", "prodigy"), "states of full precision"),
+    "prodigy8bit": Optimizer(("prodigy8bit", "prodigy")),
     "prodigyplusschedulefree": Optimizer(("prodigy_schedulefree", "prodigyplus")),
     "lion": Optimizer(("lion",)),
-    "lion8bit": Optimizer(("lion8bit", "lion"), "states of full precision"),
-    "pagedlion8bit": Optimizer(("lion8bit", "lion"), _PAGED),
+    "lion8bit": Optimizer(("lion8bit", "lion")),
+    "pagedlion8bit": Optimizer(("lion8bit", "lion"), paged=True),
     "ademamix": Optimizer(("ademamix",)),
     "ademamix8bit": Optimizer(("ademamix8bit", "ademamix")),
     "automagic": Optimizer(("automagic",)),
@@ -84,12 +86,22 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "ns": ("ns_steps", "num_steps"),
     "ns_steps": ("ns_steps", "num_ns_steps", "newton_schulz_steps"),
     "rho": ("rho", "clip"),
-    "precondition_frequency": ("precondition_frequency", "precondition_every_steps"),
-    "warmup_steps": ("warmup_steps",),
     "use_bias_correction": ("use_bias_correction", "bias_correction"),
-    "safeguard_warmup": ("safeguard_warmup",),
+    "weight_lr_power": ("weight_lr_power",),
 }
 """Argument of an optimizer -> names it may have in Menma, besides its own."""
+THEIR_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "adafactor": {"scale_parameter": True},
+}
+"""Kind -> defaults of the packages that others take it from, where Menma's are not the same."""
+FIXED_ARGUMENTS: Mapping[str, tuple[Any, str]] = {
+    "relative_step": (False, "the rate is optimizer.learning_rate"),
+    "warmup_init": (False, "the rate is optimizer.learning_rate"),
+    "decouple": (True, "weight decay is decoupled"),
+    "stabilize": (False, "updates are as they come"),
+    "kahan_sum": (True, "what is trained has fp32 masters"),
+}
+"""Argument -> the value that Menma always has, and why another one is not possible."""
 
 SCHEDULES: Mapping[str, tuple[str, ...]] = {
     "constant": ("constant",),
@@ -97,12 +109,11 @@ SCHEDULES: Mapping[str, tuple[str, ...]] = {
     "linear": ("linear",),
     "cosine": ("cosine",),
     "cosine_with_min_lr": ("cosine",),
-    "cosine_with_restarts": ("cosine_with_restarts", "cosine_restarts"),
+    "cosine_with_restarts": ("cosine_restarts", "cosine_with_restarts"),
     "sine": ("sine",),
     "polynomial": ("polynomial",),
     "inverse_sqrt": ("inverse_sqrt",),
-    "warmup_stable_decay": ("wsd", "warmup_stable_decay"),
-    "piecewise_constant": ("piecewise", "piecewise_constant"),
+    "warmup_stable_decay": ("warmup_stable_decay", "wsd"),
     "rex": ("rex",),
 }
 """Schedule -> names it may have in Menma."""
@@ -137,7 +148,14 @@ def put_optimizer(keys: Keys, key: str, name: str) -> bool:
     note = known.note
     if not note and found != known.kinds[0]:
         note = f"the nearest that Menma has to {name}"
+    if known.paged and "paged" not in option_names("optimizer", found):
+        note = _PAGED
     keys.put(key, "optimizer.kind", found, note=note)
+    if known.paged and "paged" in option_names("optimizer", found):
+        keys.draft.values["optimizer.paged"] = True
+    for option, value in THEIR_DEFAULTS.get(found, {}).items():
+        if option in option_names("optimizer", found):
+            keys.put(f"{key}: {option}", f"optimizer.{option}", value)
     return True
 
 
@@ -171,6 +189,13 @@ def has_option(keys: Keys, section: str, slot: str, kind: str, name: str) -> boo
 
 def put_argument(keys: Keys, key: str, name: str, value: Any) -> None:
     """Write one argument of the optimizer."""
+    if name in FIXED_ARGUMENTS and not has_option(keys, "optimizer", "kind", "optimizer", name):
+        fixed, why = FIXED_ARGUMENTS[name]
+        if value is None or value == fixed:
+            keys.same(key, "as in Menma")
+        else:
+            keys.lacks(key, why)
+        return
     put_option(keys, key, "optimizer", "kind", value, name, *ARGUMENTS.get(name, ()))
 
 

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from app.domain.importing import values as v
-from app.domain.importing.kinds import put_argument, put_optimizer, put_option, put_schedule
+from app.domain.importing.kinds import (
+    has_option,
+    put_argument,
+    put_optimizer,
+    put_option,
+    put_schedule,
+)
 from app.domain.importing.musubi import v_name
 from app.domain.importing.musubi_groups import EPOCHS_HINT
 from app.domain.importing.tables import Keys
@@ -260,6 +266,8 @@ def optimizer(keys: Keys) -> None:
         keys.put("learning_rate", "optimizer.learning_rate", rate)
     else:
         keys.lacks("learning_rate", "a rate of the optimizer that Menma lacks")
+    if has_option(keys, "optimizer", "kind", "optimizer", "rounding"):
+        keys.draft.values["optimizer.rounding"] = "stochastic"  # as its AdamW in bf16 rounds
     _betas(keys, refused=refused)
     for key, option, default in (("adam_weight_decay", "weight_decay", 0.01),
                                  ("adam_epsilon", "eps", 1e-8)):  # fmt: skip
@@ -275,9 +283,10 @@ def optimizer(keys: Keys) -> None:
             put_argument(keys, key, key.partition(".")[2], keys.read(key, v.literal))
     norm = keys.read("max_grad_norm", v.number, 2.0)
     by_value = str(keys.get("grad_clip_method") or "value") == "value"
-    target = keys.draft.first_known(("optimizer.max_grad_value", "optimizer.clip_value"))
+    target = keys.draft.first_known(("optimizer.max_grad_value",))
     if by_value and target is not None:
         keys.put("max_grad_norm", target, norm)
+        keys.draft.values["optimizer.max_grad_norm"] = 0.0
         keys.done("grad_clip_method", "each value is clipped", target)
     elif by_value:
         keys.put("max_grad_norm", "optimizer.max_grad_norm", norm,
@@ -311,12 +320,10 @@ def schedule(keys: Keys) -> None:
                                 "the learning rate is constant")  # fmt: skip
     warmup = keys.read("lr_warmup_steps", v.whole, 500 if "lr_warmup_steps" not in keys else 0)
     keys.put("lr_warmup_steps", "lr_schedule.warmup_steps", warmup)
-    for key, option, convert in (("lr_num_cycles", "num_cycles", v.whole),
-                                 ("lr_power", "power", v.number)):  # fmt: skip
-        if key not in keys:
-            continue
-        if name in {"cosine_with_restarts", "polynomial"} and has:
-            put_option(keys, key, "lr_schedule", "kind", keys.read(key, convert), option)
+    for key, option, convert, default in (("lr_num_cycles", "num_cycles", v.whole, 1),
+                                          ("lr_power", "power", v.number, 0.8)):  # fmt: skip
+        if has_option(keys, "lr_schedule", "kind", "lr_schedule", option):
+            keys.put(key, f"lr_schedule.{option}", keys.read(key, convert, default))
         else:
             keys.same(key, f"without meaning for {name}")
     end, rate = keys.read("lr_end", v.number), keys.draft.chosen("optimizer.learning_rate")
@@ -377,34 +384,45 @@ def losses(keys: Keys) -> None:
     """Pointwise loss."""
     name = str(keys.get("loss_type") or "l2").lower()
     ours = {"l2": "mse", "smooth_l1": "huber"}.get(name, name)
-    keys.put("loss_type", "objective.loss", ours, hint="choose objective.loss")
-    if "huber_c" in keys:
-        if ours in {"huber", "pseudo_huber"} and ours == keys.draft.chosen("objective.loss"):
-            put_option(keys, "huber_c", "objective", "loss", keys.read("huber_c", v.number),
-                       "delta", "huber_delta", "c")  # fmt: skip
+    has = keys.put("loss_type", "objective.loss", ours, hint="choose objective.loss")
+    for key, option, default in (
+        ("huber_c", "huber_delta", 0.1),
+        ("huber_schedule", "huber_schedule", "snr"),
+    ):
+        if has and has_option(keys, "objective", "loss", "loss", option):
+            convert = v.number if key == "huber_c" else v.text
+            keys.put(key, f"objective.{option}", keys.read(key, convert, default))
         else:
-            keys.same("huber_c", f"without meaning for {name}")
+            keys.same(key, f"without meaning for {name}")
 
 
 def ema(keys: Keys) -> None:
     """A running mean of the weights, where Menma has one."""
+    names = [key for key in keys.values if key == "use_ema" or key.startswith("ema_")]
     on = v.is_on(keys.get("use_ema"))
-    options: Mapping[str, tuple[tuple[str, ...], Any, Any]] = {
-        "use_ema": (("ema.enabled", "training.ema"), v.flag, True),
-        "ema_decay": (("ema.decay", "training.ema_decay"), v.number, 0.995),
-        "ema_update_interval": (("ema.every_steps", "ema.update_every_steps"), v.whole, 1),
-    }
-    for key, (targets, convert, default) in options.items():
-        target = keys.draft.first_known(targets)
-        if not on:
-            keys.same(key, "off, as in Menma")
-        elif target is None:
-            keys.lacks(key, "Menma keeps no running mean while it trains yet",
-                       "average output files afterwards: `menma lora ema`")  # fmt: skip
-        else:
-            keys.put(key, target, keys.read(key, convert, default))
-    for key in ("ema_device", "ema_cpu_only", "ema_foreach_disable", "ema_validation"):
-        keys.done(key, "Menma chooses this" if on else "use_ema is off")
+    if not on or not keys.draft.knows("ema.decay"):
+        for key in names:
+            if on:
+                keys.lacks(key, "Menma keeps no running mean while it trains yet",
+                           "average output files afterwards: `menma lora ema`")  # fmt: skip
+            else:
+                keys.same(key, "use_ema is off, as in Menma")
+        return
+    keys.put("ema_decay", "ema.decay", keys.read("ema_decay", v.number, 0.995))
+    keys.done("use_ema", "ema.decay above 0", "ema.decay")
+    every = keys.read("ema_update_interval", v.positive, 1)
+    keys.put("ema_update_interval", "ema.every_steps", every)
+    on_gpu = str(keys.get("ema_device") or "cpu").lower() == "accelerator"
+    keys.put("ema_device", "ema.device", "train" if on_gpu else "cpu")
+    mode = str(keys.get("ema_validation") or "comparison")
+    if mode == "none":
+        keys.put("ema_validation", "ema.use_for_samples", value=False)
+    elif mode == "comparison":
+        keys.done("ema_validation", "samples are made with the mean, not twice")
+    else:
+        keys.same("ema_validation", "as in Menma")
+    for key in ("ema_cpu_only", "ema_foreach_disable"):
+        keys.done(key, "Menma chooses this")
 
 
 def logs(keys: Keys) -> None:

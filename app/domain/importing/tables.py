@@ -177,8 +177,7 @@ class Keys:
         if not self.draft.knows(target, value):
             self.lacks(key, f"Menma has no {_words(target, value)} yet", hint)
             return False
-        plain = "[" not in target and target.count(".") < 2
-        default = self.draft.chosen(target) if plain else OMITTED
+        default = self.draft.chosen(target)
         if key in self.values and key not in self.reported:
             self.draft.values[target] = value
             status = "different" if note else _kept(key, target)

@@ -8,15 +8,7 @@ from pathlib import Path
 
 from trainer.contract.dataset_config import MediaKind
 from trainer.contract.errors import Problem
-
-IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
-VIDEO_EXTENSIONS = frozenset(
-    {".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"}
-)
-OTHER_MEDIA_EXTENSIONS = frozenset(
-    {".gif", ".tif", ".tiff", ".heic", ".jxl", ".ts", ".mts", ".m2ts", ".ogv", ".3gp", ".y4m"}
-)
-"""Media that Menma does not read; they are reported instead of being passed over."""
+from trainer.contract.media_kinds import IMAGE_EXTENSIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +21,24 @@ class MediaItem:
     """A file, or a folder of images."""
     kind: MediaKind
     caption: str
+    """What is encoded for it; of several texts the first."""
+    more_captions: tuple[str, ...] = ()
+    """Other texts that are encoded for it, of which every epoch takes one."""
+    control: Path | None = None
+    """Its control video or image."""
+    mask: Path | None = None
+    """Its mask: an image, a video or a folder of images."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All texts that are encoded for it."""
+        return (self.caption, *self.more_captions)
+
+    @property
+    def paired(self) -> dict[str, Path]:
+        """The files that belong to it, by what they are."""
+        given = {"control": self.control, "mask": self.mask}
+        return {key: path for key, path in given.items() if path is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from app.queue.adding import job_spec
 from app.queue.chain import chain
 from app.queue.worker import APP, ensure_worker
 from app.tui.screens.config.choose import Choose
+from app.tui.screens.config.preset_picker import PresetPicker
 from app.tui.screens.config.view import ConfigView
 from app.tui.sources import Sources
 from app.tui.widgets import Ask, TextView
@@ -35,6 +36,7 @@ class ConfigScreen(ConfigView):
         Binding("r", "start", "Run"),
         Binding("d", "difference", "Diff"),
         Binding("exclamation_mark", "problems", "Problems", key_display="!"),
+        Binding("p", "preset", "Preset", show=False),
         Binding("c", "command", "Command", show=False),
         Binding("e", "editor", "$EDITOR", show=False),
         Binding("o", "open", "Open", show=False),
@@ -116,6 +118,23 @@ class ConfigScreen(ConfigView):
         words = [problem_words(problem, file.path) for problem in problems]
         title = "1 problem" if len(words) == 1 else f"{len(words)} problems"
         self.app.push_screen(Choose(title, words), chosen)
+
+    def action_preset(self) -> None:
+        """Choose a preset for the config: one edit."""
+        file = self.file
+        if file is None:
+            return
+
+        def chosen(text: str | None) -> None:
+            if text is not None:
+                file.document.replace_all(text)
+                self.show_document()
+
+        name = file.document.value("preset")
+        picker = PresetPicker(
+            file.document.text, file.path, name if isinstance(name, str) else None, self.choice
+        )
+        self.app.push_screen(picker, chosen)
 
     def action_command(self) -> None:
         """Show the commands that do the same."""

@@ -19,6 +19,7 @@ from app.domain.config_check import Checked, check_text, problem_line
 from app.domain.config_document import ConfigDocument
 from app.domain.config_file import ConfigFile
 from app.domain.config_options import Option, options_of
+from app.tui.keyed import Keyed
 from app.tui.screens.config.card_choice import CardChoice
 from app.tui.screens.config.options_table import OptionsTable
 from app.tui.screens.config.toml_area import TomlArea
@@ -49,10 +50,11 @@ ConfigView #memory, ConfigView #problems { text-wrap: nowrap; text-overflow: ell
 """
 
 
-class ConfigView(Screen[None]):
+class ConfigView(Keyed, Screen[None]):
     """Options and text of one config, and what is wrong with it."""
 
     DEFAULT_CSS = _LAYOUT
+    KEYS_IN = "config"
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide")]  # noqa: RUF012  (as Textual has it)
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "filter", "Filter"),
@@ -79,7 +81,7 @@ class ConfigView(Screen[None]):
         self.checked = Checked()
         self._options: list[Option] = []
         self._all = False
-        self._choice = CardChoice()
+        self.choice = CardChoice()
         self._is_laid_out = False
         self._pending = ""
         self._timer: Timer | None = None
@@ -288,7 +290,7 @@ class ConfigView(Screen[None]):
 
     def action_card(self) -> None:
         """Estimate for the next size of GPU."""
-        self._choice.next()
+        self.choice.next()
         if self.file is not None:
             self._check_soon(self.file.document.text)
 
@@ -333,7 +335,7 @@ class ConfigView(Screen[None]):
         text, file = self._pending, self.file
         if file is not None:
             path: Path = file.path
-            self.post_message(self.Found(text, check_text(text, path, self._choice.card())))
+            self.post_message(self.Found(text, check_text(text, path, self.choice.card())))
 
     def _say(self, line: str, words: Text) -> None:
         self.query_one(f"#{line}", Static).update(words)

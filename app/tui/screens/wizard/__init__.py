@@ -1,0 +1,1 @@
+"""The wizard: from nothing to a queued run."""
