@@ -90,7 +90,7 @@ def test_a_script_of_musubi_with_its_dataset_and_prompts(tmp_path):
     assert adapter["loraplus_lr_ratio"] == 4
     assert adapter["exclude"] == (r"blocks\.0\..*",)
     assert config.optimizer.kind == "adamw8bit"
-    assert config.lr_schedule.warmup_steps == 100  # 0.1 of 1000 steps
+    assert config.lr_schedule.warmup_ratio == 0.1
     assert config.memory.weight_format == "fp8"
     assert config.output.dtype == "fp32"  # their default
     sources = config.dataset.load().sources
@@ -117,8 +117,12 @@ def test_one_lora_for_both_experts_is_shared(tmp_path):
     assert config.name == "my-lora-v1"
     assert config.checkpoint.keep_last == 2
     assert "0123456789abcdef" not in imported.text + str(imported.to_json(None))
-    warmup = rows_of(imported)["lr_warmup_steps"]
-    assert warmup.is_lost, "a share of epochs is no number of steps"
+    assert config.lr_schedule.warmup_ratio == 0.05
+    assert (config.optimizer.kind, config.optimizer.learning_rate) == ("prodigy", 1.0)
+    assert config.optimizer.options("kind")["d_coef"] == 2
+    assert config.objective.timestep_sampler == "flux_shift"
+    assert config.objective.weighting == "cosmap"
+    assert (config.logging.tensorboard, config.logging.wandb) == (True, True)
 
 
 def test_the_high_noise_expert_alone(tmp_path):
@@ -148,6 +152,8 @@ def test_faults_of_sigma_sampling_are_not_copied(tmp_path):
     assert config.memory.gradient_checkpointing is False
     assert config.adapter.options("kind")["rank"] == 4
     assert config.distributed.timeout_s == 1800
+    assert config.lr_schedule.kind == "rex"
+    assert config.lr_schedule.options("kind")["alpha"] == 0.1  # theirs; the paper has 0.5
     assert rows_of(imported)["max_train_steps"].is_lost
 
 
@@ -166,8 +172,14 @@ def test_takenoko_means_other_things_with_what_it_leaves_out(tmp_path):
     assert adapter["full_rank_below"] == 875
     assert (config.output.every_steps, config.checkpoint.every_steps) == (1000, 1000)
     assert config.memory.blocks_to_swap == 10
-    technique = config.techniques[0]
+    technique, masked = config.techniques
     assert (technique.name, technique.options("name")["weight"]) == ("contrastive_flow", 0.1)
+    assert masked.name == "masked_loss"  # or the masks would do nothing
+    source = config.dataset.load().sources[0]
+    assert (str(source.mask_directory), source.frame_extraction) == ("/data/masks", "middle")
+    assert config.optimizer.kind == "came"
+    assert config.objective.options("timestep_sampler")["bell_center"] == 0.6
+    assert (config.ema.decay, config.ema.warmup) == (0.99, False)
 
 
 def test_takenoko_with_both_experts_and_clips_to_validate_on(tmp_path):
@@ -238,9 +250,15 @@ def test_simpletuner_with_its_backends(tmp_path):
     assert config.sampling.prompts[0].prompt == "a black and white animated scene"
     assert rows_of(imported)["backends[2].type"].is_lost
     assert config.output.layout == "peft"
-    missing = {"lion", "polynomial"}
-    for key, name in (("optimizer", "lion"), ("lr_scheduler", "polynomial")):
-        assert (name in missing) or not rows_of(imported)[key].is_lost
+    assert (config.optimizer.kind, config.lr_schedule.kind) == ("lion", "polynomial")
+    optimizer = config.optimizer
+    assert (optimizer.max_grad_value, optimizer.max_grad_norm) == (0.01, 0.0)  # value by value
+    schedule = config.lr_schedule.options("kind")
+    assert schedule["power"] == 0.8  # their default
+    assert schedule["min_lr_ratio"] == pytest.approx(1e-8 / 5e-5)
+    assert (config.ema.decay, config.ema.every_steps, config.ema.device) == (0.995, 2, "cpu")
+    assert video.caption_lines
+    assert video.caption_dropout == 0.1
 
 
 def test_simpletuner_of_a_shell_file_and_of_lycoris(tmp_path):
@@ -259,9 +277,9 @@ def test_simpletuner_of_a_shell_file_and_of_lycoris(tmp_path):
 def test_what_is_not_there_today_is_taken_when_the_catalog_has_it(monkeypatch):
     """Another optimizer, sampler and loss of Menma need no change here."""
     for registry, name, like in (
-        (OPTIMIZERS, "lion", "adamw"),
-        (TIMESTEP_SAMPLERS, "flux_shift", "sigmoid"),
-        (LOSSES, "pseudo_huber", "mse"),
+        (OPTIMIZERS, "raven", "adamw"),
+        (TIMESTEP_SAMPLERS, "enhanced_sigmoid", "sigmoid"),
+        (LOSSES, "fourier", "mse"),
     ):
         schemas = kinds.plugin_schemas()
         kind = {id(OPTIMIZERS): "optimizer", id(LOSSES): "loss"}.get(
@@ -271,10 +289,10 @@ def test_what_is_not_there_today_is_taken_when_the_catalog_has_it(monkeypatch):
         monkeypatch.setattr(registry, "_entries", entries)
         monkeypatch.setitem(schemas[kind], name, schemas[kind][like])
     values = {
-        "optimizer_type": "Lion",
+        "optimizer_type": "Raven",
         "learning_rate": 3e-5,
-        "timestep_sampling": "flux_shift",
-        "loss_type": "pseudo_huber",
+        "timestep_sampling": "enhanced_sigmoid",
+        "loss_type": "fourier",
         "datasets[0].image_directory": "/images",
     }
     imported = convert(Input("takenoko", values))
@@ -367,8 +385,8 @@ def known_keys(tool: str) -> list[str]:
 
 
 WORDS = ("wan", "t2v-14B", "i2v-A14B", "t2v-14b-2.2-high", "shift", "sigma", "logit_normal",
-         "cosine",
-         "AdamW8bit", "Prodigy", "networks.lora_wan", "lycoris.kohya", "lokr", "bf16", "fp16", "no",
+         "cosine", "AdamW8bit", "Prodigy", "networks.lora_wan", "lycoris.kohya", "lokr", "bf16",
+         "fp16", "no",
          "constant_with_warmup", "480p", "head", "chunk", "video", "image", "true", "0.1", "5%",
          "wan22", "/a/path", "a b", "[x", "float8", "uniform", "1e-4", "", "nan", "pseudo_huber",
          "832x480", "full", "int8-quanto", "tensorboard", "1,2", "\n#\x00\ufffd")  # fmt: skip

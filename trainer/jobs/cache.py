@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +29,7 @@ from trainer.data.buckets import Bucket
 from trainer.data.cache_index import Unneeded, find_section, locked, read_index
 from trainer.data.cache_settings import CacheDtype, CacheSettings, uses_image_encoder
 from trainer.data.entries import entry_key
+from trainer.data.items import Texts, no_texts
 from trainer.data.latent_cache import EncodedWindow, LatentEntry, write_latents
 from trainer.data.masks import read_alpha_mask, read_mask
 from trainer.data.media import Clip, index_clip, read_window
@@ -73,6 +74,8 @@ class CacheOptions:
     """(height, width) in pixels: encode in overlapping tiles."""
     extra_captions: tuple[str, ...] = ("",)
     """Encoded, too, though no item has them: the empty one serves caption dropout."""
+    texts: Texts = no_texts
+    """Given all captions, returns more of these."""
     prune: bool = False
     """Remove every entry of the cache folders that this dataset does not need."""
     from_musubi: bool = False
@@ -147,7 +150,7 @@ def run_cache(
     Raises:
         DataError: nothing can be trained on, or no validation source can be used; or the dataset
             is `strict` and something cannot be used (found as early as decoding allows).
-        ConfigError: the variant needs an image encoder and there is none.
+        ConfigError: an image encoder is needed and missing, or `options.texts` cannot work.
         BusyError: another process caches into the same folder.
         DiskError: the disk is full, read-only or gone.
         OutOfMemoryError: the device cannot encode a window of this size.
@@ -166,23 +169,23 @@ def run_cache(
             locks.enter_context(locked(folder))
         works = _plan(dataset, settings, options, report)
         _require_clips(works, len(works) if num_training is None else num_training)
-        adoption = Adoption(variant) if options.from_musubi else None
-        strict = dataset.general.strict
-        captions = _cache_captions(works, text_encoder, options, report, strict, adoption)
+        options = _with_texts(options, works)
+        adoption = Adoption(variant, wanted=options.from_musubi)
+        captions = _cache_captions(works, text_encoder, options, report, adoption)
         _release_memory()
         encode = WindowEncoder(variant, vae, image_encoder, options.tile)
-        windows = _cache_windows(works, encode, options, report, strict, adoption)
+        windows = _cache_windows(works, encode, options, report, adoption)
         unneeded = write_finished(works, options.extra_captions, prune=options.prune)
         exported = export_caches(works, variant, options.write_musubi)
     return CacheReport(
         encoded=windows[0],
         reused=windows[1],
-        adopted=adoption.latents if adoption else 0,
+        adopted=adoption.latents,
         removed=unneeded if options.prune else Unneeded(),
         unneeded=Unneeded() if options.prune else unneeded,
         captions_encoded=captions[0],
         captions_reused=captions[1],
-        captions_adopted=adoption.captions if adoption else 0,
+        captions_adopted=adoption.captions,
         exported=exported,
         buckets=dict(sorted(Counter(entry.bucket for entry in _usable_entries(works)).items())),
         problems=tuple(problem for work in works for problem in work.problems),
@@ -205,7 +208,8 @@ def _plan(
         )
         folder = source.cache_path.resolve()
         shared = failed.setdefault(folder, set())
-        works.append(Work(folder, plan, settings, list(plan.problems), shared))
+        strict = dataset.general.strict
+        works.append(Work(folder, plan, settings, list(plan.problems), shared, strict))
     problems = [problem for work in works for problem in work.problems]
     if problems and dataset.general.strict:
         raise DataError(_listed("the dataset is strict, and not all of it can be used", problems))
@@ -224,10 +228,10 @@ def _require_models(
         require_exportable(variant)
 
 
-def _notes(works: list[Work], adoption: Adoption | None, *, encoded: int) -> tuple[str, ...]:
+def _notes(works: list[Work], adoption: Adoption, *, encoded: int) -> tuple[str, ...]:
     """Return what is no fault and yet worth knowing, with what other caches are good for."""
     notes = [note for work in works for note in (*work.plan.notes, *work.notes)]
-    if adoption is not None:
+    if adoption.wanted:
         notes += adoption.notes()
     elif encoded:
         notes += unused_caches(works)
@@ -244,13 +248,19 @@ def _require_clips(works: Sequence[Work], num_training: int) -> None:
             raise DataError(_listed(f"no clip of {of} can be used", problems))
 
 
+def _with_texts(options: CacheOptions, works: Sequence[Work]) -> CacheOptions:
+    """Add what techniques need to the extra captions."""
+    captions = {c for work in works for planned in work.plan.items for c in planned.item.captions}
+    extra = dict.fromkeys((*options.extra_captions, *options.texts(sorted(captions))))
+    return replace(options, extra_captions=tuple(extra))
+
+
 def _cache_captions(
     works: Sequence[Work],
     text_encoder: LazyModel[TextEncoding],
     options: CacheOptions,
     report: Report,
-    strict: bool,
-    adoption: Adoption | None,
+    adoption: Adoption,
 ) -> tuple[int, int]:
     """Encode missing captions; return how many were encoded and how many were there."""
     missing: dict[str, list[Work]] = {}
@@ -266,8 +276,8 @@ def _cache_captions(
     if not missing:
         return 0, len(reused)
     encode = text_encoder.load()
-    if adoption is not None:
-        _adopt_captions(missing, encode, adoption, options, strict)
+    if adoption.wanted:
+        _adopt_captions(missing, encode, adoption, options)
     todo = sorted(missing, key=len)  # of like length in a batch: little padding
     for start in range(0, len(todo), options.text_batch):
         batch = todo[start : start + options.text_batch]
@@ -278,7 +288,7 @@ def _cache_captions(
         )
         for done, (caption, context) in enumerate(zip(batch, contexts, strict=True), start + 1):
             for work in missing[caption]:
-                _store_caption(work, caption, context, strict)
+                _store_caption(work, caption, context)
             report("captions", done, len(todo), caption)
     return len(missing), len(reused - missing.keys())
 
@@ -288,7 +298,6 @@ def _adopt_captions(
     encode: TextEncoding,
     adoption: Adoption,
     options: CacheOptions,
-    strict: bool,
 ) -> None:
     """Store what musubi-tuner has of the missing captions, and take it out of them."""
 
@@ -304,13 +313,13 @@ def _adopt_captions(
         for work in taken:
             context = contexts[id(work)]
             assert context is not None
-            _store_caption(work, caption, context, strict)
+            _store_caption(work, caption, context)
         missing[caption] = [work for work in works if contexts[id(work)] is None]
         if not missing[caption]:
             del missing[caption]
 
 
-def _store_caption(work: Work, caption: str, context: Tensor, strict: bool) -> None:
+def _store_caption(work: Work, caption: str, context: Tensor) -> None:
     if torch.isfinite(context).all():
         write_text_entry(work.folder, caption, context, work.settings)
         if context.shape[0] >= work.settings.text_len:
@@ -323,7 +332,7 @@ def _store_caption(work: Work, caption: str, context: Tensor, strict: bool) -> N
     work.failed_captions.add(caption)
     for path in _paths_with(work, caption):
         message = "the text encoder made NaN or infinite values of its caption"
-        _note_problem(work, Problem(message, file=path), strict)
+        _note_problem(work, Problem(message, file=path))
 
 
 def _paths_with(work: Work, caption: str) -> list[Path]:
@@ -335,8 +344,7 @@ def _cache_windows(
     encode: WindowEncoder,
     options: CacheOptions,
     report: Report,
-    strict: bool,
-    adoption: Adoption | None,
+    adoption: Adoption,
 ) -> tuple[int, int]:
     """Encode missing windows; return how many were encoded and how many were there."""
     tasks: dict[Path, _Task] = {}  # two clips of equal content share their entries
@@ -351,7 +359,7 @@ def _cache_windows(
                     reused.add(path)
                 else:
                     tasks[path] = _Task(work, planned, entry)
-    if adoption is not None:
+    if adoption.wanted:
         _adopt_windows(tasks, encode, adoption, options)
     encoded = 0
     for done, (task, decoded) in enumerate(_decoded(list(tasks.values()), options), start=1):
@@ -364,7 +372,7 @@ def _cache_windows(
         except DataError as error:
             task.work.failed.add(task.entry.file)
             problem = Problem(error.message, file=task.planned.item.path, hint=error.hint)
-            _note_problem(task.work, problem, strict)
+            _note_problem(task.work, problem)
         report("latents", done, len(tasks), task.planned.item.name)
     return encoded, len(reused)
 
@@ -442,8 +450,8 @@ def _usable_entries(works: Sequence[Work]) -> Iterator[LatentEntry]:
                 yield from (e for e in planned.entries if e.file not in work.failed)
 
 
-def _note_problem(work: Work, problem: Problem, strict: bool) -> None:
-    if strict:
+def _note_problem(work: Work, problem: Problem) -> None:
+    if work.strict:
         raise DataError(_listed("the dataset is strict, and not all of it can be used", [problem]))
     work.problems.append(problem)
 

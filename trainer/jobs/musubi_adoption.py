@@ -44,6 +44,8 @@ class Adoption:
     """What was taken, and why something was not."""
 
     variant: Variant
+    wanted: bool
+    """Whether its files are looked at."""
     latents: int = 0
     """Windows taken."""
     captions: int = 0

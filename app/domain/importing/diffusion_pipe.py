@@ -286,6 +286,15 @@ def batches(keys: Keys) -> None:
                    "choose frame_extraction in [[dataset.sources]]")  # fmt: skip
 
 
+def loss(keys: Keys) -> None:
+    """Squared error, or pseudo-Huber where its constant is given."""
+    constant = keys.read("pseudo_huber_c", v.number)
+    if constant:
+        keys.draft.values["objective.loss"] = "pseudo_huber"
+        note = 'loss = "pseudo_huber", scaled so that small errors cost as much as with mse'
+        keys.put("pseudo_huber_c", "objective.huber_delta", constant, note=note)
+
+
 def logs(keys: Keys) -> None:
     """TensorBoard always, Weights & Biases where it is enabled."""
     keys.draft.values["logging.tensorboard"] = True
@@ -294,11 +303,7 @@ def logs(keys: Keys) -> None:
         for key in keys.below("monitoring"):
             keys.same(key, "Weights & Biases is off")
         return
-    target = keys.draft.first_known(("logging.wandb",))
-    if target is None:
-        keys.lacks("monitoring.enable_wandb", "Menma does not log to Weights & Biases yet")
-    else:
-        keys.put("monitoring.enable_wandb", target, value=True)
+    keys.put("monitoring.enable_wandb", "logging.wandb", value=True)
 
 
 RULES: Mapping[str, Rule] = {
@@ -318,7 +323,6 @@ RULES: Mapping[str, Rule] = {
                              "sequence_parallel or zero_stage 3 share it", off=(1,)),
     "partition_method": Done("of pipeline_stages", off=()),
     "partition_split": Done("of pipeline_stages", off=()),
-    "pseudo_huber_c": To("objective.loss", lambda value: "pseudo_huber" if value else None),
     "save_dtype": To("output.dtype", v.one_of({
         "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}), default="bfloat16"),
     "compile": To("memory.compile_blocks", v.flag),
@@ -359,6 +363,7 @@ GROUPS: tuple[Group, ...] = (
     Group(("dataset",), datasets),
     Group(("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu", "video_clip_mode"),
           batches),
+    Group(("pseudo_huber_c",), loss),
     Group((), logs),
 )  # fmt: skip
 

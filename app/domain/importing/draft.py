@@ -9,12 +9,13 @@ from typing import Any
 
 from app.domain.importing.report import DefaultRow, Row, Status
 from trainer.contract.catalog import PLUGIN_KINDS
-from trainer.contract.config import PluginSection, Prompt, RunConfig
+from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.config_io import load_config_with_sources
 from trainer.contract.dataset_config import MEDIA_KEYS, GeneralOptions, SourceOptions
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.options import Options
 from trainer.contract.plugin_options import option_names, plugin_schemas
+from trainer.contract.plugin_section import PluginSection
 
 _TABLES: tuple[tuple[str, type[Options]], ...] = (
     (r"dataset\.general", GeneralOptions),
@@ -122,6 +123,8 @@ class Draft:
     def _take_back(self, problem: Problem) -> None:
         """Remove what a problem names; where that is not of the import, what stands around it."""
         key = problem.key
+        if owned := self._of_plug_in(key):
+            key, found = "", owned
         while key:
             found = [path for path in self.values if _is_within(path, key)]
             if found:
@@ -129,11 +132,27 @@ class Draft:
                 found = named or found
                 break
             key = key.rpartition(".")[0]
-        else:
-            found = list(self.values)[-1:]  # a fault of the whole: the last word is taken back
+        else:  # a fault of the whole: the last word is taken back
+            found = owned or list(self.values)[-1:]
         for path in found:
             self._lose(path, self.values.pop(path), problem)
         self._close_gaps()
+
+    def _of_plug_in(self, key: str) -> list[str]:
+        """Return what was written for the plug-in whose option a key is, if not the key itself."""
+        section_name, _, option = key.rpartition(".")
+        field = RunConfig.model_fields.get(section_name)
+        section = field.annotation if field is not None else None
+        if key in self.values or not (
+            isinstance(section, type) and issubclass(section, PluginSection)
+        ):
+            return []
+        for slot, kind in section.slots.items():
+            names = option_names(kind, str(self.chosen(f"{section_name}.{slot}")))
+            if option in names and f"{section_name}.{slot}" in self.values:
+                paths = [f"{section_name}.{name}" for name in (slot, *names)]
+                return [path for path in paths if path in self.values]
+        return []
 
     def _lose(self, path: str, value: Any, problem: Problem) -> None:
         told = [*(row.target for row in self.rows), *(row.target for row in self.defaults)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -127,13 +126,10 @@ def logs(keys: Keys) -> None:
     if tools in {"tensorboard", "all"}:
         keys.put(key, "logging.tensorboard", value=True)
     if tools in {"wandb", "all"}:
-        target = keys.draft.first_known(("logging.wandb",))
-        if target is None:
-            keys.lacks(key, "Menma does not log to Weights & Biases yet")
-        elif tools == "all":
-            keys.draft.values[target] = True
+        if tools == "all":
+            keys.draft.values["logging.wandb"] = True
         else:
-            keys.put(key, target, value=True)
+            keys.put(key, "logging.wandb", value=True)
     if keys.get("logging_dir"):
         keys.done("logging_dir", "logs stand in the run directory, <output.runs_dir>/<name>")
 
@@ -216,7 +212,7 @@ def _share(raw: Any) -> tuple[float, bool] | None:
 
 def _warmup(keys: Keys) -> None:
     """Write steps, or a share of the run."""
-    key, steps = "lr_warmup_steps", keys.read("max_train_steps", v.positive, 1600)
+    key = "lr_warmup_steps"
     if keys.get(key) is None:
         return
     found = _share(keys.get(key))
@@ -224,15 +220,8 @@ def _warmup(keys: Keys) -> None:
         keys.lacks(key, "cannot be read: steps, a share below 1, or a percentage is expected")
     elif not found[1]:
         keys.put(key, "lr_schedule.warmup_steps", int(found[0]))
-    elif keys.draft.knows("lr_schedule.warmup_ratio"):
-        keys.put(key, "lr_schedule.warmup_ratio", found[0], note="a share of the run")
-    elif keys.get("max_train_epochs"):
-        keys.lacks(key, f"a share of a run whose length is given in epochs; {EPOCHS_HINT}",
-                   "set lr_schedule.warmup_steps")  # fmt: skip
     else:
-        count = math.floor(found[0] * steps)
-        note = f"{found[0]:.4g} of {steps} steps"
-        keys.put(key, "lr_schedule.warmup_steps", count, note=note)
+        keys.put(key, "lr_schedule.warmup_ratio", found[0], note="a share of the run")
 
 
 def _decay(keys: Keys) -> None:
@@ -384,13 +373,7 @@ def timesteps(keys: Keys) -> None:
     _weighting(keys, scheme)
     buckets = keys.read("num_timestep_buckets", v.whole, 0)
     if buckets and buckets >= 2:
-        target = keys.draft.first_known(
-            ("objective.num_timestep_buckets", "objective.timestep_buckets", "objective.strata")
-        )
-        if target is None:
-            keys.lacks("num_timestep_buckets", "Menma does not stratify timesteps yet")
-        else:
-            keys.put("num_timestep_buckets", target, buckets)
+        keys.put("num_timestep_buckets", "objective.num_timestep_buckets", buckets)
 
 
 def _mixture(keys: Keys, name: str) -> None:

@@ -283,15 +283,10 @@ def optimizer(keys: Keys) -> None:
             put_argument(keys, key, key.partition(".")[2], keys.read(key, v.literal))
     norm = keys.read("max_grad_norm", v.number, 2.0)
     by_value = str(keys.get("grad_clip_method") or "value") == "value"
-    target = keys.draft.first_known(("optimizer.max_grad_value",))
-    if by_value and target is not None:
-        keys.put("max_grad_norm", target, norm)
+    if by_value:
+        keys.put("max_grad_norm", "optimizer.max_grad_value", norm)
         keys.draft.values["optimizer.max_grad_norm"] = 0.0
-        keys.done("grad_clip_method", "each value is clipped", target)
-    elif by_value:
-        keys.put("max_grad_norm", "optimizer.max_grad_norm", norm,
-                 note="the norm over all gradients is bounded, not each value")  # fmt: skip
-        keys.lacks("grad_clip_method", "Menma clips by the norm")
+        keys.done("grad_clip_method", "each value is clipped", "optimizer.max_grad_value")
     else:
         keys.put("max_grad_norm", "optimizer.max_grad_norm", norm)
         keys.same("grad_clip_method", "as in Menma")
@@ -397,16 +392,11 @@ def losses(keys: Keys) -> None:
 
 
 def ema(keys: Keys) -> None:
-    """A running mean of the weights, where Menma has one."""
+    """A running mean of the weights."""
     names = [key for key in keys.values if key == "use_ema" or key.startswith("ema_")]
-    on = v.is_on(keys.get("use_ema"))
-    if not on or not keys.draft.knows("ema.decay"):
+    if not v.is_on(keys.get("use_ema")):
         for key in names:
-            if on:
-                keys.lacks(key, "Menma keeps no running mean while it trains yet",
-                           "average output files afterwards: `menma lora ema`")  # fmt: skip
-            else:
-                keys.same(key, "use_ema is off, as in Menma")
+            keys.same(key, "use_ema is off, as in Menma")
         return
     keys.put("ema_decay", "ema.decay", keys.read("ema_decay", v.number, 0.995))
     keys.done("use_ema", "ema.decay above 0", "ema.decay")
@@ -432,12 +422,8 @@ def logs(keys: Keys) -> None:
     if "tensorboard" in tools:
         keys.put("report_to", "logging.tensorboard", value=True)
     if "wandb" in tools:
-        target = keys.draft.first_known(("logging.wandb",))
-        if target is None:
-            keys.lacks("report_to", "Menma does not log to Weights & Biases yet")
-        else:
-            keys.put("report_to", target, value=True)
-            keys.draft.values[target] = True
+        keys.put("report_to", "logging.wandb", value=True)
+        keys.draft.values["logging.wandb"] = True
     for tool in sorted(tools - {"tensorboard", "wandb", "none"}):
         keys.lacks("report_to", f"Menma does not log to {tool}")
 

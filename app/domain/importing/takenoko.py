@@ -85,16 +85,11 @@ def contrastive(keys: Keys) -> None:
 
 
 def ema(keys: Keys) -> None:
-    """A running mean of the weights, where Menma has one."""
+    """A running mean of the weights; there it has no warm-up."""
     names = [key for key in keys.values if key.startswith(("weight_ema_", "enable_weight_ema"))]
-    if not v.is_on(keys.get("enable_weight_ema")) or not keys.draft.knows("ema.decay"):
-        on = v.is_on(keys.get("enable_weight_ema"))
+    if not v.is_on(keys.get("enable_weight_ema")):
         for key in names:
-            if on:
-                keys.lacks(key, "Menma keeps no running mean while it trains yet",
-                           "average output files afterwards: `menma lora ema`")  # fmt: skip
-            else:
-                keys.same(key, "off, as in Menma")
+            keys.same(key)
         return
     keys.put("weight_ema_decay", "ema.decay", keys.read("weight_ema_decay", v.number, 0.999))
     keys.draft.values["ema.warmup"] = False
