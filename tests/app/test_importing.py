@@ -229,6 +229,10 @@ def test_diffusion_pipe_cuts_the_density_at_the_range(tmp_path):
     assert (config.memory.weight_format, config.memory.fp8_format) == ("fp8", "e5m2")
     assert config.adapter.options("kind")["rank"] == 4096
     assert config.training.max_steps == 2000
+    assert (config.objective.loss, objective.options("loss")["huber_delta"]) == (
+        "pseudo_huber",
+        0.5,
+    )
     assert rows_of(imported)["epochs"].status == "different"
 
 
@@ -401,8 +405,14 @@ VALUES = st.one_of(
 )
 
 
+@given(text=st.text(alphabet="wan_train.py-= \"'\\\n^`$%{}&;A1\u00e4", max_size=120))
+def test_no_text_makes_reading_commands_fail(text):
+    for command in find_commands(text):
+        assert all(isinstance(name, str) for name in command.options)
+
+
 @pytest.mark.parametrize("tool", ["musubi", "takenoko", "diffusion-pipe", "simpletuner"])
-@settings(max_examples=60, deadline=None,
+@settings(max_examples=50, deadline=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(data=st.data())
 def test_any_keys_with_any_values_become_a_config_and_one_row_each(tool, data, tmp_path):

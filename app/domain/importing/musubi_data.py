@@ -22,9 +22,7 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
 EXTRACTIONS = {"multiple_overlapping": "overlapping"}
 """Takenoko's words for windows, where they are not Menma's."""
 DONE: Mapping[str, str] = {
-    "load_control": "control_directory says it",
     "skip_existing": "what is cached and has not changed is kept",
-    "sequence_batches": "",
 }
 PRESETS = {"480p": [832, 480], "720p": [1280, 720], "540p": [960, 544]}
 """Takenoko's short words for sizes."""
@@ -90,15 +88,9 @@ def _carry(keys: Keys, key: str, value: Any, name: str, prefix: str, options: se
 
 
 KNOWN: Mapping[str, str] = {
-    **dict.fromkeys(
-        ("caption_dropout_rate", "caption_prefix", "shuffle_caption"),
-        "Menma does not change captions yet",
-    ),
-    **dict.fromkeys(("mask_path", "mask_directory"), "Menma has no masks yet"),
-    **dict.fromkeys(("is_reg", "prior_loss_weight"), "Menma has no regularisation sets yet"),
     **dict.fromkeys(("concept_id", "concept_name"), "Menma has no class labels"),
-    "control_suffix": "Menma has no control clips beside the others",
-    "load_control": "Menma has no control clips yet",
+    "control_suffix": "control clips have the clips' names, in control_directory",
+    "load_control": "control clips stand in control_directory",
     "min_short_clip_frames": "clips shorter than all target_frames are left out and named",
     "sequence_batches": "Menma does not keep clips in order",
     "sequence_validate_names": "Menma does not keep clips in order",
