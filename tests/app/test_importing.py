@@ -271,9 +271,12 @@ def test_simpletuner_of_a_shell_file_and_of_lycoris(tmp_path):
     assert config.adapter.options("kind")["rank"] == 64
     assert config.distributed.num_processes == 2
     assert config.memory.compile_blocks
-    _, config = imported_from("simpletuner/lycoris.json", tmp_path)
+    imported, config = imported_from("simpletuner/lycoris.json", tmp_path)
     assert config.adapter.kind == "lokr"
     assert config.adapter.options("kind")["factor"] == 16
+    assert config.adapter.options("kind")["rank"] == 4096  # whole matrices, as 10000 is there
+    assert rows_of(imported)["lycoris.algo"].target == "adapter.kind"
+    assert rows_of(imported)["lycoris.apply_preset.target_module"].is_lost
     assert config.model.transformer_high_noise.as_posix().endswith("Diffusers/transformer")
     assert config.memory.blocks_to_swap == "auto"
 
@@ -347,6 +350,7 @@ def test_patterns_and_literals_of_arguments():
         ("a.toml", "[model]\ntype = 'flux'", "Menma trains Wan"),
         ("a.json", "[1, 2]", "neither"),
         ("a.json", "{", "not valid JSON"),
+        ("a.json", '{"model_family": "flux", "model_type": "lora"}', "Menma trains Wan"),
         ("a.sh", "echo hello", "no command"),
         ("a.sh", "python hv_train_network.py --dit x", "Menma trains Wan"),
         ("a.yaml", "x: 1", "no kind that can be imported"),
@@ -385,6 +389,9 @@ def known_keys(tool: str) -> list[str]:
     if tool == "simpletuner":
         names = [*simpletuner_data._BACKEND_DONE, *simpletuner_data._BACKEND_LOST]
         keys += [f"backends[{n}].{name}" for n in (0, 1) for name in (*names, "instance_data_dir")]
+        keys += [
+            f"lycoris.{name}" for name in ("algo", "linear_dim", "linear_alpha", "factor", "x")
+        ]
     return sorted(set(keys) | {"never_heard_of"})
 
 

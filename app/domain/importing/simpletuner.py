@@ -85,7 +85,7 @@ RULES: Mapping[str, Rule] = {
 PATTERNS: tuple[tuple[str, Rule], ...] = (
     (r"push_.*|hub_.*|publishing_.*|model_card_.*|post_\w+_script", UPLOAD),
     (r"crepa_.*|scheduled_sampling_.*|diff2flow_.*|ramtorch.*|refiner_.*|sla_.*|slider_.*",
-     Lacks("Menma lacks this technique", "`menma config options techniques`",
+     Lacks("Menma lacks this technique", "[[techniques]] in docs/options.md",
            off=(False, None, "", 0, 0.0))),
     (r"(flux|sana|sd3|sdxl|ltx|hidream|deepfloyd)_.*", Done("of another model", off=())),
     (r"validation_(external|preview|adapter|torch|seed_source|randomize|using|stitch|guidance|"
@@ -112,7 +112,7 @@ GROUPS: tuple[Group, ...] = (
           groups.memory),
     Group(("attention_mechanism",), groups.attention),
     Group(("model_type", "lora_type", "use_dora", "peft_lora_mode", "lora_rank", "lora_alpha",
-           "lora_dropout", "lycoris_config", "init_lora", "lora_init_type",
+           "lora_dropout", "lycoris_config", "lycoris.*", "init_lora", "lora_init_type",
            "singlora_ramp_up_steps"), groups.adapter),
     Group(("optimizer", "learning_rate", "optimizer_beta1", "optimizer_beta2", "adam_beta1",
            "adam_beta2", "adam_weight_decay", "adam_epsilon", "optimizer_config",

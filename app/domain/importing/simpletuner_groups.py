@@ -190,7 +190,8 @@ def adapter(keys: Keys) -> None:
     """Kind and size of what is trained."""
     full = str(keys.get("model_type") or "lora").lower() == "full"
     lycoris = str(keys.get("lora_type") or "standard").lower() == "lycoris"
-    config = _lycoris(keys) if lycoris and not full else {}
+    config = {key.partition(".")[2]: keys.get(key) for key in keys.below("lycoris")}
+    config = config if lycoris and not full else {}
     kind = "none" if full else str(config.get("algo", "lora")).lower()
     kind = {"locon": "lora"}.get(kind, kind)
     if not full and v.is_on(keys.get("use_dora")):
@@ -206,10 +207,9 @@ def adapter(keys: Keys) -> None:
         keys.done(other, "adapter.kind says it", "adapter.kind")
     if full:
         return
-    rank = keys.read("lora_rank", v.positive, config.get("linear_dim") or 16)
-    rank = min(int(rank), 4096)
-    put_option(keys, "lora_rank", "adapter", "kind", rank, "rank")
-    alpha = keys.read("lora_alpha", v.number, config.get("linear_alpha"))
+    rank = keys.read("lora_rank", v.positive, v.positive_or(config.get("linear_dim"), 16))
+    put_option(keys, "lora_rank", "adapter", "kind", min(int(rank), 4096), "rank")
+    alpha = keys.read("lora_alpha", v.number, v.positive_or(config.get("linear_alpha"), 0))
     if alpha:
         put_option(keys, "lora_alpha", "adapter", "kind", float(alpha), "alpha")
         if "lora_alpha" not in keys:
@@ -219,11 +219,7 @@ def adapter(keys: Keys) -> None:
         put_option(keys, "lora_dropout", "adapter", "kind", dropout, "dropout")
     else:
         keys.lacks("lora_dropout", f"adapter {kind!r} has no dropout")
-    if config.get("factor") and kind == "lokr" and int(config["factor"]) >= 2:
-        keys.draft.values["adapter.factor"] = int(config["factor"])
-    if lycoris:
-        keys.done("lycoris_config", "kind, rank, alpha and factor are taken from it"
-                  if config else "it could not be read", "adapter.kind")  # fmt: skip
+    _lycoris(keys, kind)
     _starts(keys, kind)
 
 
@@ -243,17 +239,26 @@ def _starts(keys: Keys, kind: str) -> None:
         put_option(keys, "singlora_ramp_up_steps", "adapter", "kind", steps, "ramp_steps")
 
 
-def _lycoris(keys: Keys) -> dict[str, Any]:
-    """Return LyCORIS' own config, {} if it cannot be read."""
-    name = str(keys.get("lycoris_config") or "config/lycoris_config.json")
-    for folder in (Path(), *keys.folders, *(f.parent for f in keys.folders)):
-        try:
-            content = json.loads((folder / name).read_text("utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict):
-            return {k: value for k, value in content.items() if not isinstance(value, dict | list)}
-    return {}
+def _lycoris(keys: Keys, kind: str) -> None:
+    """Say what became of LyCORIS' own keys; kind, rank and alpha are written by now."""
+    keys.done("lycoris_config", "its keys are listed here" if keys.below("lycoris") else
+              "it could not be read, so its kind is not known")  # fmt: skip
+    taken = {"algo": "kind", "linear_dim": "rank", "linear_alpha": "alpha"}
+    for key in keys.below("lycoris"):
+        name = key.partition(".")[2]
+        if name in taken:
+            keys.done(key, "", f"adapter.{taken[name]}")
+        elif name == "factor" and (factor := keys.read(key, v.whole, -1)) >= 2:
+            put_option(keys, key, "adapter", "kind", factor, "factor")
+        elif name == "multiplier" and keys.get(key) in (1, 1.0):
+            keys.same(key, "as in Menma")
+        elif name.startswith("apply_preset"):
+            keys.lacks(key, "the linear layers of the blocks are trained",
+                       "adapter.targets, include and exclude")  # fmt: skip
+        elif keys.get(key) in (None, False, 0, 0.0, -1):
+            keys.same(key)
+        else:
+            put_option(keys, key, "adapter", "kind", keys.get(key), name)
 
 
 def optimizer(keys: Keys) -> None:

@@ -27,7 +27,7 @@ DEFAULTS: Mapping[str, Any] = {
 }
 OFF = (False, None, "", 0, 0.0, "off", "none")
 RESEARCH = "Menma lacks this technique"
-CHOOSE = "techniques that Menma has: `menma config options techniques`"
+CHOOSE = "techniques that Menma has: [[techniques]] in docs/options.md"
 
 
 def model(keys: Keys) -> None:
