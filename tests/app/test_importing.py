@@ -320,6 +320,34 @@ def test_the_rate_of_an_optimizer_that_is_not_there_is_not_taken():
     assert "\nlearning_rate" not in imported.text
 
 
+def test_classes_of_other_packages_stay_what_they_are(tmp_path):
+    values = {
+        "optimizer_type": "bitsandbytes.optim.AdEMAMix8bit",
+        "optimizer_args.betas": "0.9,0.999,0.9999",
+        "learning_rate": 2e-4,
+        "lr_scheduler_type": "StepLR",
+        "lr_scheduler_args.step_size": "100",
+        "lr_scheduler": "cosine",
+    }
+    imported = convert(Input("musubi", values))
+    config = loaded(imported, tmp_path)
+    assert config.optimizer.kind == "custom"
+    assert config.optimizer.options("kind") == {
+        "class": "bitsandbytes.optim.AdEMAMix8bit",
+        "arguments": {"betas": [0.9, 0.999, 0.9999]},
+    }
+    assert config.optimizer.learning_rate == 2e-4
+    schedule = config.lr_schedule.options("kind")
+    assert schedule == {
+        "class": "torch.optim.lr_scheduler.StepLR",
+        "arguments": {"step_size": 100},
+    }
+    assert not [row for row in imported.rows if row.is_lost]
+    values = {"adapter.type": "lora", "optimizer.type": "Ranger21", "optimizer.lr": 1e-4}
+    config = loaded(convert(Input("diffusion-pipe", values)), tmp_path)
+    assert config.optimizer.options("kind")["class"] == "pytorch_optimizer.Ranger21"
+
+
 def test_commands_are_read_in_three_shells():
     bash = "X=1\nA=/m\naccelerate launch --n 2 a/wan_train_network.py --x $A/y \\\n --z -6.0 --w=3"
     (command,) = find_commands(bash)
@@ -396,8 +424,8 @@ def known_keys(tool: str) -> list[str]:
 
 
 WORDS = ("wan", "t2v-14B", "i2v-A14B", "t2v-14b-2.2-high", "shift", "sigma", "logit_normal",
-         "cosine", "AdamW8bit", "Prodigy", "networks.lora_wan", "lycoris.kohya", "lokr", "bf16",
-         "fp16", "no",
+         "cosine", "a.B", "AdamW8bit", "Prodigy", "networks.lora_wan", "lycoris.kohya", "lokr",
+         "bf16", "fp16", "no",
          "constant_with_warmup", "480p", "head", "chunk", "video", "image", "true", "0.1", "5%",
          "wan22", "/a/path", "a b", "[x", "float8", "uniform", "1e-4", "", "nan", "pseudo_huber",
          "832x480", "full", "int8-quanto", "tensorboard", "1,2", "\n#\x00\ufffd")  # fmt: skip

@@ -11,7 +11,14 @@ from pathlib import Path
 
 from app.domain.importing import values as v
 from app.domain.importing.diffusion_pipe_data import datasets
-from app.domain.importing.kinds import put_argument, put_optimizer, put_option, put_schedule
+from app.domain.importing.kinds import (
+    OPTIMIZERS,
+    plain_name,
+    put_argument,
+    put_optimizer,
+    put_option,
+    put_schedule,
+)
 from app.domain.importing.musubi import v_name
 from app.domain.importing.musubi_groups import EPOCHS_HINT
 from app.domain.importing.tables import Done, Group, Keys, Lacks, Rule, Secret, Table, To
@@ -181,6 +188,8 @@ def adapter(keys: Keys) -> None:
 def optimizer(keys: Keys) -> None:
     """Optimizer with its options; optimi's keeps Kahan sums, Menma fp32 masters."""
     name = str(keys.get("optimizer.type") or "AdamW")
+    if plain_name(name) not in OPTIMIZERS and "." not in name:
+        name = f"pytorch_optimizer.{name}"  # where it looks for all others
     takes_rate = put_optimizer(keys, "optimizer.type", name)
     refused = "optimizer.type" in keys.reported and keys.reported["optimizer.type"].is_lost
     rate = keys.read("optimizer.lr", v.number)

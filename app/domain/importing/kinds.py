@@ -119,6 +119,11 @@ SCHEDULES: Mapping[str, tuple[str, ...]] = {
 """Schedule -> names it may have in Menma."""
 
 
+CUSTOM = "custom"
+"""Kind of optimizers and schedules that are classes of other packages."""
+_CLASS = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
+
+
 def plain_name(name: str) -> str:
     """Return a name as `OPTIMIZERS` has it, from `bitsandbytes.optim.AdamW8bit`, too."""
     last = name.strip().rpartition(".")[2].lower()
@@ -137,6 +142,10 @@ def put_optimizer(keys: Keys, key: str, name: str) -> bool:
     found = None
     if known is not None:
         found = next((kind for kind in known.kinds if kind in PLUGIN_KINDS["optimizer"]), None)
+    if found is None and _CLASS.fullmatch(name) and CUSTOM in PLUGIN_KINDS["optimizer"]:
+        keys.put(key, "optimizer.kind", CUSTOM, note=f"{name} itself, which has to be installed")
+        keys.draft.values["optimizer.class"] = name
+        return True
     if known is None or found is None:
         like = known is not None and known.like_adamw
         rest = "" if like else ", and so is its learning rate, which is no rate of AdamW"
@@ -189,6 +198,9 @@ def has_option(keys: Keys, section: str, slot: str, kind: str, name: str) -> boo
 
 def put_argument(keys: Keys, key: str, name: str, value: Any) -> None:
     """Write one argument of the optimizer."""
+    if keys.draft.chosen("optimizer.kind") == CUSTOM:
+        put_class_argument(keys, key, "optimizer", name, value)
+        return
     if name in FIXED_ARGUMENTS and not has_option(keys, "optimizer", "kind", "optimizer", name):
         fixed, why = FIXED_ARGUMENTS[name]
         if value is None or value == fixed:
@@ -197,6 +209,16 @@ def put_argument(keys: Keys, key: str, name: str, value: Any) -> None:
             keys.lacks(key, why)
         return
     put_option(keys, key, "optimizer", "kind", value, name, *ARGUMENTS.get(name, ()))
+
+
+def put_class_argument(keys: Keys, key: str, section: str, name: str, value: Any) -> None:
+    """Write an argument that a class of another package is made with."""
+    if value is None:
+        keys.same(key, "not set")
+        return
+    target = f"{section}.arguments"
+    keys.draft.values[target] = {**keys.draft.values.get(target, {}), name: value}
+    keys.done(key, f"an argument of {section}.class", target)
 
 
 def put_schedule(keys: Keys, key: str, name: str) -> bool:

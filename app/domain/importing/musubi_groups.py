@@ -7,8 +7,10 @@ from typing import Any
 
 from app.domain.importing import values as v
 from app.domain.importing.kinds import (
+    CUSTOM,
     has_option,
     put_argument,
+    put_class_argument,
     put_optimizer,
     put_option,
     put_schedule,
@@ -156,8 +158,8 @@ def schedule(keys: Keys) -> None:
     """Course of the learning rate; shares of the run become steps."""
     name = str(keys.get("lr_scheduler") or "constant")
     if keys.get("lr_scheduler_type"):
-        keys.lacks("lr_scheduler_type", "classes of other packages are not loaded",
-                   "choose lr_schedule.kind")  # fmt: skip
+        _schedule_class(keys, str(keys.get("lr_scheduler_type")))
+        return
     has = put_schedule(keys, "lr_scheduler", name)
     _warmup(keys)
     _decay(keys)
@@ -178,6 +180,19 @@ def schedule(keys: Keys) -> None:
     for argument, key in arguments.items():
         value = keys.read(key, v.literal)
         put_option(keys, key, "lr_schedule", "kind", value, argument, argument.removeprefix("rex_"))
+
+
+def _schedule_class(keys: Keys, name: str) -> None:
+    """Write a schedule that is a class of torch or of another package; it counts alone there."""
+    path = name if "." in name else f"torch.optim.lr_scheduler.{name}"
+    keys.put("lr_scheduler_type", "lr_schedule.kind", CUSTOM, note=f"{path} itself")
+    keys.draft.values["lr_schedule.class"] = path
+    _warmup(keys)
+    for key in keys.below("lr_scheduler_args"):
+        argument = key.partition(".")[2]
+        put_class_argument(keys, key, "lr_schedule", argument, keys.read(key, v.literal))
+    for key in ("lr_scheduler", "lr_decay_steps", *SCHEDULE_OPTIONS):
+        keys.done(key, "lr_scheduler_type is given, too: it decides")
 
 
 SCHEDULE_OPTIONS: Mapping[str, tuple[Any, Any, str]] = {

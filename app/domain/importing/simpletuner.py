@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from app.domain.importing import simpletuner_groups as groups
+from app.domain.importing import simpletuner_model as model
 from app.domain.importing import values as v
 from app.domain.importing.simpletuner_data import datasets, dropout
 from app.domain.importing.tables import Done, Group, Lacks, Rule, Secret, Table, To
@@ -104,13 +105,13 @@ PATTERNS: tuple[tuple[str, Rule], ...] = (
      Done("Menma has no such switch, and needs none", off=())),
 )  # fmt: skip
 GROUPS: tuple[Group, ...] = (
-    Group(("model_family", "model_flavour", *groups.PATHS, "wan_force_2_1_time_embedding"),
-          groups.model),
-    Group(("base_model_precision", "mixed_precision"), groups.precision),
+    Group(("model_family", "model_flavour", *model.PATHS, "wan_force_2_1_time_embedding"),
+          model.model),
+    Group(("base_model_precision", "mixed_precision"), model.precision),
     Group(("gradient_checkpointing", "gradient_checkpointing_interval", "enable_group_offload",
            "group_offload_*", "enable_chunked_feed_forward", "feed_forward_chunk_size"),
-          groups.memory),
-    Group(("attention_mechanism",), groups.attention),
+          model.memory),
+    Group(("attention_mechanism",), model.attention),
     Group(("model_type", "lora_type", "use_dora", "peft_lora_mode", "lora_rank", "lora_alpha",
            "lora_dropout", "lycoris_config", "lycoris.*", "init_lora", "lora_init_type",
            "singlora_ramp_up_steps"), groups.adapter),
