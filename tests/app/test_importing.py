@@ -196,6 +196,13 @@ def test_takenoko_with_both_experts_and_clips_to_validate_on(tmp_path):
     assert "dit_high_noise" in rows_of(imported)
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("content", "style"), ("style", "content")])
+def test_takenoko_names_two_samplers_the_other_way_round(theirs, ours):
+    """Its content is u³, which prefers little noise; that is style in the paper and here."""
+    row = rows_of(convert(Input("takenoko", {"timestep_sampling": theirs})))["timestep_sampling"]
+    assert (row.new_value, row.status) == (ours, "different")
+
+
 def test_a_whole_model_gets_the_zero_stage_that_it_needs(tmp_path):
     _, config = imported_from("takenoko/finetune.toml", tmp_path)
     assert (config.adapter.kind, config.distributed.zero_stage) == ("none", 2)

@@ -344,8 +344,8 @@ SAMPLERS: Mapping[str, tuple[tuple[str, ...], Mapping[str, tuple[str, ...]]]] = 
                                               "bell_std": ("std", "bell_std")}),
     "half_bell": (("half_bell",), {"bell_center": ("center", "bell_center"),
                                    "bell_std": ("std", "bell_std")}),
-    "content": (("content",), {}),
-    "style": (("style",), {}),
+    "content": (("style",), {}),  # u³ there, the other one's formula in the paper and here
+    "style": (("content",), {}),
     "enhanced_sigmoid": (("enhanced_sigmoid",), {"sigmoid_scale": ("sigmoid_scale",),
                                                  "sigmoid_bias": ("sigmoid_bias", "bias")}),
 }  # fmt: skip
@@ -374,6 +374,8 @@ def timesteps(keys: Keys) -> None:
         keys.lacks(key, f"Menma has no timestep sampler {name!r} yet; its own default is used",
                    "choose objective.timestep_sampler (docs/options.md)")  # fmt: skip
     else:
+        if name in {"content", "style"}:
+            note = f"its {name} has the formula of {kind} in the paper, and here"
         keys.put(key, "objective.timestep_sampler", kind, note=note)
     for option, default in SAMPLER_DEFAULTS.items():
         value = keys.read(option, v.number, keys.default(option, default))
@@ -402,7 +404,8 @@ def _mixture(keys: Keys, name: str) -> None:
 def _weighting(keys: Keys, scheme: str) -> None:
     kinds = {"sigma_sqrt": "sigma_sqrt", "cosmap": "cosmap"}
     if scheme in kinds:
-        keys.put("weighting_scheme", "objective.weighting", kinds[scheme])
+        note = "bounded here at small sigma: sigma_floor" if scheme == "sigma_sqrt" else ""
+        keys.put("weighting_scheme", "objective.weighting", kinds[scheme], note=note)
     elif scheme in {"mode", "logit_normal"}:
         keys.same("weighting_scheme", "without effect but with timestep_sampling sigma")
     elif scheme == "none":
