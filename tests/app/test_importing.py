@@ -288,6 +288,24 @@ def test_simpletuner_of_a_shell_file_and_of_lycoris(tmp_path):
     assert config.memory.blocks_to_swap == "auto"
 
 
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("musubi/dataset_videos.toml", 2),
+        ("diffusion_pipe/dataset.toml", 3),
+        ("simpletuner/multidatabackend.json", 2),
+    ],
+)
+def test_a_dataset_alone_says_nothing_about_training(name, count, tmp_path):
+    imported, config = imported_from(name, tmp_path)
+    assert len(config.dataset.load().sources) == count
+    assert imported.defaults == []
+    plain = tmp_path / "plain.toml"
+    plain.write_text('name = "imported"\n')
+    without = {"dataset": RunConfig().dataset, "techniques": ()}
+    assert config.model_copy(update=without) == load_config(plain)
+
+
 def test_what_is_not_there_today_is_taken_when_the_catalog_has_it(monkeypatch):
     """Another optimizer, sampler and loss of Menma need no change here."""
     for registry, name, like in (
@@ -454,7 +472,7 @@ def test_no_text_makes_reading_commands_fail(text):
 
 
 @pytest.mark.parametrize("tool", ["musubi", "takenoko", "diffusion-pipe", "simpletuner"])
-@settings(max_examples=50, deadline=None,
+@settings(max_examples=30, deadline=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(data=st.data())
 def test_any_keys_with_any_values_become_a_config_and_one_row_each(tool, data, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def import_config(
 def convert(given: Input) -> Imported:
     """Return the config of keys that were read."""
     table, defaults = _table(given.tool)
+    if given.only_dataset:
+        table = replace(table, rules={}, groups=tuple(g for g in table.groups if g.of_dataset))
     draft = Draft(table.tool)
     draft.notes += given.notes
     folders = tuple(dict.fromkeys(file.parent for file in given.files))

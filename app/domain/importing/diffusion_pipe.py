@@ -369,7 +369,7 @@ GROUPS: tuple[Group, ...] = (
            "eval_every_n_steps", "eval_every_n_epochs", "eval_every_n_examples",
            "eval_before_first_step"), saving),
     Group(("output_dir",), names),
-    Group(("dataset",), datasets),
+    Group(("dataset",), datasets, of_dataset=True),
     Group(("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu", "video_clip_mode"),
           batches),
     Group(("pseudo_huber_c",), loss),

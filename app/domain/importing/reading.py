@@ -59,6 +59,8 @@ class Input:
     """Key -> file."""
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    only_dataset: bool = False
+    """There are no options of training: what they would be by default does not matter."""
 
     def add(self, values: Mapping[str, Any], path: Path | None, *, over: bool = True) -> None:
         """Take keys of a file; `over`: they win over those that are there."""
@@ -101,6 +103,7 @@ def read_input(files: Sequence[Path], command: str | None, tool: Tool | None) ->
         )
     found = Input(tools[0], files=list(files))
     given = {document.part for document in documents}
+    found.only_dataset = given == {"dataset"}
     for document in sorted(documents, key=lambda d: d.part == "commands"):  # these win
         _take(found, document, follow="dataset" not in given)
     _expand_arguments(found)

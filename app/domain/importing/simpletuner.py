@@ -137,7 +137,7 @@ GROUPS: tuple[Group, ...] = (
           groups.saving),
     Group(("output_dir", "lora_format"), groups.names),
     Group(("caption_dropout_probability",), dropout),
-    Group(("data_backend_config", "train_batch_size"), datasets),
+    Group(("data_backend_config", "train_batch_size"), datasets, of_dataset=True),
 )  # fmt: skip
 
 TABLE = Table("SimpleTuner", RULES, GROUPS, PATTERNS)

@@ -76,6 +76,8 @@ class Group:
     keys: tuple[str, ...]
     """Names; one that ends in `*` stands for all that begin so."""
     read: Callable[[Keys], None]
+    of_dataset: bool = False
+    """Read where there is nothing but a dataset, too."""
 
 
 @dataclass(frozen=True, slots=True)
