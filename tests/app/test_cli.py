@@ -142,6 +142,17 @@ def test_cache_removes_nothing_unless_told_to(menma, config, monkeypatch):
     assert recorded("cache").prune is True
 
 
+def test_cache_takes_and_writes_caches_of_musubi_when_told_to(menma, config, monkeypatch):
+    end = {"type": "end", "reason": "done", "encoded": 1, "reused": 2, "adopted": 3, "exported": 4}
+    monkeypatch.setenv("FAKE_EVENTS", json.dumps([end]))
+    answer = menma("cache", config, "--from-musubi", "--write-musubi", "theirs")
+    assert "clips: 1 encoded, 2 kept, 3 taken from musubi-tuner" in answer.err
+    assert "4 files written in musubi-tuner's format" in answer.err
+    assert (recorded("cache").from_musubi, str(recorded("cache").write_musubi)) == (True, "theirs")
+    menma("cache", config)
+    assert (recorded("cache").from_musubi, recorded("cache").write_musubi) == (False, None)
+
+
 def test_what_a_job_needs_is_checked_before_it_starts(menma, config):
     Path("vae.safetensors").unlink()
     answer = menma("cache", config)

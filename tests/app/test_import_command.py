@@ -27,6 +27,21 @@ def test_it_writes_a_config_and_a_table_of_all_keys(menma):
     assert "# datasets[1].control_directory" in text or "control_directory = " in text
 
 
+def test_a_terminal_gets_sentences_about_what_is_not_the_same(menma, monkeypatch):
+    from app.cli import output
+
+    monkeypatch.setattr(output, "has_screen", lambda: True)
+    answer = menma("import", str(FOREIGN / "takenoko/tlora.toml"), "-o", "t.toml")
+    assert answer.code == 0
+    assert answer.out.splitlines()[0].split() == ["KEY", "IN", "MENMA", "VALUE"]
+    shown = json.loads(menma("import", str(FOREIGN / "takenoko/tlora.toml"), "-o", "t.toml",
+                             "--force", "--json").out)  # fmt: skip
+    for row in shown["keys"]:
+        place = answer.out if row["status"] in {"carried", "renamed"} else answer.err
+        assert row["key"] in place
+    assert "unknown: no key that Menma knows of this trainer" in answer.err
+
+
 def test_json_has_stable_fields(menma):
     answer = menma("import", str(FOREIGN / "takenoko/tlora.toml"), "-o", "t.toml", "--json")
     shown = json.loads(answer.out)

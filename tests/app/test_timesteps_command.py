@@ -119,6 +119,11 @@ def test_what_cannot_be_is_told(menma, config, options, words):
     assert "Traceback" not in answer.err
 
 
+@pytest.mark.parametrize("loss", ["huber", "pseudo_huber"])
+def test_a_constant_delta_needs_no_other_word(menma, config, loss):
+    assert menma("timesteps", config, *objective(loss=loss, huber_delta=0.3)).code == 0
+
+
 def test_buckets_and_weights_are_in_the_words(menma, config):
     answer = menma(
         "timesteps", config,

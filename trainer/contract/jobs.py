@@ -59,6 +59,10 @@ class CacheRequest(ConfigRequest):
 
     prune: bool = False
     """Remove every entry of the cache folders that this config does not need."""
+    from_musubi: bool = False
+    """Take what musubi-tuner has cached of the clips, where it fits."""
+    write_musubi: Path | None = None
+    """Write the caches in musubi-tuner's format, too, into this folder."""
 
 
 class TrainRequest(ConfigRequest):

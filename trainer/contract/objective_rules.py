@@ -8,6 +8,7 @@ from trainer.contract.catalog import TIMESTEP_SAMPLERS
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.experts import boundary_of, expert_timesteps, for_expert, trained_experts
+from trainer.contract.plugin_options import all_options
 from trainer.contract.sigma_distributions import TruncatedSigma
 from trainer.contract.timestep_mass import (
     LEAST_MASS,
@@ -50,7 +51,10 @@ def objective_rule(config: RunConfig) -> Iterator[Problem]:
         )
         return
     loss = config.objective.options("loss")
-    if "huber_delta_noise" in loss and loss.get("huber_schedule", "constant") == "constant":
+    # In a config that was read, options that are left out have their defaults.
+    usual = all_options("loss", config.objective.loss, {}).get("huber_delta_noise")
+    constant = loss.get("huber_schedule", "constant") == "constant"
+    if constant and loss.get("huber_delta_noise", usual) != usual:
         yield Problem(
             "the delta is the same at every sigma, so nothing goes by this one",
             "objective.huber_delta_noise",

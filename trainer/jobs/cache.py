@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +30,7 @@ from trainer.data.cache_index import Unneeded, find_section, locked, read_index
 from trainer.data.cache_settings import CacheDtype, CacheSettings, uses_image_encoder
 from trainer.data.entries import entry_key
 from trainer.data.items import Texts, no_texts
-from trainer.data.latent_cache import LatentEntry, write_latents
+from trainer.data.latent_cache import EncodedWindow, LatentEntry, write_latents
 from trainer.data.masks import read_alpha_mask, read_mask
 from trainer.data.media import Clip, index_clip, read_window
 from trainer.data.paired import NAMES
@@ -38,6 +38,8 @@ from trainer.data.plan import PlannedItem, plan_source
 from trainer.data.sources.paired import kind_of
 from trainer.data.text_cache import text_file, text_key, write_text_entry
 from trainer.jobs.cache_sections import Work, mark_unfinished, write_finished
+from trainer.jobs.musubi_adoption import Adoption, unused_caches
+from trainer.jobs.musubi_export import export_caches, require_exportable
 from trainer.jobs.window_encoder import (
     DecodedWindow,
     ImageEncoding,
@@ -76,6 +78,10 @@ class CacheOptions:
     """Given all captions, returns more of these."""
     prune: bool = False
     """Remove every entry of the cache folders that this dataset does not need."""
+    from_musubi: bool = False
+    """Take what musubi-tuner has encoded, where it fits (`musubi_adoption`)."""
+    write_musubi: Path | None = None
+    """Write the caches in musubi-tuner's format, too, into this folder (`musubi_export`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,12 +92,17 @@ class CacheReport:
     """Windows encoded now, ..."""
     reused: int
     """... already there, ..."""
+    adopted: int
+    """... taken from musubi-tuner's caches, ..."""
     removed: Unneeded
     """... and entries (of captions, too) that this dataset does not need: those removed, ..."""
     unneeded: Unneeded
     """... and those that were left where they are."""
     captions_encoded: int
     captions_reused: int
+    captions_adopted: int
+    exported: int
+    """Files written in musubi-tuner's format."""
     buckets: dict[Bucket, int]
     """Windows in each bucket, all sources together, without repeats."""
     problems: tuple[Problem, ...]
@@ -107,16 +118,6 @@ class _Task:
     work: Work
     planned: PlannedItem
     entry: LatentEntry
-
-
-def _require_image_encoder(
-    variant: Variant, image_encoder: LazyModel[ImageEncoding] | None
-) -> None:
-    if uses_image_encoder(variant) and image_encoder is None:
-        raise ConfigError(
-            f"{variant.name} sees the first frame through CLIP: an image encoder is needed",
-            hint="set model.image_encoder",
-        )
 
 
 def run_cache(
@@ -147,17 +148,15 @@ def run_cache(
         report: is told of progress.
 
     Raises:
-        DataError: nothing can be trained on, or none of the validation sources can be used; or the
-            dataset is `strict` and something cannot be used (found before anything is encoded, as
-            far as it can be seen without decoding all).
-        ConfigError: the variant needs an image encoder and there is none, or `options.texts` cannot
-            work with these captions.
+        DataError: nothing can be trained on, or no validation source can be used; or the dataset
+            is `strict` and something cannot be used (found as early as decoding allows).
+        ConfigError: an image encoder is needed and missing, or `options.texts` cannot work.
         BusyError: another process caches into the same folder.
         DiskError: the disk is full, read-only or gone.
         OutOfMemoryError: the device cannot encode a window of this size.
     """
     options = options or CacheOptions()
-    _require_image_encoder(variant, image_encoder)
+    _require_models(variant, image_encoder, options)
     settings = CacheSettings.of(
         variant,
         vae=vae.identity,
@@ -171,21 +170,26 @@ def run_cache(
         works = _plan(dataset, settings, options, report)
         _require_clips(works, len(works) if num_training is None else num_training)
         options = _with_texts(options, works)
-        captions = _cache_captions(works, text_encoder, options, report, dataset.general.strict)
+        adoption = Adoption(variant, wanted=options.from_musubi)
+        captions = _cache_captions(works, text_encoder, options, report, adoption)
         _release_memory()
         encode = WindowEncoder(variant, vae, image_encoder, options.tile)
-        windows = _cache_windows(works, encode, options, report, dataset.general.strict)
+        windows = _cache_windows(works, encode, options, report, adoption)
         unneeded = write_finished(works, options.extra_captions, prune=options.prune)
+        exported = export_caches(works, variant, options.write_musubi)
     return CacheReport(
         encoded=windows[0],
         reused=windows[1],
+        adopted=adoption.latents,
         removed=unneeded if options.prune else Unneeded(),
         unneeded=Unneeded() if options.prune else unneeded,
         captions_encoded=captions[0],
         captions_reused=captions[1],
+        captions_adopted=adoption.captions,
+        exported=exported,
         buckets=dict(sorted(Counter(entry.bucket for entry in _usable_entries(works)).items())),
         problems=tuple(problem for work in works for problem in work.problems),
-        notes=_notes(works),
+        notes=_notes(works, adoption, encoded=windows[0]),
     )
 
 
@@ -204,11 +208,34 @@ def _plan(
         )
         folder = source.cache_path.resolve()
         shared = failed.setdefault(folder, set())
-        works.append(Work(folder, plan, settings, list(plan.problems), shared))
+        strict = dataset.general.strict
+        works.append(Work(folder, plan, settings, list(plan.problems), shared, strict))
     problems = [problem for work in works for problem in work.problems]
     if problems and dataset.general.strict:
         raise DataError(_listed("the dataset is strict, and not all of it can be used", problems))
     return works
+
+
+def _require_models(
+    variant: Variant, image_encoder: LazyModel[ImageEncoding] | None, options: CacheOptions
+) -> None:
+    if uses_image_encoder(variant) and image_encoder is None:
+        raise ConfigError(
+            f"{variant.name} sees the first frame through CLIP: an image encoder is needed",
+            hint="set model.image_encoder",
+        )
+    if options.write_musubi is not None:
+        require_exportable(variant)
+
+
+def _notes(works: list[Work], adoption: Adoption, *, encoded: int) -> tuple[str, ...]:
+    """Return what is no fault and yet worth knowing, with what other caches are good for."""
+    notes = [note for work in works for note in (*work.plan.notes, *work.notes)]
+    if adoption.wanted:
+        notes += adoption.notes()
+    elif encoded:
+        notes += unused_caches(works)
+    return tuple(dict.fromkeys(notes))
 
 
 def _require_clips(works: Sequence[Work], num_training: int) -> None:
@@ -233,7 +260,7 @@ def _cache_captions(
     text_encoder: LazyModel[TextEncoding],
     options: CacheOptions,
     report: Report,
-    strict: bool,
+    adoption: Adoption,
 ) -> tuple[int, int]:
     """Encode missing captions; return how many were encoded and how many were there."""
     missing: dict[str, list[Work]] = {}
@@ -249,6 +276,8 @@ def _cache_captions(
     if not missing:
         return 0, len(reused)
     encode = text_encoder.load()
+    if adoption.wanted:
+        _adopt_captions(missing, encode, adoption, options)
     todo = sorted(missing, key=len)  # of like length in a batch: little padding
     for start in range(0, len(todo), options.text_batch):
         batch = todo[start : start + options.text_batch]
@@ -259,12 +288,38 @@ def _cache_captions(
         )
         for done, (caption, context) in enumerate(zip(batch, contexts, strict=True), start + 1):
             for work in missing[caption]:
-                _store_caption(work, caption, context, strict)
+                _store_caption(work, caption, context)
             report("captions", done, len(todo), caption)
     return len(missing), len(reused - missing.keys())
 
 
-def _store_caption(work: Work, caption: str, context: Tensor, strict: bool) -> None:
+def _adopt_captions(
+    missing: dict[str, list[Work]],
+    encode: TextEncoding,
+    adoption: Adoption,
+    options: CacheOptions,
+) -> None:
+    """Store what musubi-tuner has of the missing captions, and take it out of them."""
+
+    def encoded(caption: str) -> Tensor:
+        with torch.inference_mode():
+            return encode([caption])[0]
+
+    for caption, works in list(missing.items()):
+        own = partial(encoded, caption)
+        contexts = {id(work): adoption.context(work, caption, own) for work in works}
+        taken = [work for work in works if contexts[id(work)] is not None]
+        mark_unfinished(taken, options.extra_captions)
+        for work in taken:
+            context = contexts[id(work)]
+            assert context is not None
+            _store_caption(work, caption, context)
+        missing[caption] = [work for work in works if contexts[id(work)] is None]
+        if not missing[caption]:
+            del missing[caption]
+
+
+def _store_caption(work: Work, caption: str, context: Tensor) -> None:
     if torch.isfinite(context).all():
         write_text_entry(work.folder, caption, context, work.settings)
         if context.shape[0] >= work.settings.text_len:
@@ -277,7 +332,7 @@ def _store_caption(work: Work, caption: str, context: Tensor, strict: bool) -> N
     work.failed_captions.add(caption)
     for path in _paths_with(work, caption):
         message = "the text encoder made NaN or infinite values of its caption"
-        _note_problem(work, Problem(message, file=path), strict)
+        _note_problem(work, Problem(message, file=path))
 
 
 def _paths_with(work: Work, caption: str) -> list[Path]:
@@ -289,7 +344,7 @@ def _cache_windows(
     encode: WindowEncoder,
     options: CacheOptions,
     report: Report,
-    strict: bool,
+    adoption: Adoption,
 ) -> tuple[int, int]:
     """Encode missing windows; return how many were encoded and how many were there."""
     tasks: dict[Path, _Task] = {}  # two clips of equal content share their entries
@@ -304,6 +359,8 @@ def _cache_windows(
                     reused.add(path)
                 else:
                     tasks[path] = _Task(work, planned, entry)
+    if adoption.wanted:
+        _adopt_windows(tasks, encode, adoption, options)
     encoded = 0
     for done, (task, decoded) in enumerate(_decoded(list(tasks.values()), options), start=1):
         try:
@@ -315,9 +372,30 @@ def _cache_windows(
         except DataError as error:
             task.work.failed.add(task.entry.file)
             problem = Problem(error.message, file=task.planned.item.path, hint=error.hint)
-            _note_problem(task.work, problem, strict)
+            _note_problem(task.work, problem)
         report("latents", done, len(tasks), task.planned.item.name)
     return encoded, len(reused)
+
+
+def _adopt_windows(
+    tasks: dict[Path, _Task], encode: WindowEncoder, adoption: Adoption, options: CacheOptions
+) -> None:
+    """Store what musubi-tuner has of the missing windows, and take it out of them."""
+    for path, task in list(tasks.items()):
+        try:
+            own = partial(_encoded, task, encode)
+            found = adoption.window(task.work, task.planned, task.entry, own)
+        except DataError:  # our own encoding failed, or the clip: told when it is encoded
+            continue
+        if found is not None:
+            mark_unfinished([task.work], options.extra_captions)
+            name = task.planned.item.name
+            write_latents(task.work.folder, task.entry, found, task.work.settings, name)
+            del tasks[path]
+
+
+def _encoded(task: _Task, encode: WindowEncoder) -> EncodedWindow:
+    return encode(_decode(task, index_clip))
 
 
 def _decoded(
@@ -372,13 +450,8 @@ def _usable_entries(works: Sequence[Work]) -> Iterator[LatentEntry]:
                 yield from (e for e in planned.entries if e.file not in work.failed)
 
 
-def _notes(works: Sequence[Work]) -> tuple[str, ...]:
-    """Return all notes, each once: the texts of a clip may all be too long."""
-    return tuple(dict.fromkeys(note for work in works for note in (*work.plan.notes, *work.notes)))
-
-
-def _note_problem(work: Work, problem: Problem, strict: bool) -> None:
-    if strict:
+def _note_problem(work: Work, problem: Problem) -> None:
+    if work.strict:
         raise DataError(_listed("the dataset is strict, and not all of it can be used", [problem]))
     work.problems.append(problem)
 

@@ -35,6 +35,8 @@ class Work:
     problems: list[Problem]
     failed: set[str]
     """Entry files that could not be made; sources of one cache folder share this set."""
+    strict: bool = False
+    """The job stops at the first of `problems`."""
     notes: list[str] = field(default_factory=list)
     failed_captions: set[str] = field(default_factory=set)
     marked: bool = False

@@ -26,6 +26,22 @@ def cache(
             "configs cached there, too.",
         ),
     ] = False,
+    from_musubi: Annotated[
+        bool,
+        typer.Option(
+            "--from-musubi",
+            help="Take what musubi-tuner has cached of these clips where it fits, instead of "
+            "encoding it.",
+        ),
+    ] = False,
+    write_musubi: Annotated[
+        Path | None,
+        typer.Option(
+            "--write-musubi",
+            metavar="DIR",
+            help="Write the caches in musubi-tuner's format, too, with a dataset TOML for it.",
+        ),
+    ] = None,
 ) -> None:
     """Encode clips and captions, once.
 
@@ -34,19 +50,28 @@ def cache(
     from app.domain.complete import complete_config
 
     complete_config(config, overrides or (), "cache")
-    request = {"config": str(config), "set": list(overrides or ()), "prune": prune}
+    request: dict[str, Any] = {
+        "config": str(config),
+        "set": list(overrides or ()),
+        "prune": prune,
+        "from_musubi": from_musubi,
+        "write_musubi": None if write_musubi is None else str(write_musubi),
+    }
     result = jobs.run_or_leave("cache", request)
     _show_counts(result.end, config)
     output.say(f"Next: menma train {config}")
 
 
 def _show_counts(end: Mapping[str, Any], config: Path) -> None:
-    for what, encoded, reused in (
-        ("clips", "encoded", "reused"),
-        ("captions", "captions_encoded", "captions_reused"),
+    for what, encoded, reused, adopted in (
+        ("clips", "encoded", "reused", "adopted"),
+        ("captions", "captions_encoded", "captions_reused", "captions_adopted"),
     ):
         if encoded in end:
-            output.say(f"{what}: {end[encoded]} encoded, {end.get(reused, 0)} kept")
+            taken = f", {end[adopted]} taken from musubi-tuner" if end.get(adopted) else ""
+            output.say(f"{what}: {end[encoded]} encoded, {end.get(reused, 0)} kept{taken}")
+    if exported := end.get("exported"):
+        output.say(f"{exported} files written in musubi-tuner's format")
     if removed := end.get("removed"):
         output.say(
             f"{_entries(removed, end['removed_bytes'])} that this config does not need: removed"

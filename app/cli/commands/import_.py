@@ -86,10 +86,33 @@ def _tool(name: str | None) -> Tool | None:
     return found
 
 
+def _show_on_a_terminal(imported: Imported) -> None:
+    """Show a narrow table of what is carried over, and sentences about the rest."""
+    from app.domain.importing.converting import shorten
+    from app.domain.importing.report import STATUSES
+
+    plain = [row for row in imported.rows if row.status in {"carried", "renamed"}]
+    rows = [(row.key, row.target or "-", shorten(row.value, 30)) for row in plain]
+    output.data(output.table(("KEY", "IN MENMA", "VALUE"), rows))
+    for status, meaning in STATUSES.items():
+        others = [row for row in imported.rows if row.status == status and row not in plain]
+        if not others:
+            continue
+        output.say()
+        output.title(f"{status}: {meaning}")
+        for row in others:
+            arrow = f" -> {row.target}" if row.target else ""
+            output.say(f"  {row.key} = {shorten(row.value, 40)}{arrow}")
+            output.say(f"    {row.note}{f' ({row.hint})' if row.hint else ''}")
+    output.say()
+
+
 def _show(imported: Imported, *, words_only: bool) -> None:
     from app.domain.importing.converting import shorten
 
-    if not words_only:
+    if output.has_screen() and not words_only:
+        _show_on_a_terminal(imported)
+    elif not words_only:
         rows = [
             (
                 row.key,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from app.domain.importing.reading import Input, Tool, read_input
 from app.domain.importing.report import Imported, Row
 from app.domain.importing.tables import Keys, Table, read_table
 from app.domain.template import render_values
+from trainer.contract.catalog import TECHNIQUES
 from trainer.contract.toml_lines import key_lines
 
-_WIDTH = 96
+MASKED_LOSS = "masked_loss"
 
 
 def import_config(
@@ -35,6 +37,8 @@ def import_config(
 def convert(given: Input) -> Imported:
     """Return the config of keys that were read."""
     table, defaults = _table(given.tool)
+    if given.only_dataset:
+        table = replace(table, rules={}, groups=tuple(g for g in table.groups if g.of_dataset))
     draft = Draft(table.tool)
     draft.notes += given.notes
     folders = tuple(dict.fromkeys(file.parent for file in given.files))
@@ -80,12 +84,24 @@ def _complete(draft: Draft) -> None:
             del values[path]
     elif not any(path.startswith("dataset.sources") for path in values):
         draft.notes.append("no clips are named: put them into [[dataset.sources]]")
+    if any(p.endswith((".mask_directory", ".alpha_mask")) for p in values):
+        _add_masked_loss(draft)
     whole_model = values.get("adapter.kind") == "none"
     if whole_model and values.get("memory.weight_format", "bf16") == "bf16":
         values.setdefault("distributed.zero_stage", 2)
         draft.notes.append(
             "a whole model is trained: DeepSpeed keeps its fp32 masters with zero_stage = 2"
         )
+
+
+def _add_masked_loss(draft: Draft) -> None:
+    """Masks do nothing in Menma without the technique that reads them."""
+    if MASKED_LOSS in TECHNIQUES:
+        technique: dict[str, Any] = {"name": MASKED_LOSS}
+        if draft.tool == "diffusion-pipe":
+            technique["normalize"] = False  # it takes the mean over all, masked or not
+        draft.values["techniques"] = [*draft.values.get("techniques", []), technique]
+        draft.notes.append("masks are read by the technique masked_loss, which is added")
 
 
 def _text(tool: str, name: str, nested: dict[str, Any], draft: Draft, files: Sequence[Path]) -> str:

@@ -11,7 +11,14 @@ from pathlib import Path
 
 from app.domain.importing import values as v
 from app.domain.importing.diffusion_pipe_data import datasets
-from app.domain.importing.kinds import put_argument, put_optimizer, put_option, put_schedule
+from app.domain.importing.kinds import (
+    OPTIMIZERS,
+    plain_name,
+    put_argument,
+    put_optimizer,
+    put_option,
+    put_schedule,
+)
 from app.domain.importing.musubi import v_name
 from app.domain.importing.musubi_groups import EPOCHS_HINT
 from app.domain.importing.tables import Done, Group, Keys, Lacks, Rule, Secret, Table, To
@@ -181,6 +188,8 @@ def adapter(keys: Keys) -> None:
 def optimizer(keys: Keys) -> None:
     """Optimizer with its options; optimi's keeps Kahan sums, Menma fp32 masters."""
     name = str(keys.get("optimizer.type") or "AdamW")
+    if plain_name(name) not in OPTIMIZERS and "." not in name:
+        name = f"pytorch_optimizer.{name}"  # where it looks for all others
     takes_rate = put_optimizer(keys, "optimizer.type", name)
     refused = "optimizer.type" in keys.reported and keys.reported["optimizer.type"].is_lost
     rate = keys.read("optimizer.lr", v.number)
@@ -286,6 +295,15 @@ def batches(keys: Keys) -> None:
                    "choose frame_extraction in [[dataset.sources]]")  # fmt: skip
 
 
+def loss(keys: Keys) -> None:
+    """Squared error, or pseudo-Huber where its constant is given."""
+    constant = keys.read("pseudo_huber_c", v.number)
+    if constant:
+        keys.draft.values["objective.loss"] = "pseudo_huber"
+        note = 'loss = "pseudo_huber", scaled so that small errors cost as much as with mse'
+        keys.put("pseudo_huber_c", "objective.huber_delta", constant, note=note)
+
+
 def logs(keys: Keys) -> None:
     """TensorBoard always, Weights & Biases where it is enabled."""
     keys.draft.values["logging.tensorboard"] = True
@@ -294,11 +312,7 @@ def logs(keys: Keys) -> None:
         for key in keys.below("monitoring"):
             keys.same(key, "Weights & Biases is off")
         return
-    target = keys.draft.first_known(("logging.wandb",))
-    if target is None:
-        keys.lacks("monitoring.enable_wandb", "Menma does not log to Weights & Biases yet")
-    else:
-        keys.put("monitoring.enable_wandb", target, value=True)
+    keys.put("monitoring.enable_wandb", "logging.wandb", value=True)
 
 
 RULES: Mapping[str, Rule] = {
@@ -318,7 +332,6 @@ RULES: Mapping[str, Rule] = {
                              "sequence_parallel or zero_stage 3 share it", off=(1,)),
     "partition_method": Done("of pipeline_stages", off=()),
     "partition_split": Done("of pipeline_stages", off=()),
-    "pseudo_huber_c": To("objective.loss", lambda value: "pseudo_huber" if value else None),
     "save_dtype": To("output.dtype", v.one_of({
         "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}), default="bfloat16"),
     "compile": To("memory.compile_blocks", v.flag),
@@ -356,9 +369,10 @@ GROUPS: tuple[Group, ...] = (
            "eval_every_n_steps", "eval_every_n_epochs", "eval_every_n_examples",
            "eval_before_first_step"), saving),
     Group(("output_dir",), names),
-    Group(("dataset",), datasets),
+    Group(("dataset",), datasets, of_dataset=True),
     Group(("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu", "video_clip_mode"),
           batches),
+    Group(("pseudo_huber_c",), loss),
     Group((), logs),
 )  # fmt: skip
 

@@ -49,27 +49,26 @@ _LOST: Mapping[str, Rule] = {
     **dict.fromkeys(("min_ar", "max_ar", "num_ar_buckets", "ar_buckets"),
                     Done("buckets have steps of 16 pixels, from 1:4 to 4:1", off=())),
     "size_buckets": Lacks("sizes are not listed one by one", "one source for each resolution"),
-    "caption_prefix": Lacks("Menma does not change captions yet"),
-    "shuffle_tags": Lacks("Menma does not change captions yet"),
-    "cache_shuffle_num": Lacks("Menma does not change captions yet"),
+    **dict.fromkeys(("caption_prefix", "shuffle_tags", "cache_shuffle_num", "mask_path",
+                     "control_path"), Done("off", off=())),
     "cache_shuffle_delimiter": Done("of cache_shuffle_num", off=()),
     "skip_empty_caption": Done("clips without a caption are left out, and named", off=()),
-    "mask_path": Lacks("Menma has no masks yet"),
-    "default_mask_file": Lacks("Menma has no masks yet"),
-    "control_path": Lacks("Menma has no control clips yet"),
-    "loss_scale": Lacks("sources have no weights of their own yet", "num_repeats", off=(1, 1.0)),
+    "default_mask_file": Lacks("each clip has a mask of its own", "put one for each there"),
+    "loss_scale": Lacks("it belongs to a directory", off=(1, 1.0, None, 0)),
     "round_side": Done("sides are multiples of what the model needs", off=()),
     "type": Done("a folder of images or videos", off=()),
     "video_clip_mode": Done("frame_extraction", off=()),
 }  # fmt: skip
 _OURS = {
-    "caption_prefix": ("caption_prefix",),
-    "shuffle_tags": ("shuffle_caption", "caption_shuffle", "shuffle_tags"),
-    "mask_path": ("mask_directory", "mask_path"),
-    "control_path": ("control_directory",),
-    "loss_scale": ("loss_weight", "loss_scale"),
+    "caption_prefix": "caption_prefix",
+    "shuffle_tags": "shuffle_tags",
+    "cache_shuffle_num": "caption_variants",
+    "cache_shuffle_delimiter": "tag_separator",
+    "mask_path": "mask_directory",
+    "control_path": "control_directory",
+    "loss_scale": "loss_weight",
 }
-"""Keys of a directory -> names they may have in a source of Menma, which is asked for them."""
+"""Keys of a directory -> their names in a source of Menma."""
 
 
 def _directory(keys: Keys, index: int, place: int, used: dict[str, str]) -> int:
@@ -104,13 +103,20 @@ def _directory(keys: Keys, index: int, place: int, used: dict[str, str]) -> int:
             if kind == "video":
                 own["target_frames"] = ("frame_buckets", [f for f in frames if f > 1] or [33])
                 own |= {name: ("", part) for name, part in _clip_mode(keys).items()}
-            for name, targets in _OURS.items():
-                target = next((t for t in targets if t in SourceOptions.model_fields), None)
-                if target is not None and value(name) is not None:
-                    own[target] = (name, value(name))
+            for name, target in _OURS.items():
+                if value(name) not in (None, False, "", 0):
+                    own[target] = (name, _converted(name, value(name)))
+            if "caption_variants" in own:
+                own["shuffle_tags"] = ("cache_shuffle_num", True)
             _write_source(keys, index, f"dataset.sources[{place}]", own, used)
             place += 1
     return place
+
+
+def _converted(name: str, value: Any) -> Any:
+    if name == "cache_shuffle_num" and isinstance(value, int):
+        return value + 1  # the order as it is written counts, too
+    return value
 
 
 def _write_source(
@@ -130,7 +136,7 @@ def _kinds(folder: Path, frames: list[int]) -> list[str]:
     """Return what a folder holds: what is in it, or what the frame buckets are for."""
     try:
         found = {path.suffix.lower() for path in folder.iterdir()}
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no name that a file can have
         found = set()
     kinds = [kind for kind, ends in (("image", _IMAGES), ("video", _VIDEOS)) if found & ends]
     return kinds or (["video"] if any(f > 1 for f in frames) else ["image"])
@@ -138,6 +144,5 @@ def _kinds(folder: Path, frames: list[int]) -> list[str]:
 
 def _clip_mode(keys: Keys) -> dict[str, Any]:
     mode = str(keys.get("video_clip_mode") or "single_beginning")
-    wanted = {"single_beginning": "head", "single_middle": "middle",
-              "multiple_overlapping": "multiple_overlapping"}.get(mode, "head")  # fmt: skip
+    wanted = {"single_middle": "middle", "multiple_overlapping": "overlapping"}.get(mode, "head")
     return {"frame_extraction": wanted} if wanted in get_args(FrameExtraction) else {}

@@ -11,7 +11,7 @@ from app.domain.importing.report import DefaultRow, Row, Status
 from trainer.contract.catalog import PLUGIN_KINDS
 from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.config_io import load_config_with_sources
-from trainer.contract.dataset_config import GeneralOptions, SourceOptions
+from trainer.contract.dataset_config import MEDIA_KEYS, GeneralOptions, SourceOptions
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.options import Options
 from trainer.contract.plugin_options import option_names, plugin_schemas
@@ -64,6 +64,9 @@ class Draft:
         if target in self.values:
             return self.values[target]
         section_name, _, key = target.rpartition(".")
+        for pattern, options in _TABLES:
+            if re.fullmatch(pattern, section_name):
+                return options.model_fields[key].get_default(call_default_factory=True)
         if not section_name:
             return RunConfig.model_fields[target].get_default(call_default_factory=True)
         field = RunConfig.model_fields[section_name].annotation
@@ -73,9 +76,9 @@ class Draft:
             return field.model_fields[key].get_default(call_default_factory=True)
         assert issubclass(field, PluginSection)
         for slot, kind in field.slots.items():
-            options = plugin_schemas()[kind].get(self.chosen(f"{section_name}.{slot}"), {})
-            if key in options.get("properties", {}):
-                return options["properties"][key].get("default")
+            schema = plugin_schemas()[kind].get(self.chosen(f"{section_name}.{slot}"), {})
+            if key in schema.get("properties", {}):
+                return schema["properties"][key].get("default")
         return None
 
     def first_known(self, targets: tuple[str, ...]) -> str | None:
@@ -120,16 +123,36 @@ class Draft:
     def _take_back(self, problem: Problem) -> None:
         """Remove what a problem names; where that is not of the import, what stands around it."""
         key = problem.key
+        if owned := self._of_plug_in(key):
+            key, found = "", owned
         while key:
             found = [path for path in self.values if _is_within(path, key)]
             if found:
+                named = [path for path in found if _is_named(path, problem.message)]
+                found = named or found
                 break
             key = key.rpartition(".")[0]
-        else:
-            found = list(self.values)[-1:]  # a fault of the whole: the last word is taken back
+        else:  # a fault of the whole: the last word is taken back
+            found = owned or list(self.values)[-1:]
         for path in found:
             self._lose(path, self.values.pop(path), problem)
         self._close_gaps()
+
+    def _of_plug_in(self, key: str) -> list[str]:
+        """Return what was written for the plug-in whose option a key is, if not the key itself."""
+        section_name, _, option = key.rpartition(".")
+        field = RunConfig.model_fields.get(section_name)
+        section = field.annotation if field is not None else None
+        if key in self.values or not (
+            isinstance(section, type) and issubclass(section, PluginSection)
+        ):
+            return []
+        for slot, kind in section.slots.items():
+            names = option_names(kind, str(self.chosen(f"{section_name}.{slot}")))
+            if option in names and f"{section_name}.{slot}" in self.values:
+                paths = [f"{section_name}.{name}" for name in (slot, *names)]
+                return [path for path in paths if path in self.values]
+        return []
 
     def _lose(self, path: str, value: Any, problem: Problem) -> None:
         told = [*(row.target for row in self.rows), *(row.target for row in self.defaults)]
@@ -167,6 +190,12 @@ class Draft:
 
 def _is_within(path: str, key: str) -> bool:
     return path == key or path.startswith((f"{key}.", f"{key}["))
+
+
+def _is_named(path: str, message: str) -> bool:
+    """Tell whether a message about a table names one of its keys, which is then at fault."""
+    key = path.rpartition(".")[2]
+    return key not in MEDIA_KEYS and re.search(rf"\b{re.escape(key)}\b", message) is not None
 
 
 def _parts(path: str) -> Iterator[tuple[str, int | None]]:

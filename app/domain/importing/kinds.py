@@ -26,6 +26,8 @@ class Optimizer:
     """What is different, if it is the first of them."""
     like_adamw: bool = False
     """Its learning rate means the same with AdamW."""
+    paged: bool = False
+    """Its state may wait in RAM."""
 
 
 _BF16 = "Menma keeps fp32 masters of what it trains, so rounding needs no compensation"
@@ -37,8 +39,8 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "fusedadam": Optimizer(("adamw",), "AdamW without weight decay is Adam", like_adamw=True),
     "adamw8bit": Optimizer(("adamw8bit", "adamw"), like_adamw=True),
     "adam8bit": Optimizer(("adamw8bit", "adamw"), like_adamw=True),
-    "pagedadamw": Optimizer(("adamw",), _PAGED, like_adamw=True),
-    "pagedadamw8bit": Optimizer(("adamw8bit", "adamw"), _PAGED, like_adamw=True),
+    "pagedadamw": Optimizer(("adamw",), like_adamw=True, paged=True),
+    "pagedadamw8bit": Optimizer(("adamw8bit", "adamw"), like_adamw=True, paged=True),
     "adamw8bitkahan": Optimizer(("adamw8bit_kahan", "adamw8bit", "adamw"), _BF16, like_adamw=True),
     "adamwkahan": Optimizer(("adamw_kahan", "adamw"), _BF16, like_adamw=True),
     "adamwoptimi": Optimizer(("adamw",), _BF16, like_adamw=True),
@@ -52,7 +54,7 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "schedulefree": Optimizer(("schedulefree", "adamw_schedulefree", "schedulefree_adamw")),
     "adafactor": Optimizer(("adafactor",)),
     "came": Optimizer(("came",)),
-    "came8bit": Optimizer(("came8bit", "came"), "states of full precision"),
+    "came8bit": Optimizer(("came8bit", "came")),
     "muon": Optimizer(("muon",)),
     "normuon": Optimizer(("normuon",)),
     "adamuon": Optimizer(("adamuon",)),
@@ -62,11 +64,11 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "scion": Optimizer(("scion",)),
     "scionlight": Optimizer(("scion_light", "scion")),
     "prodigy": Optimizer(("prodigy",)),
-    "prodigy8bit": Optimizer(("prodigy8bit", "prodigy"), "states of full precision"),
+    "prodigy8bit": Optimizer(("prodigy8bit", "prodigy")),
     "prodigyplusschedulefree": Optimizer(("prodigy_schedulefree", "prodigyplus")),
     "lion": Optimizer(("lion",)),
-    "lion8bit": Optimizer(("lion8bit", "lion"), "states of full precision"),
-    "pagedlion8bit": Optimizer(("lion8bit", "lion"), _PAGED),
+    "lion8bit": Optimizer(("lion8bit", "lion")),
+    "pagedlion8bit": Optimizer(("lion8bit", "lion"), paged=True),
     "ademamix": Optimizer(("ademamix",)),
     "ademamix8bit": Optimizer(("ademamix8bit", "ademamix")),
     "automagic": Optimizer(("automagic",)),
@@ -84,12 +86,22 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "ns": ("ns_steps", "num_steps"),
     "ns_steps": ("ns_steps", "num_ns_steps", "newton_schulz_steps"),
     "rho": ("rho", "clip"),
-    "precondition_frequency": ("precondition_frequency", "precondition_every_steps"),
-    "warmup_steps": ("warmup_steps",),
     "use_bias_correction": ("use_bias_correction", "bias_correction"),
-    "safeguard_warmup": ("safeguard_warmup",),
+    "weight_lr_power": ("weight_lr_power",),
 }
 """Argument of an optimizer -> names it may have in Menma, besides its own."""
+THEIR_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "adafactor": {"scale_parameter": True},
+}
+"""Kind -> defaults of the packages that others take it from, where Menma's are not the same."""
+FIXED_ARGUMENTS: Mapping[str, tuple[Any, str]] = {
+    "relative_step": (False, "the rate is optimizer.learning_rate"),
+    "warmup_init": (False, "the rate is optimizer.learning_rate"),
+    "decouple": (True, "weight decay is decoupled"),
+    "stabilize": (False, "updates are as they come"),
+    "kahan_sum": (True, "what is trained has fp32 masters"),
+}
+"""Argument -> the value that Menma always has, and why another one is not possible."""
 
 SCHEDULES: Mapping[str, tuple[str, ...]] = {
     "constant": ("constant",),
@@ -97,15 +109,19 @@ SCHEDULES: Mapping[str, tuple[str, ...]] = {
     "linear": ("linear",),
     "cosine": ("cosine",),
     "cosine_with_min_lr": ("cosine",),
-    "cosine_with_restarts": ("cosine_with_restarts", "cosine_restarts"),
+    "cosine_with_restarts": ("cosine_restarts", "cosine_with_restarts"),
     "sine": ("sine",),
     "polynomial": ("polynomial",),
     "inverse_sqrt": ("inverse_sqrt",),
-    "warmup_stable_decay": ("wsd", "warmup_stable_decay"),
-    "piecewise_constant": ("piecewise", "piecewise_constant"),
+    "warmup_stable_decay": ("warmup_stable_decay", "wsd"),
     "rex": ("rex",),
 }
 """Schedule -> names it may have in Menma."""
+
+
+CUSTOM = "custom"
+"""Kind of optimizers and schedules that are classes of other packages."""
+_CLASS = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 
 
 def plain_name(name: str) -> str:
@@ -126,6 +142,10 @@ def put_optimizer(keys: Keys, key: str, name: str) -> bool:
     found = None
     if known is not None:
         found = next((kind for kind in known.kinds if kind in PLUGIN_KINDS["optimizer"]), None)
+    if found is None and _CLASS.fullmatch(name) and CUSTOM in PLUGIN_KINDS["optimizer"]:
+        keys.put(key, "optimizer.kind", CUSTOM, note=f"{name} itself, which has to be installed")
+        keys.draft.values["optimizer.class"] = name
+        return True
     if known is None or found is None:
         like = known is not None and known.like_adamw
         rest = "" if like else ", and so is its learning rate, which is no rate of AdamW"
@@ -137,7 +157,14 @@ def put_optimizer(keys: Keys, key: str, name: str) -> bool:
     note = known.note
     if not note and found != known.kinds[0]:
         note = f"the nearest that Menma has to {name}"
+    if known.paged and "paged" not in option_names("optimizer", found):
+        note = _PAGED
     keys.put(key, "optimizer.kind", found, note=note)
+    if known.paged and "paged" in option_names("optimizer", found):
+        keys.draft.values["optimizer.paged"] = True
+    for option, value in THEIR_DEFAULTS.get(found, {}).items():
+        if option in option_names("optimizer", found):
+            keys.put(f"{key}: {option}", f"optimizer.{option}", value)
     return True
 
 
@@ -171,7 +198,27 @@ def has_option(keys: Keys, section: str, slot: str, kind: str, name: str) -> boo
 
 def put_argument(keys: Keys, key: str, name: str, value: Any) -> None:
     """Write one argument of the optimizer."""
+    if keys.draft.chosen("optimizer.kind") == CUSTOM:
+        put_class_argument(keys, key, "optimizer", name, value)
+        return
+    if name in FIXED_ARGUMENTS and not has_option(keys, "optimizer", "kind", "optimizer", name):
+        fixed, why = FIXED_ARGUMENTS[name]
+        if value is None or value == fixed:
+            keys.same(key, "as in Menma")
+        else:
+            keys.lacks(key, why)
+        return
     put_option(keys, key, "optimizer", "kind", value, name, *ARGUMENTS.get(name, ()))
+
+
+def put_class_argument(keys: Keys, key: str, section: str, name: str, value: Any) -> None:
+    """Write an argument that a class of another package is made with."""
+    if value is None:
+        keys.same(key, "not set")
+        return
+    target = f"{section}.arguments"
+    keys.draft.values[target] = {**keys.draft.values.get(target, {}), name: value}
+    keys.done(key, f"an argument of {section}.class", target)
 
 
 def put_schedule(keys: Keys, key: str, name: str) -> bool:

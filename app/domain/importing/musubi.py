@@ -226,7 +226,7 @@ GROUPS: tuple[Group, ...] = (
     Group(("output_dir", "output_name", "metadata_tags", "metadata_description",
            "training_comment"), names),
     Group(("dataset_config",), dataset_file),
-    Group((), datasets),
+    Group((), datasets, of_dataset=True),
 )  # fmt: skip
 
 TABLE = Table("musubi-tuner", RULES, GROUPS, PATTERNS)

@@ -6,24 +6,23 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from app.domain.importing import values as v
 from app.domain.importing.tables import Keys
 from trainer.contract.dataset_config import MEDIA_KEYS, GeneralOptions, SourceOptions
 from trainer.contract.dataset_problems import UNSUPPORTED_KEYS
 
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
-    "caption_dropout_rate": ("caption_dropout_rate", "caption_dropout"),
-    "mask_path": ("mask_directory", "mask_path"),
-    "mask_directory": ("mask_directory", "mask_path"),
-    "control_directory": ("control_directory",),
-    "caption_prefix": ("caption_prefix",),
-    "shuffle_caption": ("shuffle_caption", "caption_shuffle", "shuffle_tags"),
-    "is_reg": ("is_reg", "regularisation", "is_regularisation"),
+    "caption_dropout_rate": ("caption_dropout",),
+    "mask_path": ("mask_directory",),
+    "shuffle_caption": ("shuffle_tags",),
+    "keep_tokens": ("keep_tags",),
+    "caption_separator": ("tag_separator",),
 }
 """Key -> names it may have in Menma, which is asked for them."""
+EXTRACTIONS = {"multiple_overlapping": "overlapping"}
+"""Takenoko's words for windows, where they are not Menma's."""
 DONE: Mapping[str, str] = {
-    "load_control": "control_directory says it",
     "skip_existing": "what is cached and has not changed is kept",
-    "sequence_batches": "",
 }
 PRESETS = {"480p": [832, 480], "720p": [1280, 720], "540p": [960, 544]}
 """Takenoko's short words for sizes."""
@@ -47,7 +46,20 @@ def datasets(keys: Keys) -> None:
             prefix, options = f"dataset.sources[{number}]", set(SourceOptions.model_fields)
             if val_number is not None:
                 prefix = f"validation.sources[{val_number}]"
-        _carry(keys, key, value, name, prefix, options)
+        if name == "is_reg" and "loss_weight" in options:
+            _regularisation(keys, key, prefix)
+        else:
+            _carry(keys, key, value, name, prefix, options)
+
+
+def _regularisation(keys: Keys, key: str, prefix: str) -> None:
+    """A regularisation set is a source with a weight of its own in the loss."""
+    if not v.is_on(keys.get(key)):
+        keys.same(key)
+        return
+    weight = keys.read("prior_loss_weight", v.number, 1.0)
+    keys.put(key, f"{prefix}.loss_weight", weight, note="the weight is prior_loss_weight")
+    keys.done("prior_loss_weight", "", f"{prefix}.loss_weight")
 
 
 def _carry(keys: Keys, key: str, value: Any, name: str, prefix: str, options: set[str]) -> None:
@@ -58,9 +70,12 @@ def _carry(keys: Keys, key: str, value: Any, name: str, prefix: str, options: se
             value, note = keys.file_of(value)
         elif name == "resolution" and isinstance(value, str):
             value = PRESETS.get(value.lower(), value)
-            note = "Menma's word for it" if isinstance(value, list) else ""
+            note = "width and height" if isinstance(value, list) else ""
+        elif name == "frame_extraction" and str(value) in EXTRACTIONS:
+            value = EXTRACTIONS[str(value)]
+            note = "Menma's word for it"
         keys.put(key, f"{prefix}.{found}", value, note=note)
-    elif value in (False, None, "", 0):
+    elif value is None or value is False or value in ("", 0):
         keys.same(key)
     elif name in UNSUPPORTED_KEYS:
         keys.lacks(key, f"Menma lacks {UNSUPPORTED_KEYS[name]} so far")
@@ -73,15 +88,9 @@ def _carry(keys: Keys, key: str, value: Any, name: str, prefix: str, options: se
 
 
 KNOWN: Mapping[str, str] = {
-    **dict.fromkeys(
-        ("caption_dropout_rate", "caption_prefix", "shuffle_caption"),
-        "Menma does not change captions yet",
-    ),
-    **dict.fromkeys(("mask_path", "mask_directory"), "Menma has no masks yet"),
-    **dict.fromkeys(("is_reg", "prior_loss_weight"), "Menma has no regularisation sets yet"),
     **dict.fromkeys(("concept_id", "concept_name"), "Menma has no class labels"),
-    "control_suffix": "Menma has no control clips beside the others",
-    "load_control": "Menma has no control clips yet",
+    "control_suffix": "control clips have the clips' names, in control_directory",
+    "load_control": "control clips stand in control_directory",
     "min_short_clip_frames": "clips shorter than all target_frames are left out and named",
     "sequence_batches": "Menma does not keep clips in order",
     "sequence_validate_names": "Menma does not keep clips in order",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from app.domain.importing import values as v
 from app.domain.importing.kinds import (
+    CUSTOM,
     has_option,
     put_argument,
+    put_class_argument,
     put_optimizer,
     put_option,
     put_schedule,
@@ -127,13 +128,10 @@ def logs(keys: Keys) -> None:
     if tools in {"tensorboard", "all"}:
         keys.put(key, "logging.tensorboard", value=True)
     if tools in {"wandb", "all"}:
-        target = keys.draft.first_known(("logging.wandb",))
-        if target is None:
-            keys.lacks(key, "Menma does not log to Weights & Biases yet")
-        elif tools == "all":
-            keys.draft.values[target] = True
+        if tools == "all":
+            keys.draft.values["logging.wandb"] = True
         else:
-            keys.put(key, target, value=True)
+            keys.put(key, "logging.wandb", value=True)
     if keys.get("logging_dir"):
         keys.done("logging_dir", "logs stand in the run directory, <output.runs_dir>/<name>")
 
@@ -160,73 +158,105 @@ def schedule(keys: Keys) -> None:
     """Course of the learning rate; shares of the run become steps."""
     name = str(keys.get("lr_scheduler") or "constant")
     if keys.get("lr_scheduler_type"):
-        keys.lacks("lr_scheduler_type", "classes of other packages are not loaded",
-                   "choose lr_schedule.kind")  # fmt: skip
-    put_schedule(keys, "lr_scheduler", name)
-    _steps(keys, "lr_warmup_steps", "lr_schedule.warmup_steps")
-    if keys.get("lr_decay_steps") not in (None, 0, "0"):
-        found = _named(keys, "lr_schedule", ("decay_steps", "num_decay_steps"))
-        if found is None:
-            keys.lacks("lr_decay_steps", f"lr_schedule.kind = {_schedule(keys)!r} has no such part")
-        else:
-            _steps(keys, "lr_decay_steps", found)
-    options: Mapping[str, tuple[Any, Any, tuple[str, ...]]] = {
-        "lr_scheduler_num_cycles": (v.whole, 1, ("num_cycles", "cycles", "num_restarts")),
-        "lr_scheduler_power": (v.number, 1.0, ("power",)),
-        "lr_scheduler_timescale": (v.whole, None, ("timescale", "timescale_steps")),
-        "lr_scheduler_min_lr_ratio": (v.number, None, ("min_lr_ratio",)),
-    }
-    for key, (convert, default, names) in options.items():
-        value = keys.read(key, convert, default)
-        if key not in keys or value in (None, 0):
-            continue
-        found = _named(keys, "lr_schedule", names)
-        if found is not None:
-            keys.put(key, found, value)
-        elif value == default:
+        _schedule_class(keys, str(keys.get("lr_scheduler_type")))
+        return
+    has = put_schedule(keys, "lr_scheduler", name)
+    _warmup(keys)
+    _decay(keys)
+    for key, (convert, default, option) in SCHEDULE_OPTIONS.items():
+        value = keys.read(key, convert, SCHEDULE_DEFAULTS.get((name, key), default))
+        if has_option(keys, "lr_schedule", "kind", "lr_schedule", option):
+            if value is not None:
+                keys.put(key, f"lr_schedule.{option}", value)
+        elif value in (None, 0) or value == default or (has and key not in keys):
             keys.same(key, "its default, and without meaning for this schedule")
         else:
             keys.lacks(key, f"lr_schedule.kind = {_schedule(keys)!r} has no such option")
-    for key in keys.below("lr_scheduler_args"):
+    if name == "warmup_stable_decay" and has:
+        keys.put("lr_scheduler: decay_shape", "lr_schedule.decay_shape", "cosine")
+    arguments = {key.partition(".")[2]: key for key in keys.below("lr_scheduler_args")}
+    if name == "rex" and has and "rex_alpha" not in arguments:
+        keys.put("rex_alpha", "lr_schedule.alpha", 0.1)
+    for argument, key in arguments.items():
         value = keys.read(key, v.literal)
-        put_option(keys, key, "lr_schedule", "kind", value, key.partition(".")[2])
+        put_option(keys, key, "lr_schedule", "kind", value, argument, argument.removeprefix("rex_"))
+
+
+def _schedule_class(keys: Keys, name: str) -> None:
+    """Write a schedule that is a class of torch or of another package; it counts alone there."""
+    path = name if "." in name else f"torch.optim.lr_scheduler.{name}"
+    keys.put("lr_scheduler_type", "lr_schedule.kind", CUSTOM, note=f"{path} itself")
+    keys.draft.values["lr_schedule.class"] = path
+    _warmup(keys)
+    for key in keys.below("lr_scheduler_args"):
+        argument = key.partition(".")[2]
+        put_class_argument(keys, key, "lr_schedule", argument, keys.read(key, v.literal))
+    for key in ("lr_scheduler", "lr_decay_steps", *SCHEDULE_OPTIONS):
+        keys.done(key, "lr_scheduler_type is given, too: it decides")
+
+
+SCHEDULE_OPTIONS: Mapping[str, tuple[Any, Any, str]] = {
+    "lr_scheduler_num_cycles": (v.whole, 1, "num_cycles"),
+    "lr_scheduler_power": (v.number, 1.0, "power"),
+    "lr_scheduler_timescale": (v.whole, None, "timescale_steps"),
+    "lr_scheduler_min_lr_ratio": (v.number, None, "min_lr_ratio"),
+}
+"""Option -> converter, default, name in Menma."""
+SCHEDULE_DEFAULTS: Mapping[tuple[str, str], Any] = {
+    ("rex", "lr_scheduler_min_lr_ratio"): 0.01,
+    ("inverse_sqrt", "lr_scheduler_timescale"): 10_000,
+}
+"""Defaults that a schedule has of its own."""
 
 
 def _schedule(keys: Keys) -> str:
     return str(keys.draft.chosen("lr_schedule.kind"))
 
 
-def _named(keys: Keys, section: str, names: tuple[str, ...]) -> str | None:
-    slot = "kind"
-    kind = {"lr_schedule": "lr_schedule"}[section]
-    found = next((name for name in names if has_option(keys, section, slot, kind, name)), None)
-    return None if found is None else f"{section}.{found}"
-
-
-def _steps(keys: Keys, key: str, target: str) -> None:
-    """Write steps, or a share of all steps (`0.1`, `10%`)."""
-    raw = keys.get(key)
-    if raw is None:
-        return
-    try:
-        share = v.number(str(raw).rstrip("% "))
-    except ValueError:
-        share = None
-    if share is None or share < 0:
-        keys.lacks(key, "cannot be read: steps, a share below 1, or a percentage is expected")
-        return
+def _share(raw: Any) -> tuple[float, bool] | None:
+    """Return a number and whether it is a share of all steps (`0.1`, `10%`); None: it is none."""
     percent = isinstance(raw, str) and raw.strip().endswith("%")
-    share = share / 100 if percent else share
-    if not percent and (share >= 1 or share == 0):
-        keys.put(key, target, int(share))
+    try:
+        found = v.number(str(raw).rstrip("% "))
+    except ValueError:
+        return None
+    if found is None or found < 0:
+        return None
+    return (found / 100, True) if percent else (found, 0 < found < 1)
+
+
+def _warmup(keys: Keys) -> None:
+    """Write steps, or a share of the run."""
+    key = "lr_warmup_steps"
+    if keys.get(key) is None:
         return
-    steps = keys.read("max_train_steps", v.positive, 1600)
-    if keys.get("max_train_epochs"):
-        keys.lacks(key, f"a share of a run whose length is given in epochs; {EPOCHS_HINT}",
-                   f"set {target}")  # fmt: skip
-        return
-    count = math.floor(share * steps)
-    keys.put(key, target, count, note=f"{share:.4g} of {steps} steps")
+    found = _share(keys.get(key))
+    if found is None:
+        keys.lacks(key, "cannot be read: steps, a share below 1, or a percentage is expected")
+    elif not found[1]:
+        keys.put(key, "lr_schedule.warmup_steps", int(found[0]))
+    else:
+        keys.put(key, "lr_schedule.warmup_ratio", found[0], note="a share of the run")
+
+
+def _decay(keys: Keys) -> None:
+    """Write how long the last part of a schedule is, as a share of the run."""
+    key, steps = "lr_decay_steps", keys.read("max_train_steps", v.positive, 1600)
+    found = _share(keys.get(key) or 0)
+    if found is None:
+        keys.lacks(key, "cannot be read: steps, a share below 1, or a percentage is expected")
+    elif not found[0]:
+        keys.same(key, "off, as in Menma")
+    elif not has_option(keys, "lr_schedule", "kind", "lr_schedule", "decay_ratio"):
+        keys.lacks(key, f"lr_schedule.kind = {_schedule(keys)!r} has no such part")
+    elif found[1]:
+        keys.put(key, "lr_schedule.decay_ratio", found[0])
+    elif keys.get("max_train_epochs"):
+        keys.lacks(key, f"the length is given in epochs; {EPOCHS_HINT}",
+                   "set lr_schedule.decay_ratio, a share of the run")  # fmt: skip
+    else:
+        ratio = min(found[0] / steps, 1.0)
+        keys.put(key, "lr_schedule.decay_ratio", ratio, note=f"of {steps} steps")
 
 
 def experts(keys: Keys) -> None:
@@ -314,8 +344,8 @@ SAMPLERS: Mapping[str, tuple[tuple[str, ...], Mapping[str, tuple[str, ...]]]] = 
                                               "bell_std": ("std", "bell_std")}),
     "half_bell": (("half_bell",), {"bell_center": ("center", "bell_center"),
                                    "bell_std": ("std", "bell_std")}),
-    "content": (("content",), {}),
-    "style": (("style",), {}),
+    "content": (("style",), {}),  # u³ there, the other one's formula in the paper and here
+    "style": (("content",), {}),
     "enhanced_sigmoid": (("enhanced_sigmoid",), {"sigmoid_scale": ("sigmoid_scale",),
                                                  "sigmoid_bias": ("sigmoid_bias", "bias")}),
 }  # fmt: skip
@@ -344,6 +374,8 @@ def timesteps(keys: Keys) -> None:
         keys.lacks(key, f"Menma has no timestep sampler {name!r} yet; its own default is used",
                    "choose objective.timestep_sampler (docs/options.md)")  # fmt: skip
     else:
+        if name in {"content", "style"}:
+            note = f"its {name} has the formula of {kind} in the paper, and here"
         keys.put(key, "objective.timestep_sampler", kind, note=note)
     for option, default in SAMPLER_DEFAULTS.items():
         value = keys.read(option, v.number, keys.default(option, default))
@@ -353,22 +385,27 @@ def timesteps(keys: Keys) -> None:
             keys.lacks(option, f"an option of {name}, which Menma lacks")
         elif option in keys:
             keys.same(option, f"without meaning for timestep_sampling {name}")
+    if kind is not None:
+        _mixture(keys, name)
     _weighting(keys, scheme)
     buckets = keys.read("num_timestep_buckets", v.whole, 0)
     if buckets and buckets >= 2:
-        target = keys.draft.first_known(
-            ("objective.num_timestep_buckets", "objective.timestep_buckets", "objective.strata")
-        )
-        if target is None:
-            keys.lacks("num_timestep_buckets", "Menma does not stratify timesteps yet")
-        else:
-            keys.put("num_timestep_buckets", target, buckets)
+        keys.put("num_timestep_buckets", "objective.num_timestep_buckets", buckets)
+
+
+def _mixture(keys: Keys, name: str) -> None:
+    """Write the shares of a mixture where a trainer has its own."""
+    slot = "timestep_sampler"
+    for option, share in (keys.default(name) or {}).items():
+        if has_option(keys, "objective", slot, slot, option):
+            keys.put(f"{name}: {option}", f"objective.{option}", share)
 
 
 def _weighting(keys: Keys, scheme: str) -> None:
     kinds = {"sigma_sqrt": "sigma_sqrt", "cosmap": "cosmap"}
     if scheme in kinds:
-        keys.put("weighting_scheme", "objective.weighting", kinds[scheme])
+        note = "bounded here at small sigma: sigma_floor" if scheme == "sigma_sqrt" else ""
+        keys.put("weighting_scheme", "objective.weighting", kinds[scheme], note=note)
     elif scheme in {"mode", "logit_normal"}:
         keys.same("weighting_scheme", "without effect but with timestep_sampling sigma")
     elif scheme == "none":

@@ -59,6 +59,8 @@ class Input:
     """Key -> file."""
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    only_dataset: bool = False
+    """There are no options of training: what they would be by default does not matter."""
 
     def add(self, values: Mapping[str, Any], path: Path | None, *, over: bool = True) -> None:
         """Take keys of a file; `over`: they win over those that are there."""
@@ -101,9 +103,13 @@ def read_input(files: Sequence[Path], command: str | None, tool: Tool | None) ->
         )
     found = Input(tools[0], files=list(files))
     given = {document.part for document in documents}
+    found.only_dataset = given == {"dataset"}
     for document in sorted(documents, key=lambda d: d.part == "commands"):  # these win
         _take(found, document, follow="dataset" not in given)
     _expand_arguments(found)
+    family = found.values.get("model_family")
+    if found.tool == "simpletuner" and family and not str(family).lower().startswith("wan"):
+        raise UserError(f"the config trains {family}, and Menma trains Wan")
     return found
 
 
@@ -241,6 +247,7 @@ def _take(found: Input, document: _Document, *, follow: bool) -> None:
         found.add(_listed(document.content, "backends"), document.path)
     else:
         found.add(document.content, document.path)
+        _take_lycoris(found, document)
     if follow:
         _follow(found, document)
 
@@ -298,6 +305,25 @@ def _take_commands(found: Input, document: _Document) -> None:
     cached = "wan_cache_latents.dataset_config"
     if cached in found.values and "dataset_config" not in found.values:
         found.add({"dataset_config": found.values[cached]}, document.path)
+
+
+def _take_lycoris(found: Input, document: _Document) -> None:
+    """Read LyCORIS' own config, which SimpleTuner's names: its keys become `lycoris.…`."""
+    name = found.values.get("lycoris_config", "config/lycoris_config.json")
+    if str(found.values.get("lora_type")).lower() != "lycoris" or not isinstance(name, str):
+        return
+    path = find_beside(name, document.path)
+    if path is None:
+        found.notes.append(f"lycoris_config {name} was not found, so its kind is not known")
+        return
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError, UserError) as error:
+        found.notes.append(f"lycoris_config {name} could not be read: {error}")
+        return
+    if isinstance(content, dict):
+        found.files.append(path)
+        found.add(_flattened_deep({"lycoris": content}), path)
 
 
 def _take_options_file(found: Input, command: Command, path: Path | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from app.domain.importing import simpletuner_groups as groups
+from app.domain.importing import simpletuner_model as model
 from app.domain.importing import values as v
 from app.domain.importing.simpletuner_data import datasets, dropout
 from app.domain.importing.tables import Done, Group, Lacks, Rule, Secret, Table, To
@@ -48,8 +49,9 @@ RULES: Mapping[str, Rule] = {
     "instance_prompt": Lacks("captions are text files beside the clips", "write it into them"),
     "caption_strategy": Done("captions are text files beside the clips", off=("textfile", None)),
     "snr_gamma": Lacks("of models that predict noise", "objective.weighting"),
-    "noise_offset": Lacks("Menma adds no offset to noise"),
-    "offset_noise": Lacks("Menma adds no offset to noise"),
+    "noise_offset": Lacks("off unless offset_noise is on", "[[techniques]] noise_offset",
+                          off=(None, 0, 0.1)),
+    "offset_noise": Lacks("it is a technique", '[[techniques]] name = "noise_offset"'),
     "input_perturbation": Lacks("Menma does not perturb inputs"),
     "tread_config": Lacks("Menma lacks this technique"),
     "layer_freeze_strategy": Lacks("not by a word", "adapter.include and adapter.exclude",
@@ -62,10 +64,13 @@ RULES: Mapping[str, Rule] = {
     "eval_dataset_id": Lacks("validation needs clips", "[[validation.sources]]"),
     "distillation_method": Lacks("Menma does not distil"),
     "controlnet": Lacks("Menma has no control networks"),
-    "control": Lacks("Menma has no control clips yet"),
+    "control": Lacks("control clips are backends of their own there",
+                     "control_directory of a source, with a Fun-Control model"),
     "webhook_config": Lacks("a file of their own", "logging.webhook is an address"),
     "model_card_note": To("output.description", v.text),
-    "masked_loss_probability": Lacks("Menma has no masks yet", off=OFF_ONE),
+    "masked_loss_probability": Lacks("masks are backends of their own there",
+                                     "mask_directory of a source, technique masked_loss",
+                                     off=OFF_ONE),
     "train_text_encoder": Lacks("the text encoder is not trained"),
     "set_grads_to_none": Done("gradients are freed", off=()),
     "disable_benchmark": Done("`menma bench` is a command of its own", off=()),
@@ -81,7 +86,7 @@ RULES: Mapping[str, Rule] = {
 PATTERNS: tuple[tuple[str, Rule], ...] = (
     (r"push_.*|hub_.*|publishing_.*|model_card_.*|post_\w+_script", UPLOAD),
     (r"crepa_.*|scheduled_sampling_.*|diff2flow_.*|ramtorch.*|refiner_.*|sla_.*|slider_.*",
-     Lacks("Menma lacks this technique", "`menma config options techniques`",
+     Lacks("Menma lacks this technique", "[[techniques]] in docs/options.md",
            off=(False, None, "", 0, 0.0))),
     (r"(flux|sana|sd3|sdxl|ltx|hidream|deepfloyd)_.*", Done("of another model", off=())),
     (r"validation_(external|preview|adapter|torch|seed_source|randomize|using|stitch|guidance|"
@@ -100,15 +105,15 @@ PATTERNS: tuple[tuple[str, Rule], ...] = (
      Done("Menma has no such switch, and needs none", off=())),
 )  # fmt: skip
 GROUPS: tuple[Group, ...] = (
-    Group(("model_family", "model_flavour", *groups.PATHS, "wan_force_2_1_time_embedding"),
-          groups.model),
-    Group(("base_model_precision", "mixed_precision"), groups.precision),
+    Group(("model_family", "model_flavour", *model.PATHS, "wan_force_2_1_time_embedding"),
+          model.model),
+    Group(("base_model_precision", "mixed_precision"), model.precision),
     Group(("gradient_checkpointing", "gradient_checkpointing_interval", "enable_group_offload",
            "group_offload_*", "enable_chunked_feed_forward", "feed_forward_chunk_size"),
-          groups.memory),
-    Group(("attention_mechanism",), groups.attention),
+          model.memory),
+    Group(("attention_mechanism",), model.attention),
     Group(("model_type", "lora_type", "use_dora", "peft_lora_mode", "lora_rank", "lora_alpha",
-           "lora_dropout", "lycoris_config", "init_lora", "lora_init_type",
+           "lora_dropout", "lycoris_config", "lycoris.*", "init_lora", "lora_init_type",
            "singlora_ramp_up_steps"), groups.adapter),
     Group(("optimizer", "learning_rate", "optimizer_beta1", "optimizer_beta2", "adam_beta1",
            "adam_beta2", "adam_weight_decay", "adam_epsilon", "optimizer_config",
@@ -132,7 +137,7 @@ GROUPS: tuple[Group, ...] = (
           groups.saving),
     Group(("output_dir", "lora_format"), groups.names),
     Group(("caption_dropout_probability",), dropout),
-    Group(("data_backend_config", "train_batch_size"), datasets),
+    Group(("data_backend_config", "train_batch_size"), datasets, of_dataset=True),
 )  # fmt: skip
 
 TABLE = Table("SimpleTuner", RULES, GROUPS, PATTERNS)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from app.domain.importing import values as v
 from app.domain.importing.tables import Keys
-from trainer.contract.dataset_config import SourceOptions
 
 _BACKEND = re.compile(r"backends\[(\d+)\]\.(.+)")
 _BACKEND_DONE: Mapping[str, str] = {
@@ -27,6 +26,7 @@ _BACKEND_DONE: Mapping[str, str] = {
     "type": "folders of this machine",
     "dataset_type": "the kind of folder",
     "disabled": "",
+    "disable_multiline_split": "captions are text files beside the clips",
     "resolution_type": "resolution is the area to keep",
     "video.frame_interval": "lengths are 4n + 1",
     "video.num_frames": "",
@@ -38,13 +38,13 @@ _BACKEND_LOST: Mapping[str, tuple[str, str]] = {
     "prepend_instance_prompt": ("captions are text files beside the clips", "write them there"),
     "only_instance_prompt": ("captions are text files beside the clips", "write them there"),
     "probability": ("sources are not drawn by chance", "num_repeats"),
-    "caption_shuffle": ("Menma does not change captions yet", ""),
+    "caption_shuffle": ("tags are not shuffled so", "shuffle_tags"),
     "minimum_aspect_ratio": ("no clip is left out for its shape", "remove it"),
     "maximum_aspect_ratio": ("no clip is left out for its shape", "remove it"),
-    "conditioning_data": ("Menma has no control clips yet", ""),
-    "conditioning": ("Menma has no control clips yet", ""),
-    "is_regularisation_data": ("Menma has no regularisation sets yet", ""),
-    "is_regularization_data": ("Menma has no regularisation sets yet", ""),
+    "conditioning_data": ("backends of control clips are not read", "control_directory"),
+    "conditioning": ("Menma makes no control clips", "control_directory"),
+    "is_regularisation_data": ("this backend is no source", ""),
+    "is_regularization_data": ("this backend is no source", ""),
 }
 
 
@@ -116,13 +116,40 @@ def _source(keys: Keys, index: int, kind: str, place: int) -> int:
         keys.put(f"{old}.video.num_frames", f"{prefix}.target_frames", [frames],
                  note="rounded down to 4n + 1; windows begin at the start")  # fmt: skip
         keys.draft.values[f"{prefix}.target_frames"] = [frames]
+    _captions(keys, old, prefix)
+    for name in ("is_regularisation_data", "is_regularization_data"):
+        if v.is_on(keys.get(f"{old}.{name}")):
+            keys.done(f"{old}.{name}", "a source as the others; see its loss_weight")
+    return place + 1
+
+
+def _captions(keys: Keys, old: str, prefix: str) -> None:
+    """Write what becomes of the captions; each line of a file is one of its own there."""
     if str(keys.get(f"{old}.caption_strategy") or "") == "textfile":
         keys.same(f"{old}.caption_strategy", "text files beside the clips, as in Menma")
-    for name, target in (("caption_dropout_probability", "caption_dropout_rate"),
-                         ("mask_dir", "mask_directory")):  # fmt: skip
-        if keys.get(f"{old}.{name}") and target in SourceOptions.model_fields:
-            keys.put(f"{old}.{name}", f"{prefix}.{target}", keys.get(f"{old}.{name}"))
-    return place + 1
+        whole = keys.read(f"{old}.disable_multiline_split", v.flag, default=False)
+        if not whole:
+            keys.draft.values[f"{prefix}.caption_lines"] = True
+        keys.done(f"{old}.disable_multiline_split", "caption_lines says it")
+    if v.is_on(keys.get(f"{old}.prepend_instance_prompt")):
+        text = keys.read(f"{old}.instance_prompt", v.text)
+        if text:
+            keys.put(f"{old}.instance_prompt", f"{prefix}.caption_prefix", f"{text} ",
+                     note="it is put in front of each caption")  # fmt: skip
+            keys.done(f"{old}.prepend_instance_prompt", "", f"{prefix}.caption_prefix")
+    if v.is_on(keys.get(f"{old}.caption_shuffle.enable")):
+        keys.put(f"{old}.caption_shuffle.enable", f"{prefix}.shuffle_tags", value=True)
+        count = keys.read(f"{old}.caption_shuffle.count", v.positive, 1)
+        keys.put(f"{old}.caption_shuffle.count", f"{prefix}.caption_variants", count + 1,
+                 note="the order as it is written counts, too")  # fmt: skip
+        kept = keys.read(f"{old}.caption_shuffle.position_start", v.whole, 0)
+        keys.put(f"{old}.caption_shuffle.position_start", f"{prefix}.keep_tags", kept)
+        words = {"comma": ",", "space": " ", "period": "."}
+        between = words.get(str(keys.get(f"{old}.caption_shuffle.split_on") or "comma"))
+        if between is not None:
+            keys.put(f"{old}.caption_shuffle.split_on", f"{prefix}.tag_separator", between)
+        for name in ("seed", "include_original"):
+            keys.done(f"{old}.caption_shuffle.{name}", "the original order is one of them")
 
 
 def _resolution(keys: Keys, old: str, prefix: str) -> None:
@@ -141,11 +168,5 @@ def _resolution(keys: Keys, old: str, prefix: str) -> None:
 def dropout(keys: Keys) -> None:
     """Share of items that are trained without a caption."""
     share = keys.read("caption_dropout_probability", v.number)
-    target = next((t for t in ("caption_dropout_rate", "caption_dropout")
-                   if t in SourceOptions.model_fields), None)  # fmt: skip
-    if not share:
-        return
-    if target is None:
-        keys.lacks("caption_dropout_probability", "Menma does not drop captions yet")
-    else:
-        keys.put("caption_dropout_probability", f"dataset.general.{target}", share)
+    if share:
+        keys.put("caption_dropout_probability", "dataset.general.caption_dropout", share)

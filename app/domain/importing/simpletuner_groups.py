@@ -4,187 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from app.domain.importing import values as v
-from app.domain.importing.kinds import put_argument, put_optimizer, put_option, put_schedule
+from app.domain.importing.kinds import (
+    has_option,
+    put_argument,
+    put_optimizer,
+    put_option,
+    put_schedule,
+)
 from app.domain.importing.musubi import v_name
 from app.domain.importing.musubi_groups import EPOCHS_HINT
 from app.domain.importing.tables import Keys
 from trainer.contract.catalog import PLUGIN_KINDS
-from trainer.contract.variants import VARIANTS
-
-FLAVOURS: Mapping[str, tuple[str, str]] = {
-    "t2v-480p-1.3b-2.1": ("wan2.1-t2v-1.3b", ""),
-    "t2v-480p-14b-2.1": ("wan2.1-t2v-14b", ""),
-    "t2v-720p-14b-2.1": ("wan2.1-t2v-14b", ""),
-    "i2v-480p-14b-2.1": ("wan2.1-i2v-14b", ""),
-    "i2v-720p-14b-2.1": ("wan2.1-i2v-14b", ""),
-    "t2v-14b-2.2-high": ("wan2.2-t2v-a14b", "high_noise"),
-    "t2v-14b-2.2-low": ("wan2.2-t2v-a14b", "low_noise"),
-    "i2v-14b-2.2-high": ("wan2.2-i2v-a14b", "high_noise"),
-    "i2v-14b-2.2-low": ("wan2.2-i2v-a14b", "low_noise"),
-    "t2v-5b-2.2": ("wan2.2-ti2v-5b", ""),
-    "ti2v-5b-2.2": ("wan2.2-ti2v-5b", ""),
-}
-"""`model_flavour` -> variant and expert."""
-PATHS = ("pretrained_model_name_or_path", "pretrained_transformer_model_name_or_path",
-          "pretrained_vae_model_name_or_path", "pretrained_t5_model_name_or_path")  # fmt: skip
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def model(keys: Keys) -> None:
-    """Variant, expert and weight files; what is a repository's name is one of the hub."""
-    family = str(keys.get("model_family") or "wan").lower()
-    if family not in {"wan", "wan_s2v"}:
-        keys.lacks("model_family", f"Menma trains Wan, not {family}")
-    else:
-        keys.done("model_family", "model.variant says which Wan")
-    variant, expert = _variant(keys)
-    if variant:
-        keys.put("model_flavour", "model.variant", variant)
-        keys.draft.values["model.variant"] = variant
-    else:
-        keys.lacks("model_flavour", "Menma knows no such Wan", "set model.variant")
-        keys.draft.notes.append("nothing says which Wan it is: set model.variant")
-    if expert:
-        keys.draft.values["model.expert"] = expert
-    side = "model.transformer_high_noise" if expert == "high_noise" else "model.transformer"
-    _weights(keys, side)
-    if v.is_on(keys.get("wan_force_2_1_time_embedding")):
-        keys.done("wan_force_2_1_time_embedding", "one vector a sample is used wherever it gives "
-                  "the same")  # fmt: skip
-
-
-def _variant(keys: Keys) -> tuple[str, str]:
-    flavour = str(keys.get("model_flavour") or "").lower()
-    if flavour in FLAVOURS:
-        return FLAVOURS[flavour]
-    name = str(keys.get("pretrained_model_name_or_path") or "").lower()
-    for pattern, found in ((r"2\.2.*i2v", "wan2.2-i2v-a14b"), (r"2\.2.*5b", "wan2.2-ti2v-5b"),
-                           (r"2\.2", "wan2.2-t2v-a14b"), (r"i2v", "wan2.1-i2v-14b"),
-                           (r"1\.3b", "wan2.1-t2v-1.3b"), (r"14b", "wan2.1-t2v-14b")):  # fmt: skip
-        if re.search(pattern, name):
-            expert = "high_noise" if VARIANTS[found].experts else ""
-            return found, expert
-    return ("", "") if flavour or name else ("wan2.1-t2v-1.3b", "")
-
-
-def _weights(keys: Keys, side: str) -> None:
-    base = keys.get("pretrained_model_name_or_path")
-    parts = {
-        "pretrained_transformer_model_name_or_path": (side, "transformer"),
-        "pretrained_vae_model_name_or_path": ("model.vae", "vae"),
-        "pretrained_t5_model_name_or_path": ("model.text_encoder", "text_encoder"),
-    }
-    for key, (target, part) in parts.items():
-        named = keys.get(key) or base
-        if not isinstance(named, str) or not named:
-            continue
-        path, note = _folder(keys, named)
-        if not path.endswith((".safetensors", ".pth")):
-            path = f"{path}/{_subfolder(keys, part)}"
-        if keys.get(key):
-            keys.put(key, target, path, note=note or "the part of it that is meant")
-        else:
-            keys.draft.values[target] = path
-    if isinstance(base, str) and base:
-        path, note = _folder(keys, base)
-        if not path.endswith((".safetensors", ".pth")):
-            keys.draft.values["model.tokenizer"] = f"{path}/tokenizer"
-            if _needs_image_encoder(keys):
-                keys.draft.values["model.image_encoder"] = f"{path}/image_encoder"
-        keys.done(PATHS[0], note or "its folders are named one by one", side)
-
-
-def _needs_image_encoder(keys: Keys) -> bool:
-    known = VARIANTS.get(str(keys.draft.chosen("model.variant")))
-    return known is not None and known.transformer.image_dim is not None
-
-
-def _subfolder(keys: Keys, part: str) -> str:
-    # diffusers keeps the high-noise expert of Wan 2.2 in `transformer`, the other in `_2`.
-    low = keys.draft.values.get("model.expert") == "low_noise"
-    return "transformer_2" if low and part == "transformer" else part
-
-
-def _folder(keys: Keys, name: str) -> tuple[str, str]:
-    if _REPOSITORY.fullmatch(name) and not Path(name).exists():
-        return f"hf:{name}", "`menma fetch` downloads it"
-    return keys.weights_of(name)
-
-
-def precision(keys: Keys) -> None:
-    """Precision of the frozen weights."""
-    word = str(keys.get("base_model_precision") or "no_change").lower()
-    if word in {"no_change", "bf16", "none"}:
-        keys.same("base_model_precision", "bf16, as in Menma")
-    elif "fp8" in word:
-        keys.put("base_model_precision", "memory.weight_format", "fp8_scaled",
-                 note="fp8 with scales, of the blocks' linear layers")  # fmt: skip
-    elif "int8" in word:
-        keys.put("base_model_precision", "memory.weight_format", "fp8_scaled",
-                 note="Menma has no int8; fp8 with scales is of the same size")  # fmt: skip
-    else:
-        keys.lacks("base_model_precision", f"Menma has no {word}",
-                   'memory.weight_format = "fp8_scaled" is half of bf16')  # fmt: skip
-    mixed = str(keys.get("mixed_precision") or "bf16").lower()
-    if mixed == "bf16":
-        keys.same("mixed_precision", "Menma computes in bf16")
-    else:
-        keys.done("mixed_precision", "Menma computes in bf16")
-
-
-def memory(keys: Keys) -> None:
-    """Recomputation and group offload, which is block swap here."""
-    on = keys.read("gradient_checkpointing", v.flag, default=False)
-    every = keys.read("gradient_checkpointing_interval", v.whole, 1)
-    offload = v.is_on(keys.get("enable_group_offload"))
-    value: Any = every if on and every and every >= 2 else on or offload
-    keys.put("gradient_checkpointing", "memory.gradient_checkpointing", value)
-    if on and every and every >= 2:
-        keys.done("gradient_checkpointing_interval", "in gradient_checkpointing",
-                  "memory.gradient_checkpointing")  # fmt: skip
-    elif every == 1:
-        keys.same("gradient_checkpointing_interval", "each block, as in Menma")
-    if offload:
-        keys.put(
-            "enable_group_offload",
-            "memory.blocks_to_swap",
-            "auto",
-            note="blocks wait in RAM and are copied one ahead; `auto`: as few as fit",
-        )
-    for key in keys.values:
-        if key.startswith("group_offload_"):
-            keys.done(key, "Menma swaps single blocks, with a stream of its own")
-    if v.is_on(keys.get("enable_chunked_feed_forward")):
-        chunks = keys.read("feed_forward_chunk_size", v.positive, 2)
-        keys.put("enable_chunked_feed_forward", "memory.feed_forward_chunks", max(chunks, 2))
-        keys.done("feed_forward_chunk_size", "the number of parts", "memory.feed_forward_chunks")
-
-
-def attention(keys: Keys) -> None:
-    """How attention is computed."""
-    word = str(keys.get("attention_mechanism") or "diffusers").lower()
-    names = {"diffusers": "sdpa", "xformers": "xformers", "flash-attn": "flash2",
-             "flash-attn-2": "flash2", "flash-attn-3": "flash3", "flash-attn-3-varlen": "flash3",
-             "flex": "flex", "cudnn": "sdpa"}  # fmt: skip
-    if word in names:
-        keys.put("attention_mechanism", "memory.attention", names[word])
-    elif word.startswith("native"):
-        keys.done("attention_mechanism", "torch picks its kernel")
-    else:
-        keys.lacks("attention_mechanism", f"{word} is not for training",
-                   'memory.attention = "sage" is for `menma sample`')  # fmt: skip
 
 
 def adapter(keys: Keys) -> None:
     """Kind and size of what is trained."""
     full = str(keys.get("model_type") or "lora").lower() == "full"
     lycoris = str(keys.get("lora_type") or "standard").lower() == "lycoris"
-    config = _lycoris(keys) if lycoris and not full else {}
+    config = {key.partition(".")[2]: keys.get(key) for key in keys.below("lycoris")}
+    config = config if lycoris and not full else {}
     kind = "none" if full else str(config.get("algo", "lora")).lower()
     kind = {"locon": "lora"}.get(kind, kind)
     if not full and v.is_on(keys.get("use_dora")):
@@ -200,10 +42,9 @@ def adapter(keys: Keys) -> None:
         keys.done(other, "adapter.kind says it", "adapter.kind")
     if full:
         return
-    rank = keys.read("lora_rank", v.positive, config.get("linear_dim") or 16)
-    rank = min(int(rank), 4096)
-    put_option(keys, "lora_rank", "adapter", "kind", rank, "rank")
-    alpha = keys.read("lora_alpha", v.number, config.get("linear_alpha"))
+    rank = keys.read("lora_rank", v.positive, v.positive_or(config.get("linear_dim"), 16))
+    put_option(keys, "lora_rank", "adapter", "kind", min(int(rank), 4096), "rank")
+    alpha = keys.read("lora_alpha", v.number, v.positive_or(config.get("linear_alpha"), 0))
     if alpha:
         put_option(keys, "lora_alpha", "adapter", "kind", float(alpha), "alpha")
         if "lora_alpha" not in keys:
@@ -213,11 +54,7 @@ def adapter(keys: Keys) -> None:
         put_option(keys, "lora_dropout", "adapter", "kind", dropout, "dropout")
     else:
         keys.lacks("lora_dropout", f"adapter {kind!r} has no dropout")
-    if config.get("factor") and kind == "lokr" and int(config["factor"]) >= 2:
-        keys.draft.values["adapter.factor"] = int(config["factor"])
-    if lycoris:
-        keys.done("lycoris_config", "kind, rank, alpha and factor are taken from it"
-                  if config else "it could not be read", "adapter.kind")  # fmt: skip
+    _lycoris(keys, kind)
     _starts(keys, kind)
 
 
@@ -237,17 +74,26 @@ def _starts(keys: Keys, kind: str) -> None:
         put_option(keys, "singlora_ramp_up_steps", "adapter", "kind", steps, "ramp_steps")
 
 
-def _lycoris(keys: Keys) -> dict[str, Any]:
-    """Return LyCORIS' own config, {} if it cannot be read."""
-    name = str(keys.get("lycoris_config") or "config/lycoris_config.json")
-    for folder in (Path(), *keys.folders, *(f.parent for f in keys.folders)):
-        try:
-            content = json.loads((folder / name).read_text("utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict):
-            return {k: value for k, value in content.items() if not isinstance(value, dict | list)}
-    return {}
+def _lycoris(keys: Keys, kind: str) -> None:
+    """Say what became of LyCORIS' own keys; kind, rank and alpha are written by now."""
+    keys.done("lycoris_config", "its keys are listed here" if keys.below("lycoris") else
+              "it could not be read, so its kind is not known")  # fmt: skip
+    taken = {"algo": "kind", "linear_dim": "rank", "linear_alpha": "alpha"}
+    for key in keys.below("lycoris"):
+        name = key.partition(".")[2]
+        if name in taken:
+            keys.done(key, "", f"adapter.{taken[name]}")
+        elif name == "factor" and (factor := keys.read(key, v.whole, -1)) >= 2:
+            put_option(keys, key, "adapter", "kind", factor, "factor")
+        elif name == "multiplier" and keys.get(key) in (1, 1.0):
+            keys.same(key, "as in Menma")
+        elif name.startswith("apply_preset"):
+            keys.lacks(key, "the linear layers of the blocks are trained",
+                       "adapter.targets, include and exclude")  # fmt: skip
+        elif keys.get(key) in (None, False, 0, 0.0, -1):
+            keys.same(key)
+        else:
+            put_option(keys, key, "adapter", "kind", keys.get(key), name)
 
 
 def optimizer(keys: Keys) -> None:
@@ -260,6 +106,8 @@ def optimizer(keys: Keys) -> None:
         keys.put("learning_rate", "optimizer.learning_rate", rate)
     else:
         keys.lacks("learning_rate", "a rate of the optimizer that Menma lacks")
+    if has_option(keys, "optimizer", "kind", "optimizer", "rounding"):
+        keys.draft.values["optimizer.rounding"] = "stochastic"  # as its AdamW in bf16 rounds
     _betas(keys, refused=refused)
     for key, option, default in (("adam_weight_decay", "weight_decay", 0.01),
                                  ("adam_epsilon", "eps", 1e-8)):  # fmt: skip
@@ -275,14 +123,10 @@ def optimizer(keys: Keys) -> None:
             put_argument(keys, key, key.partition(".")[2], keys.read(key, v.literal))
     norm = keys.read("max_grad_norm", v.number, 2.0)
     by_value = str(keys.get("grad_clip_method") or "value") == "value"
-    target = keys.draft.first_known(("optimizer.max_grad_value", "optimizer.clip_value"))
-    if by_value and target is not None:
-        keys.put("max_grad_norm", target, norm)
-        keys.done("grad_clip_method", "each value is clipped", target)
-    elif by_value:
-        keys.put("max_grad_norm", "optimizer.max_grad_norm", norm,
-                 note="the norm over all gradients is bounded, not each value")  # fmt: skip
-        keys.lacks("grad_clip_method", "Menma clips by the norm")
+    if by_value:
+        keys.put("max_grad_norm", "optimizer.max_grad_value", norm)
+        keys.draft.values["optimizer.max_grad_norm"] = 0.0
+        keys.done("grad_clip_method", "each value is clipped", "optimizer.max_grad_value")
     else:
         keys.put("max_grad_norm", "optimizer.max_grad_norm", norm)
         keys.same("grad_clip_method", "as in Menma")
@@ -311,12 +155,10 @@ def schedule(keys: Keys) -> None:
                                 "the learning rate is constant")  # fmt: skip
     warmup = keys.read("lr_warmup_steps", v.whole, 500 if "lr_warmup_steps" not in keys else 0)
     keys.put("lr_warmup_steps", "lr_schedule.warmup_steps", warmup)
-    for key, option, convert in (("lr_num_cycles", "num_cycles", v.whole),
-                                 ("lr_power", "power", v.number)):  # fmt: skip
-        if key not in keys:
-            continue
-        if name in {"cosine_with_restarts", "polynomial"} and has:
-            put_option(keys, key, "lr_schedule", "kind", keys.read(key, convert), option)
+    for key, option, convert, default in (("lr_num_cycles", "num_cycles", v.whole, 1),
+                                          ("lr_power", "power", v.number, 0.8)):  # fmt: skip
+        if has_option(keys, "lr_schedule", "kind", "lr_schedule", option):
+            keys.put(key, f"lr_schedule.{option}", keys.read(key, convert, default))
         else:
             keys.same(key, f"without meaning for {name}")
     end, rate = keys.read("lr_end", v.number), keys.draft.chosen("optimizer.learning_rate")
@@ -377,34 +219,40 @@ def losses(keys: Keys) -> None:
     """Pointwise loss."""
     name = str(keys.get("loss_type") or "l2").lower()
     ours = {"l2": "mse", "smooth_l1": "huber"}.get(name, name)
-    keys.put("loss_type", "objective.loss", ours, hint="choose objective.loss")
-    if "huber_c" in keys:
-        if ours in {"huber", "pseudo_huber"} and ours == keys.draft.chosen("objective.loss"):
-            put_option(keys, "huber_c", "objective", "loss", keys.read("huber_c", v.number),
-                       "delta", "huber_delta", "c")  # fmt: skip
+    has = keys.put("loss_type", "objective.loss", ours, hint="choose objective.loss")
+    for key, option, default in (
+        ("huber_c", "huber_delta", 0.1),
+        ("huber_schedule", "huber_schedule", "snr"),
+    ):
+        if has and has_option(keys, "objective", "loss", "loss", option):
+            convert = v.number if key == "huber_c" else v.text
+            keys.put(key, f"objective.{option}", keys.read(key, convert, default))
         else:
-            keys.same("huber_c", f"without meaning for {name}")
+            keys.same(key, f"without meaning for {name}")
 
 
 def ema(keys: Keys) -> None:
-    """A running mean of the weights, where Menma has one."""
-    on = v.is_on(keys.get("use_ema"))
-    options: Mapping[str, tuple[tuple[str, ...], Any, Any]] = {
-        "use_ema": (("ema.enabled", "training.ema"), v.flag, True),
-        "ema_decay": (("ema.decay", "training.ema_decay"), v.number, 0.995),
-        "ema_update_interval": (("ema.every_steps", "ema.update_every_steps"), v.whole, 1),
-    }
-    for key, (targets, convert, default) in options.items():
-        target = keys.draft.first_known(targets)
-        if not on:
-            keys.same(key, "off, as in Menma")
-        elif target is None:
-            keys.lacks(key, "Menma keeps no running mean while it trains yet",
-                       "average output files afterwards: `menma lora ema`")  # fmt: skip
-        else:
-            keys.put(key, target, keys.read(key, convert, default))
-    for key in ("ema_device", "ema_cpu_only", "ema_foreach_disable", "ema_validation"):
-        keys.done(key, "Menma chooses this" if on else "use_ema is off")
+    """A running mean of the weights."""
+    names = [key for key in keys.values if key == "use_ema" or key.startswith("ema_")]
+    if not v.is_on(keys.get("use_ema")):
+        for key in names:
+            keys.same(key, "use_ema is off, as in Menma")
+        return
+    keys.put("ema_decay", "ema.decay", keys.read("ema_decay", v.number, 0.995))
+    keys.done("use_ema", "ema.decay above 0", "ema.decay")
+    every = keys.read("ema_update_interval", v.positive, 1)
+    keys.put("ema_update_interval", "ema.every_steps", every)
+    on_gpu = str(keys.get("ema_device") or "cpu").lower() == "accelerator"
+    keys.put("ema_device", "ema.device", "train" if on_gpu else "cpu")
+    mode = str(keys.get("ema_validation") or "comparison")
+    if mode == "none":
+        keys.put("ema_validation", "ema.use_for_samples", value=False)
+    elif mode == "comparison":
+        keys.done("ema_validation", "samples are made with the mean, not twice")
+    else:
+        keys.same("ema_validation", "as in Menma")
+    for key in ("ema_cpu_only", "ema_foreach_disable"):
+        keys.done(key, "Menma chooses this")
 
 
 def logs(keys: Keys) -> None:
@@ -414,12 +262,8 @@ def logs(keys: Keys) -> None:
     if "tensorboard" in tools:
         keys.put("report_to", "logging.tensorboard", value=True)
     if "wandb" in tools:
-        target = keys.draft.first_known(("logging.wandb",))
-        if target is None:
-            keys.lacks("report_to", "Menma does not log to Weights & Biases yet")
-        else:
-            keys.put("report_to", target, value=True)
-            keys.draft.values[target] = True
+        keys.put("report_to", "logging.wandb", value=True)
+        keys.draft.values["logging.wandb"] = True
     for tool in sorted(tools - {"tensorboard", "wandb", "none"}):
         keys.lacks("report_to", f"Menma does not log to {tool}")
 

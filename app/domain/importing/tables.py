@@ -76,6 +76,8 @@ class Group:
     keys: tuple[str, ...]
     """Names; one that ends in `*` stands for all that begin so."""
     read: Callable[[Keys], None]
+    of_dataset: bool = False
+    """Read where there is nothing but a dataset, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +179,7 @@ class Keys:
         if not self.draft.knows(target, value):
             self.lacks(key, f"Menma has no {_words(target, value)} yet", hint)
             return False
-        plain = "[" not in target and target.count(".") < 2
-        default = self.draft.chosen(target) if plain else OMITTED
+        default = self.draft.chosen(target)
         if key in self.values and key not in self.reported:
             self.draft.values[target] = value
             status = "different" if note else _kept(key, target)

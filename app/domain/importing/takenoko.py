@@ -22,10 +22,12 @@ DEFAULTS: Mapping[str, Any] = {
     "save_every_n_steps": 1000,
     "save_state": True,
     "output_name": "wan21_lora",
+    "qinglong_flux": {"noisy_share": 0.075, "clean_share": 0.125},
+    "qinglong_qwen": {"noisy_share": 0.075, "clean_share": 0.125},
 }
 OFF = (False, None, "", 0, 0.0, "off", "none")
 RESEARCH = "Menma lacks this technique"
-CHOOSE = "techniques that Menma has: `menma config options techniques`"
+CHOOSE = "techniques that Menma has: [[techniques]] in docs/options.md"
 
 
 def model(keys: Keys) -> None:
@@ -83,34 +85,38 @@ def contrastive(keys: Keys) -> None:
 
 
 def ema(keys: Keys) -> None:
-    """A running mean of the weights, where Menma has one."""
-    on = v.is_on(keys.get("enable_weight_ema"))
-    targets = {
-        "enable_weight_ema": (("ema.enabled", "training.ema"), v.flag, True),
-        "weight_ema_decay": (("ema.decay", "training.ema_decay"), v.number, 0.999),
-        "weight_ema_start_step": (("ema.start_step",), v.whole, 0),
-        "weight_ema_update_interval": (("ema.every_steps", "ema.update_every_steps"), v.whole, 1),
-    }
-    for key, (names, convert, default) in targets.items():
-        if not on:
-            keys.same(key, "off, as in Menma")
-            continue
-        target = keys.draft.first_known(names)
-        if target is None:
-            keys.lacks(key, "Menma keeps no running mean while it trains yet",
-                       "average output files afterwards: `menma lora ema`")  # fmt: skip
-        else:
-            keys.put(key, target, keys.read(key, convert, default))
+    """A running mean of the weights; there it has no warm-up."""
+    names = [key for key in keys.values if key.startswith(("weight_ema_", "enable_weight_ema"))]
+    if not v.is_on(keys.get("enable_weight_ema")):
+        for key in names:
+            keys.same(key)
+        return
+    keys.put("weight_ema_decay", "ema.decay", keys.read("weight_ema_decay", v.number, 0.999))
+    keys.draft.values["ema.warmup"] = False
+    keys.done("enable_weight_ema", "ema.decay above 0", "ema.decay")
+    start = keys.read("weight_ema_start_step", v.whole, 0)
+    keys.put("weight_ema_start_step", "ema.start_step", max(start, 1))
+    every = keys.read("weight_ema_update_interval", v.positive, 1)
+    keys.put("weight_ema_update_interval", "ema.every_steps", every)
+    on_cpu = str(keys.get("weight_ema_device") or "accelerator").lower() == "cpu"
+    keys.put("weight_ema_device", "ema.device", "cpu" if on_cpu else "train")
+    use = keys.read("weight_ema_use_for_eval", v.flag, default=True)
+    keys.put("weight_ema_use_for_eval", "ema.use_for_validation", use)
+    if str(keys.get("weight_ema_eval_mode") or "ema") != "ema":
+        keys.lacks("weight_ema_eval_mode", "one loss is measured: ema.use_for_validation")
 
 
 def losses(keys: Keys) -> None:
     """Pointwise losses by name."""
     name = str(keys.get("loss_type") or "mse").lower()
     names = {"l2": "mse", "mse": "mse", "pure_huber": "huber"}
-    keys.put("loss_type", "objective.loss", names.get(name, name),
+    note = ""
+    if name == "pseudo_huber":
+        note = "scaled so that small errors cost as much as with mse"
+    keys.put("loss_type", "objective.loss", names.get(name, name), note=note,
              hint="choose objective.loss (docs/options.md)")  # fmt: skip
     for key, names_here in (("huber_delta", ("delta", "huber_delta")),
-                            ("pseudo_huber_c", ("c", "pseudo_huber_c"))):  # fmt: skip
+                            ("pseudo_huber_c", ("huber_delta", "pseudo_huber_c"))):  # fmt: skip
         if key in keys:
             from app.domain.importing.kinds import has_option, put_option
 
@@ -162,7 +168,7 @@ RULES: Mapping[str, Rule] = {
     "fp8_format": To("memory.fp8_format", v.one_of({"e4m3": "e4m3", "e5m2": "e5m2"})),
     "optimized_torch_compile": To("memory.compile_blocks", v.flag),
     "compile_args": Done("Menma chooses this for its blocks", off=()),
-    "prior_loss_weight": Lacks("Menma has no regularisation sets yet", off=(1, 1.0)),
+    "prior_loss_weight": Lacks("no source has is_reg", "set its loss_weight", off=(1, 1.0)),
     "num_processes": To("distributed.num_processes", v.positive),
     "lycoris": Done("network_args say which"),
     "verbose_network": Done("what is trained is listed by `menma lora targets`"),

@@ -63,6 +63,14 @@ def positive(value: Any) -> int | None:
     return whole(value) or None
 
 
+def positive_or(value: Any, default: int) -> int:
+    """Return a whole number above 0; the default for anything else."""
+    try:
+        return max(whole(value) or 0, 0) or default
+    except (ValueError, TypeError):
+        return default
+
+
 def flag(value: Any) -> bool:
     """Return a switch: what stands in TOML or JSON, or what a command line says.
 
