@@ -222,11 +222,11 @@ def suggested_name(goal: GoalChoice, data: Path, runs_dir: Path) -> str:
 def suggested_steps(preset: Preset | None, num_items: int) -> int | None:
     """Return the steps that show each item as often as the preset means; None: the preset's own.
 
-    Between half and twice the preset's: fewer teach nothing, and more items need less of each.
+    Between a quarter and twice the preset's: fewer teach nothing, more items need less of each.
     """
     if preset is None or preset.head.data is None or num_items < 1:
         return None
-    share = min(max(num_items / preset.head.data.num_items, 0.5), 2.0)
+    share = min(max(num_items / preset.head.data.num_items, 0.25), 2.0)
     steps = round(preset.max_steps * share / 50) * 50
     return None if steps == preset.max_steps else max(steps, 1)
 

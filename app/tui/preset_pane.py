@@ -17,7 +17,7 @@ from app.domain.preset_choice import Changes
 from app.domain.preset_offers import Offer
 from app.domain.toml_text import toml_value
 
-COLUMNS = {"PRESET": 31, "GB": 6, "HERE": 5, "FOR": 30}
+COLUMNS = {"PRESET": 31, "GB": 5, "HERE": 5, "FOR": 30}
 NO_PRESET = "none"
 _WIDEST = 300
 
@@ -45,8 +45,8 @@ class PresetPane(Vertical):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "filter", "Filter"),
-        Binding("ctrl+d", "scroll(1)", "Down", show=False),
-        Binding("ctrl+u", "scroll(-1)", "Up", show=False),
+        Binding("d,ctrl+d", "scroll(1)", "More", key_display="d"),
+        Binding("u,ctrl+u", "scroll(-1)", "Up", show=False),
     ]
 
     class Looked(Message):

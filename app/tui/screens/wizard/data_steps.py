@@ -76,14 +76,14 @@ class DataStep(Step):
 
     def compose(self) -> ComposeResult:
         """Lay out the field and what is found."""
-        yield Label(
+        yield Static(
             "Which folder holds the clips or images? Beside each lies its caption: fish.txt of "
             "fish.mp4.",
             classes="words",
         )
         yield PathField(folders=True, id="wizard-folder", placeholder="a folder", classes="gap")
         yield Static(id="wizard-found", classes="words gap")
-        yield Label("tab completes, ctrl+o shows a tree", classes="words gap")
+        yield Static("enter goes on, tab completes, ctrl+o shows a tree", classes="words gap")
 
     def arrive(self) -> None:
         """Show the folder; at first a usual one, if it is there."""

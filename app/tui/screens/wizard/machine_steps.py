@@ -25,7 +25,7 @@ from app.tui.screens.wizard.step import Judged, Step
 from trainer.contract.errors import ConfigError
 from trainer.contract.memory_model import gpu_of_memory
 
-SIZES_GB = (12, 16, 24, 32, 48, 80)
+_SIZES = {f"gb-{size}": size for size in (12, 16, 24, 32, 48, 80)}
 MOST_GPUS = 64
 
 
@@ -53,7 +53,7 @@ class HardwareStep(Step):
     def arrive(self) -> None:
         """Ask the driver, the first time."""
         if self.draft.here is None:
-            self._list("this machine: asking the driver ...")
+            self._list("this machine: asking the driver ...", "here")
             self._ask()
         self.query_one(Lines).focus()
 
@@ -66,7 +66,7 @@ class HardwareStep(Step):
         """Show what this machine has."""
         card = message.card
         self.draft.here = (card,)
-        self._list(_machine_words(card), self.query_one(Lines).highlighted or 0)
+        self._list(_machine_words(card), self.query_one(Lines).name_in_focus)
         if card is not None:
             self.query_one("#wizard-num-gpus", Input).value = str(card.count)
 
@@ -77,37 +77,38 @@ class HardwareStep(Step):
         event.stop()
         self.done()
 
-    def read(self) -> tuple[int, str]:
+    def read(self) -> tuple[str, str]:
         """Return the line and the number."""
-        return self.query_one(Lines).highlighted or 0, self.query_one(Input).value
+        return self.query_one(Lines).name_in_focus, self.query_one(Input).value
 
     def judge(self, given: Any) -> Judged:
         """Turn it into GPUs."""
-        place, words = given
+        name, words = given
         if not words.isdecimal() or not 1 <= int(words) <= MOST_GPUS:
             return Judged(None, f"the number of GPUs is 1 to {MOST_GPUS}", "wizard-num-gpus")
         count = int(words)
-        if place:
-            size = SIZES_GB[place - 1]
+        if name in _SIZES:
+            size = _SIZES[name]
             gpu = gpu_of_memory(card_memory_gib(size) or float(size), f"{size} GB GPU")
-            return Judged((place, Card(gpu=gpu, count=count)))
-        here = self.draft.here[0] if self.draft.here is not None else None
+            return Judged(Card(gpu=gpu, count=count))
+        asked = self.draft.here
+        here = asked[0] if asked is not None else cards.choose_card(None, None)
         if here is not None and count > here.count:
             return Judged(None, f"this machine has {here.count}", "wizard-num-gpus")
         if here is not None:
             here = Card(gpu=here.gpu, count=count, here=True)
-        return Judged((0, here))
+        return Judged(here)
 
     def take(self, answer: Any) -> None:
         """Remember it; other GPUs are offered other presets."""
-        place, card = answer
+        card: Card | None = answer
         if card != self.draft.card:
             self.draft.preset_taken = False
-        self.draft.place, self.draft.card = place, card
+        self.draft.card = card
 
-    def _list(self, here: str, place: int = 0) -> None:
-        others = [f"another machine, GPUs of {size} GB" for size in SIZES_GB]
-        self.query_one(Lines).show([here, *others], place)
+    def _list(self, here: str, name: str) -> None:
+        others = {key: f"another machine, GPUs of {size} GB" for key, size in _SIZES.items()}
+        self.query_one(Lines).show({"here": here, **others}, name)
 
 
 class PresetStep(Step):
@@ -193,7 +194,7 @@ class PresetStep(Step):
         if pane.offer != message.offer:
             return
         words = preset_words(message.offer).append("\n")
-        words.append_text(memory_words(message.checked)).append("\n")
+        words.append_text(memory_words(message.checked, "no GPU here")).append("\n")
         title = f"Changes against {message.other}"
         pane.tell(words.append_text(changes_words(message.changes, title)))
 
