@@ -78,10 +78,15 @@ def offer_of(preset: Preset, card: Card | None) -> Offer:
     return Offer(preset, verdict_of_peak(preset.peak_vram_gib, preset.head.num_gpus, card))
 
 
-def all_offers(card: Card | None) -> list[Offer]:
-    """Return all presets without mistakes, those of the user first."""
+def all_offers(card: Card | None, variant: str = "") -> list[Offer]:
+    """Return all presets without mistakes: those for a model first, among them the user's own."""
+
+    def key(offer: Offer) -> tuple[bool, bool, str]:
+        preset = offer.preset
+        return preset.variant not in ("", variant), preset.is_shipped, preset.name
+
     found = [offer_of(preset, card) for preset in all_presets() if not preset.problems]
-    return sorted(found, key=lambda offer: (offer.preset.is_shipped, offer.preset.name))
+    return sorted(found, key=key)
 
 
 def fitting_offers(

@@ -162,15 +162,19 @@ class PresetPane(Vertical):
         self.post_message(self.Looked(self.offer))
 
 
-def preset_words(offer: Offer | None) -> Text:
-    """Say what a preset is and for whom."""
+def title_words(offer: Offer | None) -> Text:
+    """Say in a line what a preset is."""
     if offer is None:
         return Text("No preset: Menma's defaults count.", style="bold")
-    words = Text(offer.preset.title, style="bold")
-    for line in (" ".join(offer.preset.description.split()), offer.needs):
-        if line:
-            words.append(f"\n{line}", style="not bold")
-    return words
+    return Text(offer.preset.title, style="bold")
+
+
+def purpose_words(offer: Offer | None) -> Text:
+    """Say for whom a preset is, and what machine it takes."""
+    if offer is None:
+        return Text("")
+    lines = (" ".join(offer.preset.description.split()), offer.needs)
+    return Text("\n".join(line for line in lines if line))
 
 
 def changes_words(changes: Changes, title: str) -> Text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.text import Text
 from textual import on, work
 from textual.app import ComposeResult
 from textual.containers import Horizontal
@@ -19,7 +20,7 @@ from app.domain.preset_offers import Offer, fitting_offers
 from app.domain.presets import Preset, card_memory_gib, differences
 from app.domain.wizard import Answers, config_path, config_text
 from app.tui.lines import Lines
-from app.tui.preset_pane import PresetPane, changes_words, preset_words
+from app.tui.preset_pane import PresetPane, changes_words, purpose_words, title_words
 from app.tui.screens.config.words import memory_words
 from app.tui.screens.wizard.step import Judged, Step
 from trainer.contract.errors import ConfigError
@@ -161,7 +162,8 @@ class PresetStep(Step):
         event = message
         event.stop()
         offer = message.offer
-        self.query_one(PresetPane).tell(preset_words(offer).append("\n\nComparing ..."))
+        words = Text("\n").join((title_words(offer), purpose_words(offer), Text("Comparing ...")))
+        self.query_one(PresetPane).tell(words)
         best = self._offers[0].preset if self._offers else None
         answers = self.draft.answers()
         chosen = Answers(
@@ -193,10 +195,13 @@ class PresetStep(Step):
         pane = self.query_one(PresetPane)
         if pane.offer != message.offer:
             return
-        words = preset_words(message.offer).append("\n")
-        words.append_text(memory_words(message.checked, "no GPU here")).append("\n")
-        title = f"Changes against {message.other}"
-        pane.tell(words.append_text(changes_words(message.changes, title)))
+        parts = (
+            title_words(message.offer),
+            purpose_words(message.offer),
+            memory_words(message.checked, "no GPU here"),
+            changes_words(message.changes, f"Changes against {message.other}"),
+        )
+        pane.tell(Text("\n").join(part for part in parts if part))
 
     @on(PresetPane.Chosen)
     def chosen(self, message: PresetPane.Chosen) -> None:
