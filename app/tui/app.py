@@ -101,13 +101,14 @@ class MenmaApp(App[None]):
         """Show the jobs of a new training, or its config."""
         if finished is None:
             return
-        self.notify(finished.words)
+        words = finished.words
         if finished.jobs:
             self.action_show("jobs")
         elif self._has_changes():
-            self.notify("The config screen has another one with changes: save it, then o opens.")
+            words += ". The config screen has another one with changes: save it, then o opens this."
         else:
             self.edit_config(finished.path)
+        self.call_after_refresh(self.notify, words, timeout=10)  # on the screen that comes now
 
     async def action_quit(self) -> None:
         """Leave; ask first where a config has changes that are not saved."""

@@ -41,7 +41,7 @@ class PresetPane(Vertical):
     PresetPane { height: 1fr; }
     PresetPane #preset-filter { height: 1; }
     PresetPane #preset-list { height: 1fr; min-height: 5; }
-    PresetPane #preset-scroll { height: 10; background: $surface; padding: 0 1; }
+    PresetPane #preset-scroll { height: 45%; min-height: 8; background: $surface; padding: 0 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "filter", "Filter"),

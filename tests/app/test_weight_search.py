@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from weight_headers import (
     IMAGE_SHAPES,
@@ -186,8 +184,9 @@ def test_the_usual_places(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     snapshot = "models--Wan-AI--Wan2.1-T2V-1.3B/snapshots"
     wanted = [
-        here / "models", home / "models", home / "ComfyUI" / "models", tmp_path / "comfy" / "models",
-        tmp_path / "named", home / ".cache" / "huggingface" / "hub" / snapshot,
+        here / "models", home / "models", home / "ComfyUI" / "models",
+        tmp_path / "comfy" / "models", tmp_path / "named",
+        home / ".cache" / "huggingface" / "hub" / snapshot,
     ]  # fmt: skip
     for folder in wanted:
         folder.mkdir(parents=True)

@@ -40,7 +40,7 @@ class PresetPicker(ModalScreen[str | None]):
     DEFAULT_CSS = """
     PresetPicker { align: center middle; }
     PresetPicker > Vertical { width: 98%; height: 96%; padding: 0 1; background: $panel; }
-    PresetPicker #preset-scroll { height: 12; }
+    PresetPicker #preset-scroll { height: 55%; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "close", "Cancel"),

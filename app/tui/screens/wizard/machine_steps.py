@@ -198,7 +198,7 @@ class PresetStep(Step):
         parts = (
             title_words(message.offer),
             purpose_words(message.offer),
-            memory_words(message.checked, "no GPU here"),
+            memory_words(message.checked, "no GPU here").split()[0],
             changes_words(message.changes, f"Changes against {message.other}"),
         )
         pane.tell(Text("\n").join(part for part in parts if part))
