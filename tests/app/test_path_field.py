@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from textual.app import App, ComposeResult
 from textual.widgets import Button
@@ -43,7 +43,7 @@ def test_completions_are_what_a_shell_offers(place):
 
 
 @given(names=st.lists(st.text(max_size=5), min_size=1, max_size=5))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@settings(max_examples=25, deadline=None)
 def test_what_is_completed_is_the_start_of_all(names):
     start = completed("", names)
     assert all(name.startswith(start) for name in names)

@@ -148,7 +148,7 @@ def test_it_is_filtered_compared_applied_and_undone_by_keys(place, size):
             app.screen.query_one("#preset-filter", Input).value = "motion-12gb"
             await seen(pilot, app, "warmup_steps: 0 -> 50")
             assert isinstance(app.screen, PresetPicker)
-            await pilot.press("enter", "enter")
+            await pilot.press("enter")
             await seen(pilot, app, "fish.toml *")
             document = app.screen.file.document
             assert document.value("preset") == NAME
