@@ -12,7 +12,8 @@ from typer.core import TyperGroup
 from app.catalog import COMMANDS
 from app.cli import output
 from app.cli.exit_codes import ExitCode
-from trainer.contract.errors import MenmaError
+from app.cli.options import Fps
+from trainer.contract.errors import MenmaError, UserError
 
 
 class _Commands(MutableMapping[str, Any]):
@@ -64,6 +65,7 @@ app = typer.Typer(
 def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
+    fps: Fps = None,
 ) -> None:
     """From a folder of clips to a LoRA (or a full fine-tune) of a Wan 2.1 / 2.2 video model.
 
@@ -79,10 +81,13 @@ def root(
         if output.has_screen():
             from app.tui.app import run_app
 
-            if words := run_app():
+            if words := run_app(fps=fps):
                 output.say(words)
             return
         output.data(context.get_help())
+    elif fps is not None:
+        hint = "`menma --fps N` opens it"
+        raise UserError("--fps is for the app, not for a command", hint=hint)
 
 
 def run(arguments: Sequence[str]) -> int:

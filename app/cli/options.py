@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from trainer.contract.errors import UserError
-from trainer.contract.expert_turns import EXPERTS
 
 Config = Annotated[Path, typer.Argument(help="Config file (TOML).", show_default=False)]
 Overrides = Annotated[
@@ -22,6 +21,16 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 RunsDir = Annotated[
     Path, typer.Option("--runs-dir", help="Folder of the runs, as in output.runs_dir.")
+]
+Fps = Annotated[
+    float | None,
+    typer.Option(
+        "--fps",
+        min=0.1,
+        max=10,
+        help="How often a second the app looks for news; 1, and 0.5 over SSH in large windows.",
+        show_default=False,
+    ),
 ]
 Loras = Annotated[
     list[str] | None,
@@ -47,6 +56,8 @@ def lora_use(text: str) -> dict[str, Any]:
     Raises:
         UserError: the file does not exist.
     """
+    from trainer.contract.expert_turns import EXPERTS
+
     use: dict[str, Any] = {}
     rest = text
     for expert in EXPERTS:

@@ -31,15 +31,15 @@ class Row:
 def compare(results: Sequence[Result]) -> list[Row]:
     """Return the rows of the figures that at least one subject has."""
     rows = [
-        _row("step", results, lambda r: r["step"], str),
-        _row("trained parameters", results, lambda r: _at(r, "adapter", "parameters"), _count),
-        _row("output file, MiB", results, lambda r: _at(r, "adapter", "bytes"), _mib),
+        row("step", results, lambda r: r["step"], str),
+        row("trained parameters", results, lambda r: _at(r, "adapter", "parameters"), _count),
+        row("output file, MiB", results, lambda r: _at(r, "adapter", "bytes"), _mib),
         *_validation_rows(results),
         *_probe_rows(results),
         *_cost_rows("training", results),
         *_cost_rows("evaluation", results),
     ]
-    return [row for row in rows if any(row.cells)]
+    return [each for each in rows if any(each.cells)]
 
 
 def better(figure: str) -> Better:
@@ -59,7 +59,7 @@ def labels(names: Sequence[str]) -> list[str]:
 
 def _validation_rows(results: Sequence[Result]) -> Iterator[Row]:
     alike = _same(_at(result, "validation", "fingerprint") for result in results)
-    yield _row("validation items", results, lambda r: _at(r, "validation", "items"), str)
+    yield row("validation items", results, lambda r: _at(r, "validation", "items"), str)
     timesteps = {
         timestep: None
         for result in results
@@ -78,7 +78,7 @@ def _validation_rows(results: Sequence[Result]) -> Iterator[Row]:
 
             # The base is not what the subjects compete with.
             wanted: Better = "smaller" if whose == "trained" else ""
-            yield _row(f"{name}, {whose}", results, loss, _loss, wanted, alike=alike)
+            yield row(f"{name}, {whose}", results, loss, _loss, wanted, alike=alike)
 
 
 def _probe_rows(results: Sequence[Result]) -> Iterator[Row]:
@@ -94,7 +94,7 @@ def _probe_rows(results: Sequence[Result]) -> Iterator[Row]:
         def figure(result: Result, name: str = name) -> Any:
             return _at(result, "probe", "figures", name)
 
-        yield _row(name, results, figure, _share, better(name), alike=alike)
+        yield row(name, results, figure, _share, better(name), alike=alike)
 
 
 def _cost_rows(what: str, results: Sequence[Result]) -> Iterator[Row]:
@@ -108,10 +108,10 @@ def _cost_rows(what: str, results: Sequence[Result]) -> Iterator[Row]:
         def cost(result: Result, key: str = key) -> Any:
             return _at(result, what, key)
 
-        yield _row(f"{what} {name}", results, cost, show, "smaller")
+        yield row(f"{what} {name}", results, cost, show, "smaller")
 
 
-def _row(
+def row(
     name: str,
     results: Sequence[Result],
     value: Callable[[Result], Any],
@@ -120,6 +120,16 @@ def _row(
     *,
     alike: bool = True,
 ) -> Row:
+    """Return the row of one figure.
+
+    Args:
+        name: of the figure.
+        results: a subject each.
+        value: takes the figure out of a subject; None: it has none.
+        show: writes a value.
+        wanted: which values are better; the best is marked.
+        alike: whether all were measured in the same way; else none is marked.
+    """
     values = [value(result) for result in results]
     cells = ["" if entry is None else show(entry) for entry in values]
     given = [entry for entry in values if entry is not None]

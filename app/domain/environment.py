@@ -6,7 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ OPTIONAL = {
 LITTLE_RAM_GIB = 32
 LITTLE_DISK_GIB = 20
 IMPORT_TIMEOUT_S = 180
+SMI_TIMEOUT_S = 20
 
 
 def menma_version() -> str:
@@ -57,23 +58,41 @@ def package_versions() -> dict[str, str | None]:
     return versions
 
 
-def gpus() -> list[dict[str, Any]]:
-    """Return NVIDIA GPUs as `nvidia-smi` lists them; none when there is no driver."""
+def nvidia_smi(fields: Sequence[str]) -> tuple[list[list[str]], str]:
+    """Ask NVIDIA's driver; return a row of cells a GPU, and why there is no answer.
+
+    Args:
+        fields: as `nvidia-smi --help-query-gpu` names them; memory is in MiB, without units.
+    """
     program = shutil.which("nvidia-smi")
     if program is None:
-        return []
-    fields = "index,name,memory.total,memory.free,driver_version,compute_cap"
+        return [], "no NVIDIA driver was found (nvidia-smi)"
     try:
         answer = subprocess.run(
-            [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
+            [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
-            timeout=20,
-            check=True,
+            errors="replace",
+            timeout=SMI_TIMEOUT_S,
+            check=False,
         )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [gpu for line in answer.stdout.splitlines() if (gpu := _gpu(line)) is not None]
+    except subprocess.TimeoutExpired:
+        return [], f"nvidia-smi gives no answer in {SMI_TIMEOUT_S} s"
+    except OSError as error:
+        return [], f"nvidia-smi cannot be started: {error.strerror}"
+    if answer.returncode != 0:
+        words = (answer.stdout + answer.stderr).strip().splitlines()
+        return [], f"nvidia-smi fails: {words[0] if words else answer.returncode}"
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines()]
+    return [row for row in rows if len(row) == len(fields)], ""
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Return NVIDIA GPUs as `nvidia-smi` lists them; none when there is no driver."""
+    rows, _ = nvidia_smi(
+        ("index", "name", "memory.total", "memory.free", "driver_version", "compute_cap")
+    )
+    return [gpu for row in rows if (gpu := _gpu(row)) is not None]
 
 
 def ram_bytes() -> int:
@@ -131,8 +150,7 @@ def import_check(name: str) -> str:
     return lines[-1] if lines else f"exit code {answer.returncode}"
 
 
-def _gpu(line: str) -> dict[str, Any] | None:
-    parts = [part.strip() for part in line.split(",")]
+def _gpu(parts: Sequence[str]) -> dict[str, Any] | None:
     try:
         return {
             "index": int(parts[0]),

@@ -48,8 +48,19 @@ def render_config(
         given: section -> key -> value; they win. Those of `dataset` are the keys of one source,
             and with `model` no weight files are written but the ones in it.
     """
-    values = _with_given(preset, given or {})
     origin = f" from preset {preset.name!r}: {preset.title}" if preset else ""
+    return render_values(name, _with_given(preset, given or {}), origin=origin)
+
+
+def render_values(name: str, values: Mapping[str, Any], *, origin: str = "") -> str:
+    """Return the text of a config called `name` with these values.
+
+    Args:
+        name: of the run.
+        values: section -> values. `dataset` has `general` and `sources` as in a config, or the
+            keys of one source.
+        origin: where it comes from, with a space before it.
+    """
     lines = [HEAD.format(origin=origin)]
     lines += _option("name", RunConfig.model_fields["name"], {"name": name})
     for key, field in RunConfig.model_fields.items():
@@ -108,7 +119,7 @@ def _section(
         return
     slots: dict[str, str] = getattr(section, "slots", {})
     for key, field in section.model_fields.items():
-        if key == "prompts":
+        if key == "prompts" or (key == "sources" and values.get(key)):
             continue
         yield from _option(key, field, values, kind=slots.get(key))
     for slot, kind in slots.items():
@@ -121,6 +132,8 @@ def _section(
                 yield from _comment(f"  Keys of {key}: {', '.join(tables[key]['properties'])}.")
     if name == "sampling":
         yield from _prompts(values.get("prompts", ()))
+    if name == "validation":
+        yield from _sources("validation.sources", values.get("sources", ()))
 
 
 def _option(
@@ -155,15 +168,37 @@ def _dataset(values: Mapping[str, Any]) -> Iterator[str]:
         "The clips can stand in a file of their own, in musubi-tuner's schema, instead of the "
         "[[dataset.sources]] below."
     )
-    yield "# file ="
-    yield ""
-    yield from _comment("One table a folder or list. Each clip's caption lies beside it.")
-    yield "[[dataset.sources]]"
+    file = values.get("file")
+    yield f"file = {toml_value(file)}" if file is not None else "# file ="
+    if file is not None:
+        return
+    if general := values.get("general"):
+        yield ""
+        yield from _comment("Keys that hold for every source that does not set them itself.")
+        yield "[dataset.general]"
+        yield from (f"{key} = {toml_value(value)}" for key, value in general.items())
+    if "sources" in values:
+        yield from _sources("dataset.sources", values["sources"])
+        return
     given = {"resolution": [832, 480], "enable_bucket": True, **dict(values)}
     if not any(key in given for key in MEDIA_KEYS):
         given = {"video_directory": "clips", "target_frames": [33], **given}
+    yield from _sources("dataset.sources", [given])
+
+
+def _sources(name: str, sources: Any) -> Iterator[str]:
+    """Yield the tables of clips; what a key means is told in the first one."""
+    if not sources:
+        return
+    yield ""
+    yield from _comment("One table a folder or list. Each clip's caption lies beside it.")
+    first, *others = sources
+    yield f"[[{name}]]"
     for key, field in SourceOptions.model_fields.items():
-        yield from _option(key, field, given)
+        yield from _option(key, field, first)
+    for source in others:
+        yield f"\n[[{name}]]"
+        yield from (f"{key} = {toml_value(value)}" for key, value in source.items())
 
 
 def _prompts(prompts: Any) -> Iterator[str]:

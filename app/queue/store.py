@@ -6,7 +6,6 @@ Several processes use it at once. A change is one transaction; what a job does i
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -14,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from app.domain.user_folders import state_folder
 from app.queue.jobs import Claim, Job, JobSpec, JobState, Outcome
 from trainer.contract.errors import DiskError, UserError
 
 FORMAT = 1
+FILE = "queue.db"
 _PATIENCE_S = 30.0
 _TABLES = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -43,11 +44,7 @@ SELECT * FROM jobs WHERE {_WAITS} AND held = 0 AND NOT EXISTS (
 
 def queue_folder() -> Path:
     """Return where the queue is kept: `$XDG_STATE_HOME/menma/queue`, ~/.local/state without it."""
-    if os.name == "nt":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
-    else:
-        root = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
-    return root / "menma" / "queue"
+    return state_folder() / "queue"
 
 
 class QueueStore:
@@ -62,7 +59,7 @@ class QueueStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._path = folder / "queue.db"
+        self._path = folder / FILE
         with self._errors():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._connection = sqlite3.connect(
@@ -73,6 +70,11 @@ class QueueStore:
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
             self._make_tables()
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Tell whether there is a queue in a folder."""
+        return (folder / FILE).exists()
 
     def close(self) -> None:
         """Close the database."""

@@ -33,14 +33,27 @@ class Plot:
         low: value at the lower edge.
         high: value at the upper edge.
         first: step at the left edge.
-        last: step at the right edge.
+        last: step at the right edge; there may be room behind the last step.
+        per_column: steps in a character.
     """
 
     rows: list[list[Cell]]
     low: float
     high: float
     first: int
-    last: int
+    last: float
+    per_column: float
+
+    def column_of(self, step: int) -> int:
+        """Return the column of characters that a step is in."""
+        return int((step - self.first) / self.per_column)
+
+    def steps_in(self, column: int) -> tuple[int, int]:
+        """Return the first and the last step in a column; of a narrow one, the nearest step."""
+        start = self.first + column * self.per_column
+        first = math.ceil(start - 1e-9)
+        last = math.ceil(start + self.per_column - 1e-9) - 1
+        return (first, last) if last >= first else (round(start), round(start))
 
 
 @dataclass(slots=True)
@@ -65,7 +78,7 @@ class Curve:
     Adam's moments are, so that the first value does not weigh more. What is not finite is left out.
     """
 
-    def __init__(self, smoothing: float = 0.9, most: int = 4096) -> None:
+    def __init__(self, smoothing: float = 0.9, most: int = 2048) -> None:
         self.points: list[Point] = []
         self._smoothing, self._most = smoothing, most
         self._per_point, self._in_last = 1, 0
@@ -73,25 +86,27 @@ class Curve:
 
     def extend(self, steps: Iterable[int], values: Iterable[float]) -> None:
         """Add steps and their values."""
+        weight, average, correction = self._smoothing, self._average, self._correction
+        isfinite = math.isfinite
         for step, value in zip(steps, values, strict=True):
-            self._add(step, value)
-
-    def _add(self, step: int, value: float) -> None:
-        if math.isfinite(value):
-            weight = self._smoothing
-            self._average = weight * self._average + (1 - weight) * value
-            self._correction = weight * self._correction + (1 - weight)
-        else:
-            value = math.nan
-        mean = self._average / self._correction if self._correction else math.nan
-        if not self.points or self._in_last == self._per_point:
-            if len(self.points) == self._most:
-                self._halve()
-            self.points.append(Point(step, value, value, mean, step))
-            self._in_last = 1
-            return
-        self._in_last += 1
-        _take_in(self.points[-1], value, value, mean, step)
+            finite = isfinite(value)
+            if finite:
+                average = weight * average + (1 - weight) * value
+                correction = weight * correction + (1 - weight)
+            mean = average / correction if correction else math.nan
+            if not self.points or self._in_last == self._per_point:
+                if len(self.points) == self._most:
+                    self._halve()
+                low = value if finite else math.nan
+                self.points.append(Point(step, low, low, mean, step))
+                self._in_last = 1
+                continue
+            self._in_last += 1
+            point = self.points[-1]
+            point.mean, point.end = mean, step
+            if finite:
+                _widen(point, value, value)
+        self._average, self._correction = average, correction
 
     def _halve(self) -> None:
         pairs = zip(self.points[::2], self.points[1::2], strict=True)
@@ -107,8 +122,12 @@ def plot(
     *,
     log: bool = False,
     marks: Sequence[tuple[int, float]] = (),
+    span: tuple[int, int] | None = None,
 ) -> Plot:
     """Lay out a curve.
+
+    A column of dots holds a round number of steps, counted from the first: while steps are added,
+    only the last column changes, until all are laid out anew. So there is room on the right.
 
     Args:
         points: of a `Curve`.
@@ -116,8 +135,9 @@ def plot(
         height: characters.
         log: the vertical axis is logarithmic; what is not positive is not drawn.
         marks: further points (step, value), each drawn as one character.
+        span: steps that are drawn; None: from the first to the last one of points and marks.
     """
-    first, last = _span(points, marks)
+    first, last = span or span_of(points, marks)
     columns = _Columns(first, last, width * 2)
     band: list[tuple[float, float] | None] = [None] * (width * 2)
     line: list[float] = [math.nan] * (width * 2)
@@ -135,7 +155,44 @@ def plot(
     for step, value in marks:
         if _drawn(value, log):
             cells[scale.row(value) // 4][columns.of(step) // 2] = Cell("o", "mark")
-    return Plot(cells, low, high, first, last)
+    return Plot(cells, low, high, first, columns.end, columns.per_dot * 2)
+
+
+def overlay(
+    curves: Sequence[tuple[str, Sequence[Point]]],
+    width: int,
+    height: int,
+    *,
+    log: bool = False,
+    marks: Sequence[tuple[str, int, float]] = (),
+) -> Plot:
+    """Lay out the averages of several curves over one another, each in a character of its own.
+
+    Args:
+        curves: character and points of each; a later one is drawn over an earlier one.
+        width: characters.
+        height: characters.
+        log: the vertical axis is logarithmic.
+        marks: further points: character, step, value.
+    """
+    spans = [span_of(points, ()) for _, points in curves if points]
+    spans += [(step, step) for _, step, _ in marks]
+    first, last = (min(s[0] for s in spans), max(s[1] for s in spans)) if spans else (0, 1)
+    columns = _Columns(first, last, width)
+    lines = [_means(points, columns, width) for _, points in curves]
+    values = [value for line in lines for value in line] + [value for _, _, value in marks]
+    low, high = _limits((), values, (), log=log)
+    scale = _Scale(low, high, height, log)
+    cells = [[Cell(" ", "")] * width for _ in range(height)]
+    for number, (char, _) in enumerate(curves):
+        cell = Cell(char, f"line {number}")
+        for column, start, end in _pieces(lines[number], scale):
+            for row in range(min(start, end), max(start, end) + 1):
+                cells[row][column] = cell
+    for char, step, value in marks:
+        if _drawn(value, log):
+            cells[scale.row(value)][columns.of(step)] = Cell(char, "mark")
+    return Plot(cells, low, high, first, columns.end, columns.per_dot)
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
@@ -158,11 +215,17 @@ class _Columns:
 
     def __init__(self, first: int, last: int, num: int) -> None:
         self._first, self._num = first, num
-        self._width = max(last - first, 1)
+        self.per_dot = _round_up(max(last - first + 1, 1) / num)
+        self.end = first + self.per_dot * num - 1
 
     def of(self, step: int) -> int:
-        place = (step - self._first) * (self._num - 1) / self._width
-        return min(max(round(place), 0), self._num - 1)
+        return min(max(int((step - self._first) / self.per_dot), 0), self._num - 1)
+
+
+def _round_up(value: float) -> float:
+    """Return the next number of 4, 5, 6, 7, 8 times a power of two."""
+    power = 2.0 ** (math.floor(math.log2(value)) - 2)
+    return math.ceil(value / power - 1e-9) * power
 
 
 class _Scale:
@@ -181,22 +244,32 @@ class _Scale:
         return math.log10(max(value, 1e-300)) if self._log else value
 
 
-def _take_in(point: Point, low: float, high: float, mean: float, end: int) -> None:
-    if math.isfinite(low):
-        point.low = min(point.low, low) if math.isfinite(point.low) else low
-        point.high = max(point.high, high) if math.isfinite(point.high) else high
-    point.mean, point.end = mean, end
+def _widen(point: Point, low: float, high: float) -> None:
+    if not low >= point.low:  # smaller, or the first value that is finite
+        point.low = low
+    if not high <= point.high:
+        point.high = high
 
 
 def _joined(first: Point, second: Point) -> Point:
-    _take_in(first, second.low, second.high, second.mean, second.end)
+    if math.isfinite(second.low):
+        _widen(first, second.low, second.high)
+    first.mean, first.end = second.mean, second.end
     return first
 
 
-def _span(points: Sequence[Point], marks: Sequence[tuple[int, float]]) -> tuple[int, int]:
+def span_of(points: Sequence[Point], marks: Sequence[tuple[int, float]]) -> tuple[int, int]:
+    """Return the first and the last step of points and marks."""
     known = [step for step, _ in marks]
     known += [points[0].step, points[-1].end] if points else []
     return (min(known), max(known)) if known else (0, 1)
+
+
+def _means(points: Sequence[Point], columns: _Columns, num: int) -> list[float]:
+    line = [math.nan] * num
+    for point in points:
+        line[columns.of(point.step)] = point.mean
+    return line
 
 
 def _drawn(value: float, log: bool) -> bool:

@@ -99,6 +99,25 @@ def print_strips(
         _say(console, "\n  ".join([strip.title, *_paths(strip)]))
 
 
+def frame_text(frame: Frame, columns: int, rows: int) -> Text:
+    """Return a frame as characters for a widget: as large as it fits, never enlarged.
+
+    Args:
+        frame: what to draw.
+        columns: of the box, one pixel each.
+        rows: of the box, two pixels each.
+
+    Raises:
+        OSError: the file is not there or cannot be read.
+        ValueError: it is no picture.
+    """
+    text = Text(no_wrap=True, end="")
+    for segment in _draw([_fitted(_open(frame), max(columns, 1), max(2 * rows, 1))]):
+        text.append(segment.text, segment.style)
+    text.right_crop(1)  # the last line's end
+    return text
+
+
 @dataclass(frozen=True, slots=True)
 class DrawnStrip:
     """A strip as something that rich draws: a line of words, then the frames."""
@@ -120,6 +139,23 @@ class DrawnStrip:
         # A row that is taller than the screen cannot be seen at once.
         rows = max(console.height - 3, 2)
         yield from _draw([_fitted(frame, columns, 2 * rows) for frame in frames])
+
+
+def frame_lines(frame: Frame, columns: int, rows: int) -> list[list[Segment]]:
+    """Draw a frame as lines of segments, at most `columns` x `rows` characters, aspect kept.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no picture, or too large to be one.
+    """
+    drawn = _fitted(_open(frame), max(columns, 1), 2 * max(rows, 1))
+    lines: list[list[Segment]] = [[]]
+    for segment in _draw([drawn]):
+        if segment.text == "\n":
+            lines.append([])
+        else:
+            lines[-1].append(segment)
+    return lines[:-1]
 
 
 def _draw(frames: Sequence[Image]) -> Iterator[Segment]:
@@ -173,7 +209,7 @@ def _open(frame: Frame) -> Image:
     try:
         with Image.open(frame) as image:
             return image.convert("RGB")
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, SyntaxError) as error:  # SyntaxError: a damaged PNG
         raise ValueError(f"{frame}: {error}") from error
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from app.render.bar import BAR, bar
 from app.render.estimates import GIB, gib
 from trainer.contract.memory_model import Estimate
 
-BAR = 24
 VERDICTS = {"fits": "OK", "tight": "TIGHT", "does not fit": "OVER", "unknown": ""}
 _SMALLEST = GIB // 20
 
@@ -14,10 +14,9 @@ def bar_line(result: Estimate, width: int = BAR) -> str:
     """Return `VRAM ####....  19.1 / 24.0 GiB  OK`, of the phase that takes most."""
     if result.gpu is None:
         return f"VRAM {gib(result.peak_bytes)} GiB (± {gib(result.margin_bytes)})"
-    share = min(result.peak_bytes / result.gpu.memory_bytes, 1.0)
-    filled = round(share * width)
+    share = result.peak_bytes / result.gpu.memory_bytes
     return (
-        f"VRAM {'#' * filled}{'.' * (width - filled)}  {gib(result.peak_bytes)} "
+        f"VRAM {bar(share, width)}  {gib(result.peak_bytes)} "
         f"(± {gib(result.margin_bytes)}) / {result.gpu.memory_gib:.1f} GiB  "
         f"{VERDICTS[result.verdict]}"
     )

@@ -19,6 +19,9 @@ from trainer.contract.files import write_json
 
 SOURCE_ROOT = Path(__file__).parents[2]
 TRAINER: tuple[str, ...] = (sys.executable, "-m", "trainer")
+CANCEL_POLL_S = 0.1
+PATIENCE_S = 10.0
+"""How long a child may take to end when it is told to."""
 
 Event = dict[str, Any]
 
@@ -49,8 +52,9 @@ def run_job(
     on_event: Callable[[Event], None],
     on_text: Callable[[str], None],
     on_words: Callable[[str], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
 ) -> int:
-    """Run a job to its end in the foreground.
+    """Run a job to its end in the foreground. Any thread may do so; Ctrl-C is the main one's.
 
     Args:
         job: name of the trainer's job.
@@ -59,6 +63,8 @@ def run_job(
         on_text: called with every line on the child's stdout that is not an event.
         on_words: called, from another thread, with every line on the child's stderr; None lets the
             child write to our stderr itself.
+        cancelled: asked several times a second, from another thread; the job is ended when it
+            says so.
 
     Returns:
         The job's exit code; 130 after Ctrl-C; negative: the signal that ended it.
@@ -77,7 +83,11 @@ def run_job(
             encoding="utf-8",
             errors="replace",
         )
-        with _terminated_with_us(process), _words_passed_on(process, on_words):
+        with (
+            _terminated_with_us(process),
+            _words_passed_on(process, on_words),
+            _ended_when(process, cancelled),
+        ):
             interrupts = 0
             while True:
                 try:
@@ -129,6 +139,32 @@ def _words_passed_on(
         reader.join(timeout=2)
 
 
+@contextmanager
+def _ended_when(
+    process: subprocess.Popen[str], cancelled: Callable[[], bool] | None
+) -> Iterator[None]:
+    if cancelled is None:
+        yield
+        return
+    over, asked = threading.Event(), cancelled
+
+    def watch() -> None:
+        while not over.wait(CANCEL_POLL_S):
+            if asked():
+                process.terminate()
+                if not over.wait(PATIENCE_S):
+                    process.kill()
+                return
+
+    watcher = threading.Thread(target=watch, name="child watcher", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
 def _event(line: str) -> Event | None:
     try:
         content = json.loads(line)
@@ -144,14 +180,16 @@ def _terminated_with_us(process: subprocess.Popen[str]) -> Iterator[None]:
     def pass_on(number: int, frame: FrameType | None) -> None:
         process.terminate()
 
-    previous = signal.signal(signal.SIGTERM, pass_on)
+    ours = threading.current_thread() is threading.main_thread()  # signals are of that one alone
+    previous = signal.signal(signal.SIGTERM, pass_on) if ours else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if ours:
+            signal.signal(signal.SIGTERM, previous)
         if process.poll() is None:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=10)
+                process.wait(timeout=PATIENCE_S)
             process.kill()
             process.wait()

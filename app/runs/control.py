@@ -6,8 +6,9 @@ import os
 import signal
 import time
 from enum import IntEnum
+from pathlib import Path
 
-from app.runs.follow import tail_events
+from app.runs.follow import Event, tail_events
 from app.runs.processes import ProcessId, boot_id, end_tree, same_boot
 from app.runs.status import Status, read_status
 from trainer.contract.run_dir import Request, RunDir, answer_request
@@ -76,12 +77,32 @@ def refuse_pending(run: RunDir, why: str) -> None:
         answer_request(path, error=why)
 
 
-def has_stepped(run: RunDir, since: float) -> bool:
-    """Tell whether a step was made since `since` (Unix seconds), so that saving has a point."""
-    return any(
-        event["type"] == "step" and event.get("time", 0) >= since
-        for event in tail_events(run.events)
-    )
+def has_stepped(run: RunDir, status: Status) -> bool:
+    """Tell whether this start has made a step, so that saving has a point."""
+    return any(event["type"] == "step" for event in events_of_start(run, status))
+
+
+def events_of_start(run: RunDir, status: Status) -> list[Event]:
+    """Return the last events of the start that `status` describes.
+
+    Told from those of earlier starts by their place in the log: a clock may be set back.
+    """
+    if status.events_from is not None and _size(run.events) >= status.events_from:
+        return tail_events(run.events, start=status.events_from)
+    return [e for e in tail_events(run.events) if e.get("time", 0) >= status.started - 1]
+
+
+def size_since_start(run: RunDir, status: Status) -> int:
+    """Return the bytes of the event log that this start has written, or all of them."""
+    size = _size(run.events)
+    return size - status.events_from if status.events_from and size > status.events_from else size
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _gone(process: ProcessId, timeout_s: float) -> bool:

@@ -2,32 +2,70 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from trainer.contract.events import EventReader
+from trainer.contract.events import EventReader, decode
 
 TAIL_BYTES = 256 * 1024
+SHORT_TAIL_BYTES = 16 * 1024
+"""What is read first: the last words of most logs. More is read where it has no step."""
 POLL_S = 0.5
 
 Event = dict[str, Any]
 
 
-def tail_events(path: Path, num_bytes: int = TAIL_BYTES) -> list[Event]:
-    """Return the events of the last `num_bytes` of a log; damaged lines are left out."""
+def tail_events(path: Path, num_bytes: int = TAIL_BYTES, *, start: int = 0) -> list[Event]:
+    """Return the last events of a log; damaged lines are left out.
+
+    Args:
+        path: the event log.
+        num_bytes: the most that is read.
+        start: events that begin before this byte are left out.
+    """
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - num_bytes))
-            lines = file.read().split(b"\n")
+        status = path.stat()
     except OSError:
         return []
+    key = (path, status.st_ino, status.st_size, status.st_mtime_ns)
+    short = min(num_bytes, SHORT_TAIL_BYTES)
+    found = _tail(*key, short)
+    if short < min(num_bytes, status.st_size) and not any(e["type"] == "step" for _, e in found):
+        found = _tail(*key, num_bytes)
+    return [event for offset, event in found if offset >= start]
+
+
+@lru_cache(maxsize=128)
+def _tail(
+    path: Path, inode: int, size: int, changed: int, num_bytes: int
+) -> tuple[tuple[int, Event], ...]:
+    """Return events with where they begin; a log that has not changed is read once."""
+    begin = max(0, size - num_bytes)
+    try:
+        with path.open("rb") as file:
+            file.seek(begin)
+            lines = file.read(num_bytes).split(b"\n")
+    except OSError:
+        return ()
     # The first piece may be cut by our seek, the last one by a writer that has not finished.
-    lines = lines[1 if size > num_bytes else 0 : -1]
-    return [event for line in lines if (event := _decode(line)) is not None]
+    skipped = 1 if begin else 0
+    begin += sum(len(line) + 1 for line in lines[:skipped])
+    found = []
+    for line in lines[skipped:-1]:
+        event = decode(line) if line.strip() else None
+        if event is not None and _has_time(event):
+            found.append((begin, event))
+        begin += len(line) + 1
+    return tuple(found)
+
+
+def _has_time(event: Event) -> bool:
+    moment = event.get("time", 0.0)
+    return isinstance(moment, int | float) and math.isfinite(moment)
 
 
 def follow(
@@ -57,11 +95,3 @@ def follow(
             return
         yield None
         sleep(poll_s)
-
-
-def _decode(line: bytes) -> Event | None:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) and "type" in event else None

@@ -15,13 +15,14 @@ from typing import Any
 from app.runs import control
 from app.runs.child import child_environment, trainer_command
 from app.runs.lock import RunLock
+from app.runs.printable import printable
 from app.runs.processes import boot_id, same_boot
 from app.runs.status import read_status
 from trainer.contract.errors import BusyError, DiskError, RunError
 from trainer.contract.files import write_json, write_text
 from trainer.contract.run_dir import RunDir
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 SECRET_NAME = re.compile(r"TOKEN(?!IZ)|KEY|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
 URL_LOGIN = re.compile(r"(\w+://)[^/\s:@]+(:[^/\s@]*)?@")
 MASK = "***"
@@ -193,7 +194,8 @@ def console_tail(run: RunDir, num_lines: int = 15, *, offset: int = 0) -> list[s
     except OSError:
         return []
     # Events are in their own file; a line that is one is not words.
-    words = [line for line in text.splitlines() if not line.startswith('{"v":')]
+    lines = printable(text).splitlines()
+    words = [line for line in lines if not line.startswith('{"v":')]
     return words[-num_lines:]
 
 

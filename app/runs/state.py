@@ -11,12 +11,17 @@ from typing import Any
 
 from app.runs import control, lock, processes
 from app.runs.durations import duration
-from app.runs.follow import tail_events
+from app.runs.follow import SHORT_TAIL_BYTES, tail_events
+from app.runs.printable import printable
 from app.runs.status import Status, read_status
 from trainer.contract.run_dir import RunDir
 
 INTERRUPTED = 130
 """Exit code of a trainer that was told to end."""
+EARLY_STEPS = 30
+"""Before so many steps of a start, how long it still takes is not told."""
+LARGEST = 1e300
+"""Larger figures are damage."""
 STALL_S = 300.0
 STALL_STEPS = 10
 """A run counts as stalled after the longer of `STALL_S` and this many median step times."""
@@ -72,6 +77,8 @@ class RunState:
     total_steps: int | None = None
     loss: float | None = None
     eta_s: float | None = None
+    estimating: bool = False
+    """Whether it has made too few steps to tell how long it still takes."""
     started: float | None = None
     ended: float | None = None
     last_event: float | None = None
@@ -114,15 +121,17 @@ def read_state(run: RunDir, *, now: float | None = None, boot: str | None = None
     )
     step = _last(events, "step")
     end = _last(events, "end")
+    early = state is State.RUNNING and status is not None and _is_early(run, status)
     return RunState(
         name=run.root.name,
         root=run.root,
         state=state,
-        why=why,
-        step=step.get("step", end.get("step")),
-        total_steps=step.get("total_steps"),
-        loss=step.get("loss"),
-        eta_s=step.get("eta_s"),
+        why=printable(why),
+        step=_whole(step.get("step", end.get("step"))),
+        total_steps=_whole(step.get("total_steps")),
+        loss=_number(step.get("loss")),
+        eta_s=None if early else _number(step.get("eta_s")),
+        estimating=early,
         started=status.started if status else None,
         ended=status.ended if status and not state.is_live else None,
         last_event=events[-1].get("time") if events else None,
@@ -159,7 +168,7 @@ def _judge(
         if held:
             return State.STARTING, ""
         return _from_events(events, State.FAILED, "it was never started")
-    recent = [event for event in events if event.get("time", 0) >= status.started - 1]
+    recent = control.events_of_start(run, status)
     here = processes.same_boot(status.boot_id, boot)
     if held is None:
         held = here and status.ended is None and status.supervisor.is_alive()
@@ -185,7 +194,8 @@ def _live(
         return State.STOPPING, f"asked {duration(now - asked)} ago"
     if not recent:
         return State.STARTING, ""
-    times = sorted(event["step_time_s"] for event in recent if event.get("step_time_s"))
+    known = (_number(event.get("step_time_s")) for event in recent)
+    times = sorted(seconds for seconds in known if seconds)
     limit = max(STALL_S, STALL_STEPS * times[len(times) // 2]) if times else STALL_S
     silence = now - recent[-1].get("time", now)
     if silence > limit:
@@ -193,6 +203,14 @@ def _live(
     if not any(event["type"] == "step" for event in recent):
         return State.STARTING, _phase(recent)
     return State.RUNNING, ""
+
+
+def _is_early(run: RunDir, status: Status) -> bool:
+    """Tell whether this start has made too few steps for a rate: the first ones are slow."""
+    if control.size_since_start(run, status) > SHORT_TAIL_BYTES:
+        return False
+    kinds = [event["type"] for event in control.events_of_start(run, status)]
+    return kinds.count("step") < EARLY_STEPS
 
 
 def _ended(status: Status, recent: Sequence[dict[str, Any]]) -> tuple[State, str]:
@@ -225,3 +243,13 @@ def _phase(events: Sequence[dict[str, Any]]) -> str:
 
 def _last(events: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
     return next((event for event in reversed(events) if event["type"] == kind), {})
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number; None for what a damaged log has instead."""
+    known = isinstance(value, int | float) and abs(value) < LARGEST
+    return float(value) if known else None

@@ -28,6 +28,9 @@ class Status:
     exit_code: int | None = None
     signal: int | None = None
     """The signal that ended the trainer."""
+    events_from: int | None = None
+    """Bytes of the event log before this start: what comes later is of it, whatever the clock says.
+    None: a supervisor of an older version wrote this."""
     job: str = ""
     """Token of the queue's job that this start belongs to; empty: none."""
     reason: str = ""
@@ -48,6 +51,7 @@ class Status:
                 "ended": self.ended,
                 "exit_code": self.exit_code,
                 "signal": self.signal,
+                "events_from": self.events_from,
                 "job": self.job,
                 "reason": self.reason,
             },
@@ -71,6 +75,7 @@ def read_status(run: RunDir) -> Status | None:
             ended=content.get("ended"),
             exit_code=content.get("exit_code"),
             signal=content.get("signal"),
+            events_from=content.get("events_from"),
             job=str(content.get("job", "")),
             reason=str(content.get("reason", "")),
         )

@@ -55,6 +55,7 @@ class Supervisor:
             boot_id=boot_id(),
             host=host_name(),
             started=time.time(),
+            events_from=_size(run.events),
             job=os.environ.get(JOB_TOKEN, ""),
         )
 
@@ -124,7 +125,7 @@ class Supervisor:
 
     def _begin_stop(self, asked: float) -> None:
         self._update(stop_asked=asked)
-        if not control.has_stepped(self.run_dir, self._status.started):
+        if not control.has_stepped(self.run_dir, self._status):
             self._end_now()  # still loading: there is nothing to save, and no step to wait for
 
     def _end_now(self) -> None:
@@ -178,6 +179,13 @@ else:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # no start before this one has written anything
+        return 0
+
+
 def _oom_kills() -> int:
     """Return how many processes the kernel has killed for lack of memory since boot."""
     try:
@@ -202,6 +210,19 @@ def _reason(code: int, *, oom_kills: int) -> str:
         hint = ": killed by somebody, or out of memory; `dmesg` may say" if code == -9 else ""
         return f"ended by signal {-code}{f' ({name})' if name else ''}{hint}"
     return ""
+
+
+def _tell_end(run: RunDir) -> None:
+    """Tell the address of the config; a run does not fail because nobody listens.
+
+    After the lock was given back: until then the run has not ended for those who look.
+    """
+    from app.runs.webhook import tell_end
+
+    problem = tell_end(run)
+    if problem:
+        with suppress(OSError), run.console.open("a", encoding="utf-8") as console:
+            console.write(f"warning: logging.webhook: {problem}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -232,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         code = Supervisor(run, command, grace_s=options.grace_s).run()
         lock.release()
+        _tell_end(run)
     except MenmaError as error:
         sys.stderr.write(f"menma supervisor: {error}\n")
         return error.exit_code

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from textual import on
-from textual.app import App, SystemCommand
+from textual.app import SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
+from app.tui import running
+from app.tui.preferences import Preferences, first_theme, read_preferences
 from app.tui.screens.jobs import JobsScreen
 from app.tui.screens.library import LibraryScreen
-from app.tui.screens.monitor import MonitorScreen
+from app.tui.screens.monitor.screen import MonitorScreen
 from app.tui.screens.system import SystemScreen
+from app.tui.shell import Shell
 from app.tui.sources import Sources
-from app.tui.theme import DARK, TERMINAL, THEMES
 from app.tui.widgets import Ask
 
 if TYPE_CHECKING:
@@ -25,11 +26,9 @@ if TYPE_CHECKING:
     from app.tui.screens.wizard.screen import Finished
 
 RUNS = Path("runs")
-FEW_COLOURS = frozenset({"linux", "screen", "vt100", "ansi", "xterm"})
-"""Terminals of 16 colours: the theme of their own colours suits them best."""
 
 
-class MenmaApp(App[None]):
+class MenmaApp(Shell):
     """The full-screen app."""
 
     TITLE = "menma"
@@ -38,6 +37,7 @@ class MenmaApp(App[None]):
         Binding("1", "show('jobs')", "Jobs", show=False, id="show-jobs"),
         Binding("2", "show('config')", "Config", show=False, id="show-config"),
         Binding("3", "show('monitor')", "Monitor", show=False, id="show-monitor"),
+        Binding("4", "show('data')", "Data", show=False, id="show-data"),
         Binding("5", "show('library')", "Library", show=False, id="show-library"),
         Binding("6", "show('system')", "System", show=False, id="show-system"),
         Binding("colon", "command_palette", "Palette", show=False, id="palette"),
@@ -46,14 +46,19 @@ class MenmaApp(App[None]):
         Binding("q", "quit", "Quit", id="quit"),
     ]
 
-    def __init__(self, sources: Sources, config: Path | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        sources: Sources,
+        config: Path | None = None,
+        preferences: Preferences | None = None,
+        *,
+        fps: float | None = None,
+    ) -> None:
+        super().__init__(preferences, read_only=sources.read_only)
         self._sources, self._config = sources, config
-        self.num_live = 0
-        """Runs and jobs that go on without the app."""
-        for theme in THEMES:
-            self.register_theme(theme)
-        self.theme = TERMINAL if os.environ.get("TERM", "") in FEW_COLOURS else DARK.name
+        self.fps = fps
+        """How often a second screens look for news; None: what suits the connection."""
+        self.theme = first_theme(self.preferences)
 
     def on_mount(self) -> None:
         """Show the list first; the other screens are made when they are shown."""
@@ -64,19 +69,18 @@ class MenmaApp(App[None]):
         self.push_screen("jobs")
         if self._config is not None:
             self.edit_config(self._config)
+        self.begin()
 
     def action_show(self, name: str) -> None:
         """Show a screen by its name."""
         if name == "config" and not self.is_screen_installed(name):
             self.install_screen(_config_screen()(self._sources), name)
+        if name == "data" and not self.is_screen_installed(name):
+            from app.tui.screens.data.screen import DataScreen
+
+            self.install_screen(DataScreen(self._sources, self._open_config), name)
         if self.screen is not self.get_screen(name):
             self.switch_screen(name)
-
-    def action_next_theme(self) -> None:
-        """Take the next of our themes."""
-        names = [theme.name for theme in THEMES] + [TERMINAL]
-        place = names.index(self.theme) if self.theme in names else -1
-        self.theme = names[(place + 1) % len(names)]
 
     def edit_config(self, path: Path) -> None:
         """Show a config."""
@@ -110,6 +114,13 @@ class MenmaApp(App[None]):
             self.edit_config(finished.path)
         self.call_after_refresh(self.notify, words, timeout=10)  # on the screen that comes now
 
+    def _open_config(self) -> Path | None:
+        """Return the config that the config's screen shows."""
+        if not self.is_screen_installed("config"):
+            return None
+        file = self.get_screen("config", _config_screen()).file
+        return None if file is None or file.saved is None else file.path
+
     async def action_quit(self) -> None:
         """Leave; ask first where a config has changes that are not saved."""
 
@@ -140,11 +151,6 @@ class MenmaApp(App[None]):
         """Go back to the list."""
         self.switch_screen("jobs")
 
-    @on(JobsScreen.Read)
-    def count(self, message: JobsScreen.Read) -> None:
-        """Remember how many go on, for the last word."""
-        self.num_live = message.overview.num_live
-
 
 def _config_screen() -> type[ConfigScreen]:
     """Return the class of the config's screen; its modules are loaded when somebody wants it."""
@@ -153,16 +159,29 @@ def _config_screen() -> type[ConfigScreen]:
     return ConfigScreen
 
 
-def run_app(runs_dir: Path = RUNS, config: Path | None = None) -> str:
+def run_app(
+    runs_dir: Path = RUNS,
+    config: Path | None = None,
+    *,
+    read_only: bool = False,
+    fps: float | None = None,
+) -> str:
     """Run the app until it is left; return what is to be said then.
 
     Args:
         runs_dir: folder of the runs.
         config: file to edit; None: the list is shown first.
+        read_only: to look only.
+        fps: how often a second screens look for news; None: what suits the connection.
+
+    Raises:
+        RunError: it has crashed.
+        SystemExit: a signal has ended it.
     """
-    app = MenmaApp(Sources(runs_dir), config)
-    app.run()
-    if app.num_live:
-        goes = "goes" if app.num_live == 1 else "go"
-        return f"{app.num_live} {goes} on without this terminal. `menma` shows them again."
+    sources = Sources(runs_dir, read_only=read_only)
+    running.run(MenmaApp(sources, config, read_preferences(), fps=fps))
+    num_live = sources.overview().num_live
+    if num_live:
+        goes = "goes" if num_live == 1 else "go"
+        return f"{num_live} {goes} on without this terminal. `menma` shows them again."
     return ""

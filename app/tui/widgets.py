@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import re
+from pathlib import Path
+from typing import Any, ClassVar
 
-from rich.style import Style
 from rich.text import Text
-from textual.app import ComposeResult, RenderResult
+from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
-from textual.reactive import reactive
+from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
-from textual.widget import Widget
-from textual.widgets import Button, Label, Static
+from textual.widgets import Button, DataTable, Label, Static
 
-from app.render.curve import Curve, Plot, plot, ticks
+from app.tui.keyed import LISTS, Keyed, key_of
+from trainer.contract.errors import DiskError
+from trainer.contract.files import write_text
 
 TITLES = {
     "jobs": ("1", "Jobs"),
     "config": ("2", "Config"),
     "monitor": ("3", "Mon"),
+    "data": ("4", "Data"),
     "library": ("5", "Lib"),
     "system": ("6", "Sys"),
 }
@@ -45,98 +47,33 @@ class Titles(Static):
         text = Text(" menma ", style="bold", no_wrap=True, overflow="ellipsis")
         for mode, (key, title) in TITLES.items():
             shown = title.upper() if mode == self._mode else title
-            text.append(f"  {key} {shown}", style="bold" if mode == self._mode else "")
-        text.append(f"   {right}")
+            text.append(
+                f"  {key_of(self.app, f'show-{mode}', key)} {shown}",
+                style="bold" if mode == self._mode else "",
+            )
+        looks = "look only  " if getattr(self.app, "read_only", False) else ""
+        text.append(f"   {looks}{right}")
         self.update(text)
 
 
-class LossCurve(Widget):
-    """A curve with axes, and a cursor that reads a step exactly."""
+class Rows(Keyed, DataTable[Text]):
+    """A list whose lines are gone through by arrows or letters."""
 
-    DEFAULT_CSS = "LossCurve { height: 1fr; min-height: 4; color: $primary; }"
-    AXIS = 9
-    """Columns of the vertical axis."""
-    logarithmic = reactive(False)
-    cursor: reactive[int | None] = reactive(None)
-    """Column that is read; None: none."""
+    KEYS_IN = LISTS
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("j", "cursor_down", "Down", show=False),
+        Binding("k", "cursor_up", "Up", show=False),
+        Binding("g", "scroll_top", "First", show=False),
+        Binding("G", "scroll_bottom", "Last", show=False),
+        Binding("ctrl+d", "page_down", "Page down", show=False),
+        Binding("ctrl+u", "page_up", "Page up", show=False),
+    ]
 
-    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002  (Textual's own name)
-        super().__init__(id=id)
-        self._curve = Curve()
-        self._marks: tuple[tuple[int, float], ...] = ()
-
-    def show(self, curve: Curve, marks: tuple[tuple[int, float], ...]) -> None:
-        """Draw a curve, and single points on it."""
-        self._curve, self._marks = curve, marks
-        self.refresh()
-
-    def step_at_cursor(self) -> int | None:
-        """Return the step under the cursor."""
-        points = self._curve.points
-        if self.cursor is None or not points:
-            return None
-        width = max(self.size.width - self.AXIS, 1)
-        share = min(max(self.cursor, 0), width - 1) / max(width - 1, 1)
-        first, last = points[0].step, points[-1].end
-        return round(first + share * (last - first))
-
-    def move_cursor(self, by: int) -> None:
-        """Move the cursor; it comes from the right end."""
-        width = max(self.size.width - self.AXIS, 1)
-        start = width if self.cursor is None and by < 0 else self.cursor or 0
-        self.cursor = min(max(start + by, 0), width - 1)
-
-    def render(self) -> RenderResult:
-        """Draw it for the size that there is."""
-        width, height = self.size.width - self.AXIS, self.size.height - 1
-        if width < 4 or height < 2:
-            return Text("")
-        if not self._curve.points:
-            return Text("no steps yet", style=self._style("muted"))
-        drawn = plot(self._curve.points, width, height, log=self.logarithmic, marks=self._marks)
-        return self._with_axes(drawn, width, height)
-
-    def _with_axes(self, drawn: Plot, width: int, height: int) -> Text:
-        colours = {
-            "line": self._style("accent"),
-            "band": self._style("primary"),
-            "mark": self._style("success"),
-            "": Style(),
-        }
-        muted = self._style("muted")
-        labels = {0: _short(drawn.high), height - 1: _short(drawn.low)}
-        text = Text(no_wrap=True)
-        for number, row in enumerate(drawn.rows):
-            text.append(f"{labels.get(number, ''):>{self.AXIS - 2}} |", style=muted)
-            for column, cell in enumerate(row):
-                style = colours[cell.part]
-                if column == self.cursor:
-                    style += Style(reverse=True)
-                text.append(cell.char, style=style)
-            text.append("\n")
-        return text.append(self._steps(drawn, width), style=muted)
-
-    def _steps(self, drawn: Plot, width: int) -> str:
-        line = [" "] * (width + self.AXIS)
-        end = 0
-        for tick in ticks(drawn.first, drawn.last, max(width // 12, 1)):
-            if tick != round(tick):  # there are no halves of steps
-                continue
-            words = _short(tick)
-            share = (tick - drawn.first) / max(drawn.last - drawn.first, 1)
-            start = self.AXIS + min(round(share * (width - 1)), width - len(words))
-            if start >= end:
-                line[start : start + len(words)] = words
-                end = start + len(words) + 2
-        return "".join(line)
-
-    def _style(self, name: str) -> Style:
-        variables = self.app.theme_variables
-        colour = variables.get(name) or variables.get("foreground") or ""
-        return Style(color=colour) if colour.startswith("#") else Style()
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(cursor_type="row", **attributes)
 
 
-class Ask(ModalScreen[bool]):
+class Ask(Keyed, ModalScreen[bool]):
     """A question before something that cannot be taken back. Cancel has the focus."""
 
     DEFAULT_CSS = """
@@ -175,18 +112,23 @@ class Ask(ModalScreen[bool]):
         self.dismiss(yes)
 
 
-class TextView(ModalScreen[None]):
-    """Text to read and to copy: a command, an error, the end of a log."""
+class TextView(Keyed, ModalScreen[None]):
+    """Text to read, to copy and to keep: a command, an error, the end of a log."""
 
     DEFAULT_CSS = """
     TextView { align: center middle; }
     TextView > Vertical { width: 96%; height: 90%; padding: 0 1; background: $panel; }
-    TextView #text { height: 1fr; overflow-y: auto; }
+    TextView #text { height: 1fr; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q,enter", "close", "Close"),
         Binding("y", "copy", "Copy"),
+        Binding("w", "write", "Write to a file"),
+        Binding("j", "scroll(1)", "Down", show=False),
+        Binding("k", "scroll(-1)", "Up", show=False),
     ]
+    MORE_KEYS = ""
+    """Keys of a kind of text, for the last line."""
 
     def __init__(self, title: str, text: str) -> None:
         super().__init__()
@@ -196,21 +138,38 @@ class TextView(ModalScreen[None]):
         """Lay out title, text and keys."""
         with Vertical():
             yield Label(Text(self._title, style="bold"))
-            with Vertical(id="text"):
+            with VerticalScroll(id="text"):
                 yield Static(Text(self._text))
-            yield Label("y copy   esc close")
+            copy = key_of(self.app, "textview.copy", "y")
+            write = key_of(self.app, "textview.write-to-a-file", "w")
+            close = key_of(self.app, "textview.close", "esc")
+            words = f"{copy} copy   {write} write to a file   {self.MORE_KEYS}{close} close"
+            yield Label(Text(words))
 
     def action_copy(self) -> None:
         """Copy the text, also over SSH; it can be selected with the mouse, too."""
         self.app.copy_to_clipboard(self._text)
         self.notify("Copied, if this terminal allows it. The text is here, too.")
 
+    def action_write(self) -> None:
+        """Write the text into the folder that the app was started in; nothing is overwritten."""
+        name = re.sub(r"[^\w.-]+", "-", self._title).strip("-.").lower() or "text"
+        names = (f"{name}.txt", *(f"{name}-{number}.txt" for number in range(2, 1000)))
+        path = next((path for each in names if not (path := Path(each)).exists()), None)
+        if path is None:
+            self.notify(f"there are too many files like {names[0]} here", severity="error")
+            return
+        try:
+            write_text(path, f"{self._title}\n\n{self._text}\n")
+        except DiskError as error:
+            self.notify(str(error), severity="error", timeout=10, markup=False)
+            return
+        self.notify(f"Written: {path.absolute()}", markup=False)
+
+    def action_scroll(self, by: int) -> None:
+        """Go through the text by letters, too."""
+        self.query_one("#text", VerticalScroll).scroll_relative(y=by, animate=False)
+
     def action_close(self) -> None:
         """Go back."""
         self.dismiss()
-
-
-def _short(value: float) -> str:
-    if value == round(value) and abs(value) < 1e6:
-        return f"{value:.0f}"
-    return f"{value:.3g}"

@@ -26,7 +26,7 @@ def fake_command(mode: str) -> list[str]:
     return [sys.executable, str(FAKE_TRAINER), mode]
 
 
-def wait_for(what: Callable[[], object], timeout_s: float = 30.0) -> None:
+def wait_for(what: Callable[[], object], timeout_s: float = 120.0) -> None:
     """Wait until `what()` is true."""
     deadline = time.monotonic() + timeout_s
     while not what():
@@ -39,6 +39,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.config_text = ""
         self.started: list[RunDir] = []
 
     def prepared(self, name: str) -> tuple[RunDir, list[str]]:
@@ -46,7 +47,10 @@ class Runs:
         run = RunDir(self.folder / name)
         self.started.append(run)
         preparation = launch.Preparation(
-            config_text="", overrides=(), resume="auto", argv=("menma", "train", "x.toml")
+            config_text=self.config_text,
+            overrides=(),
+            resume="auto",
+            argv=("menma", "train", "x.toml"),
         )
         return run, ["train", str(launch.prepare(run, preparation))]
 

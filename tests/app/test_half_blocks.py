@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from app.cli import progress
-from app.render.half_blocks import Strip, can_draw, print_strips, strips_of
+from app.render.half_blocks import Strip, can_draw, frame_text, print_strips, strips_of
 
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -224,3 +224,11 @@ def test_plain_progress_tells_the_path_only(capsys):
         {"type": "output", "path": "sheet.png", "strips": [{"title": "t", "frames": ["0.png"]}]}
     )
     assert capsys.readouterr().err == "output: sheet.png\n"
+
+
+def test_a_frame_is_text_that_fits_a_box():
+    text = frame_text(picture(20, 40), 20, 8)
+    lines = text.plain.split("\n")
+    assert (len(lines), {len(line) for line in lines}) == (5, {20})
+    assert text.plain.strip("▀\n") == ""
+    assert [len(line) for line in frame_text(picture(3, 4), 20, 8).plain.split("\n")] == [4, 4]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from app.render.curve import BRAILLE, Curve, Plot, plot, ticks
 from app.runs.metrics import RunLog
+from app.runs.samples import Sample
 from trainer.contract.events import EventWriter
 from trainer.contract.run_dir import RunDir
 
@@ -42,10 +43,10 @@ def test_events_become_columns_as_they_come(log):
     assert log.read(limit=2) == 2
     assert log.read() == 4
     assert list(log.steps) == [1, 2]
-    assert list(log.columns["loss"]) == [0.5, 0.25]
-    assert math.isnan(log.columns["step_time_s"][0])
+    assert list(log.series("loss").values) == [0.5, 0.25]
+    assert not log.series("step_time_s").values
     assert log.validation == [(2, 0.3)]
-    assert log.samples == [(2, Path("a.mp4"))]
+    assert log.samples == [Sample(2, Path("a.mp4"))]
     assert log.checkpoints == [2]
     assert log.outputs == [Path("out.safetensors")]
     assert list(log.messages) == [("phase", "load transformer"), ("warning", "hot")]
@@ -62,7 +63,7 @@ def test_steps_that_are_done_again_replace_the_first_ones(log):
         emit("validation", step=number, loss=10 * number)
     log.read()
     assert list(log.steps) == [1, 2, 3, 4, 5]
-    assert list(log.columns["loss"]) == [1, 2, 30, 40, 50]
+    assert list(log.series("loss").values) == [1, 2, 30, 40, 50]
     assert [loss for _, loss in log.validation] == [1, 2, 30, 40, 50]
 
 
@@ -77,7 +78,7 @@ def test_damaged_lines_and_another_file_in_its_place(log):
         file.write(b'{"type": "step", "step": 3')
     log.read()
     assert list(log.steps) == [1, 2]
-    assert math.isnan(log.columns["loss"][1])
+    assert math.isnan(log.series("loss").values[1])
     assert log.bad_lines == 2
     log.run.events.unlink()
     log.read()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from app_runs import ENVIRONMENT, Runs, wait_for
+from terminals import Terminal
 
 from app.runs.processes import ProcessId
 from app.runs.state import State, read_state
@@ -44,7 +45,7 @@ def menma_process(mode, *arguments, **options):
 def menma_answer(mode, *arguments, cwd):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = menma_process(mode, *arguments, cwd=cwd, **pipes)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=90)
     return process.returncode, out, err
 
 
@@ -72,7 +73,7 @@ def test_ctrl_c_once_saves_and_ends_with_130(run, config, tmp_path):
     process = menma_process("steps", "train", config, cwd=tmp_path, stderr=subprocess.PIPE)
     wait_for(stepped(run))
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Ctrl-C again ends now" in err
     assert "checkpoint at step" in err
@@ -86,7 +87,7 @@ def test_ctrl_c_three_times_kills(run, config, tmp_path):
     for _ in range(3):
         process.send_signal(signal.SIGINT)
         time.sleep(0.8)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert time.monotonic() - started < 9  # not by the grace period of "end now"
     assert process.returncode == 130
     assert "Killed." in err
@@ -105,7 +106,7 @@ def test_a_killed_trainer_is_told_with_its_last_words(run, config, tmp_path):
     process = menma_process("steps", "train", config, cwd=tmp_path, stderr=subprocess.PIPE)
     wait_for(stepped(run))
     os.kill(read_status(run).trainer.pid, signal.SIGKILL)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "signal 9" in err
     assert "a word for the console" in err
@@ -145,39 +146,28 @@ def test_leaving_a_watched_run_does_not_stop_it(run, config, tmp_path):
     process = menma_process("-", "runs", "watch", "fish", cwd=tmp_path, **pipes)
     wait_for(stepped(run, 30))
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "The run goes on" in err
     assert read_state(run).state is State.RUNNING
 
 
 def test_closing_the_terminal_leaves_the_run_alone(run, config, tmp_path):
-    terminal, inner = pty.openpty()
-    command = [sys.executable, str(DRIVER), "steps", "train", str(config)]
-
-    def own_terminal():
-        os.setsid()
-        import fcntl
-        import termios
-
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    shell = subprocess.Popen(
-        command,
-        stdin=inner,
-        stdout=inner,
-        stderr=inner,
+    terminal = Terminal(
+        [sys.executable, str(DRIVER), "steps", "train", str(config)],
         cwd=tmp_path,
-        env=ENVIRONMENT | {"TERM": "xterm-256color"},
-        preexec_fn=own_terminal,  # noqa: PLW1509
+        environment=ENVIRONMENT | {"TERM": "xterm-256color"},
     )
-    os.close(inner)
-    wait_for(stepped(run))
-    os.close(terminal)
-    assert shell.wait(timeout=60) != 0
-    step = read_state(run).step
-    wait_for(stepped(run, step + 5))
-    assert read_state(run).state is State.RUNNING
+    try:
+        wait_for(stepped(run))
+        wait_for(lambda: "step " in terminal.output)  # it watches: the closing is not its start
+        terminal.close()
+        assert terminal.process.wait(timeout=90) != 0
+        step = read_state(run).step
+        wait_for(stepped(run, step + 5))
+        assert read_state(run).state is State.RUNNING
+    finally:
+        terminal.end()
 
 
 def test_on_a_terminal_of_80_columns_a_bar_is_drawn_that_fits(run, config, tmp_path):
@@ -196,7 +186,7 @@ def test_on_a_terminal_of_80_columns_a_bar_is_drawn_that_fits(run, config, tmp_p
         while piece := os.read(terminal, 65536):
             screen += piece
     os.close(terminal)
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=120) == 0
     text = screen.decode()
     assert "━" in text
     assert "step 5/5" in text
@@ -301,6 +291,6 @@ def test_a_job_in_the_foreground_ends_with_its_command(config, tmp_path, number)
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
     assert process.returncode == (130 if number == signal.SIGINT else 1)
     assert not job.is_alive()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SPEAKS_FOREIGN = ("trainer/io/formats/", "trainer/adapters/formats/", "app/importers/")
+SPEAKS_FOREIGN = ("trainer/io/formats/", "trainer/adapters/formats/", "app/domain/importing/")
 """Folders that read and write other programs' spellings."""
 
 BANNED = {

@@ -28,9 +28,9 @@ from trainer.demo.clips import (
 from trainer.demo.configs import DemoPlan, write_config
 from trainer.demo.job import DemoReport, run_demo
 from trainer.demo.merged import largest_difference
-from trainer.demo.sheet import Row, write_frames
 from trainer.models.wan.transformer import WanTransformer
 from trainer.nano.scene_files import write_scenes
+from trainer.sampling.sheet import Row, write_frames
 from trainer.sampling.video_io import read_video
 
 FIGURES = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.engine.launch import run_workers, worker_environment
+from trainer.engine.launch import Workers, run_workers, worker_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,7 +66,7 @@ def start(folder: Path, mode: str, grace: float = 60) -> subprocess.Popen[bytes]
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "EXTRA": "kept"},
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not all((folder / f"{rank}.json").exists() for rank in range(2)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -118,6 +118,26 @@ def test_the_code_is_that_of_the_process_that_failed(tmp_path):
 
 def test_death_by_a_signal_is_128_and_more(tmp_path):
     assert start(tmp_path, "killed").wait(20) == 128 + signal.SIGSEGV
+
+
+@pytest.mark.parametrize(
+    ("codes", "ours_by_then", "told"),
+    [
+        ([1, -signal.SIGKILL], False, 137),  # it gave up because the other was gone
+        ([1, 128 + signal.SIGKILL], False, 137),  # killed on another machine
+        ([1, -signal.SIGKILL], True, 1),  # that one we have killed ourselves
+        ([-signal.SIGKILL, 1], False, 137),
+        ([3, -signal.SIGABRT, 1], False, 3),
+    ],
+)
+def test_a_killed_process_is_the_cause_even_if_heard_of_later(codes, ours_by_then, told):
+    workers = Workers(failure_grace_s=60, stop_grace_s=60)
+    workers.note_failure(codes[0])
+    if ours_by_then:
+        workers.kill()
+    for code in codes[1:]:
+        workers.note_failure(code)
+    assert workers.exit_code() == told
 
 
 def test_children_of_the_processes_do_not_survive(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from trainer.contract.config import Prompt
 from trainer.contract.errors import ConfigError
-from trainer.sampling.prompts import FLAGS, parse_prompt_line, read_prompts
+from trainer.contract.prompts import FLAGS, parse_prompt_line, read_prompts
 
 
 def write(path: Path, text: str) -> Path:

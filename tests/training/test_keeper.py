@@ -16,6 +16,7 @@ from trainer.contract.errors import ModelFileError, NonFiniteError
 from trainer.contract.run_dir import RunDir
 from trainer.core.seams import Technique
 from trainer.engine.local import LocalEngine
+from trainer.sampling.results import FinishedSample
 from trainer.training.checkpoints import CheckpointStore
 from trainer.training.keeper import Identity, OutputFile, RunKeeper
 from trainer.training.reporter import EventLog, RunReporter
@@ -235,8 +236,15 @@ def test_a_run_without_prompts_makes_no_samples(bench: Bench) -> None:
 
 
 def test_samples_are_events(bench: Bench, tmp_path: Path) -> None:
-    bench.keeper(samples=lambda step: [tmp_path / f"{step}.mp4"]).sample(5)
-    assert bench.events[-1] == {"type": "sample", "step": 5, "path": str(tmp_path / "5.mp4")}
+    made = FinishedSample(tmp_path / "5.mp4", "a fish " * 1000, 42)
+    bench.keeper(samples=lambda step: [made]).sample(5)
+    assert bench.events[-1] == {
+        "type": "sample",
+        "step": 5,
+        "path": str(tmp_path / "5.mp4"),
+        "prompt": ("a fish " * 1000)[:4000],
+        "seed": 42,
+    }
 
 
 class FakeValidator:

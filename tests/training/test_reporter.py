@@ -9,7 +9,7 @@ import torch
 
 from trainer.core.types import StepResult
 from trainer.training import reporter as module
-from trainer.training.reporter import EventLog, RunReporter, TensorBoardSink, write_peaks
+from trainer.training.reporter import EventLog, RunReporter, write_peaks
 
 
 class Clock:
@@ -49,38 +49,16 @@ def test_steps_are_reported_with_their_time_and_what_is_left(clock: Clock) -> No
     assert second["terms"] == {"loss": 1.0, "extra": 0.25}
     assert second["epoch"] == 2.0
     assert second["rss_gib"] > 0
+    assert "items_per_s" not in first
 
 
-def test_tensorboard_gets_the_figures_of_the_events(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    emit = EventLog(TensorBoardSink(tmp_path))
-    emit("log", message="not a figure")
-    for step in (1, 2, 3):
-        emit("step", step=step, total_steps=3, loss=step / 2, terms={"loss": step / 2}, lr=0.1)
-    emit("validation", step=3, loss=2.5, by_timestep={"100": 2.0, "900": 3.0}, items=4)
-    log = EventAccumulator(str(tmp_path))
-    log.Reload()
-    validation = {"validation/loss", "validation/timestep_100", "validation/timestep_900"}
-    training = {"train/loss", "train/lr", "train/terms/loss"}
-    assert set(log.Tags()["scalars"]) == training | validation
-    assert [(s.step, s.value) for s in log.Scalars("validation/timestep_900")] == [(3, 3.0)]
-    assert [(s.step, s.value) for s in log.Scalars("train/loss")] == [(1, 0.5), (2, 1.0), (3, 1.5)]
-
-
-def test_steps_that_are_done_again_replace_their_figures(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for start, steps in ((1, (1, 2, 3, 4)), (2, (3, 4, 5))):  # killed at 4, resumed from 2
-        emit = EventLog(TensorBoardSink(tmp_path))
-        for step in steps:
-            emit("step", step=step, total_steps=5, loss=float(10 * start + step))
-    log = EventAccumulator(str(tmp_path))
-    log.Reload()
-    figures = [(s.step, s.value) for s in log.Scalars("train/loss")]
-    assert figures == [(1, 11.0), (2, 12.0), (3, 23.0), (4, 24.0), (5, 25.0)]
+def test_throughput_is_items_of_an_epoch_over_its_steps(clock: Clock) -> None:
+    events: list[Any] = []
+    reporter = RunReporter(EventLog(events.append), torch.device("cpu"), 4, items_per_epoch=10)
+    reporter.start(0, 10)
+    clock.now += 2.0
+    reporter.step(1, result())
+    assert events[-1]["items_per_s"] == 1.25  # 2.5 items a step of 2 s
 
 
 def test_peaks_are_the_highest_so_far(tmp_path: Path) -> None:

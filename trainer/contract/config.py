@@ -21,8 +21,10 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from trainer.contract.expert_config import ExpertSection, ExpertsSection
+from trainer.contract.hub import MODEL_FIELDS, is_reference, parse_reference
 from trainer.contract.options import Options
 from trainer.contract.plugin_options import option_names
+from trainer.contract.webhook import is_webhook
 
 if TYPE_CHECKING:
     from trainer.contract.dataset_config import DatasetConfig, GeneralOptions, SourceOptions
@@ -48,7 +50,8 @@ class ModelSection(Options):
     variant: str = "auto"
     """Model variant such as `wan2.1-t2v-1.3b`; `auto` recognises it from the weights."""
     transformer: Path | None = None
-    """Transformer weights, file or folder, any known layout. Wan 2.2: the low-noise expert."""
+    """Transformer weights, file or folder, any known layout. Wan 2.2: the low-noise expert.
+    Each file of this section may be of the Hugging Face hub: `hf:owner/repo/file`."""
     transformer_high_noise: Path | None = None
     """Wan 2.2 only: weights of the high-noise expert."""
     expert: Literal["low_noise", "high_noise", "both", "shared"] | None = None
@@ -67,6 +70,13 @@ class ModelSection(Options):
     """CLIP ViT-H weights; only Wan 2.1 image-to-video models need them."""
     shape: dict[str, int | float | bool] = Field(default_factory=dict)
     """Sizes of a model that is not a released one, e.g. `{num_heads = 4}`."""
+
+    @field_validator(*MODEL_FIELDS)
+    @classmethod
+    def _known_reference(cls, value: Path | None) -> Path | None:
+        if value is not None and is_reference(value):
+            return Path(str(parse_reference(value.as_posix())))
+        return value
 
 
 class DatasetSection(Options):
@@ -447,10 +457,38 @@ class OutputSection(Options):
 
 
 class LoggingSection(Options):
-    """Where figures go besides `events.jsonl`."""
+    """Where figures go besides `events.jsonl`, and who is told of the end."""
 
     tensorboard: bool = False
     """Write TensorBoard files into the run directory (needs the `logging` extra)."""
+
+    wandb: bool = False
+    """Send figures to Weights & Biases (needs `pip install wandb`). The key comes from `wandb
+    login` or WANDB_API_KEY; without a network set `wandb_mode` and use `wandb sync` later."""
+
+    wandb_project: str = Field(default="menma", min_length=1)
+    """Project that the run is filed under."""
+
+    wandb_entity: str | None = None
+    """User or team; none: the default one of the account."""
+
+    wandb_mode: Literal["online", "offline"] = "online"
+    """Whether figures are sent at once, or kept in the run directory."""
+
+    webhook: str | None = None
+    """URL that is told when the run ends: `https://…`, or `env:NAME` for the environment variable
+    NAME, which keeps an address that is a secret out of the config. Slack, Discord and others take
+    what is sent."""
+
+    webhook_on: tuple[Literal["done", "stopped", "failed"], ...] = ("done", "failed")
+    """Ends that are told."""
+
+    @field_validator("webhook")
+    @classmethod
+    def _known_webhook(cls, value: str | None) -> str | None:
+        if value is not None and not is_webhook(value):
+            raise ValueError("an address that starts with https:// or http://, or env:NAME")
+        return value
 
 
 class TechniqueSection(PluginSection):

@@ -24,6 +24,7 @@ from trainer.contract.config_layers import Layer, Source, plugin_sections, stack
 from trainer.contract.config_rules import JobName, check_files, check_rules
 from trainer.contract.dataset_config import MEDIA_KEYS, GeneralOptions
 from trainer.contract.errors import ConfigError, Problem
+from trainer.contract.hub import cached_path, is_reference, with_local_files
 from trainer.contract.plugin_options import option_model, option_names
 from trainer.contract.registry import nearest
 from trainer.contract.toml_lines import key_lines, locate
@@ -97,7 +98,7 @@ def load_config_with_sources(
         missing = [one for one in _missing_files(merged.values, jobs) if one.key not in told]
         found = place_problems([*error.problems, *missing], merged.sources)
         raise ConfigError(problems=found) from error
-    return LoadedConfig(config, merged.sources)
+    return LoadedConfig(with_local_files(config, cached_path), merged.sources)
 
 
 def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, Source]]:
@@ -199,6 +200,8 @@ def _absolute(value: Any, base: Path, key: str = "") -> Any:
         return {name: _absolute(part, base, name) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [_absolute(part, base, key) for part in value]
+    if is_reference(value):
+        return str(value)
     # The tables of [[dataset.sources]] are plain strings here.
     if isinstance(value, Path) or (isinstance(value, str) and key in _SOURCE_PATHS):
         return base / Path(value).expanduser()

@@ -20,6 +20,7 @@ from trainer.contract.experts import (
     trained_experts,
     trains_both,
 )
+from trainer.contract.hub import MODEL_FIELDS, is_offline, is_reference, references
 from trainer.contract.loraid_rules import loraid_rule
 from trainer.contract.memory_rules import activations_rule, compile_rule, streaming_rule
 from trainer.contract.offload_rules import offload_rule
@@ -46,10 +47,8 @@ def check_files(config: RunConfig, job: JobName) -> list[Problem]:
         if getattr(model, field) is None
     ]
     named: list[tuple[str, Path | None]] = [
-        (f"model.{field}", getattr(model, field))
-        for field in ("transformer", "transformer_high_noise", "vae", "text_encoder", "tokenizer",
-                      "image_encoder")
-    ]  # fmt: skip
+        (f"model.{field}", getattr(model, field)) for field in MODEL_FIELDS
+    ]
     named += adapter_files(config)
     named.append(("dataset.file", config.dataset.file))
     named.append(("sampling.prompts_file", config.sampling.prompts_file))
@@ -60,8 +59,15 @@ def check_files(config: RunConfig, job: JobName) -> list[Problem]:
     problems += [
         Problem(f"no such file or folder: {path}", key, hint=f"looked in {path.absolute().parent}")
         for key, path in named
-        if path is not None and not path.exists()
+        if path is not None and not path.exists() and not is_reference(path)
     ]
+    if is_offline():
+        problems += [
+            Problem(
+                f"not in the cache of the hub, and HF_HUB_OFFLINE is set: {file}", f"model.{key}"
+            )
+            for key, file in references(config).items()
+        ]
     if job == "train":
         problems += hostfile_problems(config)
     has_validation = bool(config.validation.split or config.validation.sources)

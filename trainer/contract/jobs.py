@@ -272,6 +272,56 @@ class LoraVerifyRequest(Options):
     """Which part of files that hold LoRAs for both experts of Wan 2.2."""
 
 
+class FramesRequest(Options):
+    """Write frames of a video, of a folder of images or of an image as small PNG files."""
+
+    path: Path
+    """What to look at."""
+    output: Path
+    """Folder of the pictures, `frame_00000.png` and so on by the number of the frame."""
+    num_frames: int = Field(8, ge=1, le=256)
+    """How many, evenly spread, first and last among them; a shorter clip gives all it has."""
+    frames: tuple[int, ...] = Field((), max_length=256)
+    """Frames to write instead, from 0; those below 0 count from the end, -1 is the last."""
+    max_width: int = Field(320, ge=1, le=4096)
+    """Pixels; the picture keeps its aspect and is never enlarged."""
+    max_height: int = Field(320, ge=1, le=4096)
+    """Pixels."""
+
+
+class DataCheckRequest(ConfigRequest):
+    """Tell what a dataset will become, clip by clip."""
+
+    output: Path
+    """JSON file to write: events are too short for thousands of clips."""
+    decode: bool = False
+    """Decode every frame of every window, which finds damage that nothing else shows."""
+
+
+class DataPreviewRequest(ConfigRequest):
+    """Draw items as they will be trained."""
+
+    output: Path
+    """The contact sheet, a PNG."""
+    num_items: int = Field(12, ge=1, le=100)
+    """Items on it, evenly spread over the dataset."""
+    num_frames: int = Field(6, ge=1, le=24)
+    """Frames of each, evenly spread over its window."""
+    match: str = ""
+    """Only items of clips with this in their name."""
+    pictures: Path | None = None
+    """Folder to write each frame into, too."""
+
+
+class DataLatentsRequest(ConfigRequest):
+    """Tell whether cached latents look as they should."""
+
+    output: Path
+    """JSON file to write."""
+    z_limit: float = Field(3.5, gt=0)
+    """Items whose mean or spread is further than this from the others' stand out."""
+
+
 class DemoRequest(Options):
     """Run the whole pipeline on a tiny model."""
 
@@ -331,6 +381,10 @@ JOBS: Registry[object] = Registry(
     Entry("lora_ema", "trainer.jobs.lora_ema:run", "average the files of one run"),
     Entry("lora_blend", "trainer.jobs.lora_blend:run", "LoRAs share their updates"),
     Entry("lora_verify", "trainer.jobs.lora_verify:run", "whether LoRA files are disjoint"),
+    Entry("data_check", "trainer.jobs.data_check:run", "what a dataset will become"),
+    Entry("data_preview", "trainer.jobs.data_preview:run", "items as they will be trained"),
+    Entry("data_latents", "trainer.jobs.data_latents:run", "figures of cached latents"),
+    Entry("frames", "trainer.jobs.frames:run", "frames of a video as small pictures"),
     Entry("demo", "trainer.demo.job:run", "the whole pipeline on a tiny model"),
     Entry("bench", "trainer.bench.job:run", "speed and memory as ratios"),
     Entry("bench_config", "trainer.bench.config_job:run", "time and memory of a config's step"),
@@ -356,6 +410,10 @@ REQUESTS: dict[str, type[Options]] = {
     "lora_ema": LoRAEmaRequest,
     "lora_blend": LoRABlendRequest,
     "lora_verify": LoraVerifyRequest,
+    "data_check": DataCheckRequest,
+    "data_preview": DataPreviewRequest,
+    "data_latents": DataLatentsRequest,
+    "frames": FramesRequest,
     "demo": DemoRequest,
     "bench": BenchRequest,
     "bench_config": BenchConfigRequest,

@@ -7,16 +7,23 @@ from pathlib import Path
 from trainer.contract.errors import DataError
 
 
+def caption_path(media: Path, extension: str) -> Path:
+    """Return the caption's file: beside the clip, of its name but for the extension.
+
+    A folder of images `walk` has `walk.txt`.
+    """
+    return media.with_suffix(extension) if not media.is_dir() else Path(f"{media}{extension}")
+
+
 def read_caption(media: Path, extension: str) -> str:
     """Return the caption of a clip, an image or a folder of images.
 
-    It is in a UTF-8 file beside it, of the same name but for the extension; a folder `walk`
-    has `walk.txt`. White space around it is not part of it.
+    It is in the UTF-8 file `caption_path`. White space around it is not part of it.
 
     Raises:
         DataError: there is no such file, it is empty, or it is no text.
     """
-    path = media.with_suffix(extension) if not media.is_dir() else Path(f"{media}{extension}")
+    path = caption_path(media, extension)
     try:
         caption = path.read_text("utf-8-sig").strip()
     except FileNotFoundError:

@@ -3,20 +3,61 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, Protocol
 
 from trainer.contract.dataset_config import DatasetConfig, SourceOptions
 from trainer.contract.errors import DataError, Problem
 from trainer.contract.variants import Variant
 from trainer.data.buckets import Bucket, num_tokens
 from trainer.data.cache_index import known_identities
-from trainer.data.fingerprint import identify
+from trainer.data.fingerprint import FileIdentity, identify
 from trainer.data.holdout import Holdout
-from trainer.data.media import index_clip, probe
+from trainer.data.media import Clip, ClipInfo, index_clip, probe, try_frames
 from trainer.data.order import Group
 from trainer.data.plan import in_threads, length_notes, plan_windows
 from trainer.data.sources import MediaItem, scan_source
+from trainer.data.windows import Window
+
+Depth = Literal["headers", "packets", "frames"]
+"""How closely clips are looked at: as little as their container allows, every packet (which tells
+whether the rate is constant), or every frame of their windows decoded as well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookedClip:
+    """One clip that can be used."""
+
+    item: MediaItem
+    info: ClipInfo
+    size: tuple[int, int]
+    """(width, height) that it is brought to."""
+    windows: tuple[Window, ...]
+    damaged: tuple[str, ...] = ()
+    """Windows that cannot be decoded, and why."""
+    content: str = ""
+    """Hash of it; empty where nobody asks."""
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """Return the bucket of each window."""
+        return [Bucket(*self.size, window.num_frames) for window in self.windows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookedSource:
+    """One source after all its clips were looked at."""
+
+    source: SourceOptions
+    training: tuple[LookedClip, ...] = ()
+    """In the order of the source."""
+    validation: tuple[LookedClip, ...] = ()
+    """Those that are held out, or all of a source that is for validation."""
+    problems: tuple[Problem, ...] = ()
+    """What cannot be used."""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,25 +93,8 @@ class DatasetCheck:
     """What microbatches are made of: the training items of each source and bucket."""
     shared_clips: int = 0
     """Clips of the validation sources that are training clips, too."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Looked:
-    """One source after all its clips were looked at."""
-
-    clips: list[_Clip]
-    problems: tuple[Problem, ...]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Clip:
-    """One clip that can be used."""
-
-    buckets: list[Bucket]
-    file_fps: float | None
-    content: str
-    """Hash of it; empty where nobody asks."""
+    sources: tuple[LookedSource, ...] = ()
+    """What was found in each."""
 
 
 def check_dataset(
@@ -79,18 +103,32 @@ def check_dataset(
     *,
     holdout: Holdout | None = None,
     num_threads: int = 4,
+    depth: Depth = "headers",
+    report: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> DatasetCheck:
     """Look at every clip, several at once, without decoding more than their first frames.
 
-    A clip that is damaged further on is found when it is cached. With a `holdout` those that are
-    not cached yet are read whole, since it goes by their content.
+    A clip that is damaged further on is found when it is cached, or at depth `frames`. With a
+    `holdout`, or deeper than `headers`, those that are not cached yet are read whole to know their
+    content.
+
+    Args:
+        dataset: the sources.
+        variant: the model that shall be trained.
+        holdout: which clips are for validation; None: none.
+        num_threads: clips that are looked at at once.
+        depth: how closely.
+        report: told of each clip: how many are done, of how many in this source, its name.
     """
-    looked = [
-        _look(source, variant, num_threads, by_content=holdout is not None)
-        for source in dataset.sources
+    by_content = holdout is not None or depth != "headers"
+    look = partial(_look_at, variant=variant, depth=depth, by_content=by_content)
+    looked = [_look(source, variant, look, num_threads, report) for source in dataset.sources]
+    looked = _parted(looked, holdout)
+    training = [clip for source in looked for clip in source.training]
+    validation = [clip for source in looked for clip in source.validation]
+    windows = [
+        Counter(bucket for clip in source.training for bucket in clip.buckets) for source in looked
     ]
-    training, validation = _parted(looked, holdout)
-    windows = [Counter(bucket for clip in clips for bucket in clip.buckets) for clips in training]
     rows = [
         BucketSummary(
             bucket=bucket,
@@ -105,7 +143,7 @@ def check_dataset(
         for count in source.values()
     )
     return DatasetCheck(
-        clips=sum(len(clips) for clips in training),
+        clips=len(training),
         buckets=tuple(sorted(rows, key=lambda row: (-row.tokens, row.bucket))),
         batches_per_epoch=sum(group.num_batches() for group in groups),
         groups=groups,
@@ -114,48 +152,66 @@ def check_dataset(
         validation_clips=len(validation),
         validation_items=sum(len(clip.buckets) for clip in validation),
         shared_clips=len(
-            {clip.content for clip in validation}
-            & {clip.content for clips in training for clip in clips}
+            {clip.content for clip in validation if clip.content}
+            & {clip.content for clip in training}
         ),
+        sources=tuple(looked),
     )
 
 
-def _parted(
-    looked: Sequence[_Looked], holdout: Holdout | None
-) -> tuple[list[list[_Clip]], list[_Clip]]:
-    """Return the clips of each source to train on, and those of all sources to validate on."""
+def _parted(looked: Sequence[LookedSource], holdout: Holdout | None) -> list[LookedSource]:
+    """Move the clips that are for validation to where they belong."""
     if holdout is None:
-        return [source.clips for source in looked], []
-    own = [clip for source in looked[holdout.first_source :] for clip in source.clips]
-    shared = [source.clips for source in looked[: holdout.first_source]]
-    held = holdout.clips(clip.content for clips in shared for clip in clips)
-    training = [[clip for clip in clips if clip.content not in held] for clips in shared]
-    validation = [clip for clips in shared for clip in clips if clip.content in held]
-    return training + [[] for _ in looked[holdout.first_source :]], validation + own
+        return list(looked)
+    shared = looked[: holdout.first_source]
+    held = holdout.clips(clip.content for source in shared for clip in source.training)
+
+    def part(number: int, source: LookedSource) -> LookedSource:
+        own = number >= holdout.first_source
+        clips = source.training
+        return replace(
+            source,
+            training=tuple(clip for clip in clips if not own and clip.content not in held),
+            validation=tuple(clip for clip in clips if own or clip.content in held),
+        )
+
+    return [part(number, source) for number, source in enumerate(looked)]
+
+
+class _Look(Protocol):
+    """Looks at one clip: `_look_at` with what is the same for all."""
+
+    def __call__(
+        self, item: MediaItem, source: SourceOptions, known: FileIdentity | None
+    ) -> LookedClip: ...
 
 
 def _look(
-    source: SourceOptions, variant: Variant, num_threads: int, *, by_content: bool
-) -> _Looked:
-    """Look at a source and, if told to, at the content of its clips."""
+    source: SourceOptions,
+    variant: Variant,
+    look_at: _Look,
+    num_threads: int,
+    report: Callable[[int, int, str], None],
+) -> LookedSource:
+    """Look at a source; all clips count as training clips so far."""
     scan = scan_source(source)
-    known = known_identities(source) if by_content else {}
+    known = known_identities(source)
 
-    def look(item: MediaItem) -> _Clip | Problem:
+    def look(item: MediaItem) -> LookedClip | Problem:
         try:
-            clip = _look_at(item, source, variant)
-            if not by_content:
-                return clip
-            identity = identify(item.path, known.get(item.name))
-            return replace(clip, content=identity.content)
+            return look_at(item, source, known.get(item.name))
         except DataError as error:
             return Problem(error.message, file=item.path, hint=error.hint)
 
-    found = [result for _, result in in_threads(look, scan.items, num_threads)]
-    good = [clip for clip in found if not isinstance(clip, Problem)]
+    found: list[LookedClip | Problem] = []
+    for item, result in in_threads(look, scan.items, num_threads):
+        found.append(result)
+        report(len(found), len(scan.items), item.name)
+    good = tuple(clip for clip in found if isinstance(clip, LookedClip))
     lengths = [{bucket.num_frames for bucket in clip.buckets} for clip in good]
-    return _Looked(
-        clips=good,
+    return LookedSource(
+        source=source,
+        training=good,
         problems=(*scan.problems, *(p for p in found if isinstance(p, Problem))),
         notes=(
             *_size_notes(source, variant),
@@ -165,25 +221,53 @@ def _look(
     )
 
 
-def _look_at(item: MediaItem, source: SourceOptions, variant: Variant) -> _Clip:
-    file_fps = None
-    if source.source_fps is None:
+def _look_at(
+    item: MediaItem,
+    source: SourceOptions,
+    known: FileIdentity | None,
+    *,
+    variant: Variant,
+    depth: Depth,
+    by_content: bool,
+) -> LookedClip:
+    fps, clip = source.source_fps, None
+    if fps is None and depth == "headers":
         info = probe(item.path, item.kind)
-        num_frames, width, height = info.num_frames, info.width, info.height
-    else:  # the number of frames depends on every time stamp
-        fps = source.source_fps
+    else:  # the number of frames after resampling depends on every time stamp
         clip = index_clip(item.path, item.kind, target_fps=variant.fps, source_fps=fps)
-        num_frames, width, height = clip.num_frames, clip.width, clip.height
-        file_fps = clip.file_fps
-    size, windows = plan_windows(num_frames, width, height, source, variant.pixel_multiple)
-    return _Clip([Bucket(*size, window.num_frames) for window in windows], file_fps, content="")
+        info = clip.info
+    size, windows = plan_windows(
+        info.num_frames, info.width, info.height, source, variant.pixel_multiple
+    )
+    damaged: dict[Window, str] = {}
+    if clip is not None and depth == "frames":
+        damaged = {w: why for w in windows if (why := _damage(clip, w))}
+        if len(damaged) == len(windows):
+            raise DataError(next(iter(damaged.values())))
+    return LookedClip(
+        item=item,
+        info=info,
+        size=size,
+        windows=tuple(window for window in windows if window not in damaged),
+        damaged=tuple(damaged.values()),
+        content=identify(item.path, known).content if by_content else "",
+    )
 
 
-def _rate_notes(source: SourceOptions, clips: Sequence[_Clip]) -> list[str]:
+def _damage(clip: Clip, window: Window) -> str:
+    try:
+        try_frames(clip, window.frames)
+    except DataError as error:
+        return f"its frames {window.start} to {window.frames[-1]} cannot be read: {error.message}"
+    return ""
+
+
+def _rate_notes(source: SourceOptions, clips: Sequence[LookedClip]) -> list[str]:
     fps = source.source_fps
     if fps is None:
         return []
-    other = [c.file_fps for c in clips if c.file_fps and abs(c.file_fps / fps - 1) > 0.05]
+    rates = [clip.info.fps for clip in clips if clip.info.constant_rate]
+    other = [rate for rate in rates if rate and abs(rate / fps - 1) > 0.05]
     if not other:
         return []
     return [

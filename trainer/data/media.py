@@ -12,15 +12,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
-import torch
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
-from torch import Tensor
 
 from trainer.contract.dataset_config import MediaKind
 from trainer.contract.errors import DataError
@@ -28,6 +26,9 @@ from trainer.data.images import image_size, read_image
 from trainer.data.resampling import constant_rate, nearest_frames
 from trainer.data.resize import Pixels, resize_cover
 from trainer.data.sources.item import list_images
+
+if TYPE_CHECKING:  # torch is loaded by who wants tensors: looking at clips starts without it
+    from torch import Tensor
 
 _EXACT_CONTAINERS = {"mov", "mp4", "m4a", "3gp", "3g2", "mj2"}
 _LENGTH_IN_HEADER = _EXACT_CONTAINERS | {"matroska", "webm"}
@@ -44,6 +45,8 @@ class ClipInfo:
     fps: float | None = None
     """Mean rate; None for images."""
     duration_s: float | None = None
+    constant_rate: bool | None = None
+    """Whether frames are evenly spaced in time; None for images, and where nobody has looked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +67,22 @@ class Clip:
     """Time stamps of frames that decoding can start at."""
     file_fps: float | None = None
     """Rate that the file gives, if it is constant."""
+    mean_fps: float | None = None
+    duration_s: float | None = None
+    """Of the file, before resampling; None for images."""
 
     @property
     def num_frames(self) -> int:
         """Frames of the clip after resampling in time."""
         return len(self.source_frames)
+
+    @property
+    def info(self) -> ClipInfo:
+        """What there is to tell of it; frames after resampling, rate and length of the file."""
+        constant = None if self.images else self.file_fps is not None
+        return ClipInfo(
+            self.width, self.height, self.num_frames, self.mean_fps, self.duration_s, constant
+        )
 
 
 def probe(path: Path, kind: MediaKind) -> ClipInfo:
@@ -122,13 +136,32 @@ def index_clip(
         else:
             end = packets.duration_s
         frames = nearest_frames(times, end, target_fps)
-    pts = packets.pts if packets.exact else ()
-    file_fps = packets.fps if constant else None
-    return Clip(path, width, height, frames, (), pts, packets.key_pts, file_fps)
+    return Clip(
+        path,
+        width,
+        height,
+        frames,
+        pts=packets.pts if packets.exact else (),
+        key_pts=packets.key_pts,
+        file_fps=packets.fps if constant else None,
+        mean_fps=packets.fps,
+        duration_s=packets.duration_s,
+    )
 
 
 def read_window(clip: Clip, frames: range, size: tuple[int, int]) -> Tensor:
     """Return frames of a clip, brought to (width, height): uint8 RGB, frames_FHW3.
+
+    Raises:
+        DataError: a frame is missing or damaged.
+    """
+    import torch
+
+    return torch.from_numpy(read_pixels(clip, frames, size))
+
+
+def read_pixels(clip: Clip, frames: Sequence[int], size: tuple[int, int]) -> Pixels:
+    """Return the same as an array, frames_FHW3; the frames may be any, in any order.
 
     Raises:
         DataError: a frame is missing or damaged.
@@ -142,11 +175,28 @@ def read_window(clip: Clip, frames: range, size: tuple[int, int]) -> Tensor:
     else:
         for frame, image, pixel_aspect in _decode(clip, unique):
             resized[frame] = resize_cover(image, *size, pixel_aspect=pixel_aspect)
-    return torch.from_numpy(np.stack([resized[frame] for frame in wanted]))
+    return np.stack([resized[frame] for frame in wanted])
+
+
+def try_frames(clip: Clip, frames: Sequence[int]) -> None:
+    """Decode frames of a clip and let go of them.
+
+    Raises:
+        DataError: one is missing or damaged.
+    """
+    wanted = sorted({clip.source_frames[frame] for frame in frames})
+    if clip.images:
+        for frame in wanted:
+            read_image(clip.images[frame])
+    else:
+        for _ in _decode(clip, wanted):
+            pass
 
 
 def to_video(frames_FHW3: Tensor) -> Tensor:
     """Return uint8 frames as video_3FHW in [-1, 1], float32: what a VAE takes."""
+    import torch
+
     # In place: of a clip of 1280x720x81 a second copy would take 0.9 GB.
     return frames_FHW3.permute(3, 0, 1, 2).to(torch.float32, copy=True).div_(127.5).sub_(1)
 

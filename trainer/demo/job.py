@@ -28,13 +28,13 @@ from trainer.contract.options import Options
 from trainer.demo.clips import concept_scenes, known_scenes
 from trainer.demo.configs import NAME, DemoPlan, write_config
 from trainer.demo.merged import largest_difference
-from trainer.demo.sheet import Row, write_frames, write_sheet
 from trainer.jobs.base import Emit
 from trainer.jobs.child import run_job
 from trainer.jobs.merge import merge_loras
 from trainer.models.wan.loading import load_transformer
 from trainer.nano.files import asset
 from trainer.nano.scene_files import write_scenes
+from trainer.sampling.sheet import Row, write_frames, write_sheet
 from trainer.sampling.video_io import read_video
 
 MIN_LOSS_DROP = 0.3

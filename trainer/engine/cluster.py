@@ -31,6 +31,7 @@ from trainer.engine.launch import (
     RENDEZVOUS_VARIABLE,
     Workers,
     die_with_parent,
+    is_killed,
     refuse_windows,
     signals_to,
 )
@@ -352,7 +353,7 @@ class _Node:
                 self._note_failure(self._ended)
 
     def _note_failure(self, code: int) -> None:
-        if self._failed is not None:
+        if self._failed is not None and (is_killed(self._failed) or not is_killed(code)):
             return
         self._failed = code
         if code > 128 and code != INTERRUPTED:

@@ -45,7 +45,8 @@ def run_workers(
     own session, and this process's stdout and stderr. It must be called from the main thread.
 
     * A process that fails: the others get `failure_grace_s` to notice and say what they know,
-      then they are killed. The code is that of the first that failed (128 + n for signal n).
+      then they are killed. The code is that of the first that failed (128 + n for signal n), or
+      of one that something else killed.
     * SIGTERM or SIGINT: the first and the second are passed on once to every process (stop after
       the step, stop now); the third kills, as does `stop_grace_s` after the first. Then the code
       is the processes' own, 130 where they died of it.
@@ -116,6 +117,7 @@ class Workers:
     signals_seen: int = 0
     first_failure: int | None = None
     deadline: float = float("inf")
+    has_killed: bool = False
 
     def start(
         self,
@@ -144,6 +146,7 @@ class Workers:
         if self.signals_seen == 1:
             self._shorten(self.stop_grace_s)
         final = self.signals_seen > 2
+        self.has_killed |= final
         for process in self.processes:
             self._send(process, signal.SIGKILL if final else signal.Signals(number))
 
@@ -159,10 +162,16 @@ class Workers:
         return running
 
     def note_failure(self, code: int) -> None:
-        """Note that one failed (-n: of signal n); the first says how the run ended."""
+        """Note that one failed (-n: of signal n); the first says how the run ended.
+
+        But one that was killed, as for want of memory, is the cause of what another gave up over,
+        even when that one's end is heard of first.
+        """
         if self.first_failure is None:
             self.first_failure = code
             self._shorten(self.failure_grace_s)
+        elif is_killed(code) and not is_killed(self.first_failure) and not self.has_killed:
+            self.first_failure = code
 
     def is_late(self) -> bool:
         """Tell whether who still runs has had its time."""
@@ -178,6 +187,7 @@ class Workers:
 
     def kill(self) -> None:
         """Kill every process that is left, with all it started, and collect them."""
+        self.has_killed = True
         for process in self.processes:
             self._send(process, signal.SIGKILL)
         for process in self.processes:
@@ -194,6 +204,11 @@ class Workers:
             os.killpg(process.pid, number)
         else:
             os.kill(process.pid, number)
+
+
+def is_killed(code: int) -> bool:
+    """Tell whether an exit code, as of a child (-n) or a shell (128 + n), is that of SIGKILL."""
+    return code in (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int | None:

@@ -14,7 +14,9 @@ from trainer.contract.config_rules import check_files
 from trainer.contract.dataset_config import DatasetConfig
 from trainer.contract.errors import ConfigError, DataError, Problem, UserError
 from trainer.contract.experts import trains_both
+from trainer.contract.hub import references
 from trainer.contract.jobs import CheckRequest
+from trainer.contract.prompts import read_prompts
 from trainer.contract.variants import Variant
 from trainer.core.seams import BuildContext
 from trainer.data.cache_index import is_cached
@@ -36,7 +38,6 @@ from trainer.jobs.memory_checks import memory_notes, memory_problems
 from trainer.jobs.run_items import cache_settings, holdout_of
 from trainer.jobs.start import machine_problems
 from trainer.models.wan.detect import recognise
-from trainer.sampling.prompts import read_prompts
 from trainer.sampling.requests import requests_of
 
 
@@ -75,6 +76,8 @@ def run(request: CheckRequest, emit: Emit) -> None:
         problems = list(dict.fromkeys(problems))
     for note in memory_notes(config):
         emit("warning", message=note)
+    for field, file in references(config).items():
+        emit("log", message=f"model.{field}: {file} is downloaded when it is needed")
     summary = _dataset(config, variant, problems, emit)
     if problems:
         raise ConfigError(problems=place_problems(problems, loaded.sources))

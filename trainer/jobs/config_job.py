@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from trainer.contract.config import RunConfig
 from trainer.contract.config_io import load_config_with_sources, place_problems
 from trainer.contract.config_rules import JobName, check_files
 from trainer.contract.errors import ConfigError
+from trainer.contract.hub import HubFile, download, with_local_files
 from trainer.contract.jobs import ConfigRequest
 from trainer.jobs.config_checks import variant_problem, weight_problems
 from trainer.jobs.distributed_checks import distributed_problems
@@ -20,6 +24,7 @@ def read_config(request: ConfigRequest, job: JobName) -> RunConfig:
         ConfigError: everything that is wrong with it, or missing for this job, at once.
     """
     loaded = load_config_with_sources(request.config, request.set, jobs=[job])
+    loaded.config = with_local_files(loaded.config, _download)
     problems = [*check_files(loaded.config, job), *weight_problems(loaded.config)]
     if not problems and (problem := variant_problem(loaded.config)) is not None:
         problems.append(problem)
@@ -31,3 +36,8 @@ def read_config(request: ConfigRequest, job: JobName) -> RunConfig:
     if problems:
         raise ConfigError(problems=place_problems(problems, loaded.sources))
     return loaded.config
+
+
+def _download(file: HubFile) -> Path:
+    sys.stderr.write(f"downloading {file}\n")
+    return download(file)

@@ -11,6 +11,7 @@ from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.errors import ConfigError
 from trainer.contract.experts import SHARED, trained_experts
 from trainer.contract.jobs import LoraidUse, LoRAUse, SampleJobRequest
+from trainer.contract.prompts import read_prompts
 from trainer.contract.run_dir import RunDir
 from trainer.contract.variants import Expert, Variant
 from trainer.io.mapped_load import open_weights
@@ -27,7 +28,6 @@ from trainer.jobs.components import (
 from trainer.jobs.config_job import read_config
 from trainer.jobs.loraid_files import is_of_slots, resolve_loraids
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
-from trainer.sampling.prompts import read_prompts
 from trainer.sampling.requests import requests_of
 
 TransformerFiles = dict[Expert, Path]

@@ -47,8 +47,9 @@ from trainer.jobs.trainee import Trainee, one_transformer
 from trainer.loop import End, Run
 from trainer.loop import train as run_loop
 from trainer.training.checkpoints import Checkpoint, CheckpointStore
+from trainer.training.figure_sinks import figure_sinks
 from trainer.training.keeper import Identity, RunKeeper
-from trainer.training.reporter import EventLog, RunReporter, TensorBoardSink, write_peaks
+from trainer.training.reporter import EventLog, RunReporter, write_peaks
 from trainer.training.requests import Requests
 
 _CONSOLE_INTERVAL_S = 10.0
@@ -144,7 +145,8 @@ class TrainingRun:
         engine = trainee.engine
         if samples is not None:
             samples.use(trainee.sampled)
-        reporter = RunReporter(self.emit, world.device, 1 / data.steps.epoch_after(1))
+        items = sum(group.appearances for group in data.order.groups)
+        reporter = RunReporter(self.emit, world.device, 1 / data.steps.epoch_after(1), items)
         with ExitStack() as stack:
             stack.callback(engine.close)
             refused: dict[Request, str] = {}
@@ -239,8 +241,8 @@ class TrainingRun:
         writer = EventWriter(self.run_dir.events)
         self.emit.add(lambda event: writer(event["type"], **_without_type(event)))
         self.emit.add(Console())
-        if self.config.logging.tensorboard:
-            self.emit.add(TensorBoardSink(self.run_dir.tensorboard))
+        for sink in figure_sinks(self.config, self.run_dir):
+            self.emit.add(sink)
         write_text(self.run_dir.config, dump_config(self.config, base=Path.cwd()))
 
     def _describe(self, trainee: Trainee, data: TrainingData, variant: Variant) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import NonFiniteError
+from trainer.contract.prompts import read_prompts
 from trainer.contract.variants import Expert, Variant
 from trainer.engine.process_group import World
 from trainer.jobs.build import freeze, load_base
@@ -20,9 +21,8 @@ from trainer.models.wan.transformer import WanTransformer
 from trainer.models.wan.vae import WanVAE
 from trainer.sampling.conditions import Conditions, encode_files, encode_texts
 from trainer.sampling.pipeline import SamplingModels, decode_frames, generate
-from trainer.sampling.prompts import read_prompts
 from trainer.sampling.requests import SampleRequest, requests_of
-from trainer.sampling.results import write_sample
+from trainer.sampling.results import FinishedSample, write_sample
 
 
 class TrainingSamples:
@@ -66,8 +66,8 @@ class TrainingSamples:
         """Sample with what `trained` returns; of an expert that it has not, with the base."""
         self._trained = trained
 
-    def __call__(self, step: int) -> Sequence[Path]:
-        """Make the samples of `step`; return the files of all ranks. A collective call."""
+    def __call__(self, step: int) -> Sequence[FinishedSample]:
+        """Make the samples of `step`; return those of all ranks. A collective call."""
         world = self._world
         mine = [
             (index, request)
@@ -82,16 +82,18 @@ class TrainingSamples:
                 latents.append((index, request, self._generate(index, request)))
         if self._other is not None:
             self._other.to("cpu")
-        written: list[Path] = []
+        written: list[tuple[int, Path]] = []
         if world.rank == 0 or (world.counts and not self._together):
             written = self._write(step, latents, failed)
         # Ranks that sample together have met the same failures.
         for line in dict.fromkeys(self._lines_of_all_ranks(failed)):
             self._warn(f"step {step}, {line}")
-        return sorted(
-            self._folder / name
-            for name in self._lines_of_all_ranks([path.name for path in written])
-        )
+        named = self._lines_of_all_ranks([f"{index:06d} {path.name}" for index, path in written])
+        return [self._finished(*line.split(" ", 1)) for line in sorted(named)]
+
+    def _finished(self, index: str, name: str) -> FinishedSample:
+        request = self._requests[int(index)]
+        return FinishedSample(self._folder / name, request.prompt, request.seed)
 
     def _lines_of_all_ranks(self, lines: Sequence[str]) -> list[str]:
         texts = self._world.gather_texts("\n".join(lines))
@@ -119,10 +121,10 @@ class TrainingSamples:
         step: int,
         latents: Sequence[tuple[int, SampleRequest, torch.Tensor]],
         failed: list[str],
-    ) -> list[Path]:
+    ) -> list[tuple[int, Path]]:
         vae = self._vae.to(self._world.device)
         tile = self._config.memory.vae_tile
-        paths: list[Path] = []
+        written: list[tuple[int, Path]] = []
         for index, request, result in latents:
             with self._preview(index, failed, collective=False):
                 path = write_sample(
@@ -132,9 +134,9 @@ class TrainingSamples:
                     decode_frames(vae, result, tile=(tile, tile) if tile else None),
                     metadata={"variant": self._variant.name, "step": step},
                 )
-                paths.append(path)
+                written.append((index, path))
         self._vae.to("cpu")
-        return paths
+        return written
 
     def _generate(self, index: int, request: SampleRequest) -> torch.Tensor:
         models = SamplingModels(

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.video_io import Frame, write_frames, write_png, write_video
+
+MAX_PROMPT = 4_000
+"""Characters of a prompt that an event has; the whole one is in the file's metadata."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedSample:
+    """A sample's file, and what it shows."""
+
+    path: Path
+    prompt: str
+    seed: int
+
+    def fields(self) -> dict[str, Any]:
+        """Return what an event says of it."""
+        return {"path": str(self.path), "prompt": self.prompt[:MAX_PROMPT], "seed": self.seed}
+
 
 OutputKind = Literal["video", "frames"]
 """`video`: mp4, or PNG for one frame. `frames`: a folder of PNGs."""

@@ -15,6 +15,7 @@ from trainer.contract.run_dir import RunDir
 from trainer.core.seams import Adapter, Engine, Technique
 from trainer.io.atomic_save import save_safetensors
 from trainer.io.mapped_load import open_weights
+from trainer.sampling.results import FinishedSample
 from trainer.training.checkpoints import Checkpoint, CheckpointStore
 from trainer.training.reporter import EventLog, RunReporter, write_peaks
 from trainer.training.validation import ValidationResult
@@ -110,7 +111,7 @@ class RunKeeper:
         identity: Identity,
         outputs: Sequence[OutputFile],
         resume: Checkpoint | None,
-        make_samples: Callable[[int], Sequence[Path]] | None,
+        make_samples: Callable[[int], Sequence[FinishedSample]] | None,
         validator: Validation | None,
     ) -> None:
         self._engine = engine
@@ -206,8 +207,8 @@ class RunKeeper:
         if self._make_samples is None:
             return
         with self._reporter.paused():
-            for path in self._make_samples(step):
-                self._emit("sample", step=step, path=str(path))
+            for sample in self._make_samples(step):
+                self._emit("sample", step=step, **sample.fields())
             self._engine.barrier()
 
     def _facts(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run says about itself: events, TensorBoard, measured peaks. Rank 0 speaks."""
+"""What a run says about itself: events and measured peaks. Rank 0 speaks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from trainer.contract.errors import ConfigError
 from trainer.contract.files import write_json
 from trainer.core.types import StepResult
 
@@ -43,10 +41,17 @@ class EventLog:
 class RunReporter:
     """Turns the loop's steps into events."""
 
-    def __init__(self, emit: EventLog, device: torch.device, steps_per_epoch: float) -> None:
+    def __init__(
+        self,
+        emit: EventLog,
+        device: torch.device,
+        steps_per_epoch: float,
+        items_per_epoch: int | None = None,
+    ) -> None:
         self._emit = emit
         self._device = device
         self._steps_per_epoch = steps_per_epoch
+        self._items_per_step = (items_per_epoch or 0) / steps_per_epoch
         self._durations: deque[float] = deque(maxlen=_WINDOW)
         self._last = 0.0
         self._total = 0
@@ -84,8 +89,14 @@ class RunReporter:
             grad_norm=result.grad_norm,
             step_time_s=round(step_time, 4),
             eta_s=round(step_time * (self._total - step), 1),
+            **self._throughput(step_time),
             **memory_gib(self._device),
         )
+
+    def _throughput(self, step_time_s: float) -> dict[str, float]:
+        if not self._items_per_step or step_time_s <= 0:
+            return {}
+        return {"items_per_s": round(self._items_per_step / step_time_s, 4)}
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:
@@ -116,43 +127,3 @@ def _peak_rss_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
-class TensorBoardSink:
-    """Writes the figures of step and validation events as TensorBoard scalars.
-
-    A run that goes on from an earlier step takes back the figures of the steps it does again.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Prepare; the log is opened with the first figure.
-
-        Raises:
-            ConfigError: the tensorboard package is not installed.
-        """
-        try:
-            from torch.utils.tensorboard.writer import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(
-                "logging.tensorboard needs the tensorboard package",
-                hint="pip install tensorboard, or set logging.tensorboard = false",
-            ) from error
-        self._open = partial(SummaryWriter, log_dir=str(folder))
-        self._writer: SummaryWriter | None = None
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        """Write what of the event is a figure."""
-        if event["type"] not in {"step", "validation"} or "step" not in event:
-            return
-        if self._writer is None:
-            self._writer = self._open(purge_step=event["step"])
-        prefix = "train" if event["type"] == "step" else "validation"
-        figures = {key: event.get(key) for key in ("loss", "lr", "grad_norm", "step_time_s")}
-        figures |= {f"terms/{name}": value for name, value in event.get("terms", {}).items()}
-        by_timestep = event.get("by_timestep", {})
-        figures |= {f"timestep_{name}": value for name, value in by_timestep.items()}
-        figures |= {key: event.get(key) for key in ("rss_gib", "peak_vram_gib")}
-        for name, value in figures.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(f"{prefix}/{name}", value, event["step"])
-        self._writer.flush()

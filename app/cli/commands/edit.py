@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from app.cli import output
 from app.cli.commands.runs import RUNS
-from app.cli.options import Config, RunsDir, command_app
+from app.cli.options import Config, Fps, RunsDir, command_app
 from trainer.contract.errors import UserError
 
 app = command_app()
 
 
 @app.command()
-def edit(config: Config, runs_dir: RunsDir = RUNS) -> None:
+def edit(config: Config, runs_dir: RunsDir = RUNS, fps: Fps = None) -> None:
     """Edit a config on a terminal: all options with help, the text, problems, the memory it takes.
 
     `menma config set` and `menma config unset` change single values without a screen.
@@ -26,5 +26,5 @@ def edit(config: Config, runs_dir: RunsDir = RUNS) -> None:
         )
     from app.tui.app import run_app
 
-    if words := run_app(runs_dir, config):
+    if words := run_app(runs_dir, config, fps=fps):
         output.say(words)

@@ -48,8 +48,9 @@ def list_runs(runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
 
 @app.command()
 def show(name: Name, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
-    """Show one run: state, figures, files."""
+    """Show one run: state, figures, files; of one that failed, why and what to try."""
     from app.cli.watching import output_files
+    from app.runs.failure import read_failure
 
     run = find_run(name, runs_dir)
     state = read_state(run)
@@ -62,12 +63,53 @@ def show(name: Name, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
         "output": output_files(run),
         "samples": sorted(str(path) for path in run.samples.glob("*") if path.is_file()),
     }
+    failure = read_failure(run, state)
     if as_json:
         points = [point.to_json() for point in curve]
-        output.json_data({**state.to_json(), "validation": points, "files": files})
+        why = failure.to_json() if failure else None
+        whole = {**state.to_json(), "validation": points, "files": files, "failure": why}
+        output.json_data(whole)
         return
     for line in _details(state, curve, files):
         output.data(line)
+    if failure is not None:
+        output.data(f"\n{failure.text()}")
+
+
+@app.command("compare")
+def compare_runs(
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN RUN…", help="Names or folders of runs.", show_default=False),
+    ],
+    runs_dir: RunsDir = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Compare runs: their figures, and the options in which their configs differ."""
+    from app.domain.comparison import BEST, UNLIKE
+    from app.domain.run_comparison import config_rows, figure_rows, read_runs
+
+    if len(names) < 2:
+        raise UserError("two runs or more are needed", hint="`menma runs list` shows them")
+    found = read_runs([find_run(name, runs_dir) for name in names])
+    rows, options = figure_rows(found), config_rows(found)
+    heads = [run.label for run in found]
+    if as_json:
+        config = {key: dict(zip(heads, values, strict=True)) for key, values in options}
+        output.json_data({"runs": [run.to_json() for run in found], "config": config})
+        return
+    cells = [(row.name + ("" if row.comparable else f" {UNLIKE}"), *row.cells) for row in rows]
+    output.data(output.table(("FIGURE", *heads), cells, right=" ".join(heads)))
+    if options:
+        output.data()
+        output.data(output.table(("OPTION", *heads), [(key, *each) for key, each in options]))
+    for run in found:
+        if run.note:
+            output.say(f"{run.label}: {run.note}")
+    if any(BEST in cell for row in rows for cell in row.cells):
+        output.say(f"{BEST} best of its row")
+    if not all(row.comparable for row in rows):
+        output.say(f"{UNLIKE} not comparable: data, model or the loss itself differ")
 
 
 @app.command()
@@ -137,6 +179,44 @@ def save(name: Name, runs_dir: RunsDir = RUNS, no_wait: NoWait = False) -> None:
 def sample(name: Name, runs_dir: RunsDir = RUNS, no_wait: NoWait = False) -> None:
     """Make a running run draw its sample prompts after its current step."""
     _ask(find_run(name, runs_dir), "sample", no_wait=no_wait)
+
+
+@app.command("csv")
+def export_csv(
+    name: Name,
+    runs_dir: RunsDir = RUNS,
+    to: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; stdout without it.")
+    ] = None,
+) -> None:
+    """Write the figures of all steps and validations as CSV."""
+    from app.runs.export import figures_csv
+    from trainer.contract.files import write_text
+
+    text = figures_csv(find_run(name, runs_dir))
+    if to is None:
+        output.data(text.rstrip("\n"))
+        return
+    write_text(to, text)
+    output.say(f"Wrote {to}.")
+
+
+@app.command()
+def notify(name: Name, runs_dir: RunsDir = RUNS) -> None:
+    """Tell the config's webhook now how the run is, to try it."""
+    from app.runs import webhook
+
+    run = find_run(name, runs_dir)
+    wanted = webhook.wanted_address(run)
+    if wanted is None:
+        raise UserError(
+            f"the config of {run.root.name} names no logging.webhook",
+            hint="`menma config set CONFIG logging.webhook=env:MY_WEBHOOK` for its next start",
+        )
+    problem = webhook.send(wanted, webhook.message_of(read_state(run), run))
+    if problem:
+        raise UserError(f"logging.webhook: {problem}")
+    output.say("Told.")
 
 
 def find_run(name: str, runs_dir: Path) -> RunDir:

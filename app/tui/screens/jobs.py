@@ -12,20 +12,21 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.coordinate import Coordinate
 from textual.message import Message
-from textual.screen import Screen
 from textual.widgets import DataTable, Footer, Static
 
 from app.queue.look import job_run
 from app.queue.worker import ensure_worker
 from app.runs import control
+from app.runs.failure import Failure
 from app.runs.launch import console_tail
+from app.tui.live import LiveScreen
 from app.tui.overview import BAD, Entry, Overview
+from app.tui.screens.failure import FailureView
 from app.tui.sources import Sources
-from app.tui.widgets import Ask, TextView, Titles
+from app.tui.widgets import Ask, Rows, TextView, Titles
 from trainer.contract.errors import MenmaError
 from trainer.contract.run_dir import RunDir
 
-POLL_S = 1.0
 WIDTHS = {
     "ID": 4, "KIND": 6, "NAME": 0, "STATE": 11, "STEP": 13, "ETA": 6, "GPU": 3, "LOSS": 6,
 }  # fmt: skip
@@ -35,7 +36,7 @@ SHORTEST_NAME = 8
 LOG_LINES = 200
 
 
-class JobsScreen(Screen[None]):
+class JobsScreen(LiveScreen):
     """What runs, what is next, what broke and why."""
 
     DEFAULT_CSS = """
@@ -43,10 +44,6 @@ class JobsScreen(Screen[None]):
     JobsScreen #details { height: auto; max-height: 7; padding: 0 1; background: $surface; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("j", "row(1)", "Down", show=False),
-        Binding("k", "row(-1)", "Up", show=False),
-        Binding("g", "first", "First", show=False),
-        Binding("G", "last", "Last", show=False),
         Binding("enter", "open", "Open"),
         Binding("S", "stop", "Stop"),
         Binding("b", "request('save')", "Save"),
@@ -57,7 +54,9 @@ class JobsScreen(Screen[None]):
         Binding("x", "cancel", "Cancel job", show=False),
         Binding("J", "move(1)", "Later", show=False),
         Binding("K", "move(-1)", "Sooner", show=False),
-        Binding("P", "pause", "Pause"),
+        Binding("space", "mark", "Mark", show=False),
+        Binding("equals_sign", "compare", "Compare", key_display="="),
+        Binding("P", "pause", "Pause", show=False),
         Binding("n", "app.new", "New"),
     ]
 
@@ -67,6 +66,13 @@ class JobsScreen(Screen[None]):
         def __init__(self, overview: Overview) -> None:
             super().__init__()
             self.overview = overview
+
+    class Explained(Message):
+        """Why the run or job of a line failed was read."""
+
+        def __init__(self, entry: Entry, failure: Failure) -> None:
+            super().__init__()
+            self.entry, self.failure = entry, failure
 
     class Opened(Message):
         """A run is to be shown."""
@@ -79,22 +85,22 @@ class JobsScreen(Screen[None]):
         super().__init__()
         self._sources = sources
         self._overview = Overview(())
+        self._marked: list[str] = []
+        """Keys of the lines that are to be compared, in the order they were marked."""
 
     def compose(self) -> ComposeResult:
         """Lay out the list, and what is known of the line in focus."""
         yield Titles("jobs")
-        yield DataTable(cursor_type="row", zebra_stripes=False)
+        yield Rows()
         yield Static(id="details")
         yield Footer()
 
     def on_mount(self) -> None:
-        """Fill the list now, and again every second."""
+        """Show an empty list until it is read."""
         self._lay_out(self.query_one(DataTable))
-        self.read()
-        self.set_interval(POLL_S, self.read)
 
     @work(thread=True, exclusive=True, group="overview")
-    def read(self) -> None:
+    def look(self) -> None:
         """Read the list, in a thread."""
         self.post_message(self.Read(self._sources.overview()))
 
@@ -122,29 +128,30 @@ class JobsScreen(Screen[None]):
         """Open the line; the table takes Enter for itself."""
         self.action_open()
 
-    def action_row(self, by: int) -> None:
-        """Move the cursor."""
-        table = self.query_one(DataTable)
-        table.move_cursor(row=min(max(table.cursor_row + by, 0), max(table.row_count - 1, 0)))
-
-    def action_first(self) -> None:
-        """Go to the first line."""
-        self.query_one(DataTable).move_cursor(row=0)
-
-    def action_last(self) -> None:
-        """Go to the last line."""
-        table = self.query_one(DataTable)
-        table.move_cursor(row=max(table.row_count - 1, 0))
-
     def action_open(self) -> None:
-        """Show the run of the line, or what the job has printed."""
+        """Show why it failed; else the run of the line, or what the job has printed."""
         entry = self._entry()
         if entry is None:
             return
-        if entry.run_dir is not None:
+        if entry.state in BAD:
+            self._read_failure(entry)
+        elif entry.run_dir is not None:
             self.post_message(self.Opened(entry.run_dir))
         else:
             self.action_log()
+
+    @work(thread=True, exclusive=True, group="failure")
+    def _read_failure(self, entry: Entry) -> None:
+        failure = self._sources.failure_of(entry)
+        if failure is not None:
+            self.post_message(self.Explained(entry, failure))
+
+    @on(Explained)
+    def explain(self, message: Explained) -> None:
+        """Show why it failed."""
+        run = message.entry.run_dir
+        opener = None if run is None else lambda: self.post_message(self.Opened(run))
+        self.app.push_screen(FailureView(message.failure, opener))
 
     def action_log(self) -> None:
         """Show the end of what it has printed."""
@@ -186,6 +193,31 @@ class JobsScreen(Screen[None]):
         run = job_run(entry.job.job.claim) if entry.job and entry.job.job.claim else None
         target = run or RunDir(entry.run.root)
         self._ask(f"{entry.name}: {words}", "Stop", lambda: control.stop(target, urgency))
+
+    def action_mark(self) -> None:
+        """Mark a training for a comparison, or take the mark away."""
+        entry = self._entry()
+        if entry is None or entry.run_dir is None:
+            self.notify("Only trainings can be compared.", severity="warning")
+            return
+        if entry.key in self._marked:
+            self._marked.remove(entry.key)
+        else:
+            self._marked.append(entry.key)
+        self._fill()
+        self.query_one(DataTable).action_cursor_down()
+
+    def action_compare(self) -> None:
+        """Compare the trainings that are marked."""
+        from app.tui.screens.compare import MOST, CompareScreen
+
+        by_key = {entry.key: entry.run_dir for entry in self._overview.entries}
+        runs = [run for key in self._marked if (run := by_key.get(key)) is not None]
+        if not 2 <= len(runs) <= MOST:
+            words = f"Mark two to {MOST} trainings with space first: {len(runs)} are marked."
+            self.notify(words, severity="warning")
+            return
+        self.app.push_screen(CompareScreen(runs))
 
     def action_cancel(self) -> None:
         """Take a job that waits out of the queue."""
@@ -252,7 +284,7 @@ class JobsScreen(Screen[None]):
             act()
         except (MenmaError, OSError) as error:
             self.notify(str(error), severity="error", timeout=10)
-        self.read()
+        self.look()
 
     def _entry(self) -> Entry | None:
         row = self.query_one(DataTable).cursor_row
@@ -269,7 +301,7 @@ class JobsScreen(Screen[None]):
         )
         self._lay_out(table)
         for entry in self._overview.entries:
-            table.add_row(*_cells(entry), key=entry.key)
+            table.add_row(*_cells(entry, entry.key in self._marked), key=entry.key)
         keys = [entry.key for entry in self._overview.entries]
         table.move_cursor(row=keys.index(key) if key in keys else min(row, max(len(keys) - 1, 0)))
 
@@ -298,13 +330,13 @@ class JobsScreen(Screen[None]):
         self.query_one("#details", Static).update(text)
 
 
-def _cells(entry: Entry) -> list[Text]:
+def _cells(entry: Entry, marked: bool) -> list[Text]:
     number = str(entry.job.job.id) if entry.job else ""
     style = "bold" if entry.live else ("underline" if entry.state in BAD else "")
     words = (
         number,
         entry.kind,
-        entry.name,
+        f"* {entry.name}" if marked else entry.name,
         f"{entry.sign} {entry.state}",
         entry.step,
         entry.eta,

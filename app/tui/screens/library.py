@@ -18,9 +18,10 @@ from textual.widgets import DataTable, Footer, Static
 from app.queue.adding import job_spec
 from app.queue.worker import ensure_worker
 from app.runs.child import child_environment
+from app.tui.keyed import Keyed
 from app.tui.outputs import Output, find_outputs
 from app.tui.sources import Sources
-from app.tui.widgets import Ask, TextView, Titles
+from app.tui.widgets import Ask, Rows, TextView, Titles
 from trainer.contract.errors import MenmaError
 
 POLL_S = 3.0
@@ -28,7 +29,7 @@ INSPECT_TIMEOUT_S = 120
 COLUMNS = ("FILE", "RUN", "SIZE", "WRITTEN")
 
 
-class LibraryScreen(Screen[None]):
+class LibraryScreen(Keyed, Screen[None]):
     """Outputs of all runs, the newest first."""
 
     DEFAULT_CSS = """
@@ -36,8 +37,6 @@ class LibraryScreen(Screen[None]):
     LibraryScreen #details { height: auto; max-height: 4; padding: 0 1; background: $surface; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("j", "row(1)", "Down", show=False),
-        Binding("k", "row(-1)", "Up", show=False),
         Binding("enter", "inspect", "Look into it"),
         Binding("v", "job('sample')", "Sample"),
         Binding("m", "job('merge')", "Merge"),
@@ -63,11 +62,12 @@ class LibraryScreen(Screen[None]):
         super().__init__()
         self._sources = sources
         self._outputs: list[Output] = []
+        self._rows: list[tuple[str, str, str, str]] = []
 
     def compose(self) -> ComposeResult:
         """Lay out the list."""
         yield Titles("library")
-        yield DataTable(cursor_type="row")
+        yield Rows()
         yield Static(id="details")
         yield Footer()
 
@@ -75,7 +75,11 @@ class LibraryScreen(Screen[None]):
         """Look now, and again every few seconds."""
         self.query_one(DataTable).add_columns(*COLUMNS)
         self.find()
-        self.set_interval(POLL_S, self.find)
+        self.set_interval(POLL_S, self._look_again)
+
+    def _look_again(self) -> None:
+        if self.is_current:
+            self.find()
 
     @work(thread=True, exclusive=True, group="outputs")
     def find(self) -> None:
@@ -85,18 +89,15 @@ class LibraryScreen(Screen[None]):
     @on(Found)
     def show(self, message: Found) -> None:
         """Show the files; the cursor stays where it is."""
-        if message.outputs != self._outputs:
-            self._outputs = message.outputs
+        self._outputs = message.outputs
+        rows = [(o.file.name, o.run.root.name, o.size, o.age) for o in self._outputs]
+        if rows != self._rows:  # also when one has only grown older
+            self._rows = rows
             table = self.query_one(DataTable)
             row = table.cursor_row
             table.clear()
-            for output in self._outputs:
-                table.add_row(
-                    output.file.name,
-                    output.run.root.name,
-                    Text(output.size, justify="right"),
-                    output.age,
-                )
+            for name, run, size, age in rows:
+                table.add_row(name, run, Text(size, justify="right"), age)
             table.move_cursor(row=min(row, max(len(self._outputs) - 1, 0)))
         self._describe()
 
@@ -109,11 +110,6 @@ class LibraryScreen(Screen[None]):
     def selected(self) -> None:
         """Look into the file; the table takes Enter for itself."""
         self.action_inspect()
-
-    def action_row(self, by: int) -> None:
-        """Move the cursor."""
-        table = self.query_one(DataTable)
-        table.move_cursor(row=min(max(table.cursor_row + by, 0), max(table.row_count - 1, 0)))
 
     def action_inspect(self) -> None:
         """Show what is in the file."""
@@ -154,7 +150,7 @@ class LibraryScreen(Screen[None]):
 
         def answered(agreed: bool | None) -> None:
             if agreed:
-                self._queue(argv)
+                self._queue(argv, output.file.stem)
 
         self.app.push_screen(Ask(f"Queue this?\n\nmenma {shlex.join(argv)}", "Queue"), answered)
 
@@ -165,13 +161,13 @@ class LibraryScreen(Screen[None]):
             self.app.copy_to_clipboard(str(output.file.absolute()))
             self.notify(f"Copied, if this terminal allows it: {output.file}")
 
-    def _queue(self, argv: list[str]) -> None:
+    def _queue(self, argv: list[str], name: str) -> None:
         store = self._sources.store
         if store is None:
             self.notify("the queue cannot be used: see `menma queue list`", severity="error")
             return
         try:
-            number = store.add(job_spec(argv))
+            number = store.add(job_spec(argv, name=name))
             ensure_worker(store.folder)
         except (MenmaError, OSError) as error:
             self.notify(str(error), severity="error", timeout=10)

@@ -15,11 +15,13 @@ from textual.screen import Screen
 from textual.widgets import Footer, Static
 
 from app.render.environment import report_lines
+from app.tui.keyed import Keyed
+from app.tui.meters import Meters
 from app.tui.widgets import Titles
 
 
-class SystemScreen(Screen[None]):
-    """What `menma doctor` finds."""
+class SystemScreen(Keyed, Screen[None]):
+    """What GPUs and RAM do now, and what `menma doctor` finds."""
 
     DEFAULT_CSS = "SystemScreen VerticalScroll { padding: 0 1; }"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -41,6 +43,7 @@ class SystemScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         """Lay out the report."""
         yield Titles("system")
+        yield Meters()
         with VerticalScroll():
             yield Static("Looking at this machine ...", id="report")
         yield Footer()

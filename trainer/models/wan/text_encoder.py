@@ -105,7 +105,7 @@ def load_text_encoder(
     if dtype == torch.float16:
         for block in model.encoder.block:
             block.layer[1].DenseReluDense.wo.float()
-    chosen = _tokenizer_of(files, tokenizer)
+    chosen = tokenizer_of(files, tokenizer)
     _require_fit(chosen, config, files)
     return TextEncoder(model.eval(), chosen, config)
 
@@ -125,7 +125,7 @@ def check_tokenizer(files: WeightFiles, tokenizer: Path | None = None) -> None:
     Raises:
         ModelFileError: it is not umT5's, or there is none.
     """
-    _require_fit(_tokenizer_of(files, tokenizer), _config(files, _is_original(files)), files)
+    _require_fit(tokenizer_of(files, tokenizer), _config(files, _is_original(files)), files)
 
 
 class TextEncoder:
@@ -294,7 +294,12 @@ def _is_original(files: WeightFiles) -> bool:
     return any(name.endswith("blocks.0.attn.q.weight") for name in files)
 
 
-def _tokenizer_of(files: WeightFiles, tokenizer: Path | str | None) -> Tokenizer:
+def tokenizer_of(files: WeightFiles, tokenizer: Path | str | None) -> Tokenizer:
+    """Return the tokenizer that is given, or the one that comes with the weights.
+
+    Raises:
+        ModelFileError: there is none, or it is not umT5's.
+    """
     return load_tokenizer(tokenizer) if tokenizer else _own_tokenizer(files)
 
 

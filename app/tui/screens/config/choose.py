@@ -12,8 +12,10 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Label, OptionList
 
+from app.tui.keyed import Keyed, key_of
 
-class Choose(ModalScreen[int | None]):
+
+class Choose(Keyed, ModalScreen[int | None]):
     """Lines to choose from; the answer is the place of one, or None."""
 
     DEFAULT_CSS = """
@@ -38,7 +40,8 @@ class Choose(ModalScreen[int | None]):
         with Vertical():
             yield Label(Text(self._title, style="bold"))
             yield OptionList(*(Text(line) for line in self._lines_to_choose))
-            yield Label("enter choose   esc cancel")
+            cancel = key_of(self.app, "choose.cancel", "esc")
+            yield Label(Text(f"enter choose   {cancel} cancel"))
 
     def on_mount(self) -> None:
         """Begin on the list."""

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from rich.text import Text
-from textual.binding import Binding, BindingType
-from textual.widgets import DataTable
 
 from app.domain.config_options import Option
+from app.tui.widgets import Rows
 
 COLUMNS = {"OPTION": 34, "VALUE": 22, "DEFAULT": 14}
 """Title -> width; they fit 80 columns."""
 
 
-class OptionsTable(DataTable[Text]):
+class OptionsTable(Rows):
     """One line an option: `*` where the file sets it, `!` where something is wrong with it."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("j", "cursor_down", "Down", show=False),
-        Binding("k", "cursor_up", "Up", show=False),
-        Binding("g", "scroll_top", "First", show=False),
-        Binding("G", "scroll_bottom", "Last", show=False),
-        Binding("ctrl+d", "page_down", "Page down", show=False),
-        Binding("ctrl+u", "page_up", "Page up", show=False),
-    ]
-
     def __init__(self, **attributes: Any) -> None:
-        super().__init__(cursor_type="row", **attributes)
+        super().__init__(**attributes)
         self._options: tuple[Option, ...] = ()
         self._marks: tuple[str, ...] = ()
 

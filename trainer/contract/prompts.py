@@ -99,14 +99,19 @@ def _from_text(path: Path, text: str, problems: list[Problem]) -> Iterator[Promp
             problems += [Problem(p.message, p.key, path, number, p.hint) for p in error.problems]
 
 
-def _fields_of_line(line: str, problems: list[Problem]) -> dict[str, str]:
+def split_prompt_line(line: str) -> tuple[str, list[tuple[str, str]]]:
+    """Return the text of a prompt, and its flags (without `--`) with their values."""
     prompt, *parts = (part.strip() for part in _FLAG.split(line.strip()))
+    flags = [(flag, value.strip()) for flag, _, value in (part.partition(" ") for part in parts)]
+    return prompt, flags
+
+
+def _fields_of_line(line: str, problems: list[Problem]) -> dict[str, str]:
+    prompt, flags = split_prompt_line(line)
     fields = {"prompt": prompt}
     if not prompt:
         problems.append(Problem("no text before the first flag", hint="write the prompt first"))
-    for part in parts:
-        flag, _, value = part.partition(" ")
-        value = value.strip()
+    for flag, value in flags:
         if flag not in FLAGS:
             known = [f"--{name}" for name in FLAGS]
             hint = _FOREIGN_FLAGS.get(flag) or nearest(f"--{flag}", known)

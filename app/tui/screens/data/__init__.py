@@ -1,0 +1,1 @@
+"""The Data screen: what a config's dataset is."""

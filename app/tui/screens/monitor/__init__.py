@@ -1,0 +1,1 @@
+"""The monitor: one training as it goes on, its samples, its metrics."""
