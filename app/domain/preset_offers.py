@@ -18,6 +18,8 @@ _FILES_OF = {
     "both": ("transformer", "transformer_high_noise"),
     "shared": ("transformer", "transformer_high_noise"),
 }
+_HALVES = {"high_noise": 1, "low_noise": 2}
+"""Presets of one expert come behind those of both, the high-noise one first."""
 _ORDER: tuple[Verdict | None, ...] = ("fits", None, "tight", "does not fit")
 
 
@@ -130,7 +132,9 @@ def _serves(preset: Preset, model: ModelFiles, goal: GoalChoice) -> bool:
     return preset.head.goal is None or preset.head.goal in goal.presets
 
 
-def _rank(offer: Offer, goal: GoalChoice, kind: MediaKind) -> tuple[int, int, int, int, float, str]:
+def _rank(
+    offer: Offer, goal: GoalChoice, kind: MediaKind
+) -> tuple[int, int, int, int, int, float, str]:
     preset = offer.preset
     own = preset.head.goal
     peak = preset.peak_vram_gib or 0.0
@@ -140,6 +144,7 @@ def _rank(offer: Offer, goal: GoalChoice, kind: MediaKind) -> tuple[int, int, in
         goal.presets.index(own) if own in goal.presets else 0,
         int(preset.medium not in ("", MEDIA[kind])),
         int(slot),
+        _HALVES.get(str(preset.values.get("model", {}).get("expert", "")), 0),
         # Where it is judged, the largest that fits; else the smallest.
         -peak * preset.head.num_gpus if offer.verdict in ("fits", "tight") else peak,
         preset.name,

@@ -152,6 +152,7 @@ class PathField(Input):
 class _Folders(DirectoryTree):
     """A tree without hidden files."""
 
+    ICON_NODE, ICON_NODE_EXPANDED, ICON_FILE = "+ ", "- ", "  "
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("j", "cursor_down", "Down", show=False),
         Binding("k", "cursor_up", "Up", show=False),
