@@ -196,6 +196,15 @@ def test_a_random_batch_is_what_the_caches_give(config, variant):
         images = 514 if known.conditioning == "first_last_frame" else 257
         assert batch.image_context_BTD.shape == (2, images, 1280)
     assert len(set(batch.item_seeds)) == 2
+    assert batch.mask_B1FHW is None
+
+
+def test_a_random_batch_has_masks_where_they_are_used(config):
+    text = 'model.variant="wan2.1-t2v-1.3b"\ntechniques=[{name="masked_loss"}]'
+    config.write_text(text, encoding="utf-8")
+    batch = stopwatch.random_batch(workload_of(load_config(config)), seed=1)
+    assert batch.mask_B1FHW.shape == (1, 1, *batch.latents_BCFHW.shape[2:])
+    assert 0 < batch.mask_B1FHW.min() < batch.mask_B1FHW.max() < 1
 
 
 def test_every_step_and_microbatch_draws_noise_of_its_own(config, monkeypatch):

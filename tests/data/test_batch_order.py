@@ -150,6 +150,93 @@ def test_the_order_is_fixed_for_good():
     assert order.batch(0)[0].seed == 2645439714981499873
 
 
+# Turns -----------------------------------------------------------------------------------------
+
+
+@st.composite
+def turning_datasets(draw):
+    """Items that stand alone beside slots of several windows, with one or more captions."""
+    items = []
+    for number, plain in enumerate(draw(datasets())):
+        windows, captions = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+        dropout = draw(st.sampled_from([0.0, 0.5]))
+        for window in range(windows):
+            items.append(
+                replace(
+                    plain,
+                    key=f"{plain.key}/{number}:{window}",
+                    start=window,
+                    slot=f"slot{number}" if windows > 1 else "",
+                    more_contexts=tuple((Path("y"), f"c{n}") for n in range(1, captions)),
+                    caption_dropout=dropout,
+                    empty_context=(Path("y"), "empty") if dropout else None,
+                )
+            )
+    return items
+
+
+def place(item):
+    return item.slot or item.key
+
+
+@given(turning_datasets(), seeds)
+def test_windows_of_a_slot_take_turns_without_a_gap(items, seed):
+    order = BatchOrder(items, seed)
+    epochs = 12
+    drawn = [d for n in range(epochs * order.batches_per_epoch) for d in order.batch(n)]
+    shown = {}
+    for d in drawn:
+        shown.setdefault(place(d.item), {}).setdefault((d.epoch, d.repeat), []).append(d.item.key)
+    windows = {}
+    for i in items:
+        windows.setdefault(place(i), []).append(i)
+    assert order.items_per_epoch == sum(group[0].num_repeats for group in windows.values())
+    assert len(drawn) == epochs * order.items_per_epoch
+    for name, group in windows.items():
+        repeats = group[0].num_repeats
+        # One window in each appearance: none twice, none left out.
+        assert all(len(keys) == 1 for keys in shown[name].values())
+        assert sorted(shown[name]) == [(e, r) for e in range(epochs) for r in range(repeats)]
+        row = [shown[name][at][0] for at in sorted(shown[name])]
+        for start in range(0, len(row) - len(group) + 1, len(group)):
+            assert sorted(row[start : start + len(group)]) == sorted(i.key for i in group)
+
+
+@given(turning_datasets(), seeds)
+def test_captions_take_turns_and_dropout_takes_their_place(items, seed):
+    order = BatchOrder(items, seed)
+    rows = {}
+    for n in range(8 * order.batches_per_epoch):
+        for d in order.batch(n):
+            rows.setdefault(place(d.item), {})[d.epoch, d.repeat] = d
+    for row in rows.values():
+        draws = [row[at] for at in sorted(row)]
+        item = draws[0].item
+        count = len(item.contexts)
+        known = {key for _, key in item.contexts} | ({"empty"} if item.caption_dropout else set())
+        assert {d.context[1] for d in draws} <= known
+        if not item.caption_dropout:
+            for start in range(0, len(draws) - count + 1, count):
+                shown = [d.context for d in draws[start : start + count]]
+                assert sorted(shown) == sorted(item.contexts)
+
+
+@given(turning_datasets(), seeds, st.integers(0, 30))
+def test_turns_are_the_same_on_every_rank_and_after_every_resume(items, seed, position):
+    shuffled = random.Random(seed).sample(items, len(items))
+    assert BatchOrder(shuffled, seed).batch(position) == BatchOrder(items, seed).batch(position)
+
+
+def test_options_that_are_off_leave_the_order_and_the_seeds():
+    plain = [item(0, (64, 32, 5), n, repeats=2, batch_size=3) for n in range(4)]
+    more = [replace(i, more_contexts=((Path("y"), "c1"),)) for i in plain]
+    one, two = BatchOrder(plain, 42), BatchOrder(more, 42)
+    for position in range(8):
+        before, after = one.batch(position), two.batch(position)
+        assert [(d.item.key, d.seed) for d in before] == [(d.item.key, d.seed) for d in after]
+        assert all(d.context == (Path("y"), "c") for d in before)
+
+
 # Too little data -------------------------------------------------------------------------------
 
 

@@ -98,10 +98,13 @@ def video(**keys):
 
 sources = st.builds(
     video,
-    frame_extraction=st.sampled_from(["head", "chunk", "slide", "uniform", "full"]),
+    frame_extraction=st.sampled_from(
+        ["head", "middle", "chunk", "slide", "overlapping", "uniform", "random", "adaptive", "full"]
+    ),
     target_frames=st.lists(st.integers(5, 90), min_size=1, max_size=4),
     frame_stride=st.integers(1, 12),
-    frame_sample=st.integers(1, 12),
+    frame_sample=st.integers(2, 12),
+    frame_overlap=st.integers(0, 4),
     max_frames=st.integers(1, 150),
 )
 
@@ -114,7 +117,9 @@ def test_windows_are_whole_unique_and_inside_the_clip(clip_frames, source):
         assert num_frames % 4 == 1
         assert start >= 0
         assert start + num_frames <= clip_frames
-        if source.frame_extraction != "full":
+        if source.frame_extraction == "adaptive":
+            assert num_frames <= max(source.target_frames)
+        elif source.frame_extraction != "full":
             assert any(0 <= target - num_frames < 4 for target in source.target_frames)
     assert bool(windows) == (clip_frames >= shortest_window(source))
 
@@ -123,6 +128,10 @@ def test_windows_are_whole_unique_and_inside_the_clip(clip_frames, source):
 def test_every_target_that_fits_is_used(clip_frames, source):
     if source.frame_extraction == "full":
         expected = [round_down_frames(min(clip_frames, source.max_frames))]
+    elif source.frame_extraction == "adaptive":
+        fits = clip_frames >= shortest_window(source)
+        longest = round_down_frames(max(source.target_frames))
+        expected = [min(round_down_frames(clip_frames), longest)] if fits else []
     else:
         rounded = {(target - 1) // 4 * 4 + 1 for target in source.target_frames}
         expected = sorted(length for length in rounded if length <= clip_frames)
@@ -158,6 +167,21 @@ def test_every_target_that_fits_is_used(clip_frames, source):
         ({"frame_extraction": "full", "max_frames": 20}, 500, [(0, 17)]),
         ({"frame_extraction": "full"}, 3, [(0, 1)]),
         ({"target_frames": [17]}, 16, []),
+        ({"target_frames": [17], "frame_extraction": "middle"}, 40, [(11, 17)]),
+        ({"target_frames": [5, 17], "frame_extraction": "adaptive"}, 16, [(1, 13)]),
+        ({"target_frames": [5, 17], "frame_extraction": "adaptive"}, 40, [(11, 17)]),
+        ({"target_frames": [5, 17], "frame_extraction": "adaptive"}, 4, []),
+        (
+            {"target_frames": [17], "frame_extraction": "overlapping", "frame_overlap": 5},
+            40,
+            [(0, 17), (11, 17), (23, 17)],
+        ),
+        ({"target_frames": [17], "frame_extraction": "overlapping"}, 17, [(0, 17)]),
+        (
+            {"target_frames": [17], "frame_extraction": "random", "frame_sample": 3},
+            60,
+            [(0, 17), (21, 17), (43, 17)],
+        ),
     ],
 )
 def test_windows_of_known_clips(keys, clip_frames, expected):
@@ -173,3 +197,30 @@ def test_uniform_windows_reach_from_the_first_to_the_last_frame(clip_frames, sam
     gaps = [after - before for before, after in itertools.pairwise(starts)]
     assert len(starts) == min(samples, clip_frames - 16)
     assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@given(st.integers(5, 200), st.sampled_from([5, 17, 33]), st.integers(0, 32))
+def test_overlapping_windows_hold_every_frame_and_are_as_few_as_can_be(clip_frames, target, shared):
+    shared = min(shared, target - 1)
+    keys = {"frame_extraction": "overlapping", "frame_overlap": shared}
+    windows = choose_windows(clip_frames, video(target_frames=[target], **keys))
+    if clip_frames < target:
+        assert not windows
+        return
+    assert {frame for window in windows for frame in window.frames} == set(range(clip_frames))
+    for before, after in itertools.pairwise(windows):
+        assert before.start + target - after.start >= shared
+    fewer = len(windows) - 1
+    assert fewer * target - (fewer - 1) * shared < clip_frames
+
+
+@pytest.mark.parametrize(
+    ("keys", "word"),
+    [
+        ({"frame_extraction": "overlapping", "target_frames": [5], "frame_overlap": 5}, "overlap"),
+        ({"frame_extraction": "random", "target_frames": [5]}, "frame_sample"),
+    ],
+)
+def test_policies_refuse_what_they_cannot_do(keys, word):
+    with pytest.raises(ValueError, match=word):
+        video(**keys)

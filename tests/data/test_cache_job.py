@@ -592,3 +592,15 @@ def test_random_edits_recache_exactly_what_changed(tmp_path):
         )
         cached = load_cached_dataset(dataset_of(folder), models.settings(T2V))
         assert len(cached.items) == len(state)
+
+
+def test_clips_of_varying_rate_are_named_unless_their_time_stamps_count(tmp_path):
+    times = [n * 40 for n in range(5)] + [200 + n * 100 for n in range(20)]
+    write_video(tmp_path / "vary.mkv", 25, times_ms=times)
+    write_video(tmp_path / "even.mp4", 10)
+    for name in ("vary.mkv", "even.mp4"):
+        write_caption(tmp_path / name, "x")
+    (note,) = Models().cache(dataset_of(tmp_path)).notes
+    assert "the frame rate of 1 clips varies (vary.mkv)" in note
+    assert 'source_fps = "auto"' in note
+    assert Models().cache(dataset_of(tmp_path, source_fps="auto")).notes == ()

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.contract.dataset_config import (
-    UNSUPPORTED_KEYS,
     DatasetConfig,
     SourceOptions,
     load_dataset_file,
     parse_dataset,
 )
+from trainer.contract.dataset_problems import UNSUPPORTED_KEYS
 from trainer.contract.errors import ConfigError
 
 
@@ -96,7 +96,7 @@ def test_all_problems_at_once_with_their_keys(tmp_path):
             [[datasets]]
             video_directory = "x"
             frame_extraction = "heads"
-            control_directory = "z"
+            control_resolution = "z"
             source_fps = 0
             resoluton = 1
             [[datasets]]
@@ -115,7 +115,7 @@ def test_all_problems_at_once_with_their_keys(tmp_path):
         "general.strict",
         "general.frame_stride",
         "datasets[0].frame_extraction",
-        "datasets[0].control_directory",
+        "datasets[0].control_resolution",
         "datasets[0].source_fps",
         "datasets[0].resoluton",
         "datasets[1]",

@@ -7,6 +7,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av import VideoFrame
 from data_clips import numbered_frame, read_number, write_images, write_video
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -126,6 +127,61 @@ def test_varying_rate_follows_the_time_stamps(tmp_path):
     assert numbers(clip, range(clip.num_frames)) == expected
 
 
+@pytest.mark.parametrize(
+    ("fps", "expected"),
+    [
+        (24, [0, 1, 3, 4, 6, 7, 9, 10, 12, 13, 15, 16]),
+        (16, list(range(18))),
+        (32, [0, 2, 4, 6, 8, 10, 12, 14, 16]),
+    ],
+)
+def test_auto_takes_each_clip_at_its_own_rate(tmp_path, fps, expected):
+    path = write_video(tmp_path / "a.mp4", 18, fps=fps)
+    clip = index_clip(path, "video", target_fps=16, source_fps="auto")
+    assert numbers(clip, range(clip.num_frames)) == expected
+    times = [n * 100 for n in range(10)] + [1000 + n * 25 for n in range(20)]
+    varying = write_video(tmp_path / "v.mkv", 30, times_ms=times)
+    clips = [
+        index_clip(varying, "video", target_fps=20, source_fps=rate) for rate in (24.0, "auto")
+    ]
+    assert clips[0].source_frames == clips[1].source_frames
+
+
+def test_a_folder_of_images_has_no_rate_of_its_own(tmp_path):
+    folder = write_images(tmp_path / "walk", 3)
+    with pytest.raises(DataError, match="no rate of its own"):
+        index_clip(folder, "video", target_fps=16, source_fps="auto")
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p10le", "yuv444p10le", "yuv420p"])
+def test_ten_bits_are_brought_to_eight_without_losing_the_range(tmp_path, pix_fmt):
+    """Grey ramps in limited range: black is 64 of 1023 and white 940 (16 and 235 of 255)."""
+    deep = "10" in pix_fmt
+    luma = np.linspace(64, 940, 128) if deep else np.linspace(16, 235, 128)
+    luma = np.tile(luma.round(), (64, 1)).astype(np.uint16 if deep else np.uint8)
+    planes = VideoFrame(128, 64, pix_fmt)
+    for index, plane in enumerate(planes.planes):
+        values = luma if index == 0 else np.full((plane.height, plane.width), 512 if deep else 128)
+        row = plane.line_size // luma.itemsize
+        padded = np.zeros((plane.height, row), luma.dtype)
+        padded[:, : plane.width] = values
+        plane.update(padded.tobytes())
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 128, 64, pix_fmt
+        for number in range(5):
+            planes.pts = number
+            container.mux(stream.encode(planes))
+        container.mux(stream.encode(None))
+    clip = index_clip(tmp_path / "a.mkv", "video", target_fps=16)
+    frames = read_window(clip, range(5), (128, 64)).numpy()
+    black, white = (64, 940) if deep else (16, 235)
+    expected = (luma[0].astype(float) - black) / (white - black) * 255
+    assert np.abs(frames[:, 32].astype(float) - expected[None, :, None]).max() <= 1.5
+    assert frames.min() <= 1
+    assert frames.max() >= 254
+
+
 @pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(30000, 1001), 25, 60])
 def test_rounded_time_stamps_are_still_a_constant_rate(tmp_path, rate):
     for name in ("a.mp4", "a.mkv"):
@@ -179,15 +235,16 @@ def test_anamorphic_pixels_count_by_their_shown_width(tmp_path):
 
 
 @pytest.mark.parametrize("colorspace", [1, 5])  # BT.709, BT.601
-def test_colours_follow_the_files_matrix(tmp_path, colorspace):
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv420p10le"])
+def test_colours_follow_the_files_matrix(tmp_path, colorspace, pix_fmt):
     path, name = tmp_path / "a.mp4", {1: "ITU709", 5: "ITU601"}[colorspace]
     image = np.full((64, 64, 3), (200, 40, 90), np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=24, options={"crf": "1"})
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = 64, 64, pix_fmt
         stream.codec_context.colorspace = colorspace
         frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace=name)
+        frame = frame.reformat(format=pix_fmt, dst_colorspace=name)
         frame.pts, frame.colorspace = 0, colorspace
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

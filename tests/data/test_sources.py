@@ -94,7 +94,7 @@ def test_jsonl_reports_each_bad_line_with_its_number(tmp_path):
         {"video_path": "none.mp4", "caption": "x"},
         {"caption": "x"},
         {"video_path": "one/a.mp4"},
-        {"video_path": "b.mp4", "caption": "x", "control_path": "c.mp4"},
+        {"video_path": "b.mp4", "caption": "x", "control_path_1": "c.mp4"},
         "[1]",
         '{"video_path": "one/a.mp4", "caption": "\\ud800"}',
     )

@@ -20,6 +20,7 @@ from tests.e2e.variant_project import (
     base_config,
     draw_frames,
     write_clips,
+    write_frame_folder,
     write_mixed_dataset,
     write_models,
 )
@@ -34,6 +35,8 @@ from trainer.sampling.video_io import read_video
 pytestmark = pytest.mark.slow
 
 STEPS = 8
+CONTROL = 30
+"""Seed of the first clip's control video."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ RECIPES = (
     Recipe("wan2.1-i2v-14b", "comfy"),
     Recipe("wan2.1-flf2v-14b", "diffusers"),
     Recipe("wan2.1-fun-inp-1.3b", "official"),
+    Recipe("wan2.1-fun-control-1.3b", "official"),
     Recipe("wan2.2-t2v-a14b", "comfy", "high_noise"),
     Recipe("wan2.2-t2v-a14b", "diffusers", "low_noise"),
     Recipe("wan2.2-i2v-a14b", "official", "high_noise"),
@@ -124,6 +128,10 @@ def prompts(recipe: Recipe, folder: Path) -> list[dict]:
             return [first]
         case "first_last_frame":
             return [first | {"last_image": "last.png"}]
+        case "control":
+            write_frame_folder(folder / "asked", draw_frames(9, 5, *recipe.size))
+            control = {"prompt": CAPTIONS[1], "control": "asked"}
+            return [control, control | {"image": "first.png"}]
         case _:
             text = {"prompt": CAPTIONS[1]}
             return [text, first] if recipe.known.per_token_timestep else [text]
@@ -142,6 +150,11 @@ def walk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     else:
         write_clips(folder / "clips", 2, 5, width, height)
         source = {"video_directory": "clips", "target_frames": [5]}
+        if recipe.known.conditioning == "control":
+            source["control_directory"] = "control"
+            for clip in range(2):
+                frames = draw_frames(CONTROL + clip, 5, width, height)
+                write_frame_folder(folder / f"control/{clip}", frames)
         dataset = {"general": {"resolution": [width, height]}, "sources": [source]}
     project = VariantProject(folder, base_config(model, dataset))
     project.config["sampling"] |= {
@@ -192,6 +205,15 @@ def test_batches_carry_what_the_model_is_conditioned_on(walk: Walk):
         with torch.no_grad():
             torch.testing.assert_close(batch.latents_BCFHW, vae.encode(video), atol=1e-5, rtol=1e-5)
         if known.conditioning == "none":
+            continue
+        if known.conditioning == "control":
+            drawn = torch.from_numpy(draw_frames(CONTROL + clip, 5, *walk.recipe.size))
+            control = drawn.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+            with torch.no_grad():
+                latents = vae.encode(control)
+            expected = torch.cat([latents, torch.zeros_like(latents)], dim=1)
+            torch.testing.assert_close(batch.extra_channels_BCFHW, expected, atol=1e-5, rtol=1e-5)
+            assert torch.equal(batch.image_context_BTD, torch.zeros(1, 257, 80))
             continue
         both = known.conditioning == "first_last_frame"
         given = torch.zeros_like(video)

@@ -21,6 +21,7 @@ def make_config(
     adapter: Mapping[str, Any] | None = None,
     memory: Mapping[str, Any] | None = None,
     accumulation: int = 1,
+    techniques: Sequence[Mapping[str, Any]] = (),
     **sections: Mapping[str, Any],
 ) -> RunConfig:
     """Return a config as `load_config` would; `sections` are merged over the rest."""
@@ -42,6 +43,7 @@ def make_config(
         "memory": dict(memory or {}),
         "training": {"gradient_accumulation_steps": accumulation},
         "distributed": {"engine": "local"},
+        "techniques": [dict(technique) for technique in techniques],
     }
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}

@@ -22,10 +22,11 @@ from trainer.adapters.lora_linear import LoRALinear
 from trainer.contract.catalog import ADAPTERS
 from trainer.contract.config import RunConfig
 from trainer.contract.kronecker import lokr_shapes
+from trainer.contract.memory_model.techniques import uses_masks
 from trainer.contract.memory_model.workload import Workload, workload_of
 from trainer.core.seams import BuildContext
 from trainer.core.types import Batch
-from trainer.jobs.build import build_objective, fp8_spec, weights_dtype
+from trainer.jobs.build import build_objective, build_techniques, fp8_spec, weights_dtype
 from trainer.models.wan.quantised import is_block_linear
 from trainer.models.wan.transformer import FLOAT32_MODULES, WanTransformer
 from trainer.quant.fp8 import QuantisedWeight
@@ -80,7 +81,15 @@ def _build_step(config: RunConfig, work: Workload) -> tuple[TrainStep, Any]:
     model.set_feed_forward_chunks(config.memory.feed_forward_chunks)
     model.set_attention_chunks(config.memory.attention_chunks)
     objective = build_objective(config, build)
-    return TrainStep(model, objective, (), 0, model.blocks.suspended).train(), adapter
+    step = TrainStep(
+        model,
+        objective,
+        build_techniques(config, build, 2),
+        0,
+        model.blocks.suspended,
+        suspended_adapter=adapter.suspended,
+    )
+    return step.train(), adapter
 
 
 def _fp8_layer(layer: nn.Linear, spec: Any) -> Fp8Linear:
@@ -145,6 +154,7 @@ def _batch(work: Workload) -> Batch:
             else None
         ),
         item_seeds=tuple(range(clip.batch)),
+        mask_B1FHW=torch.empty(clip.batch, 1, *size) if uses_masks(work.config) else None,
     )
 
 

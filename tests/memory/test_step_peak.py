@@ -72,6 +72,8 @@ def check(settings: Iterable[dict[str, Any]]) -> None:
     assert not wrong
 
 
+MASKED = ({"name": "masked_loss"},)
+PRIOR = ({"name": "masked_loss", "prior_weight": 1.0, "outside_weight": 0.1},)
 BOTH: Mapping[str, Any] = {"attention_chunks": 4, "feed_forward_chunks": 8}
 OTHERS: dict[str, dict[str, Any]] = {
     "one block": {"num_layers": 1},
@@ -86,6 +88,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "two microbatches, full": {"accumulation": 2, "full": True},
     "first and last frame": {"variant": "wan2.1-flf2v-14b"},
     "control": {"variant": "wan2.1-fun-control-1.3b"},
+    "masks": {"frames": 81, "techniques": MASKED},
+    "masks, prior": {"frames": 81, "techniques": PRIOR},
+    "masks, prior, all kept": {
+        "memory": {"gradient_checkpointing": False},
+        "techniques": PRIOR,
+    },
+    "masks, prior, one rank-1 block": {"num_layers": 1, "rank": 1, "techniques": PRIOR},
     "an expert": {"variant": "wan2.2-i2v-a14b"},
     "rank 1": {"rank": 1},
     "rank 1 on an image": {"rank": 1, "frames": 1},

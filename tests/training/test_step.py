@@ -136,12 +136,66 @@ def test_extra_forwards_run_with_hooks_suspended() -> None:
     assert not step.transformer.suspended
 
 
+def test_the_untrained_model_is_asked_before_the_prediction_and_without_gradients() -> None:
+    seen: list[tuple[Tensor, bool]] = []
+
+    class Asks(Technique):
+        def edit_target(self, target: Tensor, batch: Any, noisy: Any, predict_base: Any) -> Tensor:
+            velocity = predict_base(noisy, batch)
+            seen.append((velocity, step.transformer.mix.weight.requires_grad))
+            return target
+
+    @contextmanager
+    def off() -> Iterator[None]:
+        weight = step.transformer.mix.weight.data
+        step.transformer.mix.weight.data = torch.zeros_like(weight)
+        try:
+            yield
+        finally:
+            step.transformer.mix.weight.data = weight
+
+    step = make_step([Asks()])
+    with pytest.raises(RuntimeError, match="cannot take the adapter off"):
+        step(make_batch())
+    step.suspended_adapter = off
+    terms = step(make_batch())
+    assert step.transformer.calls[-2:] == [True, False], "hooks are off, and it goes first"
+    ((velocity, _),) = seen
+    assert not velocity.requires_grad
+    batch = make_batch()
+    text = torch.stack([item.mean() for item in batch.context]).view(-1, 1, 1, 1, 1)
+    noisy = step.make_noisy(batch)
+    bias = step.transformer.mix.bias.view(1, -1, 1, 1, 1)
+    expected = bias + text + noisy.sigma_B.view(-1, 1, 1, 1, 1)
+    assert torch.allclose(velocity, expected.expand_as(velocity), atol=1e-6)
+    terms["loss"].backward()
+    assert step.transformer.mix.weight.grad is not None
+
+
+def test_the_weight_of_an_item_multiplies_its_loss() -> None:
+    both = replace(make_batch(), loss_weight_B=torch.tensor([0.25, 3.0]))
+    step = make_step([])
+    step.transformer.dropout.p = 0.0
+    first, second = (
+        step(
+            replace(
+                make_batch((seed,)),
+                latents_BCFHW=both.latents_BCFHW[place : place + 1],
+                context=both.context[place : place + 1],
+            )
+        )["loss"].item()
+        for place, seed in enumerate((5, 6))
+    )
+    expected = (0.25 * first + 3 * second) / 2
+    assert step(both)["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_every_hook_enters_the_loss() -> None:
     class Edits(Technique):
         def edit_batch(self, batch: Batch, random: torch.Generator) -> Batch:
             return replace(batch, latents_BCFHW=batch.latents_BCFHW + 1)
 
-        def edit_target(self, target: Tensor, batch: Any, noisy: Any) -> Tensor:
+        def edit_target(self, target: Tensor, batch: Any, noisy: Any, predict_base: Any) -> Tensor:
             return target * 2
 
         def loss_map(self, batch: Any, noisy: Any) -> Tensor:

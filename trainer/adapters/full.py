@@ -6,7 +6,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,14 @@ class FullFineTune:
     def techniques(self) -> Sequence[Technique]:
         """Return nothing: plain training is all."""
         return ()
+
+    def suspended(self) -> NoReturn:
+        """Refuse: there is no copy of what the weights were.
+
+        Raises:
+            RuntimeError: always; `technique_problems` refuses such a config.
+        """
+        raise RuntimeError("a full fine-tune has no untrained model beside it")
 
     def write_output(
         self,

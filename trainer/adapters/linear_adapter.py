@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -150,6 +151,15 @@ class LinearAdapter(ABC):
         """Multiply the update by `strength`; 0 gives the base model, exactly."""
         for layer in self._layers.values():
             layer.strength = strength
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Let the transformer act as it did before anything was trained, while this is open."""
+        self.set_strength(0.0)
+        try:
+            yield
+        finally:
+            self.set_strength(1.0)
 
     def network_args(self) -> dict[str, Any]:
         """Return the options that a reader of the file may want to know; of paths the name only.

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from trainer.contract.config import RunConfig
+from trainer.contract.memory_model.techniques import uses_masks
 from trainer.contract.memory_model.workload import Workload
 from trainer.core.rng import derive_seed, generator
 from trainer.core.seams import BuildContext, Engine
@@ -138,6 +139,7 @@ def random_batch(work: Workload, seed: int) -> Batch:
         image_context_BTD=images,
         names=tuple(f"random {index}" for index in range(clip.batch)),
         item_seeds=tuple(derive_seed(seed, index) for index in range(clip.batch)),
+        mask_B1FHW=draw(clip.batch, 1, *size).sigmoid() if uses_masks(work.config) else None,
     )
 
 

@@ -54,6 +54,11 @@ TECHNIQUES: Registry[Any] = Registry(
         "trainer.techniques.contrastive_flow:ContrastiveFlow",
         "push predictions away from the targets of other samples",
     ),
+    Entry(
+        "masked_loss",
+        "trainer.techniques.masked_loss:MaskedLoss",
+        "learn what a mask marks, and keep the rest as it was",
+    ),
 )
 ATTENTION: Registry[Any] = Registry(
     "attention",

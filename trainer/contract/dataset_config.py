@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -24,15 +24,31 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
+from trainer.contract.caption_options import CaptionOptions
+from trainer.contract.dataset_problems import (
+    explain_key,
+    problems_of,
+    sentence,
+    with_explanations,
+)
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.options import Options
-from trainer.contract.registry import nearest
 from trainer.contract.toml_lines import key_lines, locate
 
-M = TypeVar("M", bound=Options)
-FrameExtraction = Literal["head", "chunk", "slide", "uniform", "full"]
+FrameExtraction = Literal[
+    "head",
+    "chunk",
+    "slide",
+    "uniform",
+    "full",
+    "middle",
+    "overlapping",
+    "adaptive",
+    "random",
+]
+SourceFps = float | Literal["auto"]
 MediaKind = Literal["image", "video"]
 
 CACHE_FOLDER = "menma_cache"
@@ -44,53 +60,25 @@ VIDEO_KEYS = (
     "frame_extraction",
     "frame_stride",
     "frame_sample",
+    "frame_overlap",
     "max_frames",
     "source_fps",
 )
-UNSUPPORTED_KEYS = {
-    "control_directory": "control videos",
-    "no_resize_control": "control images",
-    "control_resolution": "control images",
-    "multiple_target": "several target images per item",
-    "fp_latent_window_size": "FramePack",
-    "fp_1f_clean_indices": "one-frame training",
-    "fp_1f_target_index": "one-frame training",
-    "fp_1f_no_post": "one-frame training",
-    "num_timestep_buckets": "timestep buckets per dataset",
-}
-"""Keys of musubi-tuner that Menma knows and does not support, with what they are for."""
-
-
-_OWN_ERRORS = {
-    "unsupported_key",
-    "no_sources",
-    "one_medium",
-    "cache_directory",
-    "video_key",
-    "chunk_of_one",
-}
-"""Errors raised here, whose sentence needs no value after it."""
 
 
 def _both_sides(value: Any) -> Any:
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _leading_dot(value: Any) -> Any:
-    return f".{value}" if isinstance(value, str) and value and value[0] != "." else value
-
-
 Side = Annotated[int, Field(ge=16, le=16384)]
 Frames = Annotated[int, Field(ge=1, le=100_000)]
 
 
-class SharedOptions(Options):
+class SharedOptions(CaptionOptions):
     """Keys that may stand in `general` and in a source."""
 
     resolution: Annotated[tuple[Side, Side], BeforeValidator(_both_sides)] = (960, 544)
     """Width and height in pixels; one number is a square. With buckets: the area to keep."""
-    caption_extension: Annotated[str, BeforeValidator(_leading_dot), Field(min_length=2)] = ".txt"
-    """A folder's captions are files of the clip's name with this extension."""
     batch_size: int = Field(default=1, ge=1)
     """Items of one microbatch."""
     num_repeats: int = Field(default=1, ge=1)
@@ -113,11 +101,11 @@ class GeneralOptions(SharedOptions):
         cls, values: Any, handler: ModelWrapValidatorHandler[GeneralOptions]
     ) -> GeneralOptions:
         def explain(key: str) -> str | None:
-            if key in (*MEDIA_KEYS, *VIDEO_KEYS, "cache_directory"):
+            if key in SourceOptions.model_fields and key not in SharedOptions.model_fields:
                 return f"{key} belongs to a source, not to general"
-            return _unsupported(key)
+            return explain_key(key)
 
-        return _with_explanations(cls, values, handler, explain)
+        return with_explanations(cls, values, handler, explain)
 
 
 class SourceOptions(SharedOptions):
@@ -136,49 +124,53 @@ class SourceOptions(SharedOptions):
     target_frames: tuple[Frames, ...] = Field(default=(1,), min_length=1)
     """Lengths of the windows cut from a video, each rounded down to 4n + 1."""
     frame_extraction: FrameExtraction = "head"
-    """Which windows: the first; one after another; sliding; evenly spread; the whole clip."""
+    """Which windows: `head` the first; `middle` the one in the middle; `chunk` one after another;
+    `slide` every `frame_stride` frames; `overlapping` as few as cover the clip; `uniform`
+    `frame_sample` evenly spread; `random` the same, of which every epoch takes one; `adaptive` the
+    longest up to the largest of `target_frames`; `full` the whole clip up to `max_frames`."""
     frame_stride: int = Field(default=1, ge=1)
     """Frames from one window of `slide` to the next."""
     frame_sample: int = Field(default=1, ge=1)
-    """Number of windows of `uniform`; 1 takes the first window."""
+    """Number of windows of `uniform` (1 takes the first window) and `random`."""
+    frame_overlap: int = Field(default=1, ge=0)
+    """Frames that neighbours of `overlapping` share at least."""
     max_frames: int = Field(default=129, ge=1)
     """Longest window of `full`."""
-    source_fps: float | None = Field(default=None, gt=0, le=1000)
-    """Frames a second of the videos. Given, they are resampled to the model's rate."""
+    source_fps: Literal["auto"] | Annotated[float, Field(gt=0, le=1000)] | None = None
+    """Frames a second of the videos. Given, they are resampled to the model's rate; `auto`: each by
+    its own time stamps, also where its rate varies. Empty: frames are taken as they come."""
+    control_directory: Path | None = None
+    """Control videos (of images: control images) for Fun-Control models: for each clip the file, or
+    folder of frames, of its name. Cut and resized as the clip."""
+    control_first_frame: bool = False
+    """Give a Fun-Control model the clip's first frame, too."""
+    mask_directory: Path | None = None
+    """Masks for the technique `masked_loss`: for each clip the image, video or folder of frames of
+    its name, white where it shall be learned. Cut and resized as the clip."""
+    alpha_mask: bool = False
+    """Take the transparency of images (or of a clip's frames, if they are images) as their mask."""
+    loss_weight: float = Field(default=1.0, gt=0)
+    """Weight of the source's items in the loss, e.g. below 1 for a regularisation set."""
 
     @model_validator(mode="wrap")
     @classmethod
     def _explain_keys(
         cls, values: Any, handler: ModelWrapValidatorHandler[SourceOptions]
     ) -> SourceOptions:
-        return _with_explanations(cls, values, handler, _unsupported)
+        return with_explanations(cls, values, handler, explain_key)
+
+    @field_validator("source_fps", mode="wrap")
+    @classmethod
+    def _one_message(cls, value: Any, check: Callable[[Any], Any]) -> Any:
+        try:
+            return check(value)
+        except ValidationError:  # it has a message for each kind of value that would do
+            message = 'should be a number above 0, at most 1000, or "auto"'
+            raise PydanticCustomError("choice", message) from None
 
     @model_validator(mode="after")
     def _one_medium(self) -> SourceOptions:
-        given = [key for key in MEDIA_KEYS if getattr(self, key) is not None]
-        if len(given) != 1:
-            found = f"found {' and '.join(given)}" if given else "found none"
-            raise PydanticCustomError(
-                "one_medium",
-                "a source needs exactly one of {keys}; {found}",
-                {"keys": ", ".join(MEDIA_KEYS), "found": found},
-            )
-        if given[0].endswith("_jsonl_file") and self.cache_directory is None:
-            raise PydanticCustomError(
-                "cache_directory", "{key} needs a cache_directory", {"key": given[0]}
-            )
-        fields = type(self).model_fields
-        wrong = [key for key in VIDEO_KEYS if getattr(self, key) != fields[key].default]
-        if self.kind == "image" and wrong:
-            raise PydanticCustomError(
-                "video_key", "{keys}: only for sources of videos", {"keys": ", ".join(wrong)}
-            )
-        if self.frame_extraction == "chunk" and any(frames < 5 for frames in self.target_frames):
-            raise PydanticCustomError(
-                "chunk_of_one",
-                "frame_extraction 'chunk' with target_frames below 5 would make an item of every "
-                "frame; take 'head' or 'uniform' for single frames",
-            )
+        check_source(self)
         return self
 
     @property
@@ -253,8 +245,12 @@ class DatasetConfig(Options):
         try:
             config = cls.model_validate({**rest, "sources": values.get(name, ())})
         except ValidationError as error:
+            known = {
+                "sources": tuple(SourceOptions.model_fields),
+                "general": tuple(GeneralOptions.model_fields),
+            }
             raise ConfigError(
-                problems=_problems(error, file=file, prefix=prefix, sources=name)
+                problems=problems_of(error, file=file, prefix=prefix, sources=name, known=known)
             ) from None
         return config if folder is None else config.with_absolute_paths(folder)
 
@@ -266,6 +262,50 @@ class DatasetConfig(Options):
         """
         return self.model_copy(
             update={"sources": tuple(_absolute(source, folder) for source in self.sources)}
+        )
+
+
+def check_source(source: SourceOptions) -> None:
+    """Refuse keys of a source that exclude each other or do nothing.
+
+    Raises:
+        PydanticCustomError: with the first of them.
+    """
+    given = [key for key in MEDIA_KEYS if getattr(source, key) is not None]
+    if len(given) != 1:
+        found = f"found {' and '.join(given)}" if given else "found none"
+        raise sentence(f"a source needs exactly one of {', '.join(MEDIA_KEYS)}; {found}")
+    if given[0].endswith("_jsonl_file") and source.cache_directory is None:
+        raise sentence(f"{given[0]} needs a cache_directory")
+    fields = type(source).model_fields
+    wrong = [key for key in VIDEO_KEYS if getattr(source, key) != fields[key].default]
+    if source.kind == "image" and wrong:
+        raise sentence(f"{', '.join(wrong)}: only for sources of videos")
+    listed = [key for key in ("control_directory", "mask_directory") if getattr(source, key)]
+    if source.jsonl_file is not None and listed:
+        keys = " and ".join(f"{key.removesuffix('directory')}path" for key in listed)
+        raise sentence(f"{', '.join(listed)}: a list has {keys} in its lines instead")
+    if source.mask_directory is not None and source.alpha_mask:
+        raise sentence("mask_directory and alpha_mask exclude each other")
+    _check_windows(source)
+
+
+def _check_windows(source: SourceOptions) -> None:
+    shortest = min((frames - 1) // 4 * 4 + 1 for frames in source.target_frames)
+    if source.frame_extraction == "chunk" and shortest < 5:
+        raise sentence(
+            "frame_extraction 'chunk' with target_frames below 5 would make an item of every "
+            "frame; take 'head' or 'uniform' for single frames"
+        )
+    if source.frame_extraction == "overlapping" and shortest <= source.frame_overlap:
+        raise sentence(
+            f"frame_overlap {source.frame_overlap} is not below the shortest of target_frames "
+            f"({shortest} as 4n + 1)"
+        )
+    if source.frame_extraction == "random" and source.frame_sample < 2:
+        raise sentence(
+            "frame_extraction 'random' draws one of frame_sample windows: set frame_sample to 2 "
+            "or more"
         )
 
 
@@ -311,90 +351,9 @@ def _absolute(source: SourceOptions, folder: Path) -> SourceOptions:
         for key in (*MEDIA_KEYS, "cache_directory")
         if getattr(source, key) is not None
     }
+    for key in ("control_directory", "mask_directory"):
+        path: Path | None = getattr(source, key)
+        if path is not None:
+            given = path.expanduser()
+            update[key] = (folder.absolute() if (folder / given).exists() else base) / given
     return source.model_copy(update=update)
-
-
-def _unsupported(key: str) -> str | None:
-    if key in UNSUPPORTED_KEYS:
-        return f"{key} ({UNSUPPORTED_KEYS[key]}) is a key of musubi-tuner that Menma lacks so far"
-    return None
-
-
-def _with_explanations(
-    model: type[M],
-    values: Any,
-    handler: Callable[[Any], M],
-    explain: Callable[[str], str | None],
-) -> M:
-    """Validate; keys that `explain` has a sentence for get it instead of "unknown key"."""
-    if not isinstance(values, Mapping):
-        return handler(values)
-    explained = {key: text for key in values if (text := explain(str(key)))}
-    if not explained:
-        return handler(values)
-    lines = [
-        InitErrorDetails(
-            type=PydanticCustomError("unsupported_key", "{text}", {"text": text}),
-            loc=(key,),
-            input=values[key],
-        )
-        for key, text in explained.items()
-    ]
-    try:
-        handler({key: value for key, value in values.items() if key not in explained})
-    except ValidationError as error:
-        lines += [
-            InitErrorDetails(
-                type=PydanticCustomError(item["type"], "{text}", {"text": item["msg"]}),
-                loc=tuple(item["loc"]),
-                input=item["input"],
-            )
-            for item in error.errors(include_url=False)
-        ]
-    raise ValidationError.from_exception_data(model.__name__, lines)
-
-
-def _problems(
-    error: ValidationError, *, file: Path | None, prefix: str, sources: str
-) -> list[Problem]:
-    problems = []
-    for item in error.errors(include_url=False):
-        loc = [part for part in item["loc"] if not str(part).startswith("function-")]
-        hint = ""
-        if item["type"] == "extra_forbidden":
-            hint = nearest(str(loc[-1]), _known_keys(loc))
-        elif item["type"] == "no_sources":
-            hint = f"add a [[{prefix}{sources}]]"
-        problems.append(
-            Problem(_message(item), key=prefix + _key(loc, sources), file=file, hint=hint)
-        )
-    return problems
-
-
-def _known_keys(loc: list[int | str]) -> list[str]:
-    if loc[0] == "sources":
-        return list(SourceOptions.model_fields)
-    if loc[0] == "general":
-        return list(GeneralOptions.model_fields)
-    return ["general", "datasets"]
-
-
-def _key(loc: list[int | str], sources: str) -> str:
-    text = ""
-    for part in loc:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        else:
-            text += f".{part}" if text else (sources if part == "sources" else part)
-    return text
-
-
-def _message(item: Any) -> str:
-    if item["type"] == "extra_forbidden":
-        return "unknown key"
-    if item["type"] in _OWN_ERRORS:
-        return str(item["msg"])
-    value = repr(item["input"])
-    if len(value) > 80:
-        value = value[:77] + "..."
-    return f"{item['msg']}, not {value}"

@@ -11,6 +11,7 @@ Every plug-in has the same shape: a nested `Config` (an `Options` class), a cons
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -113,6 +114,14 @@ class Adapter(Protocol):
         """Return what this kind does beyond its layers while it trains, once it is injected."""
         ...
 
+    def suspended(self) -> AbstractContextManager[None]:
+        """Let the transformer act as it did before anything was trained, while this is open.
+
+        Raises:
+            RuntimeError: the weights themselves are trained, so that it cannot.
+        """
+        ...
+
     def write_output(
         self,
         state: Mapping[str, Tensor],
@@ -195,6 +204,8 @@ class Need(StrEnum):
     BATCH_OVER_ONE = "batch_over_one"
     EXTRA_FORWARD = "extra_forward"
     FULL_GRADS = "full_grads"
+    BASE_MODEL = "base_model"
+    MASKS = "masks"
 
 
 class TrainingState(Protocol):
@@ -230,6 +241,11 @@ class Technique:
     needs: ClassVar[frozenset[Need]] = frozenset()
     Config: ClassVar[type[Options]]
 
+    @classmethod
+    def needs_of(cls, options: Options) -> frozenset[Need]:
+        """Return what it requires with these options of `Config`."""
+        return cls.needs
+
     def connect(self, state: TrainingState) -> None:
         """Take what the engine holds, once, before the first step and before `load_state_dict`.
 
@@ -260,8 +276,14 @@ class Technique:
         """Change what the transformer sees."""
         return noisy
 
-    def edit_target(self, target: Tensor, batch: Batch, noisy: NoisyInput) -> Tensor:
-        """Change what the prediction is compared with."""
+    def edit_target(
+        self, target: Tensor, batch: Batch, noisy: NoisyInput, predict_base: Predict
+    ) -> Tensor:
+        """Change what the prediction is compared with; called before there is a prediction.
+
+        `predict_base` gives the velocity of the model without what is trained, and no gradients;
+        who calls it has `Need.BASE_MODEL`.
+        """
         return target
 
     def loss_map(self, batch: Batch, noisy: NoisyInput) -> Tensor | None:

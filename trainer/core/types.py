@@ -30,6 +30,10 @@ class Batch:
     """The clips the items come from, for messages."""
     item_seeds: tuple[int, ...] = ()
     """One number per item; it fixes its noise and sigma, whatever rank or batch it is in."""
+    mask_B1FHW: Tensor | None = None
+    """What of each item shall be learned, in [0, 1] on the latents' grid; None: no masks."""
+    loss_weight_B: Tensor | None = None
+    """`loss_weight` of each item's source, float32; None: all are 1."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch with every tensor on `device`."""
@@ -39,6 +43,8 @@ class Batch:
             context=tuple(item.to(device, non_blocking=True) for item in self.context),
             extra_channels_BCFHW=_to(self.extra_channels_BCFHW, device),
             image_context_BTD=_to(self.image_context_BTD, device),
+            mask_B1FHW=_to(self.mask_B1FHW, device),
+            loss_weight_B=_to(self.loss_weight_B, device),
         )
 
     @property

@@ -46,6 +46,15 @@ class IndexedItem:
     entries: tuple[LatentEntry, ...]
     whole: bool = True
     """`entries` are all that the clip gives; none of its windows failed."""
+    more_caption_keys: tuple[str, ...] = ()
+    """Of further texts, of which every epoch takes one."""
+    paired: Mapping[str, FileIdentity] = field(default_factory=dict)
+    """What its `control` video and its `mask` were, if it has any."""
+
+    @property
+    def caption_keys(self) -> tuple[str, ...]:
+        """Keys of all its texts."""
+        return (self.caption_key, *self.more_caption_keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +258,8 @@ def _relative(source: SourceOptions) -> str:
 
 def _files(section: Section) -> Iterator[str]:
     for item in section.items.values():
-        yield f"{item.caption_key}{TEXT_SUFFIX}"
+        for key in item.caption_keys:
+            yield f"{key}{TEXT_SUFFIX}"
         for entry in item.entries:
             yield entry.file
     for key in section.extra_captions.values():
@@ -276,18 +286,29 @@ def _to_json(section: Section) -> dict[str, Any]:
 
 
 def _item_to_json(item: IndexedItem) -> dict[str, Any]:
-    identity = item.identity
     return {
-        "content": identity.content,
-        "stat": identity.stat,
-        "settled": identity.settled,
+        **_identity_to_json(item.identity),
         "caption": item.caption_key,
+        "more_captions": list(item.more_caption_keys),
+        "paired": {what: _identity_to_json(known) for what, known in item.paired.items()},
         "whole": item.whole,
         "entries": [
             [entry.file, entry.key, list(entry.window), list(entry.bucket)]
             for entry in item.entries
         ],
     }
+
+
+def _identity_to_json(identity: FileIdentity) -> dict[str, Any]:
+    return {
+        "content": identity.content,
+        "stat": identity.stat,
+        "settled": identity.settled,
+    }
+
+
+def _identity(values: Mapping[str, Any]) -> FileIdentity:
+    return FileIdentity(values["content"], values["stat"], values["settled"])
 
 
 def _section(values: Mapping[str, Any]) -> Section:
@@ -315,5 +336,11 @@ def _item(values: Mapping[str, Any]) -> IndexedItem:
         LatentEntry(Path(file).name, key, Window(*window), Bucket(*bucket))
         for file, key, window, bucket in values["entries"]
     )
-    identity = FileIdentity(values["content"], values["stat"], values["settled"])
-    return IndexedItem(identity, values["caption"], entries, values["whole"])
+    return IndexedItem(
+        _identity(values),
+        values["caption"],
+        entries,
+        values["whole"],
+        tuple(values.get("more_captions", ())),
+        {what: _identity(known) for what, known in values.get("paired", {}).items()},
+    )

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from trainer.contract.dataset_config import SourceOptions
-from trainer.contract.errors import DataError
 from trainer.contract.variants import Variant
 
 CacheDtype = Literal["bf16", "fp32"]
@@ -57,16 +56,7 @@ class CacheSettings:
         image_encoder: str | None = None,
         dtype: CacheDtype = "bf16",
     ) -> CacheSettings:
-        """Return the settings of a variant with these identities of its models.
-
-        Raises:
-            DataError: the variant needs control videos, which the cache cannot hold yet.
-        """
-        if variant.conditioning == "control":
-            raise DataError(
-                f"{variant.name} is conditioned on control videos; caching them is not supported",
-                hint="take a text-to-video or image-to-video variant",
-            )
+        """Return the settings of a variant with these identities of its models."""
         return cls(
             vae=vae,
             text_encoder=text_encoder,
@@ -83,6 +73,14 @@ class CacheSettings:
         own = {key: getattr(source, key) for key in _SOURCE_KEYS}
         own["resolution"] = list(source.resolution)
         own["target_frames"] = list(source.target_frames)
+        if source.frame_extraction == "overlapping":
+            own["frame_overlap"] = source.frame_overlap
+        if source.control_directory is not None:
+            own["control"] = "files"
+        if self.conditioning == "control" and source.control_first_frame:
+            own["control_image"] = "first frame"
+        if source.mask_directory is not None or source.alpha_mask:
+            own["masks"] = "alpha" if source.alpha_mask else "files"
         return {**own, **asdict(self)}
 
 

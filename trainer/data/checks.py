@@ -15,11 +15,13 @@ from trainer.data.buckets import Bucket, num_tokens
 from trainer.data.cache_index import known_identities
 from trainer.data.fingerprint import FileIdentity, identify
 from trainer.data.holdout import Holdout
+from trainer.data.masks import no_alpha
 from trainer.data.media import Clip, ClipInfo, index_clip, probe, try_frames
 from trainer.data.order import Group
+from trainer.data.paired import common_frames
 from trainer.data.plan import in_threads, length_notes, plan_windows
 from trainer.data.sources import MediaItem, scan_source
-from trainer.data.windows import Window
+from trainer.data.windows import Window, takes_turns
 
 Depth = Literal["headers", "packets", "frames"]
 """How closely clips are looked at: as little as their container allows, every packet (which tells
@@ -39,6 +41,7 @@ class LookedClip:
     """Windows that cannot be decoded, and why."""
     content: str = ""
     """Hash of it; empty where nobody asks."""
+    has_mask: bool = False
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -93,6 +96,8 @@ class DatasetCheck:
     """What microbatches are made of: the training items of each source and bucket."""
     shared_clips: int = 0
     """Clips of the validation sources that are training clips, too."""
+    masked_clips: int = 0
+    """Training clips with a mask."""
     sources: tuple[LookedSource, ...] = ()
     """What was found in each."""
 
@@ -139,8 +144,8 @@ def check_dataset(
     ]
     groups = tuple(
         Group(count * options.num_repeats, options.num_repeats, options.batch_size)
-        for options, source in zip(dataset.sources, windows, strict=True)
-        for count in source.values()
+        for options, source in zip(dataset.sources, looked, strict=True)
+        for count in _slots(source).values()
     )
     return DatasetCheck(
         clips=len(training),
@@ -149,6 +154,7 @@ def check_dataset(
         groups=groups,
         problems=tuple(problem for source in looked for problem in source.problems),
         notes=tuple(note for source in looked for note in source.notes),
+        masked_clips=sum(clip.has_mask for clip in training),
         validation_clips=len(validation),
         validation_items=sum(len(clip.buckets) for clip in validation),
         shared_clips=len(
@@ -156,6 +162,16 @@ def check_dataset(
             & {clip.content for clip in training}
         ),
         sources=tuple(looked),
+    )
+
+
+def _slots(source: LookedSource) -> Counter[Bucket]:
+    """Count what an epoch shows of each bucket: windows that take turns count as one."""
+    once = takes_turns(source.source)
+    return Counter(
+        bucket
+        for clip in source.training
+        for bucket in (set(clip.buckets) if once else clip.buckets)
     )
 
 
@@ -236,8 +252,13 @@ def _look_at(
     else:  # the number of frames after resampling depends on every time stamp
         clip = index_clip(item.path, item.kind, target_fps=variant.fps, source_fps=fps)
         info = clip.info
+    if source.alpha_mask and item.kind == "video" and item.path.is_file():
+        raise no_alpha()
+    num_frames = common_frames(
+        item, clip or info, source, conditioning=variant.conditioning, target_fps=variant.fps
+    )
     size, windows = plan_windows(
-        info.num_frames, info.width, info.height, source, variant.pixel_multiple
+        num_frames, info.width, info.height, source, variant.pixel_multiple
     )
     damaged: dict[Window, str] = {}
     if clip is not None and depth == "frames":
@@ -251,6 +272,7 @@ def _look_at(
         windows=tuple(window for window in windows if window not in damaged),
         damaged=tuple(damaged.values()),
         content=identify(item.path, known).content if by_content else "",
+        has_mask=item.mask is not None or source.alpha_mask,
     )
 
 
@@ -264,7 +286,7 @@ def _damage(clip: Clip, window: Window) -> str:
 
 def _rate_notes(source: SourceOptions, clips: Sequence[LookedClip]) -> list[str]:
     fps = source.source_fps
-    if fps is None:
+    if fps is None or fps == "auto":
         return []
     rates = [clip.info.fps for clip in clips if clip.info.constant_rate]
     other = [rate for rate in rates if rate and abs(rate / fps - 1) > 0.05]

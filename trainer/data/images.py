@@ -45,6 +45,26 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         raise DataError(f"is no readable image: {_reason(error)}") from None
 
 
+def read_alpha(path: Path) -> NDArray[np.uint8]:
+    """Return the opacity of an image as it is meant to be seen, (H, W, 3), three times the same.
+
+    An image without transparency is opaque (255).
+
+    Raises:
+        DataError: the file is no image, or damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            seen = ImageOps.exif_transpose(image)
+            if not seen.has_transparency_data:
+                return np.full((seen.height, seen.width, 3), 255, np.uint8)
+            alpha = np.asarray(seen.convert("RGBA").getchannel("A"))
+    except _PILLOW_ERRORS as error:
+        raise DataError(f"is no readable image: {_reason(error)}") from None
+    return np.repeat(alpha[:, :, None], 3, axis=2)
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Return width and height as seen, from the header alone.
 

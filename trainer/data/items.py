@@ -10,16 +10,17 @@ from trainer.contract.dataset_config import DatasetConfig, SourceOptions
 from trainer.contract.errors import DataError, Problem
 from trainer.data.buckets import Bucket
 from trainer.data.cache_index import (
-    IndexedItem,
     Section,
     find_section,
     read_index,
     source_names,
 )
 from trainer.data.cache_settings import CacheSettings, changed_settings
-from trainer.data.fingerprint import digest, identify, stat_of
+from trainer.data.fingerprint import FileIdentity, digest, identify, stat_of
+from trainer.data.paired import NAMES
 from trainer.data.sources import MediaItem, scan_source
 from trainer.data.text_cache import text_file, text_key
+from trainer.data.windows import takes_turns
 
 _MAX_LISTED = 10
 
@@ -45,6 +46,23 @@ class TrainingItem:
     context_key: str
     num_repeats: int
     batch_size: int
+    more_contexts: tuple[tuple[Path, str], ...] = ()
+    """Files and keys of further captions; each appearance takes `context` or one of these."""
+    caption_dropout: float = 0.0
+    """Probability of the empty caption."""
+    empty_context: tuple[Path, str] | None = None
+    """File and key of the empty caption; given where there is dropout."""
+    slot: str = ""
+    """Items of one slot stand for each other: every appearance shows one of them. Empty: alone."""
+    loss_weight: float = 1.0
+    """Of its source."""
+    has_mask: bool = False
+    """Its cache entry has a mask."""
+
+    @property
+    def contexts(self) -> tuple[tuple[Path, str], ...]:
+        """Files and keys of all its captions."""
+        return ((self.context, self.context_key), *self.more_contexts)
 
     @property
     def identity(self) -> str:
@@ -111,7 +129,12 @@ def load_cached_dataset(
 
 def fingerprint(items: Sequence[TrainingItem]) -> str:
     """Return a hash of all items: clips, captions, windows, models."""
-    return digest(sorted([i.key, i.latents_key, i.context_key] for i in items))
+    return digest(
+        sorted(
+            [i.key, i.latents_key, i.context_key, *(key for _, key in i.more_contexts)]
+            for i in items
+        )
+    )
 
 
 def _faults(source: SourceOptions, section: Section, settings: CacheSettings) -> Iterator[str]:
@@ -140,15 +163,23 @@ def _item_faults(item: MediaItem, section: Section, settings: CacheSettings) -> 
         elif skipped != stat_of(item.path):
             yield f"{item.path}: could not be used, and has changed since"
         return
-    if text_key(item.caption, settings) != indexed.caption_key:
+    if tuple(text_key(text, settings) for text in item.captions) != indexed.caption_keys:
         yield f"{item.path}: its caption has changed"
-    if _content_changed(item, indexed):
+    if _content_changed(item.path, indexed.identity):
         yield f"{item.path}: has changed"
+    for what in sorted(item.paired.keys() | indexed.paired.keys()):
+        path, known = item.paired.get(what), indexed.paired.get(what)
+        if path is None:
+            yield f"{item.path}: its {NAMES[what]} is gone"
+        elif known is None:
+            yield f"{path}, the {NAMES[what]} of {item.path.name}: is new"
+        elif _content_changed(path, known):
+            yield f"{path}, the {NAMES[what]} of {item.path.name}: has changed"
 
 
-def _content_changed(item: MediaItem, indexed: IndexedItem) -> bool:
+def _content_changed(path: Path, known: FileIdentity) -> bool:
     try:
-        return identify(item.path, indexed.identity).content != indexed.identity.content
+        return identify(path, known).content != known.content
     except DataError:
         return True
 
@@ -164,8 +195,12 @@ def _items(dataset: DatasetConfig, sections: Sequence[Section]) -> Iterator[Trai
     names = source_names(dataset)
     for number, (source, section) in enumerate(zip(dataset.sources, sections, strict=True)):
         for name, indexed in section.items.items():
+            first, *more = (
+                (source.cache_path / text_file(key), key) for key in indexed.caption_keys
+            )
             for entry in indexed.entries:
                 start, num_frames = entry.window
+                slot = f"{names[number]}/{name}@{entry.bucket}"
                 window = f" [{start}:{start + num_frames}]" if source.kind == "video" else ""
                 yield TrainingItem(
                     key=f"{names[number]}/{name}:{start}+{num_frames}@{entry.bucket}",
@@ -176,11 +211,24 @@ def _items(dataset: DatasetConfig, sections: Sequence[Section]) -> Iterator[Trai
                     bucket=entry.bucket,
                     latents=source.cache_path / entry.file,
                     latents_key=entry.key,
-                    context=source.cache_path / text_file(indexed.caption_key),
-                    context_key=indexed.caption_key,
+                    context=first[0],
+                    context_key=first[1],
                     num_repeats=source.num_repeats,
                     batch_size=source.batch_size,
+                    more_contexts=tuple(more),
+                    caption_dropout=source.caption_dropout,
+                    empty_context=_empty_context(source, section),
+                    slot=slot if takes_turns(source) else "",
+                    loss_weight=source.loss_weight,
+                    has_mask="mask" in indexed.paired or source.alpha_mask,
                 )
+
+
+def _empty_context(source: SourceOptions, section: Section) -> tuple[Path, str] | None:
+    if not source.caption_dropout:
+        return None
+    key = section.extra_captions.get("", "")
+    return source.cache_path / text_file(key), key
 
 
 def _media_folder(source: SourceOptions) -> Path:
@@ -193,6 +241,9 @@ def _require_files(items: Sequence[TrainingItem], hint: str) -> None:
         for folder in {item.latents.parent for item in items}
     }
     for item in items:
-        for path in (item.latents, item.context):
+        texts = [path for path, _ in item.contexts]
+        if item.empty_context is not None:
+            texts.append(item.empty_context[0])
+        for path in (item.latents, *texts):
             if path.name not in present[path.parent]:
                 raise DataError(f"{path}, the cache of {item.name}, is gone", hint=hint)

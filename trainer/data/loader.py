@@ -26,7 +26,7 @@ def load_batch(draws: Sequence[Draw], *, pin_memory: bool = False) -> Batch:
         DataError: an entry is missing, damaged, or not the one the index means.
     """
     entries = [read_entry(draw.item.latents, draw.item.latents_key) for draw in draws]
-    contexts = [read_entry(draw.item.context, draw.item.context_key)["context"] for draw in draws]
+    contexts = [read_entry(*draw.context)["context"] for draw in draws]
     batch = Batch(
         latents_BCFHW=torch.stack([entry["latents"] for entry in entries]),
         context=tuple(contexts),
@@ -34,6 +34,8 @@ def load_batch(draws: Sequence[Draw], *, pin_memory: bool = False) -> Batch:
         image_context_BTD=_stack(entries, "image_context"),
         names=tuple(draw.item.name for draw in draws),
         item_seeds=tuple(draw.seed for draw in draws),
+        mask_B1FHW=_stack(entries, "mask"),
+        loss_weight_B=_loss_weights(draws),
     )
     return _pinned(batch) if pin_memory else batch
 
@@ -178,6 +180,11 @@ def _stack(entries: Sequence[dict[str, Tensor]], name: str) -> Tensor | None:
     return torch.stack(tensors) if tensors else None
 
 
+def _loss_weights(draws: Sequence[Draw]) -> Tensor | None:
+    weights = [draw.item.loss_weight for draw in draws]
+    return None if all(weight == 1 for weight in weights) else torch.tensor(weights)
+
+
 def _pinned(batch: Batch) -> Batch:
     def pin(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.pin_memory()
@@ -188,4 +195,6 @@ def _pinned(batch: Batch) -> Batch:
         context=tuple(context.pin_memory() for context in batch.context),
         extra_channels_BCFHW=pin(batch.extra_channels_BCFHW),
         image_context_BTD=pin(batch.image_context_BTD),
+        mask_B1FHW=pin(batch.mask_B1FHW),
+        loss_weight_B=pin(batch.loss_weight_B),
     )

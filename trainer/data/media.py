@@ -7,7 +7,7 @@ from a key frame in the middle, with B-frames and open groups of pictures, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,8 +20,9 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from trainer.contract.dataset_config import MediaKind
+from trainer.contract.dataset_config import MediaKind, SourceFps
 from trainer.contract.errors import DataError
+from trainer.data.frame_pixels import rgb_pixels
 from trainer.data.images import image_size, read_image
 from trainer.data.resampling import constant_rate, nearest_frames
 from trainer.data.resize import Pixels, resize_cover
@@ -110,13 +111,13 @@ def probe(path: Path, kind: MediaKind) -> ClipInfo:
 
 
 def index_clip(
-    path: Path, kind: MediaKind, *, target_fps: float, source_fps: float | None = None
+    path: Path, kind: MediaKind, *, target_fps: float, source_fps: SourceFps | None = None
 ) -> Clip:
     """List a clip's frames, resampled to `target_fps` if `source_fps` is given.
 
     Frame k of the result is the one nearest in time to k / target_fps. A constant-rate clip and a
     folder of images run at `source_fps`, whatever the file says; one of varying rate has its own
-    time stamps, and those count.
+    time stamps, and those count. With "auto" the time stamps count in any case.
 
     Raises:
         DataError: it cannot be read, is damaged, or has no frames.
@@ -130,7 +131,7 @@ def index_clip(
     constant = constant_rate(packets.pts)
     if source_fps is not None:
         times = packets.times
-        if constant:
+        if constant and source_fps != "auto":
             times = tuple(frame / source_fps for frame in frames)
             end = len(frames) / source_fps
         else:
@@ -166,15 +167,39 @@ def read_pixels(clip: Clip, frames: Sequence[int], size: tuple[int, int]) -> Pix
     Raises:
         DataError: a frame is missing or damaged.
     """
-    wanted = [clip.source_frames[frame] for frame in frames]
-    unique = sorted(set(wanted))
-    resized: dict[int, Pixels] = {}
     if clip.images:
-        for frame in unique:
-            resized[frame] = resize_cover(read_image(clip.images[frame]), *size)
-    else:
-        for frame, image, pixel_aspect in _decode(clip, unique):
-            resized[frame] = resize_cover(image, *size, pixel_aspect=pixel_aspect)
+        return _picture_pixels(clip, frames, size, read_image)
+    wanted = [clip.source_frames[frame] for frame in frames]
+    resized: dict[int, Pixels] = {}
+    for frame, image, pixel_aspect in _decode(clip, sorted(set(wanted))):
+        resized[frame] = resize_cover(image, *size, pixel_aspect=pixel_aspect)
+    return np.stack([resized[frame] for frame in wanted])
+
+
+def read_pictures(
+    clip: Clip, frames: range, size: tuple[int, int], read: Callable[[Path], Pixels]
+) -> Tensor:
+    """Return frames of a clip of images, brought to (width, height): uint8, frames_FHW3.
+
+    Args:
+        clip: an image, or a folder of images.
+        frames: which of them.
+        size: width and height.
+        read: makes pixels_HW3 of a file.
+
+    Raises:
+        DataError: a frame is damaged.
+    """
+    import torch
+
+    return torch.from_numpy(_picture_pixels(clip, frames, size, read))
+
+
+def _picture_pixels(
+    clip: Clip, frames: Sequence[int], size: tuple[int, int], read: Callable[[Path], Pixels]
+) -> Pixels:
+    wanted = [clip.source_frames[frame] for frame in frames]
+    resized = {frame: resize_cover(read(clip.images[frame]), *size) for frame in set(wanted)}
     return np.stack([resized[frame] for frame in wanted])
 
 
@@ -201,7 +226,9 @@ def to_video(frames_FHW3: Tensor) -> Tensor:
     return frames_FHW3.permute(3, 0, 1, 2).to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
-def _index_images(path: Path, kind: MediaKind, target_fps: float, source_fps: float | None) -> Clip:
+def _index_images(
+    path: Path, kind: MediaKind, target_fps: float, source_fps: SourceFps | None
+) -> Clip:
     images = tuple(list_images(path)) if path.is_dir() else (path,)
     if not images or (kind == "image" and path.is_dir()):
         raise DataError("is a folder, not an image" if kind == "image" else "holds no images")
@@ -214,7 +241,12 @@ def _index_images(path: Path, kind: MediaKind, target_fps: float, source_fps: fl
                 f"{image.name} {size[0]}x{size[1]}"
             )
     frames = tuple(range(len(images)))
-    if source_fps is not None and kind == "video":
+    if source_fps == "auto" and path.is_dir():
+        raise DataError(
+            "is a folder of images, which has no rate of its own",
+            hint='set source_fps to a number instead of "auto", in a source of its own',
+        )
+    if isinstance(source_fps, float | int) and kind == "video":
         times = tuple(frame / source_fps for frame in frames)
         frames = nearest_frames(times, len(frames) / source_fps, target_fps)
     return Clip(path, width, height, frames, images=images)
@@ -384,8 +416,7 @@ def _reliable_count(container: InputContainer, stream: VideoStream) -> int | Non
 
 def _pixels(frame: VideoFrame) -> Pixels:
     """Return a frame as it is meant to be seen, RGB (H, W, 3)."""
-    image = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-    return np.ascontiguousarray(np.rot90(image, _quarter_turns(frame)))
+    return np.ascontiguousarray(np.rot90(rgb_pixels(frame), _quarter_turns(frame)))
 
 
 def _quarter_turns(frame: VideoFrame) -> int:

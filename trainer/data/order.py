@@ -10,11 +10,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from trainer.contract.errors import DataError, Problem
 from trainer.core.rng import derive_seed
 from trainer.data.buckets import Bucket
 from trainer.data.items import TrainingItem
+from trainer.data.turns import happens, turn_of
+
+Slot = Sequence[TrainingItem]
+"""Items that stand for each other; mostly one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,13 @@ class Draw:
     """Which of the item's appearances in this epoch, from 0."""
     seed: int
     """Fixes its noise and sigma, whatever rank or batch it lands in."""
+    other_context: tuple[Path, str] | None = None
+    """File and key of the caption of this appearance; None: the item's own."""
+
+    @property
+    def context(self) -> tuple[Path, str]:
+        """File and key of the caption that is shown."""
+        return self.other_context or (self.item.context, self.item.context_key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +65,9 @@ class BatchOrder:
     """Microbatches of one source and one bucket each, shuffled anew every epoch.
 
     In an epoch each item appears exactly `num_repeats` times. What does not fill a batch makes a
-    smaller one. Every epoch has the same number of microbatches.
+    smaller one. Every epoch has the same number of microbatches. Items of one slot count as one,
+    and take turns, as the captions of an item do: over as many appearances as there are of them,
+    each is shown once.
     """
 
     def __init__(self, items: Sequence[TrainingItem], seed: int) -> None:
@@ -66,10 +80,11 @@ class BatchOrder:
             raise DataError("the dataset has no items to train on")
         self.items = tuple(items)
         self._seed = seed
-        groups: dict[tuple[int, Bucket], list[TrainingItem]] = {}
+        groups: dict[tuple[int, Bucket], dict[str, list[TrainingItem]]] = {}
         for item in sorted(items, key=lambda item: item.key):
-            groups.setdefault((item.source, item.bucket), []).append(item)
-        self._groups = [groups[group] for group in sorted(groups)]
+            slots = groups.setdefault((item.source, item.bucket), {})
+            slots.setdefault(item.slot or item.key, []).append(item)
+        self._groups = [list(groups[group].values()) for group in sorted(groups)]
         # Not a method: an instance's own cache ends with the instance, and is safe among threads.
         self._epoch = lru_cache(maxsize=2)(self._shuffle)
 
@@ -78,9 +93,9 @@ class BatchOrder:
         """What the microbatches are made of."""
         return tuple(
             Group(
-                sum(item.num_repeats for item in group),
-                max(item.num_repeats for item in group),
-                group[0].batch_size,
+                sum(slot[0].num_repeats for slot in group),
+                max(slot[0].num_repeats for slot in group),
+                group[0][0].batch_size,
             )
             for group in self._groups
         )
@@ -107,19 +122,36 @@ class BatchOrder:
     def batch(self, position: int) -> tuple[Draw, ...]:
         """Return microbatch `position` of the stream, from 0."""
         epoch, place = divmod(position, self.batches_per_epoch)
-        return tuple(self._draw(item, epoch, repeat) for item, repeat in self._epoch(epoch)[place])
+        return tuple(self._draw(slot, epoch, repeat) for slot, repeat in self._epoch(epoch)[place])
 
-    def _draw(self, item: TrainingItem, epoch: int, repeat: int) -> Draw:
+    def _draw(self, slot: Slot, epoch: int, repeat: int) -> Draw:
+        appearance = epoch * slot[0].num_repeats + repeat
+        item = slot[0]
+        if len(slot) > 1:
+            item = slot[turn_of(appearance, len(slot), self._seed, "window", item.slot)]
         seed = derive_seed(self._seed, "item", epoch, item.key, repeat)
-        return Draw(item, epoch, repeat, seed)
+        return Draw(item, epoch, repeat, seed, self._caption(item, appearance))
 
-    def _shuffle(self, epoch: int) -> list[list[tuple[TrainingItem, int]]]:
+    def _caption(self, item: TrainingItem, appearance: int) -> tuple[Path, str] | None:
+        name = item.slot or item.key
+        if item.caption_dropout and happens(
+            item.caption_dropout, self._seed, "caption dropout", name, appearance
+        ):
+            return item.empty_context
+        if not item.more_contexts:
+            return None
+        contexts = item.contexts
+        return contexts[turn_of(appearance, len(contexts), self._seed, "caption", name)]
+
+    def _shuffle(self, epoch: int) -> list[list[tuple[Slot, int]]]:
         # Random's shuffle of a seeded generator is the same on every platform and Python 3.
         generator = random.Random(derive_seed(self._seed, "order", epoch))
-        batches = []
+        batches: list[list[tuple[Slot, int]]] = []
         for group in self._groups:
-            size = group[0].batch_size
-            drawn = [(item, repeat) for item in group for repeat in range(item.num_repeats)]
+            size = group[0][0].batch_size
+            drawn: list[tuple[Slot, int]] = [
+                (slot, repeat) for slot in group for repeat in range(slot[0].num_repeats)
+            ]
             generator.shuffle(drawn)
             batches += [drawn[start : start + size] for start in range(0, len(drawn), size)]
         generator.shuffle(batches)

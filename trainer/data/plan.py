@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from trainer.contract.dataset_config import SourceOptions
@@ -17,7 +17,10 @@ from trainer.data.cache_index import IndexedItem, Section
 from trainer.data.cache_settings import CacheSettings, changed_settings
 from trainer.data.fingerprint import FileIdentity, identify, stat_of
 from trainer.data.latent_cache import LatentEntry, latent_entry
+from trainer.data.masks import no_alpha
 from trainer.data.media import index_clip
+from trainer.data.paired import common_frames, conditions
+from trainer.data.resampling import constant_rate
 from trainer.data.sources import MediaItem, scan_source
 from trainer.data.windows import Window, choose_windows, round_down_frames, shortest_window
 
@@ -32,6 +35,10 @@ class PlannedItem:
     item: MediaItem
     identity: FileIdentity
     entries: tuple[LatentEntry, ...]
+    paired: Mapping[str, FileIdentity] = field(default_factory=dict)
+    """Identities of `item.paired`."""
+    varying_rate: bool = False
+    """Its frames are taken as they come, though they are not shown for equal times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +84,19 @@ def plan_source(
             items.append(planned)
         report(done, len(scan.items), item.name)
     lengths = [{entry.window.num_frames for entry in item.entries} for item in items]
-    notes = length_notes(source, lengths)
+    notes = (*length_notes(source, lengths), *_rate_notes(source, items))
     return SourcePlan(source, tuple(items), tuple(problems), skipped, notes)
+
+
+def _rate_notes(source: SourceOptions, items: Sequence[PlannedItem]) -> Iterator[str]:
+    varying = [item.item.name for item in items if item.varying_rate]
+    if varying:
+        listed = ", ".join(varying[:3]) + (", ..." if len(varying) > 3 else "")
+        yield (
+            f"{source.media_path}: the frame rate of {len(varying)} clips varies ({listed}), and "
+            'their frames are taken as they come; set source_fps = "auto" to go by their time '
+            "stamps"
+        )
 
 
 def plan_windows(
@@ -109,7 +127,7 @@ def length_notes(source: SourceOptions, lengths: Sequence[set[int]]) -> tuple[st
         source: the source.
         lengths: for each of its clips the lengths of its windows.
     """
-    if source.kind == "image" or source.frame_extraction == "full":
+    if source.kind == "image" or source.frame_extraction in {"full", "adaptive"}:
         return ()
     shorter = {
         target: sum(round_down_frames(target) not in found for found in lengths)
@@ -138,14 +156,34 @@ def _plan_item(
     item: MediaItem, source: SourceOptions, settings: CacheSettings, known: IndexedItem | None
 ) -> PlannedItem:
     identity = identify(item.path, known.identity if known else None)
+    paired = identify_paired(item, known)
     if known is not None and known.whole and known.identity.content == identity.content:
-        return PlannedItem(item, identity, known.entries)
+        before = {what: file.content for what, file in known.paired.items()}
+        if before == {what: file.content for what, file in paired.items()}:
+            return PlannedItem(item, identity, known.entries, paired)
     fps = source.source_fps
     clip = index_clip(item.path, item.kind, target_fps=settings.target_fps, source_fps=fps)
+    if source.alpha_mask and not clip.images:
+        raise no_alpha()
+    num_frames = common_frames(
+        item, clip, source, conditioning=settings.conditioning, target_fps=settings.target_fps
+    )
     size, windows = plan_windows(
-        clip.num_frames, clip.width, clip.height, source, settings.pixel_multiple
+        num_frames, clip.width, clip.height, source, settings.pixel_multiple
     )
+    more = conditions(paired, source, settings.conditioning)
     entries = tuple(
-        latent_entry(identity.content, window, size, settings, fps) for window in windows
+        latent_entry(identity.content, window, size, settings, fps, more) for window in windows
     )
-    return PlannedItem(item, identity, entries)
+    varying = fps is None and not constant_rate(clip.pts)
+    return PlannedItem(item, identity, entries, paired, varying)
+
+
+def identify_paired(item: MediaItem, known: IndexedItem | None) -> dict[str, FileIdentity]:
+    """Return the identities of what belongs to a clip.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    before = known.paired if known is not None else {}
+    return {what: identify(path, before.get(what)) for what, path in item.paired.items()}

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from trainer.contract.catalog import ATTENTION, PLUGIN_KINDS, TECHNIQUES
-from trainer.contract.config import PluginSection, RunConfig
+from trainer.contract.config import PluginSection, RunConfig, TechniqueSection
 from trainer.contract.config_io import problems_of
 from trainer.contract.config_rules import is_fp8, trained_timesteps
 from trainer.contract.errors import ConfigError, Problem
@@ -94,7 +94,8 @@ def technique_problems(config: RunConfig, largest_batch: int) -> list[Problem]:
     for index, section in enumerate(config.techniques):
         technique: type[Technique] = TECHNIQUES.load(section.name)
         key = f"techniques[{index}]"
-        if Need.BATCH_OVER_ONE in technique.needs and largest_batch < 2:
+        needs = needs_of(section)
+        if Need.BATCH_OVER_ONE in needs and largest_batch < 2:
             problems.append(
                 Problem(
                     f"{section.name} compares the samples of a batch, and every batch has one",
@@ -103,7 +104,16 @@ def technique_problems(config: RunConfig, largest_batch: int) -> list[Problem]:
                 )
             )
         distributed = config.distributed
-        if Need.FULL_GRADS in technique.needs and (
+        if Need.BASE_MODEL in needs and config.adapter.kind == "none":
+            problems.append(
+                Problem(
+                    f"{section.name} asks the model as it was before training, and a full "
+                    "fine-tune changes its weights",
+                    key,
+                    hint="train an adapter, or change the technique's options",
+                )
+            )
+        if Need.FULL_GRADS in needs and (
             distributed.zero_stage > 1 or distributed.offload_optimizer != "none"
         ):
             problems.append(
@@ -124,6 +134,41 @@ def technique_problems(config: RunConfig, largest_batch: int) -> list[Problem]:
                 )
             )
     return problems
+
+
+def needs_of(section: TechniqueSection) -> frozenset[Need]:
+    """Return what a technique of the config requires of the run."""
+    technique: type[Technique] = TECHNIQUES.load(section.name)
+    return technique.needs_of(technique.Config(**section.options("name")))
+
+
+def mask_problems(config: RunConfig, *, masks: bool) -> list[Problem]:
+    """Return why masks and techniques do not go together.
+
+    Args:
+        config: of the run.
+        masks: some item that is trained on has one.
+    """
+    using = [index for index, one in enumerate(config.techniques) if Need.MASKS in needs_of(one)]
+    if masks and not using:
+        return [
+            Problem(
+                "the dataset has masks, and nothing uses them",
+                "techniques",
+                hint='add [[techniques]] with name = "masked_loss", or remove mask_directory and '
+                "alpha_mask (in a list: mask_path)",
+            )
+        ]
+    if masks:
+        return []
+    return [
+        Problem(
+            f"{config.techniques[index].name} works on masks, and no clip of the dataset has one",
+            f"techniques[{index}]",
+            hint="set mask_directory or alpha_mask of a source (in a list: mask_path)",
+        )
+        for index in using
+    ]
 
 
 def _hooks_blocks(technique: type[Technique]) -> bool:

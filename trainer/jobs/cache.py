@@ -30,11 +30,15 @@ from trainer.data.cache_index import Unneeded, find_section, locked, read_index
 from trainer.data.cache_settings import CacheDtype, CacheSettings, uses_image_encoder
 from trainer.data.entries import entry_key
 from trainer.data.latent_cache import LatentEntry, write_latents
+from trainer.data.masks import read_alpha_mask, read_mask
 from trainer.data.media import Clip, index_clip, read_window
+from trainer.data.paired import NAMES
 from trainer.data.plan import PlannedItem, plan_source
+from trainer.data.sources.paired import kind_of
 from trainer.data.text_cache import text_file, text_key, write_text_entry
 from trainer.jobs.cache_sections import Work, mark_unfinished, write_finished
 from trainer.jobs.window_encoder import (
+    DecodedWindow,
     ImageEncoding,
     LazyModel,
     TextEncoding,
@@ -170,7 +174,9 @@ def run_cache(
         captions_reused=captions[1],
         buckets=dict(sorted(Counter(entry.bucket for entry in _usable_entries(works)).items())),
         problems=tuple(problem for work in works for problem in work.problems),
-        notes=tuple(note for work in works for note in (*work.plan.notes, *work.notes)),
+        notes=tuple(
+            dict.fromkeys(note for work in works for note in (*work.plan.notes, *work.notes))
+        ),
     )
 
 
@@ -217,7 +223,7 @@ def _cache_captions(
     missing: dict[str, list[Work]] = {}
     reused: set[str] = set()
     for work in works:
-        captions = {planned.item.caption for planned in work.plan.items}
+        captions = {text for planned in work.plan.items for text in planned.item.captions}
         for caption in sorted(captions | set(options.extra_captions)):
             key = text_key(caption, work.settings)
             if entry_key(work.folder / text_file(key)) == key:
@@ -259,7 +265,7 @@ def _store_caption(work: Work, caption: str, context: Tensor, strict: bool) -> N
 
 
 def _paths_with(work: Work, caption: str) -> list[Path]:
-    return [planned.item.path for planned in work.plan.items if planned.item.caption == caption]
+    return [planned.item.path for planned in work.plan.items if caption in planned.item.captions]
 
 
 def _cache_windows(
@@ -300,12 +306,12 @@ def _cache_windows(
 
 def _decoded(
     tasks: Sequence[_Task], options: CacheOptions
-) -> Iterator[tuple[_Task, Future[Tensor]]]:
+) -> Iterator[tuple[_Task, Future[DecodedWindow]]]:
     """Yield tasks in order with their frames, decoding ahead, `max_decoded` at once at most."""
-    waiting: deque[tuple[_Task, Future[Tensor]]] = deque()
+    waiting: deque[tuple[_Task, Future[DecodedWindow]]] = deque()
     pool = ThreadPoolExecutor(options.num_threads, thread_name_prefix="menma-decode")
     # Windows of one clip follow each other: list its frames once, but not all clips' at once.
-    index = lru_cache(maxsize=2 * options.num_threads)(index_clip)
+    index = lru_cache(maxsize=6 * options.num_threads)(index_clip)
     try:
         for task in tasks:
             if len(waiting) >= options.max_decoded:
@@ -317,22 +323,36 @@ def _decoded(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode(task: _Task, index: Callable[..., Clip]) -> Tensor:
-    item = task.planned.item
-    clip = index(
-        item.path,
-        item.kind,
-        target_fps=task.work.settings.target_fps,
-        source_fps=task.work.plan.source.source_fps,
+def _decode(task: _Task, index: Callable[..., Clip]) -> DecodedWindow:
+    item, source = task.planned.item, task.work.plan.source
+    frames, bucket = task.entry.window.frames, task.entry.bucket
+    size = bucket.width, bucket.height
+    rates = {"target_fps": task.work.settings.target_fps, "source_fps": source.source_fps}
+    clip = index(item.path, item.kind, **rates)
+    paired = {what: index(path, kind_of(path), **rates) for what, path in item.paired.items()}
+    control = mask = None
+    if source.alpha_mask:
+        mask = read_alpha_mask(clip, frames, size)
+    for what, other in paired.items():
+        try:
+            if what == "mask":
+                mask = read_mask(other, frames, size)
+            else:
+                control = read_window(other, frames, size)
+        except DataError as error:
+            raise DataError(f"its {NAMES[what]} {other.path.name}: {error.message}") from None
+    return DecodedWindow(
+        frames_FHW3=read_window(clip, frames, size),
+        control_FHW3=control,
+        control_first_frame=source.control_first_frame,
+        mask_FHW=mask,
     )
-    bucket = task.entry.bucket
-    return read_window(clip, task.entry.window.frames, (bucket.width, bucket.height))
 
 
 def _usable_entries(works: Sequence[Work]) -> Iterator[LatentEntry]:
     for work in works:
         for planned in work.plan.items:
-            if planned.item.caption not in work.failed_captions:
+            if work.failed_captions.isdisjoint(planned.item.captions):
                 yield from (e for e in planned.entries if e.file not in work.failed)
 
 

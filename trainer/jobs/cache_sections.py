@@ -93,7 +93,7 @@ def _section(work: Work, captions: Sequence[str], finished: bool) -> Section:
     items = {}
     skipped = dict(work.plan.skipped)
     for planned in work.plan.items:
-        if planned.item.caption in work.failed_captions:
+        if not work.failed_captions.isdisjoint(planned.item.captions):
             skipped[planned.item.name] = planned.identity.stat
             continue
         entries = tuple(entry for entry in planned.entries if entry.file not in work.failed)
@@ -102,6 +102,10 @@ def _section(work: Work, captions: Sequence[str], finished: bool) -> Section:
             text_key(planned.item.caption, work.settings),
             entries,
             whole=len(entries) == len(planned.entries),
+            more_caption_keys=tuple(
+                text_key(text, work.settings) for text in planned.item.more_captions
+            ),
+            paired=planned.paired,
         )
     return Section(
         work.settings.for_source(work.plan.source),

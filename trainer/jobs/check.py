@@ -12,7 +12,7 @@ from trainer.contract.config import RunConfig
 from trainer.contract.config_io import load_config_with_sources, place_problems
 from trainer.contract.config_rules import check_files
 from trainer.contract.dataset_config import DatasetConfig
-from trainer.contract.errors import ConfigError, DataError, Problem, UserError
+from trainer.contract.errors import ConfigError, Problem, UserError
 from trainer.contract.experts import trains_both
 from trainer.contract.hub import references
 from trainer.contract.jobs import CheckRequest
@@ -20,11 +20,11 @@ from trainer.contract.prompts import read_prompts
 from trainer.contract.variants import Variant
 from trainer.core.seams import BuildContext
 from trainer.data.cache_index import is_cached
-from trainer.data.cache_settings import CacheSettings
 from trainer.data.checks import DatasetCheck, check_dataset
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.adapter_checks import adapter_problems
 from trainer.jobs.base import MAX_LISTED, Emit
+from trainer.jobs.build import mask_problems
 from trainer.jobs.components import require_vae, settle_variant, with_variant
 from trainer.jobs.config_checks import (
     batch_problems,
@@ -62,7 +62,6 @@ def run(request: CheckRequest, emit: Emit) -> None:
     variant = _variant(config, problems)
     if variant is not None:
         problems += _file_problems(with_variant(config, variant))
-        problems += _training_problems(variant)
         told = {problem.key for problem in problems}
         more = (
             *_kind_problems(config, variant),
@@ -86,14 +85,6 @@ def run(request: CheckRequest, emit: Emit) -> None:
 
 def _file_problems(config: RunConfig) -> list[Problem]:
     return list(dict.fromkeys(check_files(config, "cache") + check_files(config, "train")))
-
-
-def _training_problems(variant: Variant) -> list[Problem]:
-    try:
-        CacheSettings.of(variant, vae=None, text_encoder=None)
-    except DataError as error:
-        return [Problem(error.message, "model.variant", hint=error.hint)]
-    return []
 
 
 def _prompt_problems(config: RunConfig, variant: Variant) -> list[Problem]:
@@ -192,6 +183,7 @@ def _dataset(
         emit("log", message=f"the largest {MAX_LISTED} of {total} buckets are listed")
     problems += _empty_sides(config, checked)
     problems += batch_problems(config, checked.groups)
+    problems += mask_problems(config, masks=checked.masked_clips > 0) if checked.clips else []
     for note in _dataset_notes(config, variant, dataset, checked):
         emit("warning", message=note)
     return {

@@ -31,6 +31,7 @@ from trainer.jobs.build import (
     engine_kind,
     load_base,
     make_base,
+    mask_problems,
     trained_transformer_file,
 )
 from trainer.jobs.companions import attach_companions
@@ -92,9 +93,13 @@ def open_data(config: RunConfig, variant: Variant, world: World, config_name: st
 
     Raises:
         DataError: missing or stale caches, nothing to train on, or less than one step.
+        ConfigError: there are masks and nothing uses them, or the other way round.
     """
     items = load_run_items(config, variant, config_name)
     cached = items.training
+    problems = mask_problems(config, masks=any(item.has_mask for item in cached.items))
+    if problems:
+        raise ConfigError(problems=problems)
     order = BatchOrder(cached.items, config.training.seed)
     accumulation = config.training.gradient_accumulation_steps
     require_full_step(order, world_size=world.data_size, gradient_accumulation_steps=accumulation)
@@ -196,6 +201,7 @@ def assemble_model(
         techniques,
         config.training.seed,
         transformer.blocks.suspended,
+        suspended_adapter=adapter.suspended,
         part=0 if sequence is None else sequence.rank,
     )
     return TrainedModel(transformer, adapter, techniques, step.train())

@@ -13,8 +13,13 @@ from trainer.contract.errors import DataError, OutOfMemoryError
 from trainer.contract.variants import Variant
 from trainer.data.cache_settings import uses_image_encoder
 from trainer.data.latent_cache import EncodedWindow
+from trainer.data.masks import latent_mask
 from trainer.data.media import to_video
-from trainer.models.wan.conditioning import image_conditioning, image_context
+from trainer.models.wan.conditioning import (
+    control_conditioning,
+    image_conditioning,
+    image_context,
+)
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -46,6 +51,20 @@ class LazyModel(Generic[T_co]):
     load: Callable[[], T_co]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedWindow:
+    """The pixels of a window and of what belongs to it, all of one size and length."""
+
+    frames_FHW3: Tensor
+    """uint8 RGB."""
+    control_FHW3: Tensor | None = None
+    """Of the control video, for models that are conditioned on one."""
+    control_first_frame: bool = False
+    """With a control video: the model is given the first frame, too."""
+    mask_FHW: Tensor | None = None
+    """In [0, 1]."""
+
+
 class WindowEncoder:
     """Frames to what is stored, by models that are loaded when the first window comes."""
 
@@ -63,7 +82,7 @@ class WindowEncoder:
         self._vae: VideoEncoder | None = None
         self._image_encoder: ImageEncoding | None = None
 
-    def __call__(self, frames_FHW3: Tensor) -> EncodedWindow:
+    def __call__(self, window: DecodedWindow) -> EncodedWindow:
         """Encode a window.
 
         Raises:
@@ -76,9 +95,9 @@ class WindowEncoder:
                 self._image_encoder = self._lazy_image_encoder.load()
         try:
             with torch.inference_mode():
-                encoded = self._encode(self._vae, to_video(frames_FHW3)[None])
+                encoded = self._encode(self._vae, window)
         except torch.OutOfMemoryError as error:
-            num_frames, height, width = frames_FHW3.shape[:3]
+            num_frames, height, width = window.frames_FHW3.shape[:3]
             raise OutOfMemoryError(
                 f"the device cannot encode {num_frames} frames of {width}x{height}: {error}",
                 hint="set memory.vae_tile, or lower resolution or target_frames of the dataset",
@@ -91,26 +110,44 @@ class WindowEncoder:
                 )
         return encoded
 
-    def _encode(self, vae: VideoEncoder, video_B3FHW: Tensor) -> EncodedWindow:
+    def _encode(self, vae: VideoEncoder, window: DecodedWindow) -> EncodedWindow:
         tiled = _Tiled(vae, self._tile)
-        latents = tiled.encode(video_B3FHW)
-        if self._variant.conditioning == "none":
-            return EncodedWindow(latents_CFHW=latents[0].cpu())
-        num_frames = video_B3FHW.shape[2]
-        first, last = video_B3FHW[:, :, 0], None
-        if self._variant.conditioning == "first_last_frame":
-            last = video_B3FHW[:, :, -1]
-        extra = image_conditioning(
-            tiled, first, num_frames, last_image_B3HW=last if num_frames > 1 else None
-        )
-        context = None
-        if self._image_encoder is not None:
-            context = image_context(self._image_encoder, first, last)[0].cpu()
+        video = to_video(window.frames_FHW3)[None]
+        latents = tiled.encode(video)
+        extra, context = self._conditioning(tiled, video, window)
+        mask = None if window.mask_FHW is None else latent_mask(window.mask_FHW, vae.stride)
         return EncodedWindow(
             latents_CFHW=latents[0].cpu(),
-            extra_channels_CFHW=extra[0].cpu(),
-            image_context_TD=context,
+            extra_channels_CFHW=None if extra is None else extra[0].cpu(),
+            image_context_TD=None if context is None else context[0].cpu(),
+            mask_1FHW=mask,
         )
+
+    def _conditioning(
+        self, vae: _Tiled, video_B3FHW: Tensor, window: DecodedWindow
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the extra channels and the image context, those that the variant is given."""
+        conditioning = self._variant.conditioning
+        if conditioning == "none":
+            return None, None
+        num_frames = video_B3FHW.shape[2]
+        first: Tensor | None = video_B3FHW[:, :, 0]
+        last = video_B3FHW[:, :, -1] if conditioning == "first_last_frame" else None
+        if conditioning == "control":
+            assert window.control_FHW3 is not None, "refused in the plan"
+            first = first if window.control_first_frame else None
+            control = to_video(window.control_FHW3)[None]
+            extra = control_conditioning(vae, control, first_image_B3HW=first)
+        else:
+            assert first is not None
+            extra = image_conditioning(
+                vae, first, num_frames, last_image_B3HW=last if num_frames > 1 else None
+            )
+        if self._image_encoder is None:
+            return extra, None
+        if first is None:  # VideoX-Fun trains control without an image on zeros in its place
+            return extra, torch.zeros_like(self._image_encoder(video_B3FHW[:, :, 0]))
+        return extra, image_context(self._image_encoder, first, last)
 
 
 class _Tiled:

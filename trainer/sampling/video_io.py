@@ -26,6 +26,7 @@ from PIL import Image, PngImagePlugin
 
 from trainer.contract.errors import DataError
 from trainer.contract.files import atomic_path, disk_errors
+from trainer.data.frame_pixels import rgb_pixels
 
 Frame = NDArray[np.uint8]
 """One picture, (H, W, 3), RGB."""
@@ -134,7 +135,7 @@ def read_video(path: Path) -> Video:
     """
     with _open(path) as container:
         rate = container.streams.video[0].average_rate
-        frames = [_pixels(picture) for picture in _decoded(path, container)]
+        frames = [rgb_pixels(picture) for picture in _decoded(path, container)]
         if not frames:
             raise DataError(f"{path} holds no picture")
         return Video(np.stack(frames), float(rate or 0), _from_json(_comment(container)))
@@ -148,7 +149,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
     """
     with _open(path) as container:
         for picture in _decoded(path, container):
-            yield _pixels(picture)
+            yield rgb_pixels(picture)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -184,10 +185,6 @@ def _decoded(path: Path, container: InputContainer) -> Iterator[av.VideoFrame]:
         yield from container.decode(video=0)
     except av.FFmpegError as error:
         raise DataError(f"{path} is damaged: {error}") from error
-
-
-def _pixels(picture: av.VideoFrame) -> Frame:
-    return picture.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
 
 
 def _comment(container: InputContainer) -> str:

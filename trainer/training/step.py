@@ -18,6 +18,7 @@ from trainer.core.flow import add_noise, to_timestep, velocity_target
 from trainer.core.rng import derive_seed, generator
 from trainer.core.seams import Loss, Technique, TimestepSampler, Weighting
 from trainer.core.types import Batch, LossTerm, NoisyInput
+from trainer.training.loss_reduction import reduce_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,8 @@ class TrainStep(nn.Module):
         techniques: optional behaviour, in config order.
         seed: the run's seed.
         suspended_hooks: switches the transformer's block hooks off for an extra forward.
+        suspended_adapter: takes what is trained out of the transformer for an extra forward; None:
+            nobody asks for that.
         part: which part of each clip's tokens this process has, from 0. Dropout masks of different
             parts are drawn independently, like those of different tokens.
     """
@@ -79,6 +82,7 @@ class TrainStep(nn.Module):
         seed: int,
         suspended_hooks: Callable[[], AbstractContextManager[None]],
         *,
+        suspended_adapter: Callable[[], AbstractContextManager[None]] | None = None,
         part: int = 0,
     ) -> None:
         super().__init__()
@@ -94,6 +98,7 @@ class TrainStep(nn.Module):
         self.techniques = tuple(techniques)
         self.seed = seed
         self.suspended_hooks = suspended_hooks
+        self.suspended_adapter = suspended_adapter
         self._dropout = ("dropout", part) if part else ("dropout",)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -105,8 +110,10 @@ class TrainStep(nn.Module):
         for index, technique in enumerate(self.techniques):
             random = self._technique_random(index, "noisy", batch)
             noisy = technique.edit_noisy(noisy, batch, random)
+        # Before the prediction, so that no activations wait while another forward runs.
+        target = self.target(noisy, batch)
         prediction = self.predict(noisy, batch)
-        terms = [self.base_term(prediction, noisy, batch)]
+        terms = [self.base_term(prediction, target, noisy, batch)]
         for technique in self.techniques:
             terms += technique.loss_terms(batch, noisy, prediction, self.predict_again)
         return {term.name: term.value for term in terms}
@@ -137,20 +144,36 @@ class TrainStep(nn.Module):
         with self.suspended_hooks():
             return self.predict(noisy, batch)
 
-    def base_term(self, prediction: Tensor, noisy: NoisyInput, batch: Batch) -> LossTerm:
-        """Return the weighted mean of the pointwise loss."""
+    @torch.no_grad()
+    def predict_base(self, noisy: NoisyInput, batch: Batch) -> Tensor:
+        """Run one more forward, of the model without what is trained.
+
+        Raises:
+            RuntimeError: the step was made without `suspended_adapter`.
+        """
+        if self.suspended_adapter is None:
+            raise RuntimeError("this step cannot take the adapter off")
+        with self.suspended_hooks(), self.suspended_adapter():
+            return self.predict(noisy, batch)
+
+    def target(self, noisy: NoisyInput, batch: Batch) -> Tensor:
+        """Return what the prediction is compared with, float32, (B, C, F, H, W)."""
         target = velocity_target(batch.latents_BCFHW.float(), noisy.noise_BCFHW)
         for technique in self.techniques:
-            target = technique.edit_target(target, batch, noisy)
-        pointwise = self.objective.loss(prediction, target)
-        for technique in self.techniques:
-            weights = technique.loss_map(batch, noisy)
-            if weights is not None:
-                pointwise = pointwise * weights
-        per_sample_B = pointwise.flatten(1).mean(dim=1)
-        return LossTerm(
-            name="loss", value=(self.objective.weighting(noisy.sigma_B) * per_sample_B).mean()
+            target = technique.edit_target(target, batch, noisy, self.predict_base)
+        return target
+
+    def base_term(
+        self, prediction: Tensor, target: Tensor, noisy: NoisyInput, batch: Batch
+    ) -> LossTerm:
+        """Return the weighted mean of the pointwise loss."""
+        value = reduce_loss(
+            self.objective.loss(prediction, target),
+            maps=(technique.loss_map(batch, noisy) for technique in self.techniques),
+            sigma_weight_B=self.objective.weighting(noisy.sigma_B),
+            item_weight_B=batch.loss_weight_B,
         )
+        return LossTerm(name="loss", value=value)
 
     def _technique_random(self, index: int, what: str, batch: Batch) -> torch.Generator:
         # A stream of its own: switching one technique on must not shift another's draws.

@@ -7,12 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.domain.importing.tables import Keys
-from trainer.contract.dataset_config import (
-    MEDIA_KEYS,
-    UNSUPPORTED_KEYS,
-    GeneralOptions,
-    SourceOptions,
-)
+from trainer.contract.dataset_config import MEDIA_KEYS, GeneralOptions, SourceOptions
+from trainer.contract.dataset_problems import UNSUPPORTED_KEYS
 
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "caption_dropout_rate": ("caption_dropout_rate", "caption_dropout"),

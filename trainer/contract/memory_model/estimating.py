@@ -15,6 +15,7 @@ from trainer.contract.memory_model.inference_host import samples_host
 from trainer.contract.memory_model.phases import inference_phase, phases
 from trainer.contract.memory_model.result import PHASES, Estimate
 from trainer.contract.memory_model.sampling import samples_cost, sampling_cost
+from trainer.contract.memory_model.techniques import technique_parts
 from trainer.contract.memory_model.timing import step_parts
 from trainer.contract.memory_model.workload import Workload, workload_of
 
@@ -51,7 +52,7 @@ def estimate_workload(
     work: Workload, card: Gpu | None, known: Circumstances, names: Sequence[str] = PHASES
 ) -> Estimate:
     """Return what a process's share of a run takes, in the phases of these names."""
-    seconds = {} if card is None else step_parts(work, card)
+    seconds = {} if card is None else step_parts(work, card) | technique_parts(work, card)
     return Estimate(
         variant=work.variant.name,
         clip=work.clip,

@@ -7,6 +7,7 @@ import math
 from trainer.contract.memory_model.clips import Clip
 from trainer.contract.memory_model.gpus import GIB
 from trainer.contract.memory_model.offload import offloaded_disk_parts, offloaded_host_parts
+from trainer.contract.memory_model.techniques import uses_masks
 from trainer.contract.memory_model.workload import ELEMENT, Workload
 
 PROCESS_BYTES = 2.5 * GIB
@@ -50,6 +51,8 @@ def cache_disk_parts(work: Workload, clip: Clip) -> dict[str, float]:
     channels = shape.out_channels + (
         shape.in_channels - shape.out_channels if variant.conditioning != "none" else 0
     )
+    if uses_masks(work.config):
+        channels += 1
     item = channels * cells * element
     if shape.image_dim:
         images = shape.image_tokens * (2 if shape.image_position_embedding else 1)

@@ -12,6 +12,7 @@ from trainer.contract.memory_model import encoders
 from trainer.contract.memory_model.clips import Clip
 from trainer.contract.memory_model.costs import FILE_ELEMENT
 from trainer.contract.memory_model.host import PROCESS_BYTES
+from trainer.contract.memory_model.techniques import uses_masks
 from trainer.contract.memory_model.videos import Video, planned_videos, turns
 from trainer.contract.memory_model.weights import block_layers, outer_layers
 from trainer.contract.memory_model.workload import ELEMENT, Workload
@@ -40,13 +41,19 @@ def caching_host(work: Workload, clips: Sequence[Clip]) -> dict[str, Parts]:
     latents: Parts = {
         "processes": PROCESS_BYTES,
         # A window is there twice while its frames are put together.
-        "decoded clips": window * (2 * CLIPS_AHEAD - 1),
+        "decoded clips": window * (2 * CLIPS_AHEAD - 1) * _decoded_copies(work),
         # In [-1, 1]; beside it the clip with nothing but the frames that are given, of that size.
         "clip as float32": 4 * window * (1 if work.variant.conditioning == "none" else 2),
     }
     if any(clip.num_frames > 1 for clip in clips):
         latents["video readers"] = READER_THREADS * READER_BYTES
     return {"captions": _text_phase(work), "latents": latents}
+
+
+def _decoded_copies(work: Workload) -> float:
+    """Return what is decoded of a clip by its frames (3 bytes a pixel): control frames, masks."""
+    copies = 2.0 if work.variant.conditioning == "control" else 1.0
+    return copies + (ELEMENT["fp32"] / 3 if uses_masks(work.config) else 0)
 
 
 def sampling_host(work: Workload, videos: Sequence[Video]) -> dict[str, Parts]:

@@ -12,13 +12,18 @@ from trainer.contract.memory_model.offload import (
 )
 from trainer.contract.memory_model.optimizers import optimizer_memory
 from trainer.contract.memory_model.stack import StackOptions, training_peak
+from trainer.contract.memory_model.techniques import uses_masks
 from trainer.contract.memory_model.workload import Workload
 
 Parts = dict[str, float]
 
+DRAWN_LATENTS = 3
+"""Copies of the latents that a forward holds: noise, its mixture with the latents, the target."""
 LOSS_LATENTS = 7
 """Copies of the latents while the loss is computed: noise, its mixture with the latents, the
 prediction in two orders, the target, their difference and its square."""
+MASK_WEIGHTS = 2
+"""Weights of a masked loss that are alive at once beside the mask."""
 BUCKET_ELEMENTS = 50_000_000
 """Most gradients that ZeRO reduces together; `engine.deepspeed_config` sets it."""
 REDUCED_TOGETHER = 500_000_000
@@ -70,7 +75,14 @@ def inputs_bytes(work: Workload) -> float:
     if shape.image_dim:
         images = batch * shape.image_tokens * (2 if shape.image_position_embedding else 1)
         size += images * (2 * shape.image_dim + shape.dim * work.element)
+    if uses_masks(work.config):
+        size += _mask_bytes(work)
     return size + work.tokens * shape.head_dim * FLOAT32
+
+
+def _mask_bytes(work: Workload) -> float:
+    """Return one value for each place of the latents, float32."""
+    return work.latent_bytes / work.shape.out_channels
 
 
 def step_peak(work: Workload) -> tuple[Parts, float]:
@@ -94,7 +106,7 @@ def step_peak(work: Workload) -> tuple[Parts, float]:
         work.targets.blocks,
         stack_options(work),
         first=work.targets.first,
-        drawn=2 * work.latent_bytes,
+        drawn=DRAWN_LATENTS * work.latent_bytes,
         head=_head(work),
         gradient_share=share,
     )
@@ -128,7 +140,10 @@ def _head(work: Workload) -> float:
     normed = 1 if work.clip.batch == 1 else 2
     # Of a clip that is shared each rank predicts a part, gets the others', and has the whole loss.
     gathered = work.latent_bytes if work.sequence_ranks > 1 else 0
-    return (normed + 1) * shape.tokens_bytes + LOSS_LATENTS * work.latent_bytes + gathered
+    loss: float = LOSS_LATENTS * work.latent_bytes
+    if uses_masks(work.config):  # the loss before and after it is weighed, and the weights
+        loss += work.latent_bytes + MASK_WEIGHTS * _mask_bytes(work)
+    return (normed + 1) * shape.tokens_bytes + loss + gathered
 
 
 def _adds_in_float32(work: Workload) -> bool:

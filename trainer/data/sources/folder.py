@@ -11,8 +11,9 @@ from trainer.contract.media_kinds import (
     OTHER_MEDIA_EXTENSIONS,
     VIDEO_EXTENSIONS,
 )
-from trainer.data.captions import read_caption
+from trainer.data.captions import caption_texts, read_captions
 from trainer.data.sources.item import MediaItem, SourceScan, list_images
+from trainer.data.sources.paired import paired_folders
 
 _MEDIA_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS | OTHER_MEDIA_EXTENSIONS
 
@@ -25,14 +26,21 @@ def scan_folder(source: SourceOptions) -> SourceScan:
     except OSError as error:
         reason = error.strerror or str(error)
         return SourceScan((), (Problem(f"the folder cannot be read: {reason}", file=folder),))
+    try:
+        paired = paired_folders(source)
+    except DataError as error:
+        return SourceScan((), (Problem(error.message, file=folder),))
+    own = {source.cache_path, source.control_directory, source.mask_directory}
     items, problems = [], []
     for path in paths:
-        if path.name.startswith(".") or path == source.cache_path:
+        if path.name.startswith(".") or path in own:
             continue
         try:
             if _is_item(path, source):
-                caption = read_caption(path, source.caption_extension)
-                items.append(MediaItem(path.name, path, source.kind, caption))
+                captions = read_captions(path, source.caption_extension)
+                first, *more = caption_texts(captions, source)
+                files = {key: folder.of(path) for key, folder in paired.items()}
+                items.append(MediaItem(path.name, path, source.kind, first, tuple(more), **files))
         except DataError as error:
             problems.append(Problem(error.message, file=path, hint=error.hint))
     if not items and not problems:

@@ -21,6 +21,24 @@ class MediaItem:
     """A file, or a folder of images."""
     kind: MediaKind
     caption: str
+    """What is encoded for it; of several texts the first."""
+    more_captions: tuple[str, ...] = ()
+    """Other texts that are encoded for it, of which every epoch takes one."""
+    control: Path | None = None
+    """Its control video or image."""
+    mask: Path | None = None
+    """Its mask: an image, a video or a folder of images."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All texts that are encoded for it."""
+        return (self.caption, *self.more_captions)
+
+    @property
+    def paired(self) -> dict[str, Path]:
+        """The files that belong to it, by what they are."""
+        given = {"control": self.control, "mask": self.mask}
+        return {key: path for key, path in given.items() if path is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,11 @@ from typing import Any
 
 from trainer.contract.dataset_config import SourceOptions
 from trainer.contract.errors import DataError, Problem
+from trainer.data.captions import caption_texts, several_captions
 from trainer.data.sources.item import MediaItem, SourceScan
 
-_UNSUPPORTED = ("control_path", "image_path_", "video_path_")
+_UNSUPPORTED = ("control_path_", "image_path_", "video_path_")
+_PAIRED = ("control", "mask")
 
 
 def scan_jsonl(source: SourceOptions) -> SourceScan:
@@ -45,23 +47,40 @@ def scan_jsonl(source: SourceOptions) -> SourceScan:
 def _item(line: str, source: SourceOptions, known: Container[str]) -> MediaItem:
     values = _parse(line)
     key = f"{source.kind}_path"
-    name, caption = values.get(key), values.get("caption")
+    name = values.get(key)
     unsupported = [k for k in values if k != key and k.startswith(_UNSUPPORTED)]
     if unsupported:
         raise DataError(f"{', '.join(unsupported)}: Menma does not support this key so far")
     if not isinstance(name, str) or not name or "\0" in name:
         raise DataError(f"has no {key!r}")
-    if not isinstance(caption, str) or not caption.strip():
+    captions = several_captions(values.get("caption"))
+    captions = tuple(text for caption in captions or () if (text := caption.strip()))
+    if not captions:
         raise DataError(f"{name} has no caption")
     if name in known:
         raise DataError(f"{name} is in the list twice", hint="use num_repeats to repeat items")
+    if source.alpha_mask and values.get("mask_path") is not None:
+        raise DataError(f"{name} has a mask_path, and alpha_mask takes its transparency instead")
+    first, *more = caption_texts(captions, source)
+    files = {
+        what: _existing(values[f"{what}_path"], source)
+        for what in _PAIRED
+        if values.get(f"{what}_path") is not None
+    }
+    path = _existing(name, source)
+    return MediaItem(name, path, source.kind, first, tuple(more), **files)
+
+
+def _existing(name: object, source: SourceOptions) -> Path:
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise DataError(f"{name!r} is no path")
     path = Path(name).expanduser()
     in_folder = source.media_path.parent / path
     if not in_folder.exists() and path.exists():
         in_folder = Path.cwd() / path
     if not in_folder.exists():
         raise DataError(f"there is no {name}")
-    return MediaItem(name, in_folder, source.kind, caption.strip())
+    return in_folder
 
 
 def _parse(line: str) -> dict[str, Any]:
