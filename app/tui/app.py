@@ -91,7 +91,8 @@ class MenmaApp(Shell):
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """Yield what the command palette offers."""
-        yield SystemCommand("New training", "from a model to a queued run", self.action_new)
+        if not self.read_only:
+            yield SystemCommand("New training", "from a model to a queued run", self.action_new)
         yield from super().get_system_commands(screen)
 
     def action_new(self) -> None:

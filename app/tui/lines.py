@@ -10,9 +10,13 @@ from textual.binding import Binding, BindingType
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
+from app.tui.keyed import LISTS, Keyed
 
-class Lines(OptionList):
+
+class Lines(Keyed, OptionList):
     """A list in which letters move, too."""
+
+    KEYS_IN = LISTS
 
     DEFAULT_CSS = """
     Lines { height: auto; border: none; padding: 0; background: $background; }
@@ -20,7 +24,7 @@ class Lines(OptionList):
     Lines:focus { border: none; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "select", "Choose"),
+        Binding("enter", "select", "Choose", id="lines.choose"),
         Binding("j", "cursor_down", "Down", show=False),
         Binding("k", "cursor_up", "Up", show=False),
         Binding("g", "first", "First", show=False),

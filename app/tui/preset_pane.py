@@ -16,25 +16,24 @@ from textual.widgets import DataTable, Input, Static
 from app.domain.preset_choice import Changes
 from app.domain.preset_offers import Offer
 from app.domain.toml_text import toml_value
+from app.tui.keyed import Keyed, key_of
+from app.tui.widgets import Rows
 
 COLUMNS = {"PRESET": 31, "GB": 5, "HERE": 5, "FOR": 30}
 NO_PRESET = "none"
 _WIDEST = 300
 
 
-class PresetTable(DataTable[Text]):
+class PresetTable(Rows):
     """One line a preset."""
 
+    KEYS_IN = "presets"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "select_cursor", "Choose"),
-        Binding("j", "cursor_down", "Down", show=False),
-        Binding("k", "cursor_up", "Up", show=False),
-        Binding("g", "scroll_top", "First", show=False),
-        Binding("G", "scroll_bottom", "Last", show=False),
     ]
 
 
-class PresetPane(Vertical):
+class PresetPane(Keyed, Vertical):
     """The list, its filter, and below it what choosing a preset would change."""
 
     DEFAULT_CSS = """
@@ -43,10 +42,11 @@ class PresetPane(Vertical):
     PresetPane #preset-list { height: 1fr; min-height: 5; }
     PresetPane #preset-scroll { height: 45%; min-height: 8; background: $surface; padding: 0 1; }
     """
+    KEYS_IN = "presets"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "filter", "Filter"),
-        Binding("d,ctrl+d", "scroll(1)", "More", key_display="d"),
-        Binding("u,ctrl+u", "scroll(-1)", "Up", show=False),
+        Binding("d", "scroll(1)", "More"),
+        Binding("u", "scroll(-1)", "Back up", show=False),
     ]
 
     class Looked(Message):
@@ -71,8 +71,9 @@ class PresetPane(Vertical):
 
     def compose(self) -> ComposeResult:
         """Lay out filter, list and details."""
-        yield Input(placeholder="/ finds presets", compact=True, id="preset-filter")
-        yield PresetTable(cursor_type="row", id="preset-list")
+        key = key_of(self.app, "presets.filter", "/")
+        yield Input(placeholder=f"{key} finds presets", compact=True, id="preset-filter")
+        yield PresetTable(id="preset-list")
         with VerticalScroll(id="preset-scroll", can_focus=False):
             yield Static(id="preset-details")
 

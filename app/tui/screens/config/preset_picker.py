@@ -21,14 +21,15 @@ from app.domain.config_document import ConfigDocument
 from app.domain.preset_choice import PresetChoice, choose_preset
 from app.domain.preset_offers import Offer, all_offers
 from app.domain.toml_text import toml_value
+from app.tui.keyed import Keyed, key_of
 from app.tui.preset_pane import PresetPane, changes_words, purpose_words, title_words
 from app.tui.screens.config.card_choice import CardChoice
 from app.tui.screens.config.words import memory_words
 
-_KEYS = "enter choose   / filter   f file's values stay or give way   esc cancel"
+_KEYS = {"give-way": "f", "cancel": "esc"}
 
 
-class PresetPicker(ModalScreen[str | None]):
+class PresetPicker(Keyed, ModalScreen[str | None]):
     """All presets, what each would change, and whether it fits; the answer is the new text.
 
     Args:
@@ -44,8 +45,8 @@ class PresetPicker(ModalScreen[str | None]):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "close", "Cancel"),
-        Binding("q", "leave", "Cancel", show=False),
-        Binding("f", "give_way", "File's values"),
+        Binding("q", "leave", "Leave", show=False),
+        Binding("f", "give_way", "Give way"),
     ]
 
     class Found(Message):
@@ -78,7 +79,10 @@ class PresetPicker(ModalScreen[str | None]):
         with Vertical():
             yield Label(Text(f"A preset for {self._path}", style="bold"), id="preset-title")
             yield PresetPane(with_none=False)
-            yield Label(_KEYS)
+            find = key_of(self.app, "presets.filter", "/")
+            give, cancel = (key_of(self.app, f"presetpicker.{n}", k) for n, k in _KEYS.items())
+            words = f"enter choose   {find} filter   {give} file's values stay or give way"
+            yield Label(Text(f"{words}   {cancel} cancel"))
 
     def on_mount(self) -> None:
         """Read the presets."""
@@ -149,7 +153,8 @@ class PresetPicker(ModalScreen[str | None]):
             self._compare(offer, self._give_way)
             parts.append(Text("Comparing ..."))
         else:
-            parts += _choice_words(known, self._path, self._give_way)
+            give = key_of(self.app, "presetpicker.give-way", "f")
+            parts += _choice_words(known, self._path, self._give_way, give)
         parts += [Text(""), purpose_words(offer)]
         pane.tell(Text("\n").join(parts))
 
@@ -160,7 +165,7 @@ class PresetPicker(ModalScreen[str | None]):
         self.post_message(self.Compared(offer, give_way, choice))
 
 
-def _choice_words(choice: PresetChoice, path: Path, give_way: bool) -> Iterator[Text]:
+def _choice_words(choice: PresetChoice, path: Path, give_way: bool, give: str) -> Iterator[Text]:
     yield memory_words(choice.checked)
     for problem in choice.checked.problems[:1]:
         yield Text(f"! {problem_words(problem, path)}", style="bold")
@@ -169,7 +174,7 @@ def _choice_words(choice: PresetChoice, path: Path, give_way: bool) -> Iterator[
         return
     yield changes_words(choice.changes, "Changes")
     if choice.kept:
-        yield Text(f"Stays as the file sets it (f: these {len(choice.kept)} give way):")
+        yield Text(f"These {len(choice.kept)} stay as the file sets them ({give} changes it):")
         for key, (own, of_preset) in choice.kept.items():
             values = f"{toml_value(own)}, the preset has {toml_value(of_preset)}"
             yield Text(f"  {key} = {values}")

@@ -31,6 +31,7 @@ from app.domain.wizard import (
     suggested_steps,
     written_path,
 )
+from app.tui.keyed import Keyed
 from app.tui.lines import Lines
 from app.tui.path_field import PathField
 from app.tui.screens.config.words import memory_words
@@ -162,7 +163,7 @@ class NameStep(Step):
         self.query_one("#wizard-place", Static).update(Text(place if name else ""))
 
 
-class ReviewStep(Step):
+class ReviewStep(Keyed, Step):
     """The config and the commands, and how it is started."""
 
     TITLE = "review"
@@ -171,8 +172,8 @@ class ReviewStep(Step):
     ReviewStep #wizard-commands { max-height: 2; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("d,ctrl+d", "scroll(8)", "More", key_display="d"),
-        Binding("u,ctrl+u", "scroll(-8)", "Up", show=False),
+        Binding("d", "scroll(8)", "More"),
+        Binding("u", "scroll(-8)", "Back up", show=False),
         Binding("t", "turn", "All lines"),
         Binding("c", "commands", "Commands"),
     ]

@@ -19,8 +19,9 @@ from app.domain.demo_model import demo_files
 from app.domain.weight_files import SUFFIXES
 from app.domain.weight_search import ModelFiles, Weights, search, usual_places
 from app.domain.wizard import FIELDS, TITLES, fields_of, model_problems, with_variant, written_path
+from app.tui.keyed import Keyed
 from app.tui.lines import Lines
-from app.tui.path_field import PathField
+from app.tui.path_field import PathField, path_keys
 from app.tui.screens.wizard.step import Judged, Step
 from trainer.contract.variants import VARIANTS
 
@@ -33,7 +34,7 @@ _DEMO_WORDS = (
 _ENDINGS = (*sorted(SUFFIXES), ".pt", ".bin", ".ckpt", ".model", ".json")
 
 
-class VariantInput(Input):
+class VariantInput(Keyed, Input):
     """The name of a variant; up and down go through all of them."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -79,8 +80,8 @@ class ModelStep(Step):
                 yield Label(TITLES[field], classes="label")
                 yield PathField(suffixes=_ENDINGS, id=f"wizard-{field.replace('_', '-')}")
         yield Static(
-            "enter goes on: what is missing is looked for. tab completes a path, ctrl+o shows a "
-            "tree, up and down go through what a field can be.",
+            f"enter goes on: what is missing is looked for. {path_keys(self.app)}, up and down go "
+            "through what a field can be.",
             classes="words gap",
         )
 
