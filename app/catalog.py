@@ -12,6 +12,8 @@ COMMANDS: dict[str, str] = {
     "check": "app.cli.commands.check",
     "data": "app.cli.commands.data",
     "estimate": "app.cli.commands.estimate",
+    "timesteps": "app.cli.commands.timesteps",
+    "schedule": "app.cli.commands.schedule",
     "fetch": "app.cli.commands.fetch",
     "cache": "app.cli.commands.cache",
     "train": "app.cli.commands.train",

@@ -96,7 +96,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: str =
     """
     cells = [list(headers), *[[str(cell) for cell in row] for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
-    room = _width() - sum(widths[:-1]) - 2 * (len(widths) - 1)
+    room = width() - sum(widths[:-1]) - 2 * (len(widths) - 1)
     widths[-1] = min(widths[-1], max(room, 8))
     aligned = set(right.split())
     lines = []
@@ -123,7 +123,7 @@ def _wrapped(text: str) -> str:
         indent = " " * (len(line) - len(line.lstrip()))
         lines += textwrap.wrap(
             line.strip(),
-            _width(),
+            width(),
             initial_indent=indent,
             subsequent_indent=indent,
             break_long_words=False,
@@ -132,7 +132,8 @@ def _wrapped(text: str) -> str:
     return "\n".join(lines)
 
 
-def _width() -> int:
+def width() -> int:
+    """Return the characters of a line."""
     return shutil.get_terminal_size((80, 24)).columns
 
 

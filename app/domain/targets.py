@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trainer.contract.config import RunConfig
-from trainer.contract.memory_model.optimizers import optimizer_memory
+from trainer.contract.memory_model.optimizers import state_bytes
 from trainer.contract.memory_model.trained import (
     Targets,
     TrainedPart,
@@ -90,7 +90,8 @@ def target_list(config: RunConfig) -> TargetList:
     variant = variant_of(config)
     targets: Targets = find_targets(config, shape_of(config, variant))
     options, rate = adapter_options(config), config.optimizer.learning_rate
-    state = optimizer_memory(config.optimizer.kind).state
+    optimizer = config.optimizer
+    state = state_bytes(optimizer.kind, optimizer.options("kind"), targets.shapes)
     return TargetList(
         variant=variant.name,
         kind=config.adapter.kind,
@@ -99,7 +100,7 @@ def target_list(config: RunConfig) -> TargetList:
         modules=tuple(_module(part, options, rate) for part in targets.parts),
         output_parameters=targets.output,
         optimizer=config.optimizer.kind,
-        optimizer_bytes=round(targets.parameters * state),
+        optimizer_bytes=round(state),
     )
 
 

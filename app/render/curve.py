@@ -122,6 +122,7 @@ def plot(
     *,
     log: bool = False,
     marks: Sequence[tuple[int, float]] = (),
+    lowest: float | None = None,
     span: tuple[int, int] | None = None,
 ) -> Plot:
     """Lay out a curve.
@@ -135,6 +136,7 @@ def plot(
         height: characters.
         log: the vertical axis is logarithmic; what is not positive is not drawn.
         marks: further points (step, value), each drawn as one character.
+        lowest: value that the axis reaches down to; None: the smallest one.
         span: steps that are drawn; None: from the first to the last one of points and marks.
     """
     first, last = span or span_of(points, marks)
@@ -148,7 +150,8 @@ def plot(
             low, high = known or (point.low, point.high)
             band[column] = (min(low, point.low), max(high, point.high))
         line[column] = point.mean
-    low, high = _limits(band, line, [value for _, value in marks], log=log)
+    edges = [value for _, value in marks] + ([] if lowest is None else [lowest])
+    low, high = _limits(band, line, edges, log=log)
     scale = _Scale(low, high, height * 4, log)
     bits = _draw(band, line, scale, width, height)
     cells = [[_cell(*bits[row][column]) for column in range(width)] for row in range(height)]

@@ -366,7 +366,8 @@ def known_keys(tool: str) -> list[str]:
 
 
 WORDS = ("wan", "t2v-14B", "i2v-A14B", "t2v-14b-2.2-high", "shift", "sigma", "logit_normal",
-         "cosine", "AdamW8bit", "Prodigy", "networks.lora_wan", "lycoris.kohya", "lokr", "bf16", "fp16", "no",
+         "cosine", "AdamW8bit", "Prodigy", "networks.lora_wan", "lycoris.kohya", "lokr", "bf16",
+         "fp16", "no",
          "constant_with_warmup", "480p", "head", "chunk", "video", "image", "true", "0.1", "5%",
          "wan22", "/a/path", "a b", "[x", "float8", "uniform", "1e-4", "", "nan", "pseudo_huber",
          "832x480", "full", "int8-quanto", "tensorboard", "1,2", "\n#\x00\ufffd")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,8 @@ from trainer.contract.expert_turns import Turns
 from trainer.contract.timestep_mass import high_noise_mass
 from trainer.contract.variants import VARIANTS
 from trainer.core.seams import BuildContext
-from trainer.jobs import expert_share
 from trainer.jobs.build import build_plugin
-from trainer.jobs.expert_share import drawn_share, settle_turns
+from trainer.jobs.expert_share import settle_turns
 
 T2V = VARIANTS["wan2.2-t2v-a14b"]
 BUILD = BuildContext(variant=T2V, seed=1, device=torch.device("cpu"), total_steps=1000)
@@ -76,6 +76,11 @@ OBJECTIVES: tuple[dict[str, Any], ...] = (
     {"timestep_sampler": "uniform"},
     {"timestep_sampler": "sigmoid", "sigmoid_scale": 2.0},
     {"timestep_sampler": "logit_normal", "logit_mean": 0.8, "logit_std": 1.3, "flow_shift": 2.0},
+    {"timestep_sampler": "flux_shift"},
+    {"timestep_sampler": "qinglong_qwen", "noisy_share": 0.2},
+    {"timestep_sampler": "mode"},
+    {"timestep_sampler": "half_bell"},
+    {"timestep_sampler": "content"},
 )
 RANGES: tuple[dict[str, Any], ...] = (
     {},
@@ -92,9 +97,40 @@ def test_formulas_give_what_the_samplers_draw(
 ) -> None:
     config = RunConfig.model_validate({"objective": objective | bounds})
     sampler = build_plugin(config.objective, "timestep_sampler", BUILD, where="objective")
-    mass = high_noise_mass(config, 0.875)
-    assert mass is not None
-    assert mass == pytest.approx(drawn_share(config, sampler, 0.875), abs=0.003)
+    frame_tokens = (T2V.width // 16) * (T2V.height // 16)
+    draws = sampler.sample(10_000, torch.Generator().manual_seed(0), frame_tokens).double()
+    low, high = (bounds.get("min_timestep", 0) / 1000, bounds.get("max_timestep", 1000) / 1000)
+    if "preserve_distribution_shape" in bounds:
+        draws = draws[(draws >= low) & (draws <= high)]
+    else:
+        draws = low + (high - low) * draws
+    mass = high_noise_mass(config, 0.875, T2V)
+    # Four standard deviations of a count.
+    assert mass == pytest.approx((draws >= 0.875).double().mean().item(), abs=0.02)
+
+
+def test_a_sampler_by_size_counts_the_sources_alike(tmp_path: Path) -> None:
+    def mass(*sizes: tuple[int, int]) -> float:
+        sources = [{"image_directory": str(tmp_path), "resolution": size} for size in sizes]
+        values = {"dataset": {"sources": sources}, "objective": {"timestep_sampler": "flux_shift"}}
+        found = high_noise_mass(RunConfig.model_validate(values), 0.875, T2V)
+        assert found is not None
+        return found
+
+    # Tokens 60·45 = 2700: μ = 0.5 + 0.65·2444 / 3840 = 0.91370. P = Φ(μ - ln 7) by tables.
+    assert mass((960, 720)) == pytest.approx(0.15092, abs=2e-4)
+    small, large = mass((256, 256)), mass((960, 720))
+    assert small < large
+    assert mass((256, 256), (960, 720)) == pytest.approx((small + large) / 2)
+
+
+def test_a_sampler_by_size_is_unknown_without_sizes() -> None:
+    config = RunConfig.model_validate({"objective": {"timestep_sampler": "flux_shift"}})
+    assert high_noise_mass(config, 0.875) is None
+    missing = RunConfig.model_validate(
+        {"dataset": {"file": "nowhere.toml"}, "objective": {"timestep_sampler": "flux_shift"}}
+    )
+    assert high_noise_mass(missing, 0.875, T2V) is None
 
 
 def test_nothing_beyond_the_boundary() -> None:
@@ -103,31 +139,7 @@ def test_nothing_beyond_the_boundary() -> None:
     assert (high_noise_mass(above, 0.875), high_noise_mass(below, 0.875)) == (1.0, 0.0)
 
 
-class NoFormula:
-    """A sampler of which only draws are known."""
-
-    def __init__(self, value: float | None = None) -> None:
-        self.value = value
-
-    def sample(self, num: int, generator: torch.Generator) -> torch.Tensor:
-        draws = torch.rand(num, generator=generator) ** 2
-        return draws if self.value is None else torch.full((num,), self.value)
-
-
-def test_samplers_without_a_formula_are_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = RunConfig.model_validate({"experts": {"steps_per_turn": 4}})
-    monkeypatch.setattr(expert_share, "known_turns", lambda *_: None)
-    monkeypatch.setattr(expert_share, "build_plugin", lambda *_, **__: NoFormula())
-    turns = settle_turns(config, BUILD)
-    assert turns == settle_turns(config, BUILD)
-    assert turns.steps_per_turn == 4
-    assert turns.high_noise_share == pytest.approx(1 - 0.875**0.5, abs=0.002)
-    monkeypatch.setattr(expert_share, "build_plugin", lambda *_, **__: NoFormula(0.5))
-    with pytest.raises(ConfigError, match="draws nothing for the high_noise expert"):
-        settle_turns(config, BUILD)
-
-
-def test_every_sampler_is_told_by_a_formula_or_by_draws() -> None:
+def test_every_sampler_is_told_by_a_formula() -> None:
     for name in TIMESTEP_SAMPLERS.names:
         config = RunConfig.model_validate({"objective": {"timestep_sampler": name}})
         assert 0 < settle_turns(config, BUILD).high_noise_share < 1

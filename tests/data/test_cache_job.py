@@ -84,7 +84,7 @@ def test_entries_hold_what_the_encoders_made_of_the_right_frames(clips, models):
         with safe_open(item.context, "pt") as entry:
             expected = FakeTextEncoder.context(f"clip {name[0]}")
             assert torch.equal(entry.get_tensor("context"), expected)
-    with safe_open(cached.empty_caption[0], "pt") as entry:
+    with safe_open(cached.texts[""][0], "pt") as entry:
         assert torch.equal(entry.get_tensor("context"), FakeTextEncoder.context(""))
 
 

@@ -16,7 +16,7 @@ from trainer.core.types import Batch
 from trainer.data.cache_settings import CacheSettings
 from trainer.data.fingerprint import model_identity
 from trainer.data.items import load_cached_dataset
-from trainer.data.loader import BatchLoader, TrainingSteps, load_batch, load_empty_context
+from trainer.data.loader import BatchLoader, TrainingSteps, load_batch, load_text
 from trainer.data.order import BatchOrder
 from trainer.jobs.cache import CacheOptions
 
@@ -206,7 +206,7 @@ def test_bf16_caches_load_as_float32(own):
     cached = load_cached_dataset(dataset_of(own), settings)
     batch = load_batch(BatchOrder(cached.items, 0).batch(0))
     assert batch.latents_BCFHW.dtype == batch.context[0].dtype == torch.float32
-    assert load_empty_context(cached).dtype == torch.float32
+    assert load_text(cached, "").dtype == torch.float32
 
 
 def test_image_to_video_batches_carry_their_conditioning(own):
@@ -220,7 +220,7 @@ def test_image_to_video_batches_carry_their_conditioning(own):
 
 
 def test_the_empty_caption_is_there(cached):
-    assert torch.equal(load_empty_context(load(cached)), FakeTextEncoder.context(""))
+    assert torch.equal(load_text(load(cached), ""), FakeTextEncoder.context(""))
 
 
 @pytest.mark.parametrize(("world_size", "start"), [(1, 0), (2, 3), (3, 1)])

@@ -107,6 +107,7 @@ class AdamWFactory:
 
     elementwise: ClassVar[bool] = True
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    keeps_low_precision: ClassVar[bool] = False
 
     def build(self, parameters: Iterable[Mapping[str, Any]], lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW([dict(g) for g in parameters], lr=lr, weight_decay=0.1)

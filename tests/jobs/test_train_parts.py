@@ -137,7 +137,7 @@ def make_items(num: int, **changes: Any) -> list[TrainingItem]:
 def test_processes_that_share_clips_get_the_same_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     items = make_items(6)
     empty = (Path("z"), "e")
-    cached = CachedDataset(items=tuple(items), empty_caption=empty, problems=(), fingerprint="")
+    cached = CachedDataset(items=tuple(items), texts={"": empty}, problems=(), fingerprint="")
     monkeypatch.setattr(train_parts, "load_run_items", lambda *_: RunItems(cached, (), 0))
     monkeypatch.setattr(loader, "load_batch", lambda draws, **_: [draw.item.name for draw in draws])
     config = RunConfig.model_validate({"training": {"gradient_accumulation_steps": 2, "epochs": 1}})

@@ -61,6 +61,14 @@ def compare(options: dict[str, Any]) -> None:
     assert targets.parameters == sum(value.numel() for value in trained.values())
     assert targets.largest == pytest.approx(max(v.numel() for v in trained.values()), abs=1)
     own = options["kind"] == "none"
+    real = sorted(tuple(value.shape) for value in trained.values())
+    if own:  # what is no matrix of a linear layer is told by its length
+        matrices = {f"{name}.weight" for name in linear_shapes(TINY)}
+        real = sorted(
+            tuple(value.shape) if name in matrices else (value.numel(),)
+            for name, value in trained.items()
+        )
+    assert sorted(targets.shapes) == real
     if not own:
         written = adapter.updates({name: value.detach() for name, value in trained.items()})
         tensors = [tensor for update in written.values() for tensor in update.tensors().values()]

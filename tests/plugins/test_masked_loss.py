@@ -45,7 +45,7 @@ def masked_loss(mask: Tensor, **options: Any) -> tuple[float, Tensor]:
     target = velocity_target(batch.latents_BCFHW, noisy.noise_BCFHW)
     target = technique.edit_target(target, batch, noisy, lambda *_: base)
     loss = reduce_loss(
-        MSE(MSE.Config(), BUILD)(prediction, target),
+        MSE(MSE.Config(), BUILD)(prediction, target, noisy.sigma_B),
         maps=[technique.loss_map(batch, noisy)],
         sigma_weight_B=torch.ones(2),
     )

@@ -70,6 +70,7 @@ def measure_steps(
         seed=config.training.seed,
         device=world.device,
         total_steps=warmup_steps + steps,
+        encoded=lambda _: torch.zeros(work.shape.text_len, work.shape.text_dim),
     )
     emit("phase", name="load", detail="random weights")
     weights = partial(random_weights, config, work)

@@ -9,6 +9,7 @@ from typing import Any
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import Problem
 from trainer.contract.experts import SHARED
+from trainer.contract.optimizer_traits import traits_of
 from trainer.contract.plugin_options import plugin_schemas
 
 OUTER_LAYERS = (
@@ -69,10 +70,17 @@ def _relora(config: RunConfig, options: Mapping[str, Any]) -> Iterator[Problem]:
             "distributed.zero_stage",
             hint="set it to 0, 1 or 2",
         )
-    if config.optimizer.kind == "adamw8bit" and options["optimizer_reset_ratio"]:
+    kind = config.optimizer.kind
+    if traits_of(kind).averages:
         yield Problem(
-            "a restart forgets a part of the optimizer's state, and 8-bit states cannot be taken "
-            "apart",
+            f"a restart replaces the weights, and {kind} averages them since the first step",
+            "optimizer.kind",
+            hint='set it to "adamw"',
+        )
+    elif not traits_of(kind).forgets and options["optimizer_reset_ratio"]:
+        yield Problem(
+            f"a restart forgets a part of the optimizer's state, and that of {kind} (8-bit, of "
+            "whole matrices, or not only means of gradients) cannot be taken apart",
             "optimizer.kind",
             hint='set it to "adamw", or adapter.optimizer_reset_ratio = 0',
         )

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -22,26 +21,13 @@ from pydantic_core import PydanticCustomError
 
 from trainer.contract.expert_config import ExpertSection, ExpertsSection
 from trainer.contract.hub import MODEL_FIELDS, is_reference, parse_reference
+from trainer.contract.optimizer_config import EmaSection, LRScheduleSection, OptimizerSection
 from trainer.contract.options import Options
-from trainer.contract.plugin_options import option_names
+from trainer.contract.plugin_section import PluginSection
 from trainer.contract.webhook import is_webhook
 
 if TYPE_CHECKING:
     from trainer.contract.dataset_config import DatasetConfig, GeneralOptions, SourceOptions
-
-
-class PluginSection(Options):
-    """A section whose further keys are the options of the plug-ins it names."""
-
-    model_config = ConfigDict(extra="allow")
-
-    slots: ClassVar[dict[str, str]] = {}
-    """Field that holds a plug-in's name -> kind of plug-in (`catalog.PLUGIN_KINDS`)."""
-
-    def options(self, slot: str) -> dict[str, Any]:
-        """Return the options of the plug-in chosen in field `slot`."""
-        names = option_names(self.slots[slot], getattr(self, slot))
-        return {k: v for k, v in (self.__pydantic_extra__ or {}).items() if k in names}
 
 
 class ModelSection(Options):
@@ -153,35 +139,23 @@ class ObjectiveSection(PluginSection):
     max_timestep: float | None = Field(None, ge=0, le=1000)
     """Largest timestep that is trained; empty: 1000, or the expert's range."""
     preserve_distribution_shape: bool = False
-    """Redraw timesteps outside the range instead of squeezing the distribution into it."""
+    """Keep the draws that are in the range instead of squeezing the whole distribution into it."""
+    num_timestep_buckets: Literal["epoch"] | Annotated[int, Field(ge=2)] | None = None
+    """Part the distribution into so many equally likely buckets, which items meet in turn; `epoch`:
+    as many as an epoch has items. Empty: every item is drawn independently."""
     loss: str = "mse"
     """Pointwise comparison of prediction and target."""
     weighting: str = "none"
     """Weight of the loss as a function of sigma."""
 
-
-class OptimizerSection(PluginSection):
-    """How gradients become updates."""
-
-    slots: ClassVar[dict[str, str]] = {"kind": "optimizer"}
-
-    kind: str = "adamw"
-    """Optimizer."""
-    learning_rate: float = Field(1e-4, gt=0)
-    """Step size after the warm-up."""
-    max_grad_norm: float = Field(1.0, ge=0)
-    """Gradients are scaled down to this norm over all trained weights; 0 switches it off."""
-
-
-class LRScheduleSection(PluginSection):
-    """How the learning rate changes over the run."""
-
-    slots: ClassVar[dict[str, str]] = {"kind": "lr_schedule"}
-
-    kind: str = "constant"
-    """Course of the learning rate after the warm-up."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises from 0."""
+    @field_validator("num_timestep_buckets", mode="wrap")
+    @classmethod
+    def _one_message(cls, value: Any, check: Callable[[Any], Any]) -> Any:
+        try:
+            return check(value)
+        except ValidationError:  # it has a message for each kind of value that would do
+            text = 'should be a number of buckets, 2 or more, or "epoch"'
+            raise PydanticCustomError("choice", text) from None
 
 
 class TrainingSection(Options):
@@ -525,6 +499,8 @@ class RunConfig(Options):
     """Updates."""
     lr_schedule: LRScheduleSection = LRScheduleSection()
     """Learning rate over time."""
+    ema: EmaSection = EmaSection()
+    """Average of the weights."""
     training: TrainingSection = TrainingSection()
     """Length and seed."""
     memory: MemorySection = MemorySection()

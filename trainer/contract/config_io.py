@@ -19,13 +19,14 @@ import tomlkit
 from pydantic import BaseModel, ValidationError
 
 from trainer.contract.catalog import PLUGIN_KINDS
-from trainer.contract.config import PluginSection, RunConfig
+from trainer.contract.config import RunConfig
 from trainer.contract.config_layers import Layer, Source, plugin_sections, stacked
 from trainer.contract.config_rules import JobName, check_files, check_rules
 from trainer.contract.dataset_config import MEDIA_KEYS, GeneralOptions
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.hub import cached_path, is_reference, with_local_files
 from trainer.contract.plugin_options import option_model, option_names
+from trainer.contract.plugin_section import PluginSection
 from trainer.contract.registry import nearest
 from trainer.contract.toml_lines import key_lines, locate
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.contract.catalog import PLUGIN_KINDS
-from trainer.contract.config import PluginSection, RunConfig
+from trainer.contract.config import RunConfig
 from trainer.contract.plugin_options import option_names
+from trainer.contract.plugin_section import PluginSection
 
 
 @dataclass(frozen=True, slots=True)

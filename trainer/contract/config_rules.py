@@ -23,7 +23,10 @@ from trainer.contract.experts import (
 from trainer.contract.hub import MODEL_FIELDS, is_offline, is_reference, references
 from trainer.contract.loraid_rules import loraid_rule
 from trainer.contract.memory_rules import activations_rule, compile_rule, streaming_rule
+from trainer.contract.objective_rules import noise_rule, objective_rule
 from trainer.contract.offload_rules import offload_rule
+from trainer.contract.optimizer_rules import average_rule, optimizer_rule, schedule_rule
+from trainer.contract.optimizer_traits import traits_of
 from trainer.contract.registry import nearest
 from trainer.contract.sequence_rules import sequence_rule
 from trainer.contract.stored_kinds import layout_problem
@@ -266,18 +269,23 @@ def _distributed(config: RunConfig) -> Iterator[Problem]:
                 "distributed.num_processes",
                 hint='set num_processes = 1, or engine = "deepspeed"',
             )
-    if config.optimizer.kind == "adamw8bit" and distributed.zero_stage == 3:
-        yield Problem(
-            "8-bit states cannot follow weights that ZeRO-3 shards",
-            "optimizer.kind",
-            hint="use adamw, or zero_stage 0, 1 or 2",
-        )
 
 
 def _full_finetune(config: RunConfig) -> Iterator[Problem]:
     if config.adapter.kind != "none" or config.memory.weight_format != "bf16":
         return
     if config.distributed.engine == "local":
+        return
+    traits = traits_of(config.optimizer.kind)
+    if not traits.elementwise:  # a stage that it works at has no masters, and the other way round
+        if not traits.bf16_only:
+            yield Problem(
+                "training bf16 weights needs fp32 master copies, which DeepSpeed keeps from ZeRO-1 "
+                f"on only, and there {traits.why_whole}",
+                "optimizer.kind",
+                hint='set distributed.engine = "local" and zero_stage = 0 (one GPU), '
+                'memory.weight_format = "fp32", or use adamw',
+            )
         return
     stage = config.distributed.zero_stage
     if stage == 0:
@@ -346,6 +354,8 @@ _RULES: tuple[Rule, ...] = (
     _variant,
     experts_rule,
     _timesteps,
+    objective_rule,
+    noise_rule,
     _dataset,
     _sampling,
     _validation,
@@ -353,6 +363,9 @@ _RULES: tuple[Rule, ...] = (
     sequence_rule,
     cluster_rule,
     offload_rule,
+    optimizer_rule,
+    schedule_rule,
+    average_rule,
     _full_finetune,
     streaming_rule,
     activations_rule,

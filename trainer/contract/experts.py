@@ -111,13 +111,14 @@ def for_expert(config: RunConfig, expert: Expert, boundary: float) -> RunConfig:
     )
 
 
-def known_turns(config: RunConfig, boundary: float) -> Turns | None:
-    """Return the turns of a run with both experts as far as formulas tell them.
+def known_turns(config: RunConfig, boundary: float, variant: Variant | None = None) -> Turns | None:
+    """Return the turns of a run with both experts as far as the config tells them.
 
-    None where the share is `auto` and the sampler has no closed form, or gives one expert nothing.
+    None where the share is `auto` and the sampler gives one expert nothing, or goes by frames of
+    unknown size. `variant` is as in `boundary_of`.
     """
     share = config.experts.high_noise_share
-    mass = high_noise_mass(config, boundary) if share == "auto" else share
+    mass = high_noise_mass(config, boundary, variant) if share == "auto" else share
     if mass is None or not 0 < mass < 1:
         return None
     return Turns(steps_per_turn=config.experts.steps_per_turn, high_noise_share=mass)

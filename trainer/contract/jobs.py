@@ -100,6 +100,13 @@ class DeepSpeedRequest(ConfigRequest):
     """Say what DeepSpeed would be told."""
 
 
+class ScheduleRequest(ConfigRequest):
+    """Say the learning rate of every step."""
+
+    steps: int | None = Field(None, ge=1)
+    """Of the run; empty: `training.max_steps`."""
+
+
 class MergeRequest(Options):
     """Bake LoRAs into a base model, or into both experts of Wan 2.2."""
 
@@ -371,6 +378,7 @@ JOBS: Registry[object] = Registry(
     Entry("sample", "trainer.jobs.sample_run:run", "generate videos or images"),
     Entry("eval", "trainer.jobs.eval_run:run", "validation loss and figures of a probe"),
     Entry("deepspeed", "trainer.jobs.deepspeed_export:run", "the DeepSpeed config of a run"),
+    Entry("schedule", "trainer.jobs.schedule:run", "the learning rate of every step"),
     Entry("merge", "trainer.jobs.lora_tools:run_merge", "bake LoRAs into a base model"),
     Entry("convert", "trainer.jobs.lora_tools:run_convert", "rewrite a LoRA in another layout"),
     Entry("inspect", "trainer.jobs.lora_tools:run_inspect", "describe a LoRA file"),
@@ -400,6 +408,7 @@ REQUESTS: dict[str, type[Options]] = {
     "sample": SampleJobRequest,
     "eval": EvalRequest,
     "deepspeed": DeepSpeedRequest,
+    "schedule": ScheduleRequest,
     "merge": MergeRequest,
     "convert": ConvertRequest,
     "inspect": InspectRequest,

@@ -118,7 +118,7 @@ def _run(config: RunConfig, facts: TrainingFacts) -> dict[str, Any]:
         "ss_seed": training.seed,
         "ss_learning_rate": optimizer.learning_rate,
         "ss_lr_scheduler": config.lr_schedule.kind,
-        "ss_lr_warmup_steps": config.lr_schedule.warmup_steps,
+        "ss_lr_warmup_steps": config.lr_schedule.warmup_of(facts.total_steps),
         "ss_optimizer": _with_options(optimizer.kind, optimizer.options("kind")),
         "ss_max_grad_norm": optimizer.max_grad_norm,
         "ss_mixed_precision": "bf16" if config.memory.weight_format != "fp32" else "no",

@@ -47,13 +47,6 @@ def offload_rule(config: RunConfig) -> Iterator[Problem]:
             PARAMETERS_KEY,
             hint='set it to "cpu", or train the model\'s own weights: adapter.kind = "none"',
         )
-    if distributed.offload_optimizer != "none" and config.optimizer.kind == "adamw8bit":
-        yield Problem(
-            "an offloaded optimizer steps on the CPU, and the 8-bit states of bitsandbytes are "
-            "made for the GPU",
-            "optimizer.kind",
-            hint='use adamw, or set distributed.offload_optimizer = "none"',
-        )
 
 
 def _stage(distributed: DistributedSection) -> Iterator[Problem]:

@@ -33,6 +33,12 @@ def option_names(kind: str, name: str) -> frozenset[str]:
     return frozenset(plugin_schemas().get(kind, {}).get(name, {}).get("properties", {}))
 
 
+def all_options(kind: str, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return every option of one plug-in: what is given, and the defaults of the others."""
+    specs = plugin_schemas()[kind][name].get("properties", {})
+    return {key: spec.get("default") for key, spec in specs.items()} | given
+
+
 @cache
 def option_model(kind: str, name: str) -> type[Options]:
     """Return a model that checks the options of one plug-in as its own `Config` would.

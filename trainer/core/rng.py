@@ -7,8 +7,10 @@ resuming needs no saved random state, and a sample gets the same noise on any nu
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # torch is loaded by who draws tensors: looking at clips starts without it
+    import torch
 
 _MASK = (1 << 63) - 1
 
@@ -21,4 +23,6 @@ def derive_seed(seed: int, *names: str | int) -> int:
 
 def generator(seed: int, *names: str | int) -> torch.Generator:
     """Return a CPU generator for one named stream, e.g. `generator(seed, "noise", item)`."""
+    import torch
+
     return torch.Generator().manual_seed(derive_seed(seed, *names))

@@ -10,7 +10,7 @@ Every plug-in has the same shape: a nested `Config` (an `Options` class), a cons
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,8 +23,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainer.contract.options import Options
+from trainer.contract.sigma_distributions import SigmaDistribution
 from trainer.contract.variants import Variant
 from trainer.core.types import Batch, LossTerm, NoisyInput, StepResult
+
+
+def _no_texts(text: str) -> Tensor:
+    raise RuntimeError(f"nothing is encoded here, and {text!r} is asked for")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,21 +40,28 @@ class BuildContext:
     seed: int
     device: torch.device
     total_steps: int
+    encoded: Callable[[str], Tensor] = _no_texts
+    """Gives the embedding, (T, D) float32 on the CPU, of a text that `Technique.texts` named; for
+    use while training, not at birth."""
 
 
 class TimestepSampler(Protocol):
-    """Draws sigma in [0, 1]."""
+    """Draws sigma in [0, 1]. `frame_tokens` are the tokens of one latent frame of the sample."""
 
-    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+    def sample(self, num: int, generator: torch.Generator, frame_tokens: int) -> Tensor:
         """Return `num` sigmas, float32 on the CPU."""
+        ...
+
+    def distribution(self, frame_tokens: int) -> SigmaDistribution:
+        """Return what `sample` draws from."""
         ...
 
 
 class Loss(Protocol):
     """Compares prediction and target."""
 
-    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of every element, float32, same shape as the arguments."""
+    def __call__(self, prediction: Tensor, target: Tensor, sigma_B: Tensor) -> Tensor:
+        """Return the loss of every element, float32, same shape as prediction and target."""
         ...
 
 
@@ -64,8 +76,13 @@ class Weighting(Protocol):
 class LRSchedule(Protocol):
     """Course of the learning rate after the warm-up."""
 
-    def factor(self, progress: float) -> float:
-        """Return the multiplier of the learning rate at `progress` in [0, 1]."""
+    def factor(self, progress: float, num_steps: int) -> float:
+        """Return the multiplier of the learning rate.
+
+        Args:
+            progress: how far the course is, in [0, 1]: 0 at its first step, 1 at its last one.
+            num_steps: of the course, that is, after the warm-up.
+        """
         ...
 
 
@@ -76,6 +93,8 @@ class OptimizerFactory(Protocol):
     """The update of an element depends on that element alone, so that ZeRO may cut tensors."""
     state_names: ClassVar[tuple[str, ...]]
     """Per-element state tensors, saved by parameter; empty: saved as the engine holds them."""
+    keeps_low_precision: ClassVar[bool] = False
+    """Updates bf16 weights as they are, where others need float32 copies of them."""
 
     def build(self, parameters: Iterable[Mapping[str, Any]], lr: float) -> torch.optim.Optimizer:
         """Return the optimizer for parameter groups `{"params": [...], ...}`."""
@@ -205,6 +224,8 @@ class Need(StrEnum):
     EXTRA_FORWARD = "extra_forward"
     FULL_GRADS = "full_grads"
     BASE_MODEL = "base_model"
+    UNEVEN_FORWARDS = "uneven_forwards"
+    """Some batches take more forwards than others, which sharded weights (ZeRO-3) do not allow."""
     MASKS = "masks"
 
 
@@ -245,6 +266,19 @@ class Technique:
     def needs_of(cls, options: Options) -> frozenset[Need]:
         """Return what it requires with these options of `Config`."""
         return cls.needs
+
+    @classmethod
+    def texts(cls, options: Options, captions: Iterable[str]) -> Iterable[str]:
+        """Return what must be encoded beside the captions, so that `BuildContext.encoded` has it.
+
+        Args:
+            options: of `Config`.
+            captions: all of the dataset.
+
+        Raises:
+            ConfigError: the captions are none that this can work with.
+        """
+        return ()
 
     def connect(self, state: TrainingState) -> None:
         """Take what the engine holds, once, before the first step and before `load_state_dict`.
@@ -332,6 +366,22 @@ class Engine(Protocol):
         """Return the trained parameters, whole, float32 on the CPU, by canonical name.
 
         A collective call; ranks other than 0 may get an empty dict.
+        """
+        ...
+
+    @property
+    def has_average(self) -> bool:
+        """Whether a running average of the weights is kept."""
+        ...
+
+    def inference_weights(self, *, averaged: bool) -> AbstractContextManager[None]:
+        """Have the weights in the module that are for use, for the duration of a block.
+
+        Training goes on with the same bits as without it. A collective call.
+
+        Args:
+            averaged: the running average, where there is one that has begun; else the trained
+                weights, to which some optimizers have to switch.
         """
         ...
 

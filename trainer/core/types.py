@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.core.flow import add_noise
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -30,6 +32,11 @@ class Batch:
     """The clips the items come from, for messages."""
     item_seeds: tuple[int, ...] = ()
     """One number per item; it fixes its noise and sigma, whatever rank or batch it is in."""
+    captions: tuple[str, ...] = ()
+    """The texts that `context` was made from."""
+    quantiles: tuple[float | None, ...] = ()
+    """Where in the distribution each item's sigma is, in [0, 1); None or missing: drawn by its
+    seed alone."""
     mask_B1FHW: Tensor | None = None
     """What of each item shall be learned, in [0, 1] on the latents' grid; None: no masks."""
     loss_weight_B: Tensor | None = None
@@ -64,6 +71,15 @@ class NoisyInput:
     noisy_latents_BCFHW: Tensor
     sigma_B: Tensor
     noise_BCFHW: Tensor
+
+    @classmethod
+    def mix(cls, latents_BCFHW: Tensor, noise_BCFHW: Tensor, sigma_B: Tensor) -> NoisyInput:
+        """Return clean latents with noise added, in float32."""
+        return cls(
+            noisy_latents_BCFHW=add_noise(latents_BCFHW.float(), noise_BCFHW, sigma_B),
+            sigma_B=sigma_B,
+            noise_BCFHW=noise_BCFHW,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

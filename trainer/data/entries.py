@@ -55,6 +55,15 @@ def read_entry(path: Path, key: str) -> dict[str, Tensor]:
     """Return an entry's tensors as float32.
 
     Raises:
+        DataError: as `read_whole_entry`.
+    """
+    return read_whole_entry(path, key)[0]
+
+
+def read_whole_entry(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return an entry's tensors as float32, and its metadata.
+
+    Raises:
         DataError: it is missing, damaged, or was made from something else than `key` stands for.
     """
     try:
@@ -65,9 +74,10 @@ def read_entry(path: Path, key: str) -> dict[str, Tensor]:
                     f"{path} was made from something else than the index says",
                     hint="run `menma cache` again",
                 )
-            return {
+            tensors = {
                 name: entry.get_tensor(name).to(torch.float32, copy=True)
                 for name in entry.offset_keys()
             }
+            return tensors, metadata
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} cannot be read: {error}", hint="run `menma cache` again") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,13 @@ from trainer.data.text_cache import text_file, text_key
 from trainer.data.windows import takes_turns
 
 _MAX_LISTED = 10
+Texts = Callable[[Sequence[str]], Iterable[str]]
+"""Given all captions, returns what must be encoded beside them."""
+
+
+def no_texts(_captions: Sequence[str]) -> tuple[str, ...]:
+    """Return nothing: no technique needs a text."""
+    return ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +82,8 @@ class CachedDataset:
     """All items of a run."""
 
     items: tuple[TrainingItem, ...]
-    empty_caption: tuple[Path, str]
-    """File and key of the encoded empty caption (caption dropout)."""
+    texts: Mapping[str, tuple[Path, str]]
+    """Texts that are encoded beside the captions, the empty one among them -> file and key."""
     problems: tuple[Problem, ...]
     """Clips that are not used, and why; found when they were cached."""
     fingerprint: str
@@ -84,7 +91,11 @@ class CachedDataset:
 
 
 def load_cached_dataset(
-    dataset: DatasetConfig, settings: CacheSettings, *, config: str = "CONFIG"
+    dataset: DatasetConfig,
+    settings: CacheSettings,
+    *,
+    config: str = "CONFIG",
+    texts: Texts = no_texts,
 ) -> CachedDataset:
     """Return what the caches hold for this dataset, after checking that it still fits.
 
@@ -95,19 +106,24 @@ def load_cached_dataset(
         dataset: the sources.
         settings: of the variant that shall be trained; identities of None are not compared.
         config: the config's name, for the hint `menma cache CONFIG`.
+        texts: given all captions, returns what must be encoded beside them.
 
     Raises:
         DataError: a cache is missing, unfinished or stale (says which clips), or holds nothing.
+        ConfigError: `texts` cannot work with these captions.
     """
     hint = f"run `menma cache {config}`"
     sections: list[Section] = []
     faults: list[str] = []
+    captions: set[str] = set()
     for source in dataset.sources:
         section = find_section(read_index(source.cache_path), source, settings)
         if section is None:
             raise DataError(f"{source.media_path} is not cached yet", hint=hint)
         sections.append(section)
-        faults += _faults(source, section, settings)
+        scanned = scan_source(source).items
+        captions.update(caption for item in scanned for caption in item.captions)
+        faults += _faults(source, section, settings, scanned)
     if faults:
         more = len(faults) - _MAX_LISTED
         listed = [f"  {fault}" for fault in faults[:_MAX_LISTED]]
@@ -117,11 +133,16 @@ def load_cached_dataset(
     if not items:
         raise DataError("the dataset has no items to train on", hint="run `menma check` on it")
     _require_files(items, hint)
-    first = dataset.sources[0].cache_path
-    empty_key = sections[0].extra_captions.get("", "")
+    wanted = ("", *texts(sorted(captions)))
+    first, known = dataset.sources[0].cache_path, sections[0].extra_captions
+    missing = [text for text in wanted if text not in known]
+    if missing:
+        raise DataError(
+            f"the text {missing[0]!r} is not cached, which a technique needs", hint=hint
+        )
     return CachedDataset(
         items=items,
-        empty_caption=(first / text_file(empty_key), empty_key),
+        texts={text: (first / text_file(known[text]), known[text]) for text in wanted},
         problems=tuple(problem for section in sections for problem in section.problems),
         fingerprint=fingerprint(items),
     )
@@ -137,7 +158,12 @@ def fingerprint(items: Sequence[TrainingItem]) -> str:
     )
 
 
-def _faults(source: SourceOptions, section: Section, settings: CacheSettings) -> Iterator[str]:
+def _faults(
+    source: SourceOptions,
+    section: Section,
+    settings: CacheSettings,
+    scanned: Sequence[MediaItem],
+) -> Iterator[str]:
     """Say in which ways a section differs from what caching would make now."""
     if not section.finished:
         yield f"{source.media_path}: caching was interrupted"
@@ -147,7 +173,7 @@ def _faults(source: SourceOptions, section: Section, settings: CacheSettings) ->
         for key, (before, now) in changes.items():
             yield f"{source.media_path}: {key} was {before} and is {now}"
         return
-    found = {item.name: item for item in scan_source(source).items}
+    found = {item.name: item for item in scanned}
     for name in sorted(section.items.keys() - found.keys()):
         yield f"{source.media_path / name}: the clip or its caption is gone"
     for item in found.values():

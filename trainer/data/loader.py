@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.core.types import Batch
-from trainer.data.entries import read_entry
+from trainer.data.entries import read_entry, read_whole_entry
 from trainer.data.items import CachedDataset
 from trainer.data.order import BatchOrder, Draw
 
@@ -26,27 +26,29 @@ def load_batch(draws: Sequence[Draw], *, pin_memory: bool = False) -> Batch:
         DataError: an entry is missing, damaged, or not the one the index means.
     """
     entries = [read_entry(draw.item.latents, draw.item.latents_key) for draw in draws]
-    contexts = [read_entry(*draw.context)["context"] for draw in draws]
+    texts = [read_whole_entry(*draw.context) for draw in draws]
     batch = Batch(
         latents_BCFHW=torch.stack([entry["latents"] for entry in entries]),
-        context=tuple(contexts),
+        context=tuple(tensors["context"] for tensors, _ in texts),
+        captions=tuple(metadata.get("caption", "") for _, metadata in texts),
         extra_channels_BCFHW=_stack(entries, "extra_channels"),
         image_context_BTD=_stack(entries, "image_context"),
         names=tuple(draw.item.name for draw in draws),
         item_seeds=tuple(draw.seed for draw in draws),
+        quantiles=tuple(draw.quantile for draw in draws),
         mask_B1FHW=_stack(entries, "mask"),
         loss_weight_B=_loss_weights(draws),
     )
     return _pinned(batch) if pin_memory else batch
 
 
-def load_empty_context(dataset: CachedDataset) -> Tensor:
-    """Return the encoded empty caption, (T, D) float32.
+def load_text(dataset: CachedDataset, text: str) -> Tensor:
+    """Return one of `dataset.texts`, encoded, (T, D) float32.
 
     Raises:
         DataError: it is missing or damaged.
     """
-    return read_entry(*dataset.empty_caption)["context"]
+    return read_entry(*dataset.texts[text])["context"]
 
 
 class BatchLoader:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 from trainer.contract.errors import DataError, Problem
 from trainer.core.rng import derive_seed
 from trainer.data.buckets import Bucket
 from trainer.data.items import TrainingItem
+from trainer.data.strata import quantile_at
 from trainer.data.turns import happens, turn_of
 
 Slot = Sequence[TrainingItem]
@@ -35,6 +38,8 @@ class Draw:
     """Fixes its noise and sigma, whatever rank or batch it lands in."""
     other_context: tuple[Path, str] | None = None
     """File and key of the caption of this appearance; None: the item's own."""
+    quantile: float | None = None
+    """Where in the distribution its sigma is, in [0, 1); None: drawn independently."""
 
     @property
     def context(self) -> tuple[Path, str]:
@@ -70,8 +75,20 @@ class BatchOrder:
     each is shown once.
     """
 
-    def __init__(self, items: Sequence[TrainingItem], seed: int) -> None:
+    def __init__(
+        self,
+        items: Sequence[TrainingItem],
+        seed: int,
+        *,
+        num_timestep_buckets: int | Literal["epoch"] | None = None,
+    ) -> None:
         """Sort the items into groups.
+
+        Args:
+            items: of the dataset.
+            seed: of the run.
+            num_timestep_buckets: equally likely parts of the distribution of sigma that items get
+                in turn; `epoch`: as many as an epoch has items; None: sigmas are independent.
 
         Raises:
             DataError: there are no items.
@@ -80,6 +97,7 @@ class BatchOrder:
             raise DataError("the dataset has no items to train on")
         self.items = tuple(items)
         self._seed = seed
+        self._buckets = num_timestep_buckets
         groups: dict[tuple[int, Bucket], dict[str, list[TrainingItem]]] = {}
         for item in sorted(items, key=lambda item: item.key):
             slots = groups.setdefault((item.source, item.bucket), {})
@@ -87,6 +105,7 @@ class BatchOrder:
         self._groups = [list(groups[group].values()) for group in sorted(groups)]
         # Not a method: an instance's own cache ends with the instance, and is safe among threads.
         self._epoch = lru_cache(maxsize=2)(self._shuffle)
+        self._items_before = lru_cache(maxsize=2)(self._count_before)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -122,7 +141,16 @@ class BatchOrder:
     def batch(self, position: int) -> tuple[Draw, ...]:
         """Return microbatch `position` of the stream, from 0."""
         epoch, place = divmod(position, self.batches_per_epoch)
-        return tuple(self._draw(slot, epoch, repeat) for slot, repeat in self._epoch(epoch)[place])
+        draws = [self._draw(slot, epoch, repeat) for slot, repeat in self._epoch(epoch)[place]]
+        if self._buckets is None:
+            return tuple(draws)
+        items = self.items_per_epoch
+        size = items if self._buckets == "epoch" else self._buckets
+        first = epoch * items + self._items_before(epoch)[place]
+        return tuple(
+            replace(draw, quantile=quantile_at(self._seed, number, size))
+            for number, draw in enumerate(draws, first)
+        )
 
     def _draw(self, slot: Slot, epoch: int, repeat: int) -> Draw:
         appearance = epoch * slot[0].num_repeats + repeat
@@ -131,6 +159,10 @@ class BatchOrder:
             item = slot[turn_of(appearance, len(slot), self._seed, "window", item.slot)]
         seed = derive_seed(self._seed, "item", epoch, item.key, repeat)
         return Draw(item, epoch, repeat, seed, self._caption(item, appearance))
+
+    def _count_before(self, epoch: int) -> list[int]:
+        """Return how many items of an epoch come before each of its microbatches."""
+        return list(accumulate((len(batch) for batch in self._epoch(epoch)), initial=0))
 
     def _caption(self, item: TrainingItem, appearance: int) -> tuple[Path, str] | None:
         name = item.slot or item.key

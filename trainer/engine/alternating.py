@@ -8,7 +8,8 @@ that all ranks agree without asking, and a resumed run goes on in the middle of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -86,6 +87,19 @@ class AlternatingEngine:
             for part, engine in self._parts.items()
             for name, value in engine.full_parameters().items()
         }
+
+    @property
+    def has_average(self) -> bool:
+        """Whether the parts keep running averages of their weights."""
+        return any(engine.has_average for engine in self._parts.values())
+
+    @contextmanager
+    def inference_weights(self, *, averaged: bool) -> Iterator[None]:
+        """Have the weights in all parts that are for use, for the duration of a block."""
+        with ExitStack() as stack:
+            for engine in self._parts.values():
+                stack.enter_context(engine.inference_weights(averaged=averaged))
+            yield
 
     def save_state(self, folder: Path) -> None:
         """Write every part's state into a sub-folder, and the step. A collective call."""

@@ -8,7 +8,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from trainer.engine.finite import gradient_error
 from trainer.engine.local import clip_gradients, whole_pieces
 from trainer.engine.offload import NO_OFFLOAD, Offload
 from trainer.engine.process_group import World
+from trainer.engine.running_average import AverageSettings
 from trainer.engine.state_files import EngineState, Piece, always_there
 from trainer.engine.stepping import SteppingEngine, fill_missing_gradients, parameter_groups
 from trainer.engine.swapped import gather_masters, inner_step, remove_files, resident
@@ -51,6 +52,35 @@ def async_io_obstacle(device: torch.device) -> str | None:
     return None
 
 
+def cpu_adam(
+    parameters: list[dict[str, Any]], device: torch.device, **options: Any
+) -> torch.optim.Optimizer:
+    """Return DeepSpeed's AdamW for weights in RAM. Its first use compiles it, for minutes.
+
+    `device` is the one that the run trains on.
+
+    Raises:
+        ConfigError: it cannot be compiled or loaded.
+    """
+    _import_deepspeed(device)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    try:
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(parameters, **options)
+    except (RuntimeError, ImportError, OSError) as error:
+        raise ConfigError(
+            f"DeepSpeed's AdamW for the CPU cannot be compiled: {error.__cause__ or error}",
+            hint="install a C++ compiler (Debian, Ubuntu: g++), or set optimizer.kind = 'adamw'",
+        ) from error
+    return optimizer
+
+
+def cpu_adam_obstacle() -> str | None:
+    """Return why `cpu_adam` cannot be compiled here; None where it can be tried."""
+    compiler = os.environ.get("CXX", "c++")
+    return None if shutil.which(compiler) else f"there is no C++ compiler ({compiler})"
+
+
 class DeepSpeedEngine(SteppingEngine):
     """`core.seams.Engine` over DeepSpeed, ZeRO stages 0 to 3.
 
@@ -69,6 +99,8 @@ class DeepSpeedEngine(SteppingEngine):
         lr_scales: factor of the learning rate by canonical name, 1 where absent.
         persistence_threshold: stage 3 keeps parameters with fewer elements whole.
         offload: what waits outside the GPU.
+        max_grad_value: each element of the gradients is cut to this size after that; 0 leaves them.
+        average: how the weights are averaged; None: they are not.
 
     Raises:
         ConfigError: DeepSpeed is missing, or the combination trains wrongly.
@@ -88,6 +120,8 @@ class DeepSpeedEngine(SteppingEngine):
         lr_scales: Mapping[str, float] | None = None,
         persistence_threshold: int = PERSISTENCE_THRESHOLD,
         offload: Offload = NO_OFFLOAD,
+        max_grad_value: float = 0.0,
+        average: AverageSettings | None = None,
     ) -> None:
         super().__init__(module, trainable, world, gradient_accumulation_steps)
         self.config = build_deepspeed_config(
@@ -110,6 +144,11 @@ class DeepSpeedEngine(SteppingEngine):
                 "only state of one value a weight can be offloaded to nvme",
                 hint="use optimizer.kind = 'adamw'",
             )
+        if offload.optimizer == "nvme" and average is not None:
+            raise ConfigError(
+                "weights that are offloaded to nvme cannot be averaged",
+                hint="set ema.decay = 0, or distributed.offload_optimizer = 'cpu'",
+            )
         self._stage = zero_stage
         self._bf16 = full_finetune_bf16
         self._offload = offload
@@ -120,6 +159,8 @@ class DeepSpeedEngine(SteppingEngine):
         self._deepspeed = _import_deepspeed(world.device)
         self._engine = self._initialize(module, optimizer_factory, lr_scales or {}, self.config)
         self._watches = self._watch_use() if zero_stage else []
+        inner = self._engine.optimizer.optimizer if zero_stage else self._engine.optimizer
+        self._adopt(inner, max_grad_value=max_grad_value, average=average)
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Return the trained parameters, whole, float32 on the CPU; empty but on rank 0.
@@ -217,7 +258,6 @@ class DeepSpeedEngine(SteppingEngine):
         return norm
 
     def _state(self) -> EngineState:
-        optimizer = self._engine.optimizer
         return EngineState(
             engine="deepspeed",
             world_size=self.world_size,
@@ -227,10 +267,13 @@ class DeepSpeedEngine(SteppingEngine):
             flats=self._flats(),
             pieces=self._pieces(),
             own=self._stage > 0 or self.rank == 0,
-            optimizer=optimizer.optimizer if self._stage else optimizer,
+            optimizer=self._optimizer,
             state_names=self._state_names,
             inner_step=self._inner_step,
             resident=self._resident if self._in_files else always_there,
+            grouped=self._grouped,
+            counters=self._counters,
+            average=self._average,
         )
 
     @property
@@ -263,18 +306,22 @@ class DeepSpeedEngine(SteppingEngine):
         return Piece(name, start, numel, flat, offset) if numel > 0 else None
 
     def _inner_step(self) -> None:
-        optimizer = self._engine.optimizer
-        if self._stage == 0:
-            optimizer.step()
-            return
         if self._in_files:
-            inner_step(optimizer)
+            inner_step(self._engine.optimizer)
             return
-        if self._stage == 3:  # its groups are empty outside `step`
-            optimizer._set_fp32_optimizer_param_groups()
-        optimizer.optimizer.step()
-        if self._stage == 3:
-            optimizer._clear_fp32_optimizer_param_groups()
+        with self._grouped():
+            self._optimizer.step()
+
+    @contextmanager
+    def _grouped(self) -> Iterator[None]:
+        if self._stage != 3:
+            yield
+            return
+        self._engine.optimizer._set_fp32_optimizer_param_groups()  # empty outside `step`
+        try:
+            yield
+        finally:
+            self._engine.optimizer._clear_fp32_optimizer_param_groups()
 
     def _refresh_weights(self) -> None:
         optimizer = self._engine.optimizer

@@ -13,6 +13,7 @@ from trainer.core.seams import OptimizerFactory
 from trainer.core.types import Batch
 from trainer.engine.finite import gradient_error
 from trainer.engine.process_group import World
+from trainer.engine.running_average import AverageSettings
 from trainer.engine.state_files import EngineState, Piece
 from trainer.engine.stepping import SteppingEngine, fill_missing_gradients, parameter_groups
 
@@ -21,7 +22,7 @@ class LocalEngine(SteppingEngine):
     """`core.seams.Engine` for one process.
 
     Parameters in bf16 or fp16 are trained through float32 master copies, and the gradients of
-    their microbatches are added up in float32.
+    their microbatches are added up in float32, unless the optimizer updates them as they are.
 
     Args:
         module: the whole step; maps a `Batch` to loss terms, each of shape ().
@@ -31,9 +32,11 @@ class LocalEngine(SteppingEngine):
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
         gradient_accumulation_steps: microbatches per update.
         lr_scales: factor of the learning rate by canonical name, 1 where absent.
+        max_grad_value: each element of the gradients is cut to this size after that; 0 leaves them.
+        average: how the weights are averaged; None: they are not.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - keywords, each with a value of its own
         self,
         module: nn.Module,
         trainable: Mapping[str, nn.Parameter],
@@ -43,19 +46,25 @@ class LocalEngine(SteppingEngine):
         max_grad_norm: float,
         gradient_accumulation_steps: int,
         lr_scales: Mapping[str, float] | None = None,
+        max_grad_value: float = 0.0,
+        average: AverageSettings | None = None,
     ) -> None:
         super().__init__(module, trainable, World.alone(device), gradient_accumulation_steps)
         self._module = module.to(self.device)
         self._max_grad_norm = max_grad_norm
         self._state_names = optimizer_factory.state_names
-        self._updated = {name: _float32(value) for name, value in self._trainable.items()}
+        as_it_is = optimizer_factory.keeps_low_precision
+        self._updated = {
+            name: value if as_it_is else _float32(value) for name, value in self._trainable.items()
+        }
         groups = parameter_groups(self._updated, lr_scales or {})
-        self._optimizer = optimizer_factory.build(groups, lr=0.0)
+        optimizer = optimizer_factory.build(groups, lr=0.0)
+        self._adopt(optimizer, max_grad_value=max_grad_value, average=average)
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Return the trained parameters, float32 on the CPU, by canonical name."""
         return {
-            name: parameter.detach().to("cpu", copy=True)
+            name: parameter.detach().to("cpu", torch.float32, copy=True)
             for name, parameter in self._updated.items()
         }
 
@@ -106,6 +115,8 @@ class LocalEngine(SteppingEngine):
             optimizer=self._optimizer,
             state_names=self._state_names,
             inner_step=self._optimizer.step,
+            counters=self._counters,
+            average=self._average,
         )
 
     @torch.no_grad()

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from torch import Tensor
 
 from trainer.contract.errors import DiskError, ModelFileError
 from trainer.contract.files import write_json
+from trainer.engine.optimizer_groups import Counters
+from trainer.engine.running_average import RunningAverage
 from trainer.io.atomic_save import save_safetensors
 from trainer.io.mapped_load import WeightFiles, open_weights, read_json
 from trainer.io.stream_save import TensorSlot, stream_safetensors
@@ -33,6 +35,9 @@ from trainer.io.stream_save import TensorSlot, stream_safetensors
 FORMAT = 1
 _INFO = "engine.json"
 _WEIGHT = "weight"
+_AVERAGE = "average"
+_PATH = "/"
+"""Between the keys of state that is nested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,17 @@ class EngineState:
     """Let the inner optimizer step over `flats` as their `grad` says."""
     resident: Callable[[int, bool], AbstractContextManager[None]] = always_there
     """Have a flat and its state in memory for the duration of a block; True: keep its changes."""
+    grouped: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Have the flats in the inner optimizer's groups for the duration of a block."""
+    counters: Counters = field(default_factory=lambda: Counters([]))
+    """What the inner optimizer counts for a group of parameters."""
+    average: RunningAverage | None = None
+    """Of the flats."""
+
+    @property
+    def kept_beside(self) -> dict[str, Sequence[Tensor]]:
+        """What there is of each flat besides the optimizer's state, by its name in files."""
+        return {} if self.average is None else {_AVERAGE: self.average.tensors}
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -96,8 +112,11 @@ def save(state: EngineState, folder: Path) -> None:
             "format": FORMAT,
             **state.layout,
             "state_names": list(state.state_names),
+            "groups": state.counters.values(),
             "parameters": parameters,
         }
+        if state.average is not None:
+            info["average"] = {"steps": state.average.steps, "updates": state.average.updates}
         write_json(folder / _INFO, info)
     if not state.own:
         return
@@ -107,6 +126,8 @@ def save(state: EngineState, folder: Path) -> None:
         _stream_pieces(state, path)
         return
     tensors = {_key(_WEIGHT, piece): cut(state.flats[piece.flat], piece) for piece in state.pieces}
+    for kind, beside in state.kept_beside.items():
+        tensors |= {_key(kind, piece): cut(beside[piece.flat], piece) for piece in state.pieces}
     raw, numbers = _raw_state(state)
     save_safetensors(tensors | raw, path, {"numbers": json.dumps(numbers)}, verify=False)
 
@@ -122,9 +143,11 @@ def load(state: EngineState, folder: Path) -> None:
     if state.state_names:
         files = [_RankFile(path) for path in _rank_files(folder)]
         pieces = _index(files)
-        stepped = any(kind != _WEIGHT for kind, _ in pieces)
+        stepped = any(kind not in {_WEIGHT, _AVERAGE} for kind, _ in pieces)
         _check_cover(state, pieces, (_WEIGHT, *(state.state_names if stepped else ())), folder)
         numbers = _merged_numbers(files)
+        if not stepped and state.resident is always_there:
+            state.optimizer.state.clear()  # from before the first step
         filled = stepped or bool(state.optimizer.state)
         if filled:
             _create_state(state)
@@ -135,6 +158,7 @@ def load(state: EngineState, folder: Path) -> None:
                 _fill_weight(state, piece, pieces)
                 if filled:
                     _fill_state(state, piece, pieces, numbers)
+                _fill_average(state, piece, pieces)
     else:
         own = _rank_file(folder, state.rank if _writers(info) > 1 else 0)
         _check_layout(state, info, folder)
@@ -144,6 +168,12 @@ def load(state: EngineState, folder: Path) -> None:
         _fill_raw(state, file)
         for piece in state.pieces:
             _fill_weight(state, piece, pieces)
+            _fill_average(state, piece, pieces)
+    state.counters.restore(info.get("groups", []), state.flats[0].device if state.flats else None)
+    if state.average is not None:
+        found = info.get("average", {})
+        state.average.steps = int(found.get("steps", 0))
+        state.average.updates = int(found.get("updates", 0))
 
 
 def save_parts(folder: Path, parts: Sequence[str], step: int) -> None:
@@ -292,15 +322,18 @@ def pieces_by_flat(state: EngineState) -> list[Piece]:
 def _stream_pieces(state: EngineState, path: Path) -> None:
     """Write piece after piece: a copy of all of them may be more than the memory holds."""
     found: dict[str, tuple[Piece, str]] = {}
+    beside = state.kept_beside
     for piece in pieces_by_flat(state):
         stepped = bool(state_of(state, state.flats[piece.flat]))
-        for kind in (_WEIGHT, *(state.state_names if stepped else ())):
+        for kind in (_WEIGHT, *(state.state_names if stepped else ()), *beside):
             found[_key(kind, piece)] = (piece, kind)
     with ExitStack() as stack:
         residence = _Residence(state, stack, changed=False)
 
         def read(key: str) -> Tensor:
             piece, kind = found[key]
+            if kind in beside:
+                return cut(beside[kind][piece.flat], piece)
             residence.bring(piece.flat)
             flat = state.flats[piece.flat]
             return cut(flat if kind == _WEIGHT else state_of(state, flat)[kind], piece)
@@ -328,14 +361,34 @@ def _raw_state(state: EngineState) -> tuple[dict[str, Tensor], dict[str, dict[st
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for index, flat in enumerate(state.flats):
-        held = state_of(state, flat)
-        numbers[str(index)] = {k: v for k, v in held.items() if not isinstance(v, Tensor)}
-        tensors |= {f"raw|{index}|{k}": v for k, v in held.items() if isinstance(v, Tensor)}
+        leaves = dict(_leaves(state_of(state, flat)))
+        numbers[str(index)] = {k: v for k, v in leaves.items() if not isinstance(v, Tensor)}
+        tensors |= {f"raw|{index}|{k}": v for k, v in leaves.items() if isinstance(v, Tensor)}
     return tensors, numbers
+
+
+def _leaves(held: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what nested state holds, by its path."""
+    if isinstance(held, dict):
+        inside: Iterable[tuple[str, Any]] = ((str(key), value) for key, value in held.items())
+    elif isinstance(held, list):
+        inside = ((str(index), value) for index, value in enumerate(held))
+    else:
+        yield path, held
+        return
+    for key, value in inside:
+        yield from _leaves(value, f"{path}{_PATH}{key}" if path else key)
 
 
 def _fill_weight(state: EngineState, piece: Piece, pieces: _Index) -> None:
     _copy(cut(state.flats[piece.flat], piece), piece, pieces[_WEIGHT, piece.name])
+
+
+def _fill_average(state: EngineState, piece: Piece, pieces: _Index) -> None:
+    for kind, beside in state.kept_beside.items():
+        # One that was not kept starts from the weights.
+        sources = pieces.get((kind, piece.name)) or pieces[_WEIGHT, piece.name]
+        _copy(cut(beside[piece.flat], piece), piece, sources)
 
 
 def _fill_state(
@@ -357,14 +410,21 @@ def _fill_raw(state: EngineState, file: _RankFile) -> None:
     _create_state(state)
     copies: list[tuple[Tensor, Tensor]] = []
     for index, flat in enumerate(state.flats):
-        held = state_of(state, flat)
-        for key, value in held.items():
+        held, known = state_of(state, flat), file.numbers[str(index)]
+        for path, value in list(_leaves(held)):
             if isinstance(value, Tensor):
-                copies.append((value, _raw_tensor(file, f"raw|{index}|{key}", value)))
-            else:
-                held[key] = file.numbers[str(index)][key]
+                copies.append((value, _raw_tensor(file, f"raw|{index}|{path}", value)))
+            elif path in known:
+                _set_leaf(held, path, known[path])
     for target, saved in copies:
         target.copy_(saved)
+
+
+def _set_leaf(held: Any, path: str, value: Any) -> None:
+    *parents, last = path.split(_PATH)
+    for key in parents:
+        held = held[int(key)] if isinstance(held, list) else held[key]
+    held[int(last) if isinstance(held, list) else last] = value
 
 
 def _raw_tensor(file: _RankFile, key: str, wanted: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from trainer.core.types import Batch, StepResult
 from trainer.engine import state_edits, state_files
 from trainer.engine.finite import TermSums
+from trainer.engine.optimizer_groups import Counters, clip_values
 from trainer.engine.process_group import World
+from trainer.engine.running_average import AverageSettings, RunningAverage, kept
 from trainer.engine.state_files import EngineState
 
 
@@ -45,6 +48,30 @@ class SteppingEngine(ABC):
         self._trainable = dict(trainable)
         self._accumulation = gradient_accumulation_steps
         self._means: dict[str, float] = {}
+        self._optimizer: torch.optim.Optimizer
+        self._average: RunningAverage | None = None
+        self._counters = Counters([])
+
+    def _adopt(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_grad_value: float,
+        average: AverageSettings | None,
+    ) -> None:
+        """Take the optimizer that was made, once the engine knows its flats.
+
+        Args:
+            optimizer: the one that updates the flats.
+            max_grad_value: gradients are cut to this size, element by element; 0 leaves them.
+            average: how weights are averaged; None: they are not.
+        """
+        self._optimizer = optimizer
+        self._counters = Counters(optimizer.param_groups)
+        if max_grad_value:
+            clip_values(optimizer, max_grad_value)
+        if average is not None:
+            self._average = RunningAverage(average, self._state().flats)
 
     def forward_backward(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Run the microbatches of one step; return each loss term's mean over all ranks.
@@ -81,7 +108,54 @@ class SteppingEngine(ABC):
         """
         for group in self._param_groups():
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        return StepResult(terms=self._means, grad_norm=self._step(), lr=lr)
+        norm = self._step()
+        if self._average is not None:
+            self._average.after_step(self._state().flats)
+        return StepResult(terms=self._means, grad_norm=norm, lr=lr)
+
+    @property
+    def has_average(self) -> bool:
+        """Whether a running average of the weights is kept."""
+        return self._average is not None
+
+    @contextmanager
+    def inference_weights(self, *, averaged: bool) -> Iterator[None]:
+        """Have the weights in the module that are for use, for the duration of a block.
+
+        After it the engine goes on with the same bits as without it. A collective call.
+
+        Args:
+            averaged: the running average, where there is one that has begun; else, and without
+                one, the trained weights, which some optimizers (schedule-free ones) have to switch
+                to.
+        """
+        average = self._average
+        if averaged and average is not None and average.started:
+            state = self._state()
+            with self._refreshed(), average.in_place_of(state.flats):
+                self._refresh_weights()
+                yield
+        elif callable(switch := getattr(self._optimizer, "eval", None)):
+            state = self._state()
+            with self._refreshed(), kept(state.flats):
+                with state.grouped():
+                    switch()
+                self._refresh_weights()
+                try:
+                    yield
+                finally:
+                    with state.grouped():
+                        self._optimizer.train()  # type: ignore[attr-defined]  # goes with `eval`
+        else:
+            yield
+
+    @contextmanager
+    def _refreshed(self) -> Iterator[None]:
+        """Bring the module in line with the flats after a block."""
+        try:
+            yield
+        finally:
+            self._refresh_weights()
 
     def save_state(self, folder: Path) -> None:
         """Write weights and optimizer state into `folder`; every rank its own part.

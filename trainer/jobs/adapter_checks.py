@@ -9,7 +9,8 @@ from trainer.adapters.rank_mask import METADATA_KEY
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, MenmaError, Problem
 from trainer.contract.experts import trained_experts
-from trainer.contract.memory_model.trained import find_targets
+from trainer.contract.memory_model.trained import Targets, find_targets
+from trainer.contract.optimizer_traits import traits_of
 from trainer.contract.safetensors_header import metadata_of, read_header
 from trainer.contract.variants import Expert, TransformerConfig
 from trainer.io.mapped_load import open_weights
@@ -41,7 +42,8 @@ def adapter_problems(config: RunConfig) -> Iterator[Problem]:
     start = config.adapter.options("kind").get("init_from")
     if start is None or start.exists():
         try:
-            find_targets(config, shape)
+            targets = find_targets(config, shape)
+            yield from _rate_problems(config, targets)
         except ConfigError as error:
             yield from error.problems
         except MenmaError as error:
@@ -54,6 +56,18 @@ def adapter_problems(config: RunConfig) -> Iterator[Problem]:
         for problem in companion_problems(config, own, expert)
     ]
     yield from dict.fromkeys(told)
+
+
+def _rate_problems(config: RunConfig, targets: Targets) -> Iterator[Problem]:
+    """Yield that layers have rates of their own, and the optimizer cannot give them any."""
+    kind = config.optimizer.kind
+    if traits_of(kind).one_rate and len({part.lr_factor for part in targets.parts}) > 1:
+        yield Problem(
+            f"{kind} has one step size for all layers, and the patterns of [adapter] give some a "
+            "learning rate of their own",
+            "optimizer.kind",
+            hint="leave out learning rates of layers, or use adamw",
+        )
 
 
 def _start_problems(start: Path, experts: Iterable[Expert | None]) -> Iterator[Problem]:

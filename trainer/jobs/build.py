@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +12,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from trainer.contract.catalog import ATTENTION, PLUGIN_KINDS, TECHNIQUES
-from trainer.contract.config import PluginSection, RunConfig, TechniqueSection
+from trainer.contract.config import RunConfig, TechniqueSection
 from trainer.contract.config_io import problems_of
 from trainer.contract.config_rules import is_fp8, trained_timesteps
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.experts import trained_experts
 from trainer.contract.memory_rules import too_many_blocks
+from trainer.contract.plugin_section import PluginSection
 from trainer.contract.variants import Expert
 from trainer.core.flow import NUM_TRAIN_TIMESTEPS
 from trainer.core.seams import BuildContext, Need, Technique
@@ -68,6 +69,7 @@ def build_objective(config: RunConfig, build: BuildContext) -> Objective:
             high=high / NUM_TRAIN_TIMESTEPS,
             preserve_shape=section.preserve_distribution_shape,
         ),
+        patch_size=build.variant.transformer.patch_size,
     )
 
 
@@ -124,6 +126,15 @@ def technique_problems(config: RunConfig, largest_batch: int) -> list[Problem]:
                     hint="set distributed.zero_stage to 0 or 1, and offload_optimizer = 'none'",
                 )
             )
+        if Need.UNEVEN_FORWARDS in needs and distributed.zero_stage == 3:
+            problems.append(
+                Problem(
+                    f"{section.name} runs more forwards for some batches than for others, and "
+                    "processes that share weights must run as many",
+                    key,
+                    hint="set distributed.zero_stage to 0, 1 or 2, or remove the technique",
+                )
+            )
         if distributed.sequence_parallel > 1 and _hooks_blocks(technique):
             problems.append(
                 Problem(
@@ -140,6 +151,25 @@ def needs_of(section: TechniqueSection) -> frozenset[Need]:
     """Return what a technique of the config requires of the run."""
     technique: type[Technique] = TECHNIQUES.load(section.name)
     return technique.needs_of(technique.Config(**section.options("name")))
+
+
+def technique_texts(config: RunConfig, captions: Sequence[str]) -> tuple[str, ...]:
+    """Return what techniques need encoded beside the captions of the dataset.
+
+    Raises:
+        ConfigError: a technique cannot work with these captions.
+    """
+    found: dict[str, None] = {}
+    for index, section in enumerate(config.techniques):
+        technique: type[Technique] = TECHNIQUES.load(section.name)
+        try:
+            found |= dict.fromkeys(
+                technique.texts(technique.Config(**section.options("name")), captions)
+            )
+        except ConfigError as error:
+            problem = Problem(error.message, f"techniques[{index}]", hint=error.hint)
+            raise ConfigError(problems=[problem]) from None
+    return tuple(found)
 
 
 def mask_problems(config: RunConfig, *, masks: bool) -> list[Problem]:

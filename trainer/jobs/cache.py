@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +29,7 @@ from trainer.data.buckets import Bucket
 from trainer.data.cache_index import Unneeded, find_section, locked, read_index
 from trainer.data.cache_settings import CacheDtype, CacheSettings, uses_image_encoder
 from trainer.data.entries import entry_key
+from trainer.data.items import Texts, no_texts
 from trainer.data.latent_cache import LatentEntry, write_latents
 from trainer.data.masks import read_alpha_mask, read_mask
 from trainer.data.media import Clip, index_clip, read_window
@@ -71,6 +72,8 @@ class CacheOptions:
     """(height, width) in pixels: encode in overlapping tiles."""
     extra_captions: tuple[str, ...] = ("",)
     """Encoded, too, though no item has them: the empty one serves caption dropout."""
+    texts: Texts = no_texts
+    """Given all captions, returns more of these."""
     prune: bool = False
     """Remove every entry of the cache folders that this dataset does not need."""
 
@@ -106,6 +109,16 @@ class _Task:
     entry: LatentEntry
 
 
+def _require_image_encoder(
+    variant: Variant, image_encoder: LazyModel[ImageEncoding] | None
+) -> None:
+    if uses_image_encoder(variant) and image_encoder is None:
+        raise ConfigError(
+            f"{variant.name} sees the first frame through CLIP: an image encoder is needed",
+            hint="set model.image_encoder",
+        )
+
+
 def run_cache(
     dataset: DatasetConfig,
     *,
@@ -137,17 +150,14 @@ def run_cache(
         DataError: nothing can be trained on, or none of the validation sources can be used; or the
             dataset is `strict` and something cannot be used (found before anything is encoded, as
             far as it can be seen without decoding all).
-        ConfigError: the variant needs an image encoder and there is none.
+        ConfigError: the variant needs an image encoder and there is none, or `options.texts` cannot
+            work with these captions.
         BusyError: another process caches into the same folder.
         DiskError: the disk is full, read-only or gone.
         OutOfMemoryError: the device cannot encode a window of this size.
     """
     options = options or CacheOptions()
-    if uses_image_encoder(variant) and image_encoder is None:
-        raise ConfigError(
-            f"{variant.name} sees the first frame through CLIP: an image encoder is needed",
-            hint="set model.image_encoder",
-        )
+    _require_image_encoder(variant, image_encoder)
     settings = CacheSettings.of(
         variant,
         vae=vae.identity,
@@ -160,6 +170,7 @@ def run_cache(
             locks.enter_context(locked(folder))
         works = _plan(dataset, settings, options, report)
         _require_clips(works, len(works) if num_training is None else num_training)
+        options = _with_texts(options, works)
         captions = _cache_captions(works, text_encoder, options, report, dataset.general.strict)
         _release_memory()
         encode = WindowEncoder(variant, vae, image_encoder, options.tile)
@@ -210,6 +221,13 @@ def _require_clips(works: Sequence[Work], num_training: int) -> None:
         if part and not any(work.plan.items for work in part):
             problems = [problem for work in part for problem in work.problems]
             raise DataError(_listed(f"no clip of {of} can be used", problems))
+
+
+def _with_texts(options: CacheOptions, works: Sequence[Work]) -> CacheOptions:
+    """Add what techniques need to the extra captions."""
+    captions = {c for work in works for planned in work.plan.items for c in planned.item.captions}
+    extra = dict.fromkeys((*options.extra_captions, *options.texts(sorted(captions))))
+    return replace(options, extra_captions=tuple(extra))
 
 
 def _cache_captions(

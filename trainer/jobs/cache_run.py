@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from itertools import islice
 
 from trainer.contract.errors import Problem
 from trainer.contract.jobs import CacheRequest
 from trainer.jobs.base import MAX_LISTED, Emit
-from trainer.jobs.build import pick_device
+from trainer.jobs.build import pick_device, technique_texts
 from trainer.jobs.cache import CacheOptions, CacheReport, Report, run_cache
 from trainer.jobs.components import (
     lazy_image_encoder,
@@ -42,6 +43,7 @@ def run(request: CacheRequest, emit: Emit) -> None:
             dtype=config.memory.cache_dtype,
             tile=(tile, tile) if tile else None,
             prune=request.prune,
+            texts=partial(technique_texts, config),
         ),
         report=progress_events(emit),
     )

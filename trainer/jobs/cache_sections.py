@@ -7,7 +7,7 @@ file that is no encoder, a window that does not fit the GPU) leaves a good cache
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trainer.contract.errors import Problem
@@ -80,11 +80,16 @@ def _write_sections(
 ) -> list[Section]:
     """Write the index of a folder and return the sections of these sources."""
     mine: dict[str, Section] = {}
+    others = {} if alone else read_index(folder)
     for work in works:
         # Two sources that are alike share a section; problems are noted at the first.
-        if work.folder == folder and work.section_name not in mine:
-            mine[work.section_name] = _section(work, captions, finished)
-    others = {} if alone else read_index(folder)
+        name = work.section_name
+        if work.folder == folder and name not in mine:
+            section = _section(work, captions, finished)
+            if name in others:  # another config may need other texts of the same clips
+                kept = {**others[name].extra_captions, **section.extra_captions}
+                section = replace(section, extra_captions=kept)
+            mine[name] = section
     write_index(folder, {**{n: s for n, s in others.items() if n not in mine}, **mine})
     return list(mine.values())
 

@@ -16,6 +16,7 @@ from trainer.contract.errors import ConfigError, Problem, UserError
 from trainer.contract.experts import trains_both
 from trainer.contract.hub import references
 from trainer.contract.jobs import CheckRequest
+from trainer.contract.optimizer_rules import optimizer_notes
 from trainer.contract.prompts import read_prompts
 from trainer.contract.variants import Variant
 from trainer.core.seams import BuildContext
@@ -35,6 +36,7 @@ from trainer.jobs.config_checks import (
 from trainer.jobs.distributed_checks import distributed_problems
 from trainer.jobs.expert_share import settle_turns
 from trainer.jobs.memory_checks import memory_notes, memory_problems
+from trainer.jobs.optimizer_checks import optimizer_problems
 from trainer.jobs.run_items import cache_settings, holdout_of
 from trainer.jobs.start import machine_problems
 from trainer.models.wan.detect import recognise
@@ -57,6 +59,7 @@ def run(request: CheckRequest, emit: Emit) -> None:
         *weight_problems(config),
         *machine_problems(config),
         *distributed_problems(config),
+        *optimizer_problems(config),
     ]
     shares: dict[str, object] = {}
     variant = _variant(config, problems)
@@ -73,7 +76,7 @@ def run(request: CheckRequest, emit: Emit) -> None:
         shares = _expert_shares(config, variant, problems, emit)
         problems += adapter_problems(config)
         problems = list(dict.fromkeys(problems))
-    for note in memory_notes(config):
+    for note in (*memory_notes(config), *optimizer_notes(config)):
         emit("warning", message=note)
     for field, file in references(config).items():
         emit("log", message=f"model.{field}: {file} is downloaded when it is needed")

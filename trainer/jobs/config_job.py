@@ -14,6 +14,7 @@ from trainer.contract.jobs import ConfigRequest
 from trainer.jobs.config_checks import variant_problem, weight_problems
 from trainer.jobs.distributed_checks import distributed_problems
 from trainer.jobs.memory_checks import memory_problems
+from trainer.jobs.optimizer_checks import optimizer_problems
 from trainer.jobs.start import machine_problems
 
 
@@ -33,6 +34,7 @@ def read_config(request: ConfigRequest, job: JobName) -> RunConfig:
     if job == "train":
         problems += machine_problems(loaded.config)
         problems += distributed_problems(loaded.config)
+        problems += optimizer_problems(loaded.config)
     if problems:
         raise ConfigError(problems=place_problems(problems, loaded.sources))
     return loaded.config

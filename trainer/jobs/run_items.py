@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from trainer.contract.config import RunConfig
 from trainer.contract.config_rules import validation_timesteps
@@ -12,6 +13,7 @@ from trainer.data.cache_settings import CacheSettings
 from trainer.data.fingerprint import model_identity
 from trainer.data.holdout import Holdout
 from trainer.data.items import CachedDataset, TrainingItem, fingerprint, load_cached_dataset
+from trainer.jobs.build import technique_texts
 from trainer.jobs.components import text_encoder_identity
 from trainer.training.validation import ValidationSettings
 
@@ -40,7 +42,10 @@ def load_run_items(config: RunConfig, variant: Variant, config_name: str) -> Run
         DataError: a cache is missing or out of date, or one side has no items.
     """
     cached = load_cached_dataset(
-        config.load_all_sources(), cache_settings(config, variant), config=config_name
+        config.load_all_sources(),
+        cache_settings(config, variant),
+        config=config_name,
+        texts=partial(technique_texts, config),
     )
     training, validation = holdout_of(config).split(cached.items)
     section = config.validation

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from trainer.contract.events import EventWriter
 from trainer.contract.experts import for_expert, single_expert, trains_both
 from trainer.contract.files import write_json, write_text
 from trainer.contract.jobs import TrainRequest
+from trainer.contract.optimizer_rules import optimizer_notes
 from trainer.contract.run_dir import Request, RunDir
 from trainer.contract.variants import Variant
 from trainer.core.seams import BuildContext
+from trainer.data.loader import load_text
 from trainer.engine import process_group
 from trainer.engine.failures import failing_together
 from trainer.engine.process_group import World
@@ -48,7 +51,7 @@ from trainer.loop import End, Run
 from trainer.loop import train as run_loop
 from trainer.training.checkpoints import Checkpoint, CheckpointStore
 from trainer.training.figure_sinks import figure_sinks
-from trainer.training.keeper import Identity, RunKeeper
+from trainer.training.keeper import AverageUse, Identity, RunKeeper
 from trainer.training.reporter import EventLog, RunReporter, write_peaks
 from trainer.training.requests import Requests
 
@@ -136,6 +139,7 @@ class TrainingRun:
             seed=config.training.seed,
             device=world.device,
             total_steps=data.total_steps,
+            encoded=lru_cache(maxsize=64)(partial(load_text, data.cached)),
         )
         samples = self._samples(variant)
         self.emit("phase", name="load", detail="transformer")
@@ -200,11 +204,15 @@ class TrainingRun:
                     "accumulation": config.training.gradient_accumulation_steps,
                 },
                 turns=trainee.turns,
+                average=_average_facts(config),
             ),
             outputs=trainee.outputs,
             resume=resume,
             make_samples=samples,
             validator=trainee.validator,
+            average_use=AverageUse(
+                samples=config.ema.use_for_samples, validation=config.ema.use_for_validation
+            ),
         )
 
     def _samples(self, variant: Variant) -> TrainingSamples | None:
@@ -265,6 +273,8 @@ class TrainingRun:
             self.emit("log", message=message)
         for note in trainee.notes:
             self.emit("log", message=note)
+        for note in optimizer_notes(self.config):
+            self.emit("warning", message=note)
         for kind, message in validation_notes(self.config, variant, data):
             self.emit(kind, message=message)
         for problem in data.cached.problems:
@@ -311,6 +321,13 @@ class Console:
         if kind == "phase":
             return f"{event['name']}: {event.get('detail', '')}"
         return ""
+
+
+def _average_facts(config: RunConfig) -> dict[str, float] | None:
+    """Return what an average of weights depends on."""
+    if not config.ema.decay:
+        return None
+    return config.ema.model_dump(include={"decay", "warmup", "every_steps", "start_step"})
 
 
 def _without_type(event: Mapping[str, Any]) -> dict[str, Any]:

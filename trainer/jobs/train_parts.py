@@ -23,6 +23,7 @@ from trainer.data.order import BatchOrder, require_full_step
 from trainer.engine.deepspeed import DeepSpeedEngine
 from trainer.engine.local import LocalEngine
 from trainer.engine.process_group import World
+from trainer.engine.running_average import AverageSettings
 from trainer.jobs.build import (
     WeightsSource,
     build_objective,
@@ -100,7 +101,8 @@ def open_data(config: RunConfig, variant: Variant, world: World, config_name: st
     problems = mask_problems(config, masks=any(item.has_mask for item in cached.items))
     if problems:
         raise ConfigError(problems=problems)
-    order = BatchOrder(cached.items, config.training.seed)
+    buckets = config.objective.num_timestep_buckets
+    order = BatchOrder(cached.items, config.training.seed, num_timestep_buckets=buckets)
     accumulation = config.training.gradient_accumulation_steps
     require_full_step(order, world_size=world.data_size, gradient_accumulation_steps=accumulation)
     steps = TrainingSteps(
@@ -244,6 +246,8 @@ def _make_engine(
             max_grad_norm=config.optimizer.max_grad_norm,
             gradient_accumulation_steps=config.training.gradient_accumulation_steps,
             lr_scales=model.adapter.lr_scales(),
+            max_grad_value=config.optimizer.max_grad_value,
+            average=average_settings(config),
         )
     settings = deepspeed_settings(config, world.device)
     return DeepSpeedEngine(
@@ -252,7 +256,23 @@ def _make_engine(
         factory,
         world=world,
         lr_scales=model.adapter.lr_scales(),
+        max_grad_value=config.optimizer.max_grad_value,
+        average=average_settings(config),
         **settings,
+    )
+
+
+def average_settings(config: RunConfig) -> AverageSettings | None:
+    """Return how the weights are averaged; None where they are not."""
+    ema = config.ema
+    if not ema.decay:
+        return None
+    return AverageSettings(
+        decay=ema.decay,
+        warmup=ema.warmup,
+        every_steps=ema.every_steps,
+        start_step=ema.start_step,
+        device=ema.device,
     )
 
 
@@ -308,7 +328,7 @@ def learning_rate(
     """Return the learning rate as a function of the step, with what techniques make of it."""
     course = LearningRate(
         base=config.optimizer.learning_rate,
-        warmup_steps=config.lr_schedule.warmup_steps,
+        warmup_steps=config.lr_schedule.warmup_of(build.total_steps),
         total_steps=build.total_steps,
         schedule=build_plugin(config.lr_schedule, "kind", build, where="lr_schedule"),
     )

@@ -17,6 +17,6 @@ class MSE:
     def __init__(self, config: MSE.Config, build: BuildContext) -> None:
         self.config = config
 
-    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the squared error, same shape as the arguments."""
+    def __call__(self, prediction: Tensor, target: Tensor, sigma_B: Tensor) -> Tensor:
+        """Return the squared error, same shape as prediction and target."""
         return (prediction.float() - target.float()).square()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from trainer.contract.options import Options
-from trainer.core.seams import BuildContext
+from trainer.core.seams import BuildContext, LRSchedule
 
 
-class Constant:
+class Constant(LRSchedule):
     """Factor 1 everywhere."""
 
     class Config(Options):
@@ -15,6 +15,6 @@ class Constant:
     def __init__(self, config: Constant.Config, build: BuildContext) -> None:
         self.config = config
 
-    def factor(self, progress: float) -> float:
+    def factor(self, progress: float, num_steps: int) -> float:
         """Return 1."""
         return 1.0

@@ -7,10 +7,10 @@ import math
 from pydantic import Field
 
 from trainer.contract.options import Options
-from trainer.core.seams import BuildContext
+from trainer.core.seams import BuildContext, LRSchedule
 
 
-class Cosine:
+class Cosine(LRSchedule):
     """m + (1 - m)·(1 + cos(πp)) / 2 for progress p and the smallest factor m."""
 
     class Config(Options):
@@ -22,7 +22,7 @@ class Cosine:
     def __init__(self, config: Cosine.Config, build: BuildContext) -> None:
         self.config = config
 
-    def factor(self, progress: float) -> float:
+    def factor(self, progress: float, num_steps: int) -> float:
         """Return the multiplier at `progress` in [0, 1]."""
         low = self.config.min_lr_ratio
         return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from trainer.contract.options import Options
-from trainer.core.seams import BuildContext
+from trainer.core.seams import BuildContext, LRSchedule
 
 
-class Linear:
+class Linear(LRSchedule):
     """1 - (1 - m)·p for progress p and the smallest factor m."""
 
     class Config(Options):
@@ -20,6 +20,6 @@ class Linear:
     def __init__(self, config: Linear.Config, build: BuildContext) -> None:
         self.config = config
 
-    def factor(self, progress: float) -> float:
+    def factor(self, progress: float, num_steps: int) -> float:
         """Return the multiplier at `progress` in [0, 1]."""
         return 1.0 - (1.0 - self.config.min_lr_ratio) * progress

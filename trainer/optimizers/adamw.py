@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from trainer.contract.options import Options
-from trainer.core.seams import BuildContext
+from trainer.core.seams import BuildContext, OptimizerFactory
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -25,7 +25,7 @@ class AdamWOptions(Options):
     """Share of each weight that is taken away per step, times the learning rate."""
 
 
-class AdamW:
+class AdamW(OptimizerFactory):
     """torch's AdamW; its state is one tensor a moment, of the parameter's shape."""
 
     elementwise: ClassVar[bool] = True
@@ -34,12 +34,15 @@ class AdamW:
     class Config(AdamWOptions):
         """Options of `optimizer.kind = "adamw"`."""
 
+        fused: bool | None = None
+        """Update all weights in one kernel, without temporary copies; empty: on CUDA."""
+
     def __init__(self, config: AdamW.Config, build: BuildContext) -> None:
         self.config = config
-        self.fused = build.device.type == "cuda"
+        self.fused = build.device.type == "cuda" if config.fused is None else config.fused
 
     def build(self, parameters: Iterable[Mapping[str, Any]], lr: float) -> torch.optim.Optimizer:
-        """Return the optimizer; fused on CUDA, which needs no temporary copies."""
+        """Return the optimizer."""
         return torch.optim.AdamW(
             [dict(group) for group in parameters],
             lr=lr,

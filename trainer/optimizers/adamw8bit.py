@@ -8,12 +8,12 @@ from typing import Any, ClassVar, cast
 import torch
 from pydantic import Field
 
-from trainer.contract.errors import ConfigError
-from trainer.core.seams import BuildContext
+from trainer.core.seams import BuildContext, OptimizerFactory
 from trainer.optimizers.adamw import AdamWOptions
+from trainer.optimizers.packages import optimizer_class
 
 
-class AdamW8bit:
+class AdamW8bit(OptimizerFactory):
     """A quarter of AdamW's state memory; small tensors keep 32-bit states."""
 
     elementwise: ClassVar[bool] = True
@@ -24,6 +24,8 @@ class AdamW8bit:
 
         min_8bit_size: int = Field(4096, ge=1)
         """Tensors with fewer elements keep 32-bit states."""
+        paged: bool = False
+        """CUDA moves states to RAM and back where the GPU's memory is short; slower then."""
 
     def __init__(self, config: AdamW8bit.Config, build: BuildContext) -> None:
         self.config = config
@@ -34,14 +36,8 @@ class AdamW8bit:
         Raises:
             ConfigError: bitsandbytes is not installed.
         """
-        try:
-            from bitsandbytes.optim import AdamW8bit as Implementation
-        except ImportError as error:
-            raise ConfigError(
-                f"optimizer adamw8bit needs bitsandbytes: {error}",
-                hint="pip install bitsandbytes, or set optimizer.kind = 'adamw'",
-            ) from error
-        optimizer = Implementation(
+        name = "PagedAdamW8bit" if self.config.paged else "AdamW8bit"
+        optimizer = optimizer_class("adamw8bit", name, "optim")(
             [dict(group) for group in parameters],
             lr=lr,
             betas=self.config.betas,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from trainer.contract.options import Options
 from trainer.core.flow import apply_flow_shift
-from trainer.core.seams import BuildContext
+from trainer.timesteps.base import DistributionSampler
 
 
-class LogitNormal:
+class LogitNormal(DistributionSampler):
     """σ = sigmoid(m + d·z), z ~ N(0, 1), then moved by the flow shift."""
+
+    name: ClassVar[str] = "logit_normal"
 
     class Config(Options):
         """Options of `objective.timestep_sampler = "logit_normal"`."""
@@ -24,12 +28,9 @@ class LogitNormal:
         flow_shift: float = Field(1.0, gt=0)
         """s in s·σ / (1 + (s - 1)·σ), applied last."""
 
-    def __init__(self, config: LogitNormal.Config, build: BuildContext) -> None:
-        self.config = config
-
-    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+    def sample(self, num: int, generator: torch.Generator, frame_tokens: int) -> Tensor:
         """Return `num` sigmas, float32."""
-        logits = self.config.logit_mean + self.config.logit_std * torch.randn(
+        logits = self.options["logit_mean"] + self.options["logit_std"] * torch.randn(
             num, generator=generator
         )
-        return apply_flow_shift(torch.sigmoid(logits), self.config.flow_shift)
+        return apply_flow_shift(torch.sigmoid(logits), self.options["flow_shift"])

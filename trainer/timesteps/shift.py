@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from trainer.contract.options import Options
 from trainer.core.flow import apply_flow_shift
-from trainer.core.seams import BuildContext
+from trainer.timesteps.base import DistributionSampler
 
 
-class Shift:
+class Shift(DistributionSampler):
     """σ = s·a / (1 + (s - 1)·a) with a = sigmoid(k·z), z ~ N(0, 1)."""
+
+    name: ClassVar[str] = "shift"
 
     class Config(Options):
         """Options of `objective.timestep_sampler = "shift"`."""
@@ -22,12 +26,9 @@ class Shift:
         sigmoid_scale: float = Field(1.0, gt=0)
         """k: larger spreads the draws towards both ends."""
 
-    def __init__(self, config: Shift.Config, build: BuildContext) -> None:
-        self.config = config
-
-    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+    def sample(self, num: int, generator: torch.Generator, frame_tokens: int) -> Tensor:
         """Return `num` sigmas, float32."""
         normal = torch.randn(num, generator=generator)
         return apply_flow_shift(
-            torch.sigmoid(self.config.sigmoid_scale * normal), self.config.flow_shift
+            torch.sigmoid(self.options["sigmoid_scale"] * normal), self.options["flow_shift"]
         )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from trainer.contract.options import Options
-from trainer.core.seams import BuildContext
+from trainer.timesteps.base import DistributionSampler
 
 
-class Sigmoid:
+class Sigmoid(DistributionSampler):
     """σ = sigmoid(k·z), z ~ N(0, 1)."""
+
+    name: ClassVar[str] = "sigmoid"
 
     class Config(Options):
         """Options of `objective.timestep_sampler = "sigmoid"`."""
@@ -19,9 +23,6 @@ class Sigmoid:
         sigmoid_scale: float = Field(1.0, gt=0)
         """k: larger spreads the draws towards both ends."""
 
-    def __init__(self, config: Sigmoid.Config, build: BuildContext) -> None:
-        self.config = config
-
-    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+    def sample(self, num: int, generator: torch.Generator, frame_tokens: int) -> Tensor:
         """Return `num` sigmas, float32."""
-        return torch.sigmoid(self.config.sigmoid_scale * torch.randn(num, generator=generator))
+        return torch.sigmoid(self.options["sigmoid_scale"] * torch.randn(num, generator=generator))

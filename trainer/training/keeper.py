@@ -45,6 +45,10 @@ _MAY_CHANGE = {
         "how the experts share the steps, or the boundary between them",
         "but each expert's schedule and data go on from another place",
     ),
+    "average": (
+        "[ema]",
+        "and the average of the weights with the new options, from the one that was kept if any",
+    ),
 }
 """Facts of a checkpoint: what changed, and what is otherwise then."""
 
@@ -68,6 +72,8 @@ class Identity:
     one) and accumulation."""
     turns: Mapping[str, float] | None = None
     """How two experts share the steps."""
+    average: Mapping[str, float] | None = None
+    """How the weights are averaged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +88,14 @@ class OutputFile:
     """Header strings for the file of a step."""
     prefix: str = ""
     """Of the adapter's parameters among those of the engine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AverageUse:
+    """What is made with the running average of the weights, where there is one."""
+
+    samples: bool = True
+    validation: bool = True
 
 
 class Validation(Protocol):
@@ -113,6 +127,7 @@ class RunKeeper:
         resume: Checkpoint | None,
         make_samples: Callable[[int], Sequence[FinishedSample]] | None,
         validator: Validation | None,
+        average_use: AverageUse | None = None,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -125,6 +140,7 @@ class RunKeeper:
         self._resume = resume
         self._make_samples = make_samples
         self._validator = validator
+        self._average_use = average_use or AverageUse()
         self._saved_at = -1
 
     def restore(self) -> int:
@@ -157,26 +173,45 @@ class RunKeeper:
             write_peaks(self._run_dir.peaks, self._engine.device)
 
     def output(self, step: int, *, final: bool) -> None:
-        """Write `output/<name>.safetensors`, or `<name>-step00000500.safetensors` on the way."""
+        """Write `output/<name>.safetensors`, or `<name>-step00000500.safetensors` on the way.
+
+        The running average of the weights, where there is one, is `<name>-ema.safetensors`.
+        """
         with self._reporter.paused():
+            self._write_outputs(step, averaged=False, final=final)
+            if self._engine.has_average:
+                self._write_outputs(step, averaged=True, final=final)
+
+    def _write_outputs(self, step: int, *, averaged: bool, final: bool) -> None:
+        with self._engine.inference_weights(averaged=averaged):
             state = self._engine.full_parameters()
-            if self._engine.rank == 0:
-                for output in self._outputs:
-                    self._write_output(output, state, step, final=final)
-            self._engine.barrier()
+        if self._engine.rank == 0:
+            for output in self._outputs:
+                self._write_output(output, state, step, averaged=averaged, final=final)
+        self._engine.barrier()
 
     def _write_output(
-        self, output: OutputFile, state: Mapping[str, Tensor], step: int, *, final: bool
+        self,
+        output: OutputFile,
+        state: Mapping[str, Tensor],
+        step: int,
+        *,
+        averaged: bool,
+        final: bool,
     ) -> None:
-        name = output.name if final else f"{output.name}-step{step:08d}"
+        stem = f"{output.name}-ema" if averaged else output.name
+        name = stem if final else f"{stem}-step{step:08d}"
         path = self._run_dir.output / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = dict(output.metadata(step))
+        if averaged:
+            metadata |= {"ss_output_name": stem, "menma.averaged_weights": "true"}
         output.adapter.write_output(
             {name: state[output.prefix + name] for name in output.adapter.trainable()},
             path,
             layout=output.layout,
             dtype=output.dtype,
-            metadata=output.metadata(step),
+            metadata=metadata,
         )
         self._emit("output", step=step, path=str(path), final=final)
 
@@ -187,7 +222,8 @@ class RunKeeper:
         """
         if self._validator is None:
             return
-        with self._reporter.paused():
+        averaged = self._average_use.validation
+        with self._reporter.paused(), self._engine.inference_weights(averaged=averaged):
             try:
                 result = self._validator.measure()
             except NonFiniteError as error:
@@ -206,7 +242,8 @@ class RunKeeper:
         """Make the samples of this step; a run without prompts has none."""
         if self._make_samples is None:
             return
-        with self._reporter.paused():
+        averaged = self._average_use.samples
+        with self._reporter.paused(), self._engine.inference_weights(averaged=averaged):
             for sample in self._make_samples(step):
                 self._emit("sample", step=step, **sample.fields())
             self._engine.barrier()

@@ -26,4 +26,4 @@ class LearningRate:
             return self.base * step / self.warmup_steps
         span = self.total_steps - self.warmup_steps - 1
         progress = (step - self.warmup_steps - 1) / span if span > 0 else 0.0
-        return self.base * self.schedule.factor(min(progress, 1.0))
+        return self.base * self.schedule.factor(min(progress, 1.0), max(span + 1, 1))

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainer.contract.errors import ConfigError
-from trainer.core.flow import add_noise, to_timestep, velocity_target
+from trainer.contract.timestep_mass import within
+from trainer.core.flow import to_timestep, velocity_target
 from trainer.core.rng import derive_seed, generator
 from trainer.core.seams import Loss, Technique, TimestepSampler, Weighting
 from trainer.core.types import Batch, LossTerm, NoisyInput
@@ -29,24 +29,18 @@ class SigmaRange:
     high: float = 1.0
     preserve_shape: bool = False
 
-    def draw(self, sampler: TimestepSampler, random: torch.Generator) -> Tensor:
-        """Return one sigma, float32, shape ().
+    def draw(self, sampler: TimestepSampler, random: torch.Generator, frame_tokens: int) -> Tensor:
+        """Return one sigma, float32, shape ()."""
+        if self.preserve_shape:
+            share = torch.rand((), generator=random, dtype=torch.float64).item()
+            return self.at_quantile(sampler, share, frame_tokens)
+        return self.low + (self.high - self.low) * sampler.sample(1, random, frame_tokens)[0]
 
-        Raises:
-            ConfigError: `preserve_shape` and the sampler practically never falls into the range.
-        """
-        if not self.preserve_shape:
-            return self.low + (self.high - self.low) * sampler.sample(1, random)[0]
-        for _ in range(64):
-            draws = sampler.sample(1024, random)
-            inside = draws[(draws >= self.low) & (draws <= self.high)]
-            if inside.numel():
-                return inside[0]
-        raise ConfigError(
-            f"no timestep in {1000 * self.low:g} … {1000 * self.high:g} after 65,536 draws",
-            hint="widen the range, change the timestep sampler, or set "
-            "objective.preserve_distribution_shape = false",
-        )
+    def at_quantile(self, sampler: TimestepSampler, share: float, frame_tokens: int) -> Tensor:
+        """Return the sigma that a share of all draws is below, float32, shape ()."""
+        base = sampler.distribution(frame_tokens)
+        part = within(base, self.low, self.high, preserve_shape=self.preserve_shape)
+        return torch.tensor(part.quantile(share), dtype=torch.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +51,8 @@ class Objective:
     loss: Loss
     weighting: Weighting
     sigmas: SigmaRange
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    """Latent frames, height and width of a token."""
 
 
 class TrainStep(nn.Module):
@@ -121,19 +117,30 @@ class TrainStep(nn.Module):
     def make_noisy(self, batch: Batch) -> NoisyInput:
         """Draw sigma and noise of every item and mix them with its latents."""
         latents = batch.latents_BCFHW
-        sigmas, noises = [], []
-        for item_seed in batch.item_seeds:
-            random = generator(self.seed, "sigma", item_seed)
-            sigmas.append(self.objective.sigmas.draw(self.objective.sampler, random))
-            random = generator(self.seed, "noise", item_seed)
-            noises.append(torch.randn(latents.shape[1:], generator=random))
-        sigma = torch.stack(sigmas).to(latents.device)
+        noises = [
+            torch.randn(latents.shape[1:], generator=generator(self.seed, "noise", item_seed))
+            for item_seed in batch.item_seeds
+        ]
+        sigma = self._draw_sigmas(batch).to(latents.device)
         noise = torch.stack(noises).to(latents.device)
-        return NoisyInput(
-            noisy_latents_BCFHW=add_noise(latents.float(), noise, sigma),
-            sigma_B=sigma,
-            noise_BCFHW=noise,
-        )
+        return NoisyInput.mix(latents, noise, sigma)
+
+    def _draw_sigmas(self, batch: Batch) -> Tensor:
+        """Return one sigma per item, (B,) on the CPU."""
+        objective = self.objective
+        _, height, width = objective.patch_size
+        rows, columns = batch.latents_BCFHW.shape[-2:]
+        frame_tokens = (rows // height) * (columns // width)
+        quantiles = batch.quantiles or (None,) * len(batch.item_seeds)
+        sigmas = []
+        for item_seed, share in zip(batch.item_seeds, quantiles, strict=True):
+            if share is None:
+                random = generator(self.seed, "sigma", item_seed)
+                sigma = objective.sigmas.draw(objective.sampler, random, frame_tokens)
+            else:
+                sigma = objective.sigmas.at_quantile(objective.sampler, share, frame_tokens)
+            sigmas.append(sigma)
+        return torch.stack(sigmas)
 
     def predict(self, noisy: NoisyInput, batch: Batch) -> Tensor:
         """Return the velocity the transformer predicts, (B, C, F, H, W)."""
@@ -168,7 +175,7 @@ class TrainStep(nn.Module):
     ) -> LossTerm:
         """Return the weighted mean of the pointwise loss."""
         value = reduce_loss(
-            self.objective.loss(prediction, target),
+            self.objective.loss(prediction, target, noisy.sigma_B),
             maps=(technique.loss_map(batch, noisy) for technique in self.techniques),
             sigma_weight_B=self.objective.weighting(noisy.sigma_B),
             item_weight_B=batch.loss_weight_B,

@@ -9,12 +9,13 @@ from typing import Any
 
 from app.domain.importing.report import DefaultRow, Row, Status
 from trainer.contract.catalog import PLUGIN_KINDS
-from trainer.contract.config import PluginSection, Prompt, RunConfig
+from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.config_io import load_config_with_sources
 from trainer.contract.dataset_config import GeneralOptions, SourceOptions
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.options import Options
 from trainer.contract.plugin_options import option_names, plugin_schemas
+from trainer.contract.plugin_section import PluginSection
 
 _TABLES: tuple[tuple[str, type[Options]], ...] = (
     (r"dataset\.general", GeneralOptions),

@@ -19,6 +19,7 @@ from trainer.contract.memory_model.product_kinds import (
     lokr_passing,
     lokr_passing_again,
     lokr_products,
+    lokr_tensors,
 )
 
 Options = Mapping[str, Any]
@@ -50,6 +51,10 @@ class Branch:
 
 def _rank(options: Options) -> int:
     return int(options["rank"])
+
+
+def _two_factors(options: Options, inputs: int, outputs: int) -> list[tuple[int, ...]]:
+    return [(_rank(options), inputs), (outputs, _rank(options))]
 
 
 def _relora_held(options: Options, layers: Sequence[tuple[Options, Sizes]]) -> int:
@@ -85,6 +90,18 @@ LARGEST: dict[str, Callable[[Options, int, int], int]] = {
     "dora": lambda options, *sizes: int(options["rank"]) * max(sizes),
 }
 """Elements of a layer's largest trained tensor; what is not in the table trains two factors."""
+
+SHAPES: dict[str, Callable[[Options, int, int], list[tuple[int, ...]]]] = {
+    "singlora": lambda options, *sizes: [(max(sizes), _rank(options))],
+    "vera": lambda options, inputs, outputs: [(_rank(options),), (outputs,)],
+    "loha": lambda options, *sizes: 2 * _two_factors(options, *sizes),
+    "lokr": lokr_tensors,
+    "dora": lambda options, inputs, outputs: [
+        *_two_factors(options, inputs, outputs),
+        (outputs,),
+    ],
+}
+"""Shapes of a layer's trained tensors; what is not in the table trains two factors."""
 
 BRANCHES: dict[str, Callable[[Options, int, int], Branch]] = {
     "lora": lambda options, *sizes: _low_rank(_lora_width(options), *sizes),
@@ -138,6 +155,13 @@ def largest_tensor(kind: str, options: Options, inputs: int, outputs: int) -> in
         return LARGEST[kind](options, inputs, outputs)
     trained = trained_parameters(kind, options, inputs, outputs)
     return -(-trained * max(inputs, outputs) // (inputs + outputs))
+
+
+def trained_shapes(
+    kind: str, options: Options, inputs: int, outputs: int
+) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of the trained tensors of one layer."""
+    return tuple(SHAPES.get(kind, _two_factors)(options, inputs, outputs))
 
 
 def branch(kind: str, options: Options, inputs: int, outputs: int) -> Branch:

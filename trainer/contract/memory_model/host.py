@@ -32,6 +32,11 @@ def host_parts(work: Workload) -> dict[str, int]:
         tokens = work.block_shape().tokens_bytes
         parts["parked activations"] = here * work.recomputed * tokens
     parts |= offloaded_host_parts(work)
+    if work.average_bytes and (
+        work.config.ema.device == "cpu" or work.config.distributed.offload_optimizer != "none"
+    ):
+        copies = work.share_here if work.zero_stage else here
+        parts["average of weights"] = work.adapters * work.average_bytes * copies
     # A copy of the trained weights on the way to a file.
     beside = work.targets.output - work.trained_parameters  # what a file holds besides
     saved = work.trained_parameters * 4.0 + beside * ELEMENT[work.config.output.dtype]
@@ -73,8 +78,9 @@ def disk_parts(work: Workload) -> dict[str, int]:
         if config.checkpoint.every_steps
         else 0
     )
-    state = trained * (4.0 + (8.0 if config.optimizer.kind == "adamw" else 2.04))
+    state = trained * 4.0 + work.adapters * (work.optimizer_state + work.average_bytes)
     outputs = 1
+    files = 2 if config.ema.decay else 1  # one of the average
     if config.output.every_steps:
         outputs += (config.training.max_steps - 1) // config.output.every_steps
     return {
@@ -82,7 +88,7 @@ def disk_parts(work: Workload) -> dict[str, int]:
         # One more while the newest is being written.
         "checkpoints": round(state * (min(kept, saves + 1) + 1)),
         "outputs": round(
-            outputs * work.adapters * work.targets.output * ELEMENT[config.output.dtype]
+            files * outputs * work.adapters * work.targets.output * ELEMENT[config.output.dtype]
         ),
         **{name: round(size) for name, size in offloaded_disk_parts(work).items()},
     }

@@ -6,7 +6,6 @@ what Menma does not set. Nothing here has been measured on a GPU.
 
 from __future__ import annotations
 
-from trainer.contract.memory_model.optimizers import optimizer_memory
 from trainer.contract.memory_model.weights import (
     block_layers,
     block_linear_parameters,
@@ -80,8 +79,8 @@ def offloaded_host_parts(work: Workload) -> Parts:
     place = optimizer_place(work)
     if place == "cpu":
         # Masters and float32 gradients, both pinned, and the optimizer's own state.
-        state = 2 * FLOAT32 + optimizer_memory(work.config.optimizer.kind).state
-        parts["offloaded optimizer"] = work.adapters * trained_here * state
+        state = trained_here * 2 * FLOAT32 + work.optimizer_state * work.share_here
+        parts["offloaded optimizer"] = work.adapters * state
     elif place == "nvme":
         group = min(SUB_GROUP_ELEMENTS, trained / world)
         parts["offload buffers"] = here * (OPTIMIZER_BUFFERS + 1) * FLOAT32 * group
@@ -106,8 +105,8 @@ def offloaded_disk_parts(work: Workload) -> Parts:
     """Return what is on this machine's SSD, `distributed.nvme_path`, while a run trains."""
     parts: Parts = {}
     if optimizer_place(work) == "nvme":  # masters, gradients, moments
-        state = 2 * FLOAT32 + optimizer_memory(work.config.optimizer.kind).state
-        parts["optimizer on NVMe"] = work.trained_parameters * work.share_here * state
+        state = work.trained_parameters * 2 * FLOAT32 + work.optimizer_state
+        parts["optimizer on NVMe"] = work.share_here * state
     if parameters_place(work) == "nvme":
         parts["weights on NVMe"] = work.weight_bytes * work.share_here
     return parts

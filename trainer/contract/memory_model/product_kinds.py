@@ -54,7 +54,8 @@ def _cut(options: Options, inputs: int, outputs: int) -> tuple[tuple[int, int], 
     return split_width(inputs, factor), split_width(outputs, factor)
 
 
-def _lokr_sizes(options: Options, inputs: int, outputs: int) -> list[int]:
+def lokr_tensors(options: Options, inputs: int, outputs: int) -> list[tuple[int, ...]]:
+    """Return the shapes of W1 and W2, or of their factors."""
     shapes = lokr_shapes(
         inputs,
         outputs,
@@ -62,4 +63,8 @@ def _lokr_sizes(options: Options, inputs: int, outputs: int) -> list[int]:
         factor=options.get("factor"),
         decompose_both=bool(options.get("decompose_both", False)),
     )
-    return [math.prod(shape) for shape in shapes.values()]
+    return list(shapes.values())
+
+
+def _lokr_sizes(options: Options, inputs: int, outputs: int) -> list[int]:
+    return [math.prod(shape) for shape in lokr_tensors(options, inputs, outputs)]

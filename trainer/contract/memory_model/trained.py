@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from trainer.contract.memory_model.adapter_kinds import (
     largest_tensor,
     output_elements,
     trained_parameters,
+    trained_shapes,
 )
 from trainer.contract.memory_model.block import Trained
 from trainer.contract.memory_model.operators import AdapterLayer
@@ -37,6 +38,8 @@ class TrainedPart:
     """Trained elements."""
     largest: int
     """Elements of its largest tensor."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Of its trained tensors; of a parameter that is no matrix of a linear layer its length."""
     sizes: tuple[int, int] | None = None
     """Inputs and outputs of the layer; None: a parameter of the model."""
     rank: int | None = None
@@ -64,6 +67,11 @@ class Targets:
     def parameters(self) -> int:
         """All trained elements."""
         return sum(part.parameters for part in self.parts)
+
+    @property
+    def shapes(self) -> Iterator[tuple[int, ...]]:
+        """Shapes of all trained tensors."""
+        return (shape for part in self.parts for shape in part.shapes)
 
     @property
     def largest(self) -> int:
@@ -130,6 +138,7 @@ def _adapter_targets(
                 name=name,
                 parameters=trained,
                 largest=largest_tensor(kind, own, inputs, outputs),
+                shapes=trained_shapes(kind, own, inputs, outputs),
                 sizes=sizes[name],
                 rank=layer.rank,
                 alpha=layer.alpha,
@@ -163,16 +172,22 @@ def _require_sizes(
 
 
 def _own_targets(shape: TransformerConfig, options: Mapping[str, Any]) -> Targets:
-    sizes = parameter_sizes(shape)
+    sizes, linears = parameter_sizes(shape), linear_shapes(shape)
     factors = plan_parameters(sizes, options)
     blocks = _Blocks(shape.num_layers)
     for name in factors:
         blocks.add(name.removesuffix(".weight").removesuffix(".bias"), None)
-    matrices = [name for name in linear_shapes(shape) if name.startswith("blocks.")]
+    matrices = [name for name in linears if name.startswith("blocks.")]
     trained = sum(sizes[f"{n}.weight"] for n in matrices if f"{n}.weight" in factors)
     return Targets(
         parts=tuple(
-            TrainedPart(name=name, parameters=sizes[name], largest=sizes[name], lr_factor=factor)
+            TrainedPart(
+                name=name,
+                parameters=sizes[name],
+                largest=sizes[name],
+                shapes=(_shape_of(name, linears, sizes),),
+                lr_factor=factor,
+            )
             for name, factor in factors.items()
         ),
         blocks=blocks.with_own(front=any(_is_front(name) for name in factors)),
@@ -180,6 +195,16 @@ def _own_targets(shape: TransformerConfig, options: Mapping[str, Any]) -> Target
         output=num_parameters(shape),
         own_share=trained / sum(sizes[f"{name}.weight"] for name in matrices),
     )
+
+
+def _shape_of(
+    name: str, linears: Mapping[str, tuple[int, int]], sizes: Mapping[str, int]
+) -> tuple[int, ...]:
+    layer = name.removesuffix(".weight")
+    if layer == name or layer not in linears:
+        return (sizes[name],)
+    inputs, outputs = linears[layer]
+    return outputs, inputs
 
 
 class _Blocks:

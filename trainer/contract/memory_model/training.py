@@ -14,6 +14,7 @@ from trainer.contract.memory_model.optimizers import optimizer_memory
 from trainer.contract.memory_model.stack import StackOptions, training_peak
 from trainer.contract.memory_model.techniques import uses_masks
 from trainer.contract.memory_model.workload import Workload
+from trainer.contract.optimizer_traits import traits_of
 
 Parts = dict[str, float]
 
@@ -35,7 +36,6 @@ and what arrives."""
 
 def standing_parts(work: Workload) -> Parts:
     """Return what is on the GPU through the whole training."""
-    memory = optimizer_memory(work.config.optimizer.kind)
     trained, world = work.adapters * work.trained_parameters, work.world_size
     stage = work.zero_stage
     sharded_optimizer = world if stage >= 1 else 1
@@ -47,9 +47,11 @@ def standing_parts(work: Workload) -> Parts:
     if not work.full:
         parts["adapter"] = (trained + work.targets.held) * FLOAT32
     if optimizer_place(work) == "none":
-        if stage >= 1 or (work.full and work.element != FLOAT32):
+        if stage >= 1 or _has_masters(work):
             parts["fp32 masters"] = trained * FLOAT32 / sharded_optimizer
-        parts["optimizer"] = trained * memory.state / sharded_optimizer
+        parts["optimizer"] = work.adapters * work.optimizer_state / sharded_optimizer
+        if work.config.ema.decay and work.config.ema.device == "train":
+            parts["average of weights"] = work.adapters * work.average_bytes / sharded_optimizer
     else:
         parts["offload buffers"] = gpu_buffers(work)
     if stage and world >= 1:
@@ -148,7 +150,13 @@ def _head(work: Workload) -> float:
 
 def _adds_in_float32(work: Workload) -> bool:
     """Whether bf16 gradients are added to float32 ones after each microbatch."""
-    return work.full and work.element != FLOAT32 and work.zero_stage == 0
+    return _has_masters(work) and work.zero_stage == 0
+
+
+def _has_masters(work: Workload) -> bool:
+    """Whether weights in bf16 are trained through float32 copies."""
+    keeps = traits_of(work.config.optimizer.kind).bf16_only
+    return work.full and work.element != FLOAT32 and not keeps
 
 
 def _update_bytes(work: Workload, total: float) -> float:

@@ -17,6 +17,7 @@ from trainer.contract.memory_model.block import BlockShape
 from trainer.contract.memory_model.clips import Clip, training_clips
 from trainer.contract.memory_model.header import sizes_of_file, variant_of_file
 from trainer.contract.memory_model.operators import Fp8
+from trainer.contract.memory_model.optimizers import state_bytes
 from trainer.contract.memory_model.trained import Targets, find_targets
 from trainer.contract.memory_model.weights import (
     block_layers,
@@ -126,6 +127,17 @@ class Workload:
         return self.targets.parameters
 
     @cached_property
+    def optimizer_state(self) -> float:
+        """Bytes of the optimizer's state of one adapter, over all processes that share it."""
+        section = self.config.optimizer
+        return state_bytes(section.kind, section.options("kind"), self.targets.shapes)
+
+    @property
+    def average_bytes(self) -> int:
+        """Bytes of the running average of the weights of one adapter."""
+        return 4 * self.trained_parameters if self.config.ema.decay else 0
+
+    @cached_property
     def companion_bytes(self) -> int:
         """Adapters on the base that are not trained, in the dtype of the activations."""
         return self.element * sum(
@@ -193,7 +205,8 @@ class Workload:
         """
         swapped = min(config.memory.swapped_blocks, self.shape.num_layers)
         other = replace(self, config=config, swapped=swapped)
-        other.__dict__["trained_parameters"] = self.trained_parameters  # `[memory]` changes none
+        for name in ("trained_parameters", "optimizer_state"):  # `[memory]` changes none
+            other.__dict__[name] = getattr(self, name)
         return other
 
     def block_shape(self, clip: Clip | None = None, *, ranks: int = 1) -> BlockShape:

@@ -280,10 +280,7 @@ class MonitorScreen(LiveScreen):
         if run is None or state is None or not state.state.is_live:
             self.notify("It does not train.", severity="warning")
             return
-        urgency, words = control.Urgency.SAVE, "finish the step, save a checkpoint, end?"
-        if state.state is State.STOPPING:
-            urgency = control.Urgency.NOW
-            words = "it is stopping already. End it now, without saving?"
+        urgency, words = _how_hard(state)
 
         def answered(agreed: bool | None) -> None:
             if not agreed:
@@ -367,3 +364,9 @@ class MonitorScreen(LiveScreen):
         if before is None or before.plain != text.plain:
             self._shown[name] = text
             self.query_one(f"#{name}", Static).update(text, layout=False)
+
+
+def _how_hard(state: RunState) -> tuple[control.Urgency, str]:
+    if state.state is State.STOPPING:
+        return control.Urgency.NOW, "it is stopping already. End it now, without saving?"
+    return control.Urgency.SAVE, "finish the step, save a checkpoint, end?"
