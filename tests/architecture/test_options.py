@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,43 @@ def test_every_option_of_a_plug_in_is_documented(kind, entry):
     implementation: Any = PLUGIN_KINDS[kind].load(entry.name)
     assert undocumented(implementation.Config) == []
     assert implementation.__doc__
+
+
+def read_names() -> set[str]:
+    """Return the names of attributes that some code reads, and the words it looks things up by."""
+    found: set[str] = set()
+    for path in [*(ROOT / "trainer").rglob("*.py"), *(ROOT / "app").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                found.add(node.attr)
+            elif isinstance(node, ast.Subscript):
+                found |= words(node.slice)
+            elif isinstance(node, ast.Call):
+                found.update(*map(words, node.args))
+    return found
+
+
+def words(node: ast.expr) -> set[str]:
+    """Return the string that a node is, or those of the tuple that it is."""
+    parts = node.elts if isinstance(node, ast.Tuple) else [node]
+    return {
+        part.value for part in parts if isinstance(part, ast.Constant) and type(part.value) is str
+    }
+
+
+def options_that_are_set() -> Iterator[tuple[str, str]]:
+    """Yield where each option is declared and its name."""
+    plugins = [
+        registry.load(entry.name).Config for registry in PLUGIN_KINDS.values() for entry in registry
+    ]
+    for model in (RunConfig, GeneralOptions, SourceOptions, *plugins):
+        for part in models_within(model):
+            yield from ((part.__name__, name) for name in part.model_fields)
+
+
+def test_no_option_is_there_that_no_code_reads():
+    read = read_names()
+    assert {(where, name) for where, name in options_that_are_set() if name not in read} == set()
 
 
 @pytest.mark.parametrize("registry", [JOBS, SOLVERS], ids=lambda registry: registry.kind)

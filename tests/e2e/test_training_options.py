@@ -285,6 +285,19 @@ def test_tensorboard_shows_the_figures_of_the_events(project):
         np.testing.assert_allclose(shown, wanted, rtol=1e-6)
 
 
+def test_losses_by_source_and_timestep_and_norms_are_told_when_asked(project):
+    every = {"logging__details_every_steps": 2, "logging__weight_norms_every_steps": 4}
+    done = project.train("details", **every)
+    first, second, third, fourth = done.of("step")
+    assert "by_source" not in first
+    assert "by_source" not in third
+    assert "weight_norm" not in second
+    ((_, mean),) = second["by_source"].items()
+    assert mean == pytest.approx((first["loss"] + second["loss"]) / 2, rel=1e-4)
+    assert all(0 < loss < 100 for loss in fourth["by_timestep"].values())
+    assert fourth["weight_norm"]["total"] > fourth["weight_norm"]["largest"] > 0
+
+
 def test_files_on_the_way_are_those_of_their_steps(project):
     project.train(
         "often", output__every_steps=1, checkpoint__every_steps=1, checkpoint__keep_last=9

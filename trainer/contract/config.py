@@ -449,6 +449,14 @@ class LoggingSection(Options):
     wandb_mode: Literal["online", "offline"] = "online"
     """Whether figures are sent at once, or kept in the run directory."""
 
+    details_every_steps: int = Field(default=50, ge=0)
+    """How often the mean loss of each source and of each tenth of the timesteps since the last time
+    is told; 0: never."""
+
+    weight_norms_every_steps: int = Field(default=0, ge=0)
+    """How often the norms of the trained weights are told (all, mean and largest of one tensor);
+    each time they are copied to the CPU. 0: never."""
+
     webhook: str | None = None
     """URL that is told when the run ends: `https://…`, or `env:NAME` for the environment variable
     NAME, which keeps an address that is a secret out of the config. Slack, Discord and others take

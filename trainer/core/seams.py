@@ -32,6 +32,10 @@ def _no_texts(text: str) -> Tensor:
     raise RuntimeError(f"nothing is encoded here, and {text!r} is asked for")
 
 
+LossObserver = Callable[[Batch, Tensor, Tensor], None]
+"""Takes a batch, its sigma_B and the loss of each item, (B,) float32 on the device."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildContext:
     """What a plug-in may need at birth, and nothing else."""
@@ -43,6 +47,8 @@ class BuildContext:
     encoded: Callable[[str], Tensor] = _no_texts
     """Gives the embedding, (T, D) float32 on the CPU, of a text that `Technique.texts` named; for
     use while training, not at birth."""
+    observe_loss: LossObserver | None = None
+    """Told of the loss of each item, for figures; None: nobody asks."""
 
 
 class TimestepSampler(Protocol):

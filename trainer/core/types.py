@@ -30,6 +30,8 @@ class Batch:
     """CLIP features, (B, 257, 1280); FLF2V (B, 514, 1280)."""
     names: tuple[str, ...] = ()
     """The clips the items come from, for messages."""
+    sources: tuple[int, ...] = ()
+    """Number of each item's source in the dataset, from 0."""
     item_seeds: tuple[int, ...] = ()
     """One number per item; it fixes its noise and sigma, whatever rank or batch it is in."""
     captions: tuple[str, ...] = ()

@@ -34,6 +34,7 @@ def load_batch(draws: Sequence[Draw], *, pin_memory: bool = False) -> Batch:
         extra_channels_BCFHW=_stack(entries, "extra_channels"),
         image_context_BTD=_stack(entries, "image_context"),
         names=tuple(draw.item.name for draw in draws),
+        sources=tuple(draw.item.source for draw in draws),
         item_seeds=tuple(draw.seed for draw in draws),
         quantiles=tuple(draw.quantile for draw in draws),
         mask_B1FHW=_stack(entries, "mask"),

@@ -21,7 +21,7 @@ from trainer.contract.jobs import TrainRequest
 from trainer.contract.optimizer_rules import optimizer_notes
 from trainer.contract.run_dir import Request, RunDir
 from trainer.contract.variants import Variant
-from trainer.core.seams import BuildContext
+from trainer.core.seams import BuildContext, Engine
 from trainer.data.loader import load_text
 from trainer.engine import process_group
 from trainer.engine.failures import failing_together
@@ -43,6 +43,7 @@ from trainer.jobs.train_parts import (
     TrainingData,
     open_data,
     plan,
+    source_names,
     validation_notes,
 )
 from trainer.jobs.train_samples import TrainingSamples
@@ -50,6 +51,7 @@ from trainer.jobs.trainee import Trainee, one_transformer
 from trainer.loop import End, Run
 from trainer.loop import train as run_loop
 from trainer.training.checkpoints import Checkpoint, CheckpointStore
+from trainer.training.details import LossDetails, weight_norms
 from trainer.training.figure_sinks import figure_sinks
 from trainer.training.keeper import AverageUse, Identity, RunKeeper
 from trainer.training.reporter import EventLog, RunReporter, write_peaks
@@ -128,18 +130,17 @@ class TrainingRun:
         self.config = config
         data = open_data(config, variant, world, str(self.request.config))
         require_same(world, {"dataset": data.cached.fingerprint})
-        store = CheckpointStore(
-            self.run_dir.checkpoints,
-            config.checkpoint.keep_last,
-            warn=self._warn,
-        )
+        keep = config.checkpoint.keep_last
+        store = CheckpointStore(self.run_dir.checkpoints, keep, warn=self._warn)
         resume = self._resume(store)
+        losses = LossDetails(source_names(config), world, config.logging.details_every_steps)
         build = BuildContext(
             variant=variant,
             seed=config.training.seed,
             device=world.device,
             total_steps=data.total_steps,
             encoded=lru_cache(maxsize=64)(partial(load_text, data.cached)),
+            observe_loss=losses.observe,
         )
         samples = self._samples(variant)
         self.emit("phase", name="load", detail="transformer")
@@ -149,8 +150,7 @@ class TrainingRun:
         engine = trainee.engine
         if samples is not None:
             samples.use(trainee.sampled)
-        items = sum(group.appearances for group in data.order.groups)
-        reporter = RunReporter(self.emit, world.device, 1 / data.steps.epoch_after(1), items)
+        reporter = self._reporter(data, losses, engine)
         with ExitStack() as stack:
             stack.callback(engine.close)
             refused: dict[Request, str] = {}
@@ -173,6 +173,20 @@ class TrainingRun:
             if world.rank == 0:
                 write_peaks(self.run_dir.peaks, world.device)
         return end
+
+    def _reporter(self, data: TrainingData, losses: LossDetails, engine: Engine) -> RunReporter:
+        norms = partial(
+            weight_norms,
+            every_steps=self.config.logging.weight_norms_every_steps,
+            parameters=engine.full_parameters,
+        )
+        return RunReporter(
+            self.emit,
+            self.world.device,
+            1 / data.steps.epoch_after(1),
+            sum(group.appearances for group in data.order.groups),
+            [losses, norms],
+        )
 
     def _keeper(
         self,

@@ -117,6 +117,14 @@ def open_data(config: RunConfig, variant: Variant, world: World, config_name: st
     return TrainingData(cached, order, steps, total, items.validation, items.shared_clips)
 
 
+def source_names(config: RunConfig) -> list[str]:
+    """Return what figures call the sources: folder or file, numbered where two are alike."""
+    names = [source.media_path.name for source in config.load_all_sources().sources]
+    return [
+        name if names.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(names)
+    ]
+
+
 def build_model(
     config: RunConfig,
     build: BuildContext,
@@ -204,6 +212,7 @@ def assemble_model(
         config.training.seed,
         transformer.blocks.suspended,
         suspended_adapter=adapter.suspended,
+        observe=build.observe_loss,
         part=0 if sequence is None else sequence.rank,
     )
     return TrainedModel(transformer, adapter, techniques, step.train())

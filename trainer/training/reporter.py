@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from trainer.contract.files import write_json
 from trainer.core.types import StepResult
 
 Sink = Callable[[Mapping[str, Any]], None]
+Details = Callable[[int], Mapping[str, Any]]
 GIB = 2**30
 _WINDOW = 50
 """Steps whose durations are averaged for `step_time_s` and the time left."""
@@ -47,11 +48,23 @@ class RunReporter:
         device: torch.device,
         steps_per_epoch: float,
         items_per_epoch: int | None = None,
+        details: Sequence[Details] = (),
     ) -> None:
+        """Prepare.
+
+        Args:
+            emit: where events go.
+            device: whose memory is told.
+            steps_per_epoch: steps of one epoch.
+            items_per_epoch: its items, for the throughput; None: it is not told.
+            details: give further fields of the events of some steps. Collective calls: all
+                processes report each step.
+        """
         self._emit = emit
         self._device = device
         self._steps_per_epoch = steps_per_epoch
         self._items_per_step = (items_per_epoch or 0) / steps_per_epoch
+        self._details = tuple(details)
         self._durations: deque[float] = deque(maxlen=_WINDOW)
         self._last = 0.0
         self._total = 0
@@ -78,6 +91,7 @@ class RunReporter:
         self._durations.append(now - self._last)
         self._last = now
         step_time = sum(self._durations) / len(self._durations)
+        more = {key: value for told in self._details for key, value in told(step).items()}
         self._emit(
             "step",
             step=step,
@@ -90,6 +104,7 @@ class RunReporter:
             step_time_s=round(step_time, 4),
             eta_s=round(step_time * (self._total - step), 1),
             **self._throughput(step_time),
+            **more,
             **memory_gib(self._device),
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from trainer.contract.timestep_mass import within
 from trainer.core.flow import to_timestep, velocity_target
 from trainer.core.rng import derive_seed, generator
-from trainer.core.seams import Loss, Technique, TimestepSampler, Weighting
+from trainer.core.seams import Loss, LossObserver, Technique, TimestepSampler, Weighting
 from trainer.core.types import Batch, LossTerm, NoisyInput
 from trainer.training.loss_reduction import reduce_loss
 
@@ -66,6 +67,7 @@ class TrainStep(nn.Module):
         suspended_hooks: switches the transformer's block hooks off for an extra forward.
         suspended_adapter: takes what is trained out of the transformer for an extra forward; None:
             nobody asks for that.
+        observe: told of the loss of each item.
         part: which part of each clip's tokens this process has, from 0. Dropout masks of different
             parts are drawn independently, like those of different tokens.
     """
@@ -79,6 +81,7 @@ class TrainStep(nn.Module):
         suspended_hooks: Callable[[], AbstractContextManager[None]],
         *,
         suspended_adapter: Callable[[], AbstractContextManager[None]] | None = None,
+        observe: LossObserver | None = None,
         part: int = 0,
     ) -> None:
         super().__init__()
@@ -95,6 +98,7 @@ class TrainStep(nn.Module):
         self.seed = seed
         self.suspended_hooks = suspended_hooks
         self.suspended_adapter = suspended_adapter
+        self.observe = observe
         self._dropout = ("dropout", part) if part else ("dropout",)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -179,6 +183,7 @@ class TrainStep(nn.Module):
             maps=(technique.loss_map(batch, noisy) for technique in self.techniques),
             sigma_weight_B=self.objective.weighting(noisy.sigma_B),
             item_weight_B=batch.loss_weight_B,
+            observe=None if self.observe is None else partial(self.observe, batch, noisy.sigma_B),
         )
         return LossTerm(name="loss", value=value)
 
