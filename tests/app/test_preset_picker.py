@@ -109,15 +109,14 @@ async def seen(pilot, app: MenmaApp, words: str) -> str:
     raise AssertionError(f"{words!r} does not come:\n{text}")
 
 
-@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-def test_it_is_filtered_compared_applied_and_undone_by_keys(place, size):
+def test_it_is_filtered_compared_applied_and_undone_by_keys(place):
     mine = place / "xdg" / "menma" / "presets" / "mine.toml"
     mine.parent.mkdir(parents=True)
     mine.write_text('[preset]\ntitle = "My own"\n[training]\nmax_steps = 7\n')
 
     async def work() -> None:
         app = MenmaApp(Sources(Path("runs"), Path("queue").absolute()), Path("configs/fish.toml"))
-        async with app.run_test(size=size) as pilot:
+        async with app.run_test(size=(80, 24)) as pilot:
             await seen(pilot, app, "no problems")
             await pilot.press("p")
             text = await seen(pilot, app, "My own")
