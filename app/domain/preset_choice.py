@@ -40,20 +40,20 @@ def choose_preset(
     Args:
         text: the config, perhaps with mistakes.
         path: its file.
-        preset: without mistakes.
+        preset: without mistakes, of the shipped ones or the user's own.
         card: GPU of the estimate; None: sizes without a verdict.
-        give_way: what the file sets and the preset sets, too, is taken out of the file, so that
+        give_way: what the file sets otherwise than the preset is taken out of the file, so that
             the preset counts; else the file's values win, as always.
     """
     document = ConfigDocument(text)
     if not document.is_toml:
         return PresetChoice(text=text, problem="the text is not valid TOML: mend it first")
-    name = preset.name if "." not in preset.name else str(preset.path)
     own = _own(document, preset)
     try:
-        document.set("preset", toml_value(name))
-        for key in own if give_way else ():
-            document.remove(key)
+        document.set("preset", toml_value(preset.name))
+        for key, (now, of_preset) in own.items():
+            if give_way and now != of_preset:
+                document.remove(key)
     except UserError as error:
         return PresetChoice(text=text, problem=error.message)
     after = document.text

@@ -18,6 +18,8 @@ _FILES_OF = {
     "both": ("transformer", "transformer_high_noise"),
     "shared": ("transformer", "transformer_high_noise"),
 }
+_HALVES = {"high_noise": 1, "low_noise": 2}
+"""Presets of one expert come behind those of both, the high-noise one first."""
 _ORDER: tuple[Verdict | None, ...] = ("fits", None, "tight", "does not fit")
 
 
@@ -78,10 +80,15 @@ def offer_of(preset: Preset, card: Card | None) -> Offer:
     return Offer(preset, verdict_of_peak(preset.peak_vram_gib, preset.head.num_gpus, card))
 
 
-def all_offers(card: Card | None) -> list[Offer]:
-    """Return all presets without mistakes, those of the user first."""
+def all_offers(card: Card | None, variant: str = "") -> list[Offer]:
+    """Return all presets without mistakes: those for a model first, among them the user's own."""
+
+    def key(offer: Offer) -> tuple[bool, bool, str]:
+        preset = offer.preset
+        return preset.variant not in ("", variant), preset.is_shipped, preset.name
+
     found = [offer_of(preset, card) for preset in all_presets() if not preset.problems]
-    return sorted(found, key=lambda offer: (offer.preset.is_shipped, offer.preset.name))
+    return sorted(found, key=key)
 
 
 def fitting_offers(
@@ -125,7 +132,9 @@ def _serves(preset: Preset, model: ModelFiles, goal: GoalChoice) -> bool:
     return preset.head.goal is None or preset.head.goal in goal.presets
 
 
-def _rank(offer: Offer, goal: GoalChoice, kind: MediaKind) -> tuple[int, int, int, int, float, str]:
+def _rank(
+    offer: Offer, goal: GoalChoice, kind: MediaKind
+) -> tuple[int, int, int, int, int, float, str]:
     preset = offer.preset
     own = preset.head.goal
     peak = preset.peak_vram_gib or 0.0
@@ -135,6 +144,7 @@ def _rank(offer: Offer, goal: GoalChoice, kind: MediaKind) -> tuple[int, int, in
         goal.presets.index(own) if own in goal.presets else 0,
         int(preset.medium not in ("", MEDIA[kind])),
         int(slot),
+        _HALVES.get(str(preset.values.get("model", {}).get("expert", "")), 0),
         # Where it is judged, the largest that fits; else the smallest.
         -peak * preset.head.num_gpus if offer.verdict in ("fits", "tight") else peak,
         preset.name,

@@ -117,13 +117,15 @@ def _model_problems(model: ModelFiles) -> Iterator[tuple[str, str]]:
     known = VARIANTS.get(model.variant)
     if known is None and model.variant:
         yield "variant", f"unknown model {model.variant!r}: {nearest(model.variant, VARIANTS)}"
+    wrong = set()
     for field in fields_of(model.variant):
         path: Path | None = getattr(model, field)
         if path is not None:
             problem = _file_problem(field, path, known)
         else:
             problem = _missing(field, model, known)
-        if problem:
+        if problem and not (field == "tokenizer" and "text_encoder" in wrong):
+            wrong.add(field)
             yield field, problem
     if not model.variant and not model.main:
         return
@@ -222,11 +224,11 @@ def suggested_name(goal: GoalChoice, data: Path, runs_dir: Path) -> str:
 def suggested_steps(preset: Preset | None, num_items: int) -> int | None:
     """Return the steps that show each item as often as the preset means; None: the preset's own.
 
-    Between half and twice the preset's: fewer teach nothing, and more items need less of each.
+    Between a quarter and twice the preset's: fewer teach nothing, more items need less of each.
     """
     if preset is None or preset.head.data is None or num_items < 1:
         return None
-    share = min(max(num_items / preset.head.data.num_items, 0.5), 2.0)
+    share = min(max(num_items / preset.head.data.num_items, 0.25), 2.0)
     steps = round(preset.max_steps * share / 50) * 50
     return None if steps == preset.max_steps else max(steps, 1)
 
@@ -282,7 +284,8 @@ def _model_values(answers: Answers, preset: Preset | None) -> dict[str, Any]:
     if preset is None and known is not None and known.experts:
         both = model.transformer is not None and model.transformer_high_noise is not None
         alone = "low_noise" if model.transformer is not None else "high_noise"
-        values["expert"] = "both" if both else alone
+        # All weights of both cannot be trained at once.
+        values["expert"] = "both" if both and answers.goal.name != "full" else alone
     return values
 
 
@@ -340,19 +343,16 @@ def new_command(answers: Answers, path: Path) -> list[str]:
 def set_lines(text: str) -> list[str]:
     """Return the lines of a config that set something, without comments."""
     lines: list[str] = []
+    header = ""
     for line in text.splitlines():
         if line.startswith("["):
-            lines += ["", line]
+            header = line
         elif line and not line.startswith("#"):
+            if header:  # of a table that holds something
+                lines += ["", header]
+                header = ""
             lines.append(line)
-    kept: list[str] = []
-    for place, line in enumerate(lines):
-        behind = lines[place + 1 : place + 2]
-        is_empty_table = line.startswith("[") and behind in ([], [""])
-        if is_empty_table:
-            continue
-        kept.append(line)
-    return [line for i, line in enumerate(kept) if line or (i and kept[i - 1])]
+    return lines
 
 
 def goal_names() -> Sequence[str]:

@@ -91,7 +91,8 @@ class MenmaApp(Shell):
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """Yield what the command palette offers."""
-        yield SystemCommand("New training", "from a model to a queued run", self.action_new)
+        if not self.read_only:
+            yield SystemCommand("New training", "from a model to a queued run", self.action_new)
         yield from super().get_system_commands(screen)
 
     def action_new(self) -> None:
@@ -105,13 +106,14 @@ class MenmaApp(Shell):
         """Show the jobs of a new training, or its config."""
         if finished is None:
             return
-        self.notify(finished.words)
+        words = finished.words
         if finished.jobs:
             self.action_show("jobs")
         elif self._has_changes():
-            self.notify("The config screen has another one with changes: save it, then o opens.")
+            words += ". The config screen has another one with changes: save it, then o opens this."
         else:
             self.edit_config(finished.path)
+        self.call_after_refresh(self.notify, words, timeout=10)  # on the screen that comes now
 
     def _open_config(self) -> Path | None:
         """Return the config that the config's screen shows."""

@@ -10,13 +10,16 @@ from typing import Any, ClassVar
 
 from rich.text import Text
 from textual import events
-from textual.app import ComposeResult
+from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.suggester import Suggester
 from textual.widgets import DirectoryTree, Input, Label
 
+from app.tui.keyed import LISTS, Keyed, key_of
+
+_KEYS = {"folder-above": "h", "cancel": "esc"}
 MOST = 500
 """Names that are looked at to complete one."""
 
@@ -63,6 +66,12 @@ def completed(text: str, found: Iterable[str]) -> str:
     return first[: next(same, min(len(first), len(last)))]
 
 
+def path_keys(app: App[Any]) -> str:
+    """Say what the keys of a field for a path do."""
+    complete = key_of(app, "pathfield.complete", "tab")
+    return f"{complete} completes a path, {key_of(app, 'pathfield.tree', 'ctrl+o')} shows a tree"
+
+
 class _PathSuggester(Suggester):
     def __init__(self, field: PathField) -> None:
         super().__init__(use_cache=False, case_sensitive=True)
@@ -75,14 +84,14 @@ class _PathSuggester(Suggester):
         return found[0] if found and found[0] != value else None
 
 
-class PathField(Input):
+class PathField(Keyed, Input):
     """A path. `tab` completes it, `up down` go through what it can be, `ctrl+o` shows a tree."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("tab", "complete", "Complete", show=False),
         Binding("up", "choice(-1)", "Choice", show=False),
         Binding("down", "choice(1)", "Choice", show=False),
-        Binding("ctrl+o", "tree", "Choose", show=False),
+        Binding("ctrl+o", "tree", "Tree", show=False),
     ]
 
     def __init__(
@@ -149,9 +158,12 @@ class PathField(Input):
         self.app.push_screen(PathTree(_existing(self.path), folders=self._folders), chosen)
 
 
-class _Folders(DirectoryTree):
+class _Folders(Keyed, DirectoryTree):
     """A tree without hidden files."""
 
+    KEYS_IN = LISTS
+
+    ICON_NODE, ICON_NODE_EXPANDED, ICON_FILE = "+ ", "- ", "  "
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("j", "cursor_down", "Down", show=False),
         Binding("k", "cursor_up", "Up", show=False),
@@ -168,7 +180,7 @@ class _Folders(DirectoryTree):
                 yield path
 
 
-class PathTree(ModalScreen[Path | None]):
+class PathTree(Keyed, ModalScreen[Path | None]):
     """A tree to choose a file or a folder from; the answer is its path, or None."""
 
     DEFAULT_CSS = """
@@ -178,7 +190,7 @@ class PathTree(ModalScreen[Path | None]):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q", "close", "Cancel"),
-        Binding("h,backspace", "parent", "Up"),
+        Binding("h,backspace", "parent", "Folder above"),
         Binding("s", "take", "Take"),
     ]
 
@@ -191,8 +203,9 @@ class PathTree(ModalScreen[Path | None]):
         with Vertical():
             yield Label(Text(str(self._start), style="bold"), id="path-root")
             yield _Folders(self._start, folders=self._only_folders)
-            takes = "s take this folder" if self._only_folders else "s take a folder"
-            yield Label(f"enter open   {takes}   h folder above   esc cancel")
+            take = key_of(self.app, "pathtree.take", "s")
+            up, cancel = (key_of(self.app, f"pathtree.{n}", k) for n, k in _KEYS.items())
+            yield Label(Text(f"enter open   {take} take   {up} folder above   {cancel} cancel"))
 
     def on_mount(self) -> None:
         """Begin in the tree."""

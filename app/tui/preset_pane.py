@@ -16,37 +16,37 @@ from textual.widgets import DataTable, Input, Static
 from app.domain.preset_choice import Changes
 from app.domain.preset_offers import Offer
 from app.domain.toml_text import toml_value
+from app.tui.keyed import Keyed, key_of
+from app.tui.widgets import Rows
 
-COLUMNS = {"PRESET": 31, "GB": 6, "HERE": 5, "FOR": 30}
+COLUMNS = {"PRESET": 31, "GB": 5, "HERE": 5, "FOR": 30}
 NO_PRESET = "none"
 _WIDEST = 300
 
 
-class PresetTable(DataTable[Text]):
+class PresetTable(Rows):
     """One line a preset."""
 
+    KEYS_IN = "presets"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "select_cursor", "Choose"),
-        Binding("j", "cursor_down", "Down", show=False),
-        Binding("k", "cursor_up", "Up", show=False),
-        Binding("g", "scroll_top", "First", show=False),
-        Binding("G", "scroll_bottom", "Last", show=False),
     ]
 
 
-class PresetPane(Vertical):
+class PresetPane(Keyed, Vertical):
     """The list, its filter, and below it what choosing a preset would change."""
 
     DEFAULT_CSS = """
     PresetPane { height: 1fr; }
     PresetPane #preset-filter { height: 1; }
     PresetPane #preset-list { height: 1fr; min-height: 5; }
-    PresetPane #preset-scroll { height: 10; background: $surface; padding: 0 1; }
+    PresetPane #preset-scroll { height: 45%; min-height: 8; background: $surface; padding: 0 1; }
     """
+    KEYS_IN = "presets"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "filter", "Filter"),
-        Binding("ctrl+d", "scroll(1)", "Down", show=False),
-        Binding("ctrl+u", "scroll(-1)", "Up", show=False),
+        Binding("d", "scroll(1)", "More"),
+        Binding("u", "scroll(-1)", "Back up", show=False),
     ]
 
     class Looked(Message):
@@ -71,8 +71,9 @@ class PresetPane(Vertical):
 
     def compose(self) -> ComposeResult:
         """Lay out filter, list and details."""
-        yield Input(placeholder="/ finds presets", compact=True, id="preset-filter")
-        yield PresetTable(cursor_type="row", id="preset-list")
+        key = key_of(self.app, "presets.filter", "/")
+        yield Input(placeholder=f"{key} finds presets", compact=True, id="preset-filter")
+        yield PresetTable(id="preset-list")
         with VerticalScroll(id="preset-scroll", can_focus=False):
             yield Static(id="preset-details")
 
@@ -162,15 +163,19 @@ class PresetPane(Vertical):
         self.post_message(self.Looked(self.offer))
 
 
-def preset_words(offer: Offer | None) -> Text:
-    """Say what a preset is and for whom."""
+def title_words(offer: Offer | None) -> Text:
+    """Say in a line what a preset is."""
     if offer is None:
         return Text("No preset: Menma's defaults count.", style="bold")
-    words = Text(offer.preset.title, style="bold")
-    for line in (" ".join(offer.preset.description.split()), offer.needs):
-        if line:
-            words.append(f"\n{line}", style="not bold")
-    return words
+    return Text(offer.preset.title, style="bold")
+
+
+def purpose_words(offer: Offer | None) -> Text:
+    """Say for whom a preset is, and what machine it takes."""
+    if offer is None:
+        return Text("")
+    lines = (" ".join(offer.preset.description.split()), offer.needs)
+    return Text("\n".join(line for line in lines if line))
 
 
 def changes_words(changes: Changes, title: str) -> Text:

@@ -25,7 +25,13 @@ LOOKS = frozenset(
     data.all data.look-again data.decode data.open
     system.look-again system.copy
     config.filter config.toml config.back config.undo config.redo config.tier config.gpu
-    config.diff config.problems config.command config.open config.preset
+    config.diff config.problems config.command config.open
+    lines.choose presets.choose presets.filter presets.more presets.back-up
+    presetpicker.cancel presetpicker.leave presetpicker.give-way
+    pathfield.complete pathfield.choice-up pathfield.choice-down pathfield.tree
+    pathtree.cancel pathtree.folder-above pathtree.take
+    wizard.back variantinput.choice-up variantinput.choice-down
+    reviewstep.more reviewstep.back-up reviewstep.all-lines reviewstep.commands
     """.split()  # noqa: SIM905  (quoted one by one they are hard to read)
 )
 """Actions that change nothing on the disk and start nothing that does."""
@@ -37,7 +43,8 @@ WRITES = frozenset(
     textview.write-to-a-file
     monitor.stop monitor.save monitor.sample
     data.caption
-    config.reset config.save config.run config.editor
+    config.reset config.save config.run config.editor config.preset
+    jobs.new wizard.next
     """.split()  # noqa: SIM905
 )
 """The others. A test asks for every action to be in one of the two; what is in none is refused."""

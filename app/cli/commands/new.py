@@ -155,8 +155,9 @@ def _write(answers: Answers, target: Path | None, *, force: bool) -> None:
         return
     save(answers, path, force=force)
     output.data(str(path))
-    preset = answers.preset
-    output.say(f"Preset: {preset.name if preset is not None else 'none'}. Look at it, then start:")
+    if answers.preset is not None:
+        output.say(f"From preset {answers.preset.name}: {answers.preset.title}.")
+    output.say("Look at it, then start:")
     output.say(f"  menma check {path}")
     output.say(f"  menma queue chain {path} --steps {','.join(answers.steps)}")
 

@@ -66,16 +66,18 @@ def list_presets(
 def show(name: Name, as_json: Json = False) -> None:
     """Show a preset's values and what it is for."""
     from app.domain.cards import choose_card
+    from app.domain.preset_offers import offer_of
     from app.domain.presets import flatten, read_preset
     from app.domain.toml_text import toml_value
 
     preset = read_preset(name)
     card = choose_card(None, None)
+    needs = offer_of(preset, card).needs
     if as_json:
         output.json_data({**preset.to_json(), "here": _here(preset, card)})
         return
     output.say(f"{preset.title} ({preset.path})")
-    for line in (preset.description.strip(), _needs(preset), _verdict(preset, card), _data(preset)):
+    for line in (preset.description.strip(), needs, _verdict(preset, card), _data(preset)):
         if line:
             output.say(line)
     if preset.is_shipped:
@@ -185,55 +187,27 @@ def _require_known(variant: str) -> None:
 
 
 def _table(presets: list[Preset], card: Card | None) -> str:
+    from app.domain.preset_offers import offer_of
+
     headers = ["NAME", "GB", "VARIANT", *(["HERE"] if card else []), "FOR"]
     rows = [
         [
-            preset.name,
-            _card(preset),
-            preset.variant,
-            *([_SHORT.get(_here(preset, card) or "", "")] if card else []),
-            _purpose(preset),
+            offer.preset.name,
+            offer.card_words,
+            offer.preset.variant,
+            *([offer.verdict_words] if card else []),
+            offer.purpose,
         ]
-        for preset in presets
+        for offer in (offer_of(preset, card) for preset in presets)
     ]
     return output.table(headers, rows, right="GB")
 
 
-_SHORT = {"fits": "fits", "tight": "tight", "does not fit": "no"}
-
-
-def _card(preset: Preset) -> str:
-    head = preset.head
-    size = str(head.card_gb or "")
-    return f"{head.num_gpus}x{size}" if size and head.num_gpus > 1 else size
-
-
-def _purpose(preset: Preset) -> str:
-    if not preset.is_shipped:
-        return f"yours: {preset.title}"
-    return ", ".join(part for part in (preset.head.goal, preset.medium) if part)
-
-
 def _here(preset: Preset, card: Card | None) -> str | None:
     """Return whether this machine's GPUs are enough; None: no GPU, or no estimate."""
-    from app.domain.cards import verdict_of_peak
+    from app.domain.preset_offers import offer_of
 
-    if card is None or preset.peak_vram_gib is None:
-        return None
-    return verdict_of_peak(preset.peak_vram_gib, preset.head.num_gpus, card)
-
-
-def _needs(preset: Preset) -> str:
-    head = preset.head
-    words = []
-    if head.card_gb:
-        words.append(f"For {head.num_gpus} GPU{'s' * (head.num_gpus > 1)} of {head.card_gb} GB.")
-    if head.peak_vram_gib is not None:
-        each = " on each GPU" if head.num_gpus > 1 else ""
-        words.append(f"About {head.peak_vram_gib:g} GiB of GPU memory{each} (estimated).")
-    if head.ram_gb:
-        words.append(f"At least {head.ram_gb} GB of RAM.")
-    return " ".join(words)
+    return offer_of(preset, card).verdict
 
 
 def _verdict(preset: Preset, card: Card | None) -> str:

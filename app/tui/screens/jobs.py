@@ -19,6 +19,7 @@ from app.queue.worker import ensure_worker
 from app.runs import control
 from app.runs.failure import Failure
 from app.runs.launch import console_tail
+from app.tui.keyed import key_of
 from app.tui.live import LiveScreen
 from app.tui.overview import BAD, Entry, Overview
 from app.tui.screens.failure import FailureView
@@ -57,7 +58,7 @@ class JobsScreen(LiveScreen):
         Binding("m,space", "mark", "Mark", show=False),
         Binding("equals_sign", "compare", "Compare", key_display="="),
         Binding("P", "pause", "Pause", show=False),
-        Binding("n", "app.new", "New"),
+        Binding("n", "new", "New"),
     ]
 
     class Read(Message):
@@ -194,6 +195,10 @@ class JobsScreen(LiveScreen):
         target = run or RunDir(entry.run.root)
         self._ask(f"{entry.name}: {words}", "Stop", lambda: control.stop(target, urgency))
 
+    async def action_new(self) -> None:
+        """Make a training, step by step, from a model to the queue."""
+        await self.app.run_action("new")
+
     def action_mark(self) -> None:
         """Mark a training for a comparison, or take the mark away."""
         entry = self._entry()
@@ -316,7 +321,8 @@ class JobsScreen(LiveScreen):
         entry = self._entry()
         if entry is None:
             words = self._overview.problem or (
-                "Nothing here yet. n makes a training, step by step: model, data, start.\n"
+                f"Nothing here yet. {key_of(self.app, 'jobs.new', 'n')} makes a training, step by "
+                "step: model, data, start.\n"
                 "On the command line: `menma train CONFIG` trains, `menma queue add …` queues."
             )
             self.query_one("#details", Static).update(Text(words))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,16 +17,19 @@ from textual.widgets import Label
 
 from app.domain.cards import Card
 from app.domain.config_check import problem_words
+from app.domain.config_document import ConfigDocument
 from app.domain.preset_choice import PresetChoice, choose_preset
 from app.domain.preset_offers import Offer, all_offers
-from app.tui.preset_pane import PresetPane, changes_words, preset_words
+from app.domain.toml_text import toml_value
+from app.tui.keyed import Keyed, key_of
+from app.tui.preset_pane import PresetPane, changes_words, purpose_words, title_words
 from app.tui.screens.config.card_choice import CardChoice
 from app.tui.screens.config.words import memory_words
 
-_KEYS = "enter choose   / filter   f file's values stay or give way   esc cancel"
+_KEYS = {"give-way": "f", "cancel": "esc"}
 
 
-class PresetPicker(ModalScreen[str | None]):
+class PresetPicker(Keyed, ModalScreen[str | None]):
     """All presets, what each would change, and whether it fits; the answer is the new text.
 
     Args:
@@ -37,12 +41,12 @@ class PresetPicker(ModalScreen[str | None]):
     DEFAULT_CSS = """
     PresetPicker { align: center middle; }
     PresetPicker > Vertical { width: 98%; height: 96%; padding: 0 1; background: $panel; }
-    PresetPicker #preset-scroll { height: 12; }
+    PresetPicker #preset-scroll { height: 55%; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "close", "Cancel"),
-        Binding("q", "leave", "Cancel", show=False),
-        Binding("f", "give_way", "File's values"),
+        Binding("q", "leave", "Leave", show=False),
+        Binding("f", "give_way", "Give way"),
     ]
 
     class Found(Message):
@@ -59,9 +63,13 @@ class PresetPicker(ModalScreen[str | None]):
             super().__init__()
             self.offer, self.give_way, self.choice = offer, give_way, choice
 
-    def __init__(self, text: str, path: Path, name: str | None, choice: CardChoice) -> None:
+    def __init__(self, text: str, path: Path, choice: CardChoice) -> None:
         super().__init__()
-        self._text, self._path, self._before, self._card = text, path, name, choice
+        self._text, self._path, self._card = text, path, choice
+        document = ConfigDocument(text)
+        preset, variant = document.value("preset"), document.value("model.variant")
+        self._before = preset if isinstance(preset, str) else None
+        self._variant = variant if isinstance(variant, str) and variant != "auto" else ""
         self._give_way = False
         self._known: dict[tuple[str, bool], PresetChoice] = {}
         self._wanted: Offer | None = None
@@ -71,7 +79,10 @@ class PresetPicker(ModalScreen[str | None]):
         with Vertical():
             yield Label(Text(f"A preset for {self._path}", style="bold"), id="preset-title")
             yield PresetPane(with_none=False)
-            yield Label(_KEYS)
+            find = key_of(self.app, "presets.filter", "/")
+            give, cancel = (key_of(self.app, f"presetpicker.{n}", k) for n, k in _KEYS.items())
+            words = f"enter choose   {find} filter   {give} file's values stay or give way"
+            yield Label(Text(f"{words}   {cancel} cancel"))
 
     def on_mount(self) -> None:
         """Read the presets."""
@@ -79,7 +90,8 @@ class PresetPicker(ModalScreen[str | None]):
 
     @work(thread=True, exclusive=True, group="presets")
     def _find(self) -> None:
-        self.post_message(self.Found(all_offers(self._card.card()), self._before))
+        offers = all_offers(self._card.card(), self._variant)
+        self.post_message(self.Found(offers, self._before))
 
     @on(Found)
     def found(self, message: Found) -> None:
@@ -133,13 +145,18 @@ class PresetPicker(ModalScreen[str | None]):
             pane.tell(Text("No preset is called so: esc shows all."))
             return
         known = self._known.get((offer.preset.name, self._give_way))
-        words = preset_words(offer)
+        parts = [title_words(offer)]
+        if self._variant and offer.preset.variant not in ("", self._variant):
+            other = f"! it is for {offer.preset.variant}, the config's model is {self._variant}"
+            parts.append(Text(other, style="bold"))
         if known is None:
-            words.append("\n\nComparing ...", style="not bold")
             self._compare(offer, self._give_way)
+            parts.append(Text("Comparing ..."))
         else:
-            words.append("\n\n").append_text(_choice_words(known, self._path, self._give_way))
-        pane.tell(words)
+            give = key_of(self.app, "presetpicker.give-way", "f")
+            parts += _choice_words(known, self._path, self._give_way, give)
+        parts += [Text(""), purpose_words(offer)]
+        pane.tell(Text("\n").join(parts))
 
     @work(thread=True, exclusive=True, group="compare")
     def _compare(self, offer: Offer, give_way: bool) -> None:
@@ -148,20 +165,18 @@ class PresetPicker(ModalScreen[str | None]):
         self.post_message(self.Compared(offer, give_way, choice))
 
 
-def _choice_words(choice: PresetChoice, path: Path, give_way: bool) -> Text:
-    words = memory_words(choice.checked)
-    words.style = "not bold"
+def _choice_words(choice: PresetChoice, path: Path, give_way: bool, give: str) -> Iterator[Text]:
+    yield memory_words(choice.checked)
     for problem in choice.checked.problems[:1]:
-        words.append(f"\n! {problem_words(problem, path)}", style="bold")
+        yield Text(f"! {problem_words(problem, path)}", style="bold")
     if choice.problem:
-        return words.append(f"\n! {choice.problem}", style="bold")
-    words.append("\n").append_text(changes_words(choice.changes, "Changes"))
+        yield Text(f"! {choice.problem}", style="bold")
+        return
+    yield changes_words(choice.changes, "Changes")
     if choice.kept:
-        title = f"\nStays as the file sets it (f: these {len(choice.kept)} give way)"
-        kept = {key: (own, of_preset) for key, (own, of_preset) in choice.kept.items()}
-        words.append(f"{title}:")
-        for key, (own, of_preset) in kept.items():
-            words.append(f"\n  {key} = {own}, the preset has {of_preset}")
+        yield Text(f"These {len(choice.kept)} stay as the file sets them ({give} changes it):")
+        for key, (own, of_preset) in choice.kept.items():
+            values = f"{toml_value(own)}, the preset has {toml_value(of_preset)}"
+            yield Text(f"  {key} = {values}")
     elif give_way:
-        words.append("\nThe file's own values give way to the preset's.")
-    return words
+        yield Text("What the file sets otherwise than the preset gives way.")

@@ -130,11 +130,7 @@ class ConfigScreen(ConfigView):
                 file.document.replace_all(text)
                 self.show_document()
 
-        name = file.document.value("preset")
-        picker = PresetPicker(
-            file.document.text, file.path, name if isinstance(name, str) else None, self.choice
-        )
-        self.app.push_screen(picker, chosen)
+        self.app.push_screen(PresetPicker(file.document.text, file.path, self.choice), chosen)
 
     def action_command(self) -> None:
         """Show the commands that do the same."""

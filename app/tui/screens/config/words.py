@@ -23,12 +23,12 @@ def option_words(option: Option) -> Text:
     return words
 
 
-def memory_words(checked: Checked) -> Text:
-    """Say what memory it takes, and of what."""
+def memory_words(checked: Checked, without_gpu: str = "no GPU here; v names one") -> Text:
+    """Say what memory it takes, and of what; `without_gpu` is said where there is no verdict."""
     result = checked.estimate
     if result is None:
         return Text(f"VRAM: no estimate: {checked.why_no_estimate}")
-    remark = "  no GPU here; v names one" if result.gpu is None else ""
+    remark = f"  {without_gpu}" if result.gpu is None else ""
     return Text(f"{bar_line(result)}{remark}\n{parts_line(result)}")
 
 

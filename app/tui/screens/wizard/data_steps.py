@@ -14,7 +14,7 @@ from textual.widgets import Input, Label, OptionList, Static
 from app.domain.data_folder import DataFolder, look_into
 from app.domain.goals import GOALS, GoalChoice, data_problem, data_words
 from app.tui.lines import Lines
-from app.tui.path_field import PathField
+from app.tui.path_field import PathField, path_keys
 from app.tui.screens.wizard.step import Judged, Step
 
 _USUAL = ("clips", "videos", "images", "data", "dataset")
@@ -76,14 +76,14 @@ class DataStep(Step):
 
     def compose(self) -> ComposeResult:
         """Lay out the field and what is found."""
-        yield Label(
+        yield Static(
             "Which folder holds the clips or images? Beside each lies its caption: fish.txt of "
             "fish.mp4.",
             classes="words",
         )
         yield PathField(folders=True, id="wizard-folder", placeholder="a folder", classes="gap")
         yield Static(id="wizard-found", classes="words gap")
-        yield Label("tab completes, ctrl+o shows a tree", classes="words gap")
+        yield Static(f"enter goes on, {path_keys(self.app)}", classes="words gap")
 
     def arrive(self) -> None:
         """Show the folder; at first a usual one, if it is there."""

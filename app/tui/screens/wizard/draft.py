@@ -27,8 +27,6 @@ class Draft:
     data: DataFolder | None = None
     here: tuple[Card | None] | None = None
     """This machine's GPUs, in a tuple; None: it was not asked yet."""
-    place: int = 0
-    """Line of the machine that was chosen."""
     card: Card | None = None
     preset: Preset | None = None
     preset_taken: bool = False

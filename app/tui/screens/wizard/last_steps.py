@@ -31,18 +31,20 @@ from app.domain.wizard import (
     suggested_steps,
     written_path,
 )
+from app.tui.keyed import Keyed
 from app.tui.lines import Lines
 from app.tui.path_field import PathField
 from app.tui.screens.config.words import memory_words
 from app.tui.screens.wizard.step import Judged, Step
+from app.tui.widgets import TextView
 from trainer.contract.media_kinds import IMAGE_EXTENSIONS
 from trainer.contract.variants import VARIANTS
 
-START_LINES = (
-    ("run", "run now: {steps}, before everything else that waits"),
-    ("queue", "queue: {steps}, behind what waits"),
-    ("save", "save only: the config opens, nothing is started"),
-)
+START = {
+    "run": "run now: {steps}, before everything else that waits",
+    "queue": "queue: {steps}, behind what waits",
+    "save": "save only: the config opens, nothing is started",
+}
 
 
 class NameStep(Step):
@@ -68,6 +70,7 @@ class NameStep(Step):
             yield PathField(suffixes=tuple(sorted(IMAGE_EXTENSIONS)), id="wizard-image")
         yield Static(id="wizard-length", classes="words gap")
         yield Static(id="wizard-place", classes="words")
+        yield Static("enter goes on", classes="words gap")
 
     def arrive(self) -> None:
         """Offer a name, a length and a prompt; what was changed by hand stays."""
@@ -160,18 +163,19 @@ class NameStep(Step):
         self.query_one("#wizard-place", Static).update(Text(place if name else ""))
 
 
-class ReviewStep(Step):
+class ReviewStep(Keyed, Step):
     """The config and the commands, and how it is started."""
 
     TITLE = "review"
     DEFAULT_CSS = """
     ReviewStep #wizard-review { height: 1fr; background: $surface; padding: 0 1; }
-    ReviewStep #wizard-commands { max-height: 5; overflow-y: auto; }
+    ReviewStep #wizard-commands { max-height: 2; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("d", "scroll(8)", "More"),
+        Binding("u", "scroll(-8)", "Back up", show=False),
         Binding("t", "turn", "All lines"),
-        Binding("ctrl+d", "scroll(8)", "Down", show=False),
-        Binding("ctrl+u", "scroll(-8)", "Up", show=False),
+        Binding("c", "commands", "Commands"),
     ]
 
     class Made(Message):
@@ -192,16 +196,17 @@ class ReviewStep(Step):
     def arrive(self) -> None:
         """Make the config."""
         self._whole = False
-        self._text, self._checked = "", Checked()
+        self._text = ""
+        self._checked: Checked | None = None
         answers = self.draft.answers()
         steps = ", ".join(answers.steps)
         lines = self.query_one(Lines)
-        lines.show([words.format(steps=steps) for _, words in START_LINES], lines.highlighted or 0)
+        lines.show({n: w.format(steps=steps) for n, w in START.items()}, lines.name_in_focus)
         self.query_one("#wizard-toml", Static).update("Checking ...")
         path = self.draft.path
         chain = f"menma queue chain {shlex.quote(str(path))} --steps {','.join(answers.steps)}"
-        commands = f"menma {shlex.join(new_command(answers, path))}\n{chain}"
-        self.query_one("#wizard-commands", Static).update(Text(commands))
+        self._commands = f"menma {shlex.join(new_command(answers, path))}\n{chain}"
+        self.query_one("#wizard-commands", Static).update(Text(chain))
         lines.focus()
         self._make(answers, self.draft.card)
 
@@ -224,7 +229,7 @@ class ReviewStep(Step):
         elif self.draft.is_demo:
             words = Text("The demo model is tiny: it trains on a CPU, in about a minute.")
         else:
-            words = memory_words(message.checked)
+            words = memory_words(message.checked, "no GPU here")
         self.query_one("#wizard-verdict", Static).update(words)
 
     @on(OptionList.OptionSelected, "#wizard-start")
@@ -238,20 +243,27 @@ class ReviewStep(Step):
         self._whole = not self._whole
         self._show()
 
+    def action_commands(self) -> None:
+        """Show the commands that do the same."""
+        words = f"cd {shlex.quote(str(Path.cwd()))}\n{self._commands}"
+        self.app.push_screen(TextView("Commands that do the same", words))
+
     def action_scroll(self, by: int) -> None:
         """Move the text."""
         self.query_one("#wizard-review").scroll_relative(y=by, animate=False)
 
-    def read(self) -> tuple[str, Checked]:
-        """Return how it is to be started, and what was found."""
-        return START_LINES[self.query_one(Lines).highlighted or 0][0], self._checked
+    def read(self) -> tuple[str, Answers, Checked | None]:
+        """Return how it is to be started, and what was found; None: nothing yet."""
+        return self.query_one(Lines).name_in_focus, self.draft.answers(), self._checked
 
     def judge(self, given: Any) -> Judged:
         """Refuse to start what cannot work; saving it is allowed."""
-        way, checked = given
-        if way != "save" and checked.config is None:
-            return Judged(None, "it is being checked" if not checked.problems else
-                          "it has problems: save it, and mend it in the config screen")  # fmt: skip
+        way, answers, checked = given
+        if checked is None:
+            checked = check_text(config_text(answers), self.draft.path, self.draft.card)
+        if way != "save" and (checked.config is None or checked.problems):
+            words = "it has problems: save it, and mend it in the config screen"
+            return Judged(None, words)
         return Judged((way, checked.config))
 
     def _show(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.text import Text
 from textual import on, work
 from textual.app import ComposeResult
 from textual.containers import Horizontal
@@ -19,13 +20,13 @@ from app.domain.preset_offers import Offer, fitting_offers
 from app.domain.presets import Preset, card_memory_gib, differences
 from app.domain.wizard import Answers, config_path, config_text
 from app.tui.lines import Lines
-from app.tui.preset_pane import PresetPane, changes_words, preset_words
+from app.tui.preset_pane import PresetPane, changes_words, purpose_words, title_words
 from app.tui.screens.config.words import memory_words
 from app.tui.screens.wizard.step import Judged, Step
 from trainer.contract.errors import ConfigError
 from trainer.contract.memory_model import gpu_of_memory
 
-SIZES_GB = (12, 16, 24, 32, 48, 80)
+_SIZES = {f"gb-{size}": size for size in (12, 16, 24, 32, 48, 80)}
 MOST_GPUS = 64
 
 
@@ -53,7 +54,7 @@ class HardwareStep(Step):
     def arrive(self) -> None:
         """Ask the driver, the first time."""
         if self.draft.here is None:
-            self._list("this machine: asking the driver ...")
+            self._list("this machine: asking the driver ...", "here")
             self._ask()
         self.query_one(Lines).focus()
 
@@ -66,7 +67,7 @@ class HardwareStep(Step):
         """Show what this machine has."""
         card = message.card
         self.draft.here = (card,)
-        self._list(_machine_words(card), self.query_one(Lines).highlighted or 0)
+        self._list(_machine_words(card), self.query_one(Lines).name_in_focus)
         if card is not None:
             self.query_one("#wizard-num-gpus", Input).value = str(card.count)
 
@@ -77,37 +78,38 @@ class HardwareStep(Step):
         event.stop()
         self.done()
 
-    def read(self) -> tuple[int, str]:
+    def read(self) -> tuple[str, str]:
         """Return the line and the number."""
-        return self.query_one(Lines).highlighted or 0, self.query_one(Input).value
+        return self.query_one(Lines).name_in_focus, self.query_one(Input).value
 
     def judge(self, given: Any) -> Judged:
         """Turn it into GPUs."""
-        place, words = given
+        name, words = given
         if not words.isdecimal() or not 1 <= int(words) <= MOST_GPUS:
             return Judged(None, f"the number of GPUs is 1 to {MOST_GPUS}", "wizard-num-gpus")
         count = int(words)
-        if place:
-            size = SIZES_GB[place - 1]
+        if name in _SIZES:
+            size = _SIZES[name]
             gpu = gpu_of_memory(card_memory_gib(size) or float(size), f"{size} GB GPU")
-            return Judged((place, Card(gpu=gpu, count=count)))
-        here = self.draft.here[0] if self.draft.here is not None else None
+            return Judged(Card(gpu=gpu, count=count))
+        asked = self.draft.here
+        here = asked[0] if asked is not None else cards.choose_card(None, None)
         if here is not None and count > here.count:
             return Judged(None, f"this machine has {here.count}", "wizard-num-gpus")
         if here is not None:
             here = Card(gpu=here.gpu, count=count, here=True)
-        return Judged((0, here))
+        return Judged(here)
 
     def take(self, answer: Any) -> None:
         """Remember it; other GPUs are offered other presets."""
-        place, card = answer
+        card: Card | None = answer
         if card != self.draft.card:
             self.draft.preset_taken = False
-        self.draft.place, self.draft.card = place, card
+        self.draft.card = card
 
-    def _list(self, here: str, place: int = 0) -> None:
-        others = [f"another machine, GPUs of {size} GB" for size in SIZES_GB]
-        self.query_one(Lines).show([here, *others], place)
+    def _list(self, here: str, name: str) -> None:
+        others = {key: f"another machine, GPUs of {size} GB" for key, size in _SIZES.items()}
+        self.query_one(Lines).show({"here": here, **others}, name)
 
 
 class PresetStep(Step):
@@ -160,7 +162,8 @@ class PresetStep(Step):
         event = message
         event.stop()
         offer = message.offer
-        self.query_one(PresetPane).tell(preset_words(offer).append("\n\nComparing ..."))
+        words = Text("\n").join((title_words(offer), purpose_words(offer), Text("Comparing ...")))
+        self.query_one(PresetPane).tell(words)
         best = self._offers[0].preset if self._offers else None
         answers = self.draft.answers()
         chosen = Answers(
@@ -192,10 +195,13 @@ class PresetStep(Step):
         pane = self.query_one(PresetPane)
         if pane.offer != message.offer:
             return
-        words = preset_words(message.offer).append("\n")
-        words.append_text(memory_words(message.checked)).append("\n")
-        title = f"Changes against {message.other}"
-        pane.tell(words.append_text(changes_words(message.changes, title)))
+        parts = (
+            title_words(message.offer),
+            purpose_words(message.offer),
+            memory_words(message.checked, "no GPU here").split()[0],
+            changes_words(message.changes, f"Changes against {message.other}"),
+        )
+        pane.tell(Text("\n").join(part for part in parts if part))
 
     @on(PresetPane.Chosen)
     def chosen(self, message: PresetPane.Chosen) -> None:

@@ -14,21 +14,27 @@ from textual.containers import Horizontal
 from textual.message import Message
 from textual.widgets import Input, Label, OptionList, Static
 
-from app.domain.demo_model import TITLE as DEMO
+from app.domain.demo_model import TITLE as DEMO_TITLE
 from app.domain.demo_model import demo_files
 from app.domain.weight_files import SUFFIXES
 from app.domain.weight_search import ModelFiles, Weights, search, usual_places
 from app.domain.wizard import FIELDS, TITLES, fields_of, model_problems, with_variant, written_path
+from app.tui.keyed import Keyed
 from app.tui.lines import Lines
-from app.tui.path_field import PathField
+from app.tui.path_field import PathField, path_keys
 from app.tui.screens.wizard.step import Judged, Step
 from trainer.contract.variants import VARIANTS
 
-OWN = "other files: put in their paths below"
+OWN, DEMO = "own", "demo"
+_OTHERS = {OWN: "other files: put in their paths below", DEMO: DEMO_TITLE}
+_DEMO_WORDS = (
+    "It knows coloured shapes that move, trains on a CPU in about a minute, and shows how "
+    "everything works, with your clips or those of `menma demo`."
+)
 _ENDINGS = (*sorted(SUFFIXES), ".pt", ".bin", ".ckpt", ".model", ".json")
 
 
-class VariantInput(Input):
+class VariantInput(Keyed, Input):
     """The name of a variant; up and down go through all of them."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -68,17 +74,24 @@ class ModelStep(Step):
         with Horizontal(classes="row gap", id="row-variant"):
             yield Label("model", classes="label")
             yield VariantInput(compact=True, id="wizard-variant")
+        yield Static(_DEMO_WORDS, id="wizard-demo", classes="words gap -hidden")
         for field in FIELDS:
             with Horizontal(classes="row", id=f"row-{field}"):
                 yield Label(TITLES[field], classes="label")
                 yield PathField(suffixes=_ENDINGS, id=f"wizard-{field.replace('_', '-')}")
+        yield Static(
+            f"enter goes on: what is missing is looked for. {path_keys(self.app)}, up and down go "
+            "through what a field can be.",
+            classes="words gap",
+        )
 
     def arrive(self) -> None:
         """Look through the disk, the first time; then show the models."""
         if self.draft.weights is None:
-            self._models: list[ModelFiles] = []
-            self._list(0)
-            self._show_files(self.draft.model)
+            self._models: dict[str, ModelFiles] = {}
+            self._mine: ModelFiles | None = None
+            self._shown = ""
+            self._list("")
             self._look()
         self.query_one(Lines).focus()
 
@@ -90,11 +103,10 @@ class ModelStep(Step):
     def found(self, message: Found) -> None:
         """Show what was found."""
         weights = self.draft.weights = message.weights
-        self._models = weights.models()
-        lines, untouched = self.query_one(Lines), not any(self._typed().values())
-        was_on = lines.highlighted or 0
-        place = 0 if untouched and was_on == 0 else len(self._models) + was_on
-        self._list(place)
+        self._models = {f"model-{n}": model for n, model in enumerate(weights.models())}
+        now = self.query_one(Lines).name_in_focus
+        untouched = now == OWN and not any(self._typed().values())
+        self._list("" if untouched else now)
         count = len(weights.files)
         looked = ", ".join(_short(folder) for folder in weights.places[:4])
         words = f"{count} weight files found in {looked}" if count else "no weight files found"
@@ -108,38 +120,48 @@ class ModelStep(Step):
     def highlighted(self, event: OptionList.OptionHighlighted) -> None:
         """Show the files of the model in focus."""
         event.stop()
-        place = event.option_index
-        if place < len(self._models):
-            self._show_files(self._models[place])
-        elif place == len(self._models):
-            self._show_files(self._own() or self.draft.model if self.draft.is_demo else self._own())
+        name, before = event.option_id or "", self._shown
+        if name == before or name != self.query_one(Lines).name_in_focus:
+            return
+        self._shown = name
+        if before == OWN:
+            self._mine = self._own()
+        if name == OWN:
+            self._show_files(self._mine or self._own())
         else:
-            self._show_files(None, demo=True)
+            self._show_files(self._models.get(name), demo=name == DEMO)
 
     @on(OptionList.OptionSelected, "#wizard-models")
     def selected(self, event: OptionList.OptionSelected) -> None:
         """Take a model, or begin with the first file."""
         event.stop()
-        if event.option_index == len(self._models):
+        if event.option_id == OWN:
             self.query_one("#wizard-transformer", PathField).focus()
         else:
             self.done()
 
+    @on(Input.Changed)
+    def typed(self, event: Input.Changed) -> None:
+        """Go to the line of one's own files when something is typed into a field."""
+        event.stop()
+        if not event.input.has_focus:
+            return
+        lines = self.query_one(Lines)
+        if lines.name_in_focus != OWN:
+            self._mine, self._shown = self._own(), OWN
+            lines.highlighted = len(self._models)
+        if event.input.id == "wizard-variant":
+            self._show_rows(event.value.strip())
+
     @on(Input.Submitted)
     def submitted(self, event: Input.Submitted) -> None:
-        """Go to the next field, or on."""
+        """Go on; what is missing is looked for, and then asked for."""
         event.stop()
-        fields = [field for field in self.query(Input) if field.display and field.parent.display]  # type: ignore[union-attr]  # each is in a row
-        place = fields.index(event.input)
-        if place + 1 < len(fields) and not all(f.value for f in fields[place + 1 :]):
-            next(f for f in fields[place + 1 :] if not f.value).focus()
-        else:
-            self.done()
+        self.done()
 
     def read(self) -> tuple[ModelFiles, Weights | None]:
         """Return the model of the line, with what the fields say."""
-        place = self.query_one(Lines).highlighted or 0
-        if place > len(self._models):
+        if self.query_one(Lines).name_in_focus == DEMO:
             return demo_files(), None
         return self._own(), self.draft.weights
 
@@ -160,6 +182,8 @@ class ModelStep(Step):
 
     def take(self, answer: Any) -> None:
         """Remember the model; another one takes another preset."""
+        if answer != demo_files():
+            self._show_files(answer)
         if self.draft.model != answer:
             self.draft.model = answer
             self.draft.preset, self.draft.preset_taken = None, False
@@ -169,9 +193,9 @@ class ModelStep(Step):
         self._show_files(judged.answer)
         self.query_one(f"#{judged.field}").focus()
 
-    def _list(self, place: int) -> None:
-        lines = [_line(model) for model in self._models]
-        self.query_one(Lines).show([*lines, OWN, DEMO], place)
+    def _list(self, name: str) -> None:
+        lines = {key: _line(model) for key, model in self._models.items()}
+        self.query_one(Lines).show({**lines, **_OTHERS}, name)
 
     def _typed(self) -> dict[str, str]:
         return {
@@ -192,17 +216,23 @@ class ModelStep(Step):
 
     def _show_files(self, model: ModelFiles | None, *, demo: bool = False) -> None:
         """Fill the fields; those that the model does not have are hidden."""
-        shown = fields_of(model.variant if model is not None else "")
-        self.query_one("#row-variant").set_class(demo, "-hidden")
-        for field in FIELDS:
-            self.query_one(f"#row-{field}").set_class(demo or field not in shown, "-hidden")
+        self._show_rows(model.variant if model is not None else "", demo=demo)
         if demo or model is None:
             return
         self.query_one("#wizard-variant", Input).value = model.variant
         for field in FIELDS:
             path: Path | None = getattr(model, field)
-            words = None if path is None else written_path(path)
-            self.query_one(f"#wizard-{field.replace('_', '-')}", PathField).show(words)
+            words = "" if path is None else written_path(path)
+            widget = self.query_one(f"#wizard-{field.replace('_', '-')}", PathField)
+            if widget.value != words:
+                widget.show(words)
+
+    def _show_rows(self, variant: str, *, demo: bool = False) -> None:
+        """Show the fields that a model has; the demo's model has none."""
+        shown = () if demo else ("variant", *fields_of(variant))
+        for field in ("variant", *FIELDS):
+            self.query_one(f"#row-{field}").set_class(field not in shown, "-hidden")
+        self.query_one("#wizard-demo").set_class(not demo, "-hidden")
 
 
 def _line(model: ModelFiles) -> str:

@@ -19,6 +19,7 @@ from app.queue.adding import job_spec
 from app.queue.chain import chain
 from app.queue.store import QueueStore
 from app.queue.worker import ensure_worker
+from app.tui.keyed import Keyed
 from app.tui.screens.wizard.data_steps import DataStep, GoalStep
 from app.tui.screens.wizard.draft import Draft
 from app.tui.screens.wizard.last_steps import NameStep, ReviewStep
@@ -52,7 +53,7 @@ class Finished:
     """Numbers in the queue; none: the config was only saved."""
 
 
-class WizardScreen(ModalScreen[Finished | None]):
+class WizardScreen(Keyed, ModalScreen[Finished | None]):
     """Asks for everything that a training needs, and starts it."""
 
     DEFAULT_CSS = """
@@ -62,7 +63,7 @@ class WizardScreen(ModalScreen[Finished | None]):
     WizardScreen #wizard-problem { height: auto; max-height: 3; padding: 0 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "on", "Next", show=True),
+        Binding("enter", "on", "Next"),
         Binding("escape", "back", "Back"),
     ]
 
