@@ -44,7 +44,7 @@ WRITES = frozenset(
     monitor.stop monitor.save monitor.sample
     data.caption
     config.reset config.save config.run config.editor config.preset
-    jobs.new wizard.next
+    wizard.next
     """.split()  # noqa: SIM905
 )
 """The others. A test asks for every action to be in one of the two; what is in none is refused."""
