@@ -30,6 +30,7 @@ class Scene:
     """The config is open from the start."""
 
 
+MODEL = (("", "fish"), ("n", "weight files found"))
 MARK_TWO = (("space", "* fish"), ("G", "fish"), ("k", "fish"), ("space", "* harbour"))
 SCENES = (
     Scene("jobs", (("", "harbour"),)),
@@ -39,6 +40,9 @@ SCENES = (
     Scene("compare", (("", "fish"), *MARK_TWO, ("equals_sign", "validation, best"))),
     Scene("error", (("", "fish"), ("G", "portrait: failed"), ("enter", "What to try"))),
     Scene("config", (("", "VRAM"),), config=True),
+    Scene("presets", (("", "VRAM"), ("p", "GiB")), config=True),
+    Scene("wizard-model", MODEL),
+    Scene("wizard", (*MODEL, ("enter", "2/7"), ("enter", "12 clips, all captioned"))),
     Scene("data", (("", "VRAM"), ("4", "left out"), ("j", "frame 1 of 81")), config=True),
     Scene("library", (("", "fish"), ("5", "harbour.safetensors"))),
     Scene("system", (("", "fish"), ("6", "RTX 4090"))),

@@ -19,8 +19,9 @@ from unittest.mock import patch
 
 from data_reports import report
 from PIL import Image
+from weight_headers import TEXT_SHAPES, VAE_SHAPES, write_header, write_transformer
 
-from app.domain import environment
+from app.domain import cards, environment
 from app.domain.cards import Card
 from app.domain.load import GpuLoad, Load
 from app.queue.jobs import JobSpec
@@ -36,6 +37,8 @@ from app.tui.screens.config import card_choice
 from app.tui.screens.config import screen as config
 from app.tui.screens.data import screen as data_screen
 from app.tui.screens.data import view as data_view
+from app.tui.screens.wizard import model_step
+from app.tui.screens.wizard import screen as wizard
 from app.tui.sources import Sources
 from trainer.contract.events import EventWriter
 from trainer.contract.memory_model import gpu_of_memory
@@ -112,10 +115,12 @@ def staged(folder: Path) -> Iterator[Sources]:
         patch.object(environment, "report", lambda folder: MACHINE),
         *(
             patch.object(each, "ensure_worker", lambda folder: None)
-            for each in (config, jobs, library)
+            for each in (config, jobs, library, wizard)
         ),
         patch.object(meters, "read_load", lambda run=None: LOAD),
         patch.object(card_choice, "choose_card", lambda name, size: CARD),
+        patch.object(cards, "choose_card", lambda name, size: CARD),
+        patch.object(model_step, "usual_places", lambda runs: [Path("models")]),
         patch.object(data_screen, "read_report", lambda config, **options: report()),
         patch.object(data_view, "clip_frames", _frames),
     ]
@@ -151,8 +156,10 @@ def _no_worker(folder: Path) -> None:
 
 
 def _files() -> None:
-    for name in ("wan2.1-t2v-1.3b", "wan2.1-vae", "umt5-xxl"):
-        _touch(Path(f"models/{name}.safetensors"))
+    for variant in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b"):
+        write_transformer(Path(f"models/{variant}.safetensors"), variant)
+    write_header(Path("models/wan2.1-vae.safetensors"), VAE_SHAPES["2.1"])
+    write_header(Path("models/umt5-xxl.safetensors"), TEXT_SHAPES)
     for number in range(12):
         _touch(Path(f"clips/fish-{number:02}.mp4"))
         Path(f"clips/fish-{number:02}.txt").write_text("mnm fish swims to the left")

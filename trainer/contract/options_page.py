@@ -1,4 +1,4 @@
-"""`docs/options.md`: every option there is, from the same declarations that check a config.
+"""`docs/config.md`: every option there is, from the same declarations that check a config.
 
 `python -m trainer schema` writes it, too; a test fails when it is stale.
 """
@@ -17,7 +17,7 @@ from trainer.contract.files import write_text
 from trainer.contract.options import Options
 from trainer.contract.plugin_options import plugin_schemas
 
-PAGE = Path(__file__).parents[2] / "docs" / "options.md"
+PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 
 _HEAD = """\
 # Options

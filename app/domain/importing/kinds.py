@@ -151,7 +151,7 @@ def put_optimizer(keys: Keys, key: str, name: str) -> bool:
         rest = "" if like else ", and so is its learning rate, which is no rate of AdamW"
         keys.lacks(
             key, f"Menma has no optimizer like {name} yet; it is left out{rest}",
-            "choose optimizer.kind and learning_rate (docs/options.md)",
+            "choose optimizer.kind and learning_rate (docs/config.md)",
         )  # fmt: skip
         return like
     note = known.note
@@ -228,7 +228,7 @@ def put_schedule(keys: Keys, key: str, name: str) -> bool:
     if found is None:
         keys.lacks(
             key, f"Menma has no schedule {name!r} yet; the rate stays constant",
-            "choose lr_schedule.kind (docs/options.md)",
+            "choose lr_schedule.kind (docs/config.md)",
         )  # fmt: skip
         return False
     note = ""

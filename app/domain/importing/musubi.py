@@ -172,7 +172,7 @@ RULES: Mapping[str, Rule] = {
     "accelerate.multi_gpu": Done("distributed.num_processes"),
     "accelerate.dynamo_backend": Done("see memory.compile_blocks", off=("no", "NO")),
     "accelerate.config_file": Lacks("files of accelerate are not read",
-                                    "see [distributed] in docs/options.md"),
+                                    "see [distributed] in docs/config.md"),
     "accelerate.gpu_ids": Done("set CUDA_VISIBLE_DEVICES"),
     "accelerate.main_process_port": Done("a free port is chosen"),
 }  # fmt: skip

@@ -372,7 +372,7 @@ def timesteps(keys: Keys) -> None:
     kind = next((k for k in names if k in PLUGIN_KINDS["timestep_sampler"]), None)
     if kind is None:
         keys.lacks(key, f"Menma has no timestep sampler {name!r} yet; its own default is used",
-                   "choose objective.timestep_sampler (docs/options.md)")  # fmt: skip
+                   "choose objective.timestep_sampler (docs/config.md)")  # fmt: skip
     else:
         if name in {"content", "style"}:
             note = f"its {name} has the formula of {kind} in the paper, and here"

@@ -67,7 +67,7 @@ def network(keys: Keys) -> None:
     kind = _kind(keys, module, arguments)
     if kind is None or not keys.put("network_module", "adapter.kind", kind):
         keys.lacks("network_module", f"Menma has no adapter like {module}",
-                   "choose adapter.kind (docs/options.md)")  # fmt: skip
+                   "choose adapter.kind (docs/config.md)")  # fmt: skip
         kind = "lora"
     if kind == "none":
         for key in ("network_dim", "network_alpha", "network_dropout", "network_weights"):

@@ -86,7 +86,7 @@ RULES: Mapping[str, Rule] = {
 PATTERNS: tuple[tuple[str, Rule], ...] = (
     (r"push_.*|hub_.*|publishing_.*|model_card_.*|post_\w+_script", UPLOAD),
     (r"crepa_.*|scheduled_sampling_.*|diff2flow_.*|ramtorch.*|refiner_.*|sla_.*|slider_.*",
-     Lacks("Menma lacks this technique", "[[techniques]] in docs/options.md",
+     Lacks("Menma lacks this technique", "[[techniques]] in docs/config.md",
            off=(False, None, "", 0, 0.0))),
     (r"(flux|sana|sd3|sdxl|ltx|hidream|deepfloyd)_.*", Done("of another model", off=())),
     (r"validation_(external|preview|adapter|torch|seed_source|randomize|using|stitch|guidance|"

@@ -27,7 +27,7 @@ DEFAULTS: Mapping[str, Any] = {
 }
 OFF = (False, None, "", 0, 0.0, "off", "none")
 RESEARCH = "Menma lacks this technique"
-CHOOSE = "techniques that Menma has: [[techniques]] in docs/options.md"
+CHOOSE = "techniques that Menma has: [[techniques]] in docs/config.md"
 
 
 def model(keys: Keys) -> None:
@@ -114,7 +114,7 @@ def losses(keys: Keys) -> None:
     if name == "pseudo_huber":
         note = "scaled so that small errors cost as much as with mse"
     keys.put("loss_type", "objective.loss", names.get(name, name), note=note,
-             hint="choose objective.loss (docs/options.md)")  # fmt: skip
+             hint="choose objective.loss (docs/config.md)")  # fmt: skip
     for key, names_here in (("huber_delta", ("delta", "huber_delta")),
                             ("pseudo_huber_c", ("huber_delta", "pseudo_huber_c"))):  # fmt: skip
         if key in keys:
@@ -172,7 +172,7 @@ RULES: Mapping[str, Rule] = {
     "num_processes": To("distributed.num_processes", v.positive),
     "lycoris": Done("network_args say which"),
     "verbose_network": Done("what is trained is listed by `menma lora targets`"),
-    "log_timestep_distribution": Done("`menma estimate` and docs/options.md say how they fall",
+    "log_timestep_distribution": Done("`menma estimate` and docs/config.md say how they fall",
                                       off=OFF),
     "use_stochastic_rounding": Done("what is trained has fp32 masters", off=()),
     "lean_attn_math": Done("attention computes in bf16", off=()),
@@ -189,7 +189,7 @@ PATTERNS: tuple[tuple[str, Rule], ...] = (
      Done("figures of a run stand in events.jsonl; see `menma runs`", off=())),
     (r"cuda_.*|memory_opt_.*|memory_mapping_.*|offload_.*|windows_.*|enable_(memory|zero|non)_.*|"
      r"ramtorch_.*|use_ramtorch_.*|rope_.*|strict_.*|lower_.*|lean_.*|simple_.*|torchao_.*|fp8_.*",
-     Lacks("a way to save memory that Menma has not", "[memory] in docs/options.md", OFF)),
+     Lacks("a way to save memory that Menma has not", "[memory] in docs/config.md", OFF)),
     (r"validation_.*|load_val_pixels|enable_(lpips|fvd|vmaf|temporal_\w+|flow_warped_\w+|"
      r"perceptual_snr)|(lpips|fvd|vmaf|temporal_\w+|flow_warped_\w+|perceptual_snr)_.*",
      Lacks("validation measures the loss at fixed timesteps", "`menma eval`", OFF)),
