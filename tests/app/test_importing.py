@@ -104,8 +104,7 @@ def test_a_script_of_musubi_with_its_dataset_and_prompts(tmp_path):
     assert (second.negative_prompt, second.flow_shift, first.flow_shift) == ("", 3.0, None)
     assert "--g" in rows_of(imported)["sample_prompts"].note
     control = rows_of(imported)["datasets[1].control_directory"]
-    assert control.is_lost
-    assert "a list has control_path" in control.note, "what a rule names is taken back alone"
+    assert (control.status, control.new_value) == ("carried", "/data/control")
 
 
 def test_one_lora_for_both_experts_is_shared(tmp_path):

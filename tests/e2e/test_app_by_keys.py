@@ -137,11 +137,11 @@ async def _wizard(hands: Hands) -> None:
     await hands.retype(str(STEPS))
     await hands.see("config: configs/zorp.toml")
     await hands.press("enter", "enter")  # past the prompt
-    await hands.see("queue chain configs/zorp.toml", "--steps 6")
+    await hands.see("queue chain configs/zorp.toml", "run now")
     await hands.press("escape")
     await hands.see("Name, length", "zorp")  # back, and what was answered is still there
     await hands.press("enter", "enter", "enter")
-    await hands.see("queue chain configs/zorp.toml", "--steps 6")
+    await hands.see("queue chain configs/zorp.toml", "run now")
     await hands.press("enter")
 
 
