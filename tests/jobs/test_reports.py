@@ -30,10 +30,13 @@ def test_a_cache_report_is_an_event_whatever_the_number_of_buckets() -> None:
     report = CacheReport(
         encoded=5000,
         reused=0,
+        adopted=0,
         removed=Unneeded(),
         unneeded=Unneeded(),
         captions_encoded=1,
         captions_reused=0,
+        captions_adopted=0,
+        exported=0,
         buckets=dict.fromkeys(BUCKETS, 1),
         problems=(),
         notes=(),
