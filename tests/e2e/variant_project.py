@@ -239,11 +239,9 @@ class Done:
 
     def of(self, kind: str) -> list[Tables]:
         """Return the events of one type, but for the advice on rates: tests exaggerate theirs."""
-        return [
-            event
-            for event in self.events
-            if event["type"] == kind and "optimizer.learning_rate = " not in event.get("message", "")
-        ]
+        advice = "optimizer.learning_rate = "
+        found = [event for event in self.events if event["type"] == kind]
+        return [event for event in found if advice not in event.get("message", "")]
 
     @property
     def words(self) -> str:
