@@ -62,6 +62,7 @@ class Shell(App[None]):
             self.notify(words, severity="warning", timeout=20, markup=False)
         self._has_begun = True
         self.look_at_room()
+        self.set_interval(1.0, self.look_at_room)  # a resize while it starts may get lost
         if self.owns_process:
             loop = asyncio.get_running_loop()
             loop.set_default_executor(Readers())
