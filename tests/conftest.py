@@ -33,6 +33,21 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.fixture(autouse=True)
+def signals_stay():
+    """Undo what a test's code did to this process's signals.
+
+    A queue worker that runs in the test's own process ignores SIGHUP; each command that a later
+    test started would inherit that, and outlive its terminal.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def world():
     """Return this process's place in a group of its own, which is made anew if a job left it.
