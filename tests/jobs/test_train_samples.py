@@ -68,7 +68,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
     monkeypatch.setattr(train_samples, "generate", generate)
     monkeypatch.setattr(train_samples, "write_sample", write)
-    monkeypatch.setattr(train_samples, "decode_frames", lambda vae, latents, tile: latents)
+    monkeypatch.setattr(train_samples, "decode_frames", lambda vae, latents, tile, bits: latents)
 
     def samples(
         *prompts: str,

@@ -28,6 +28,7 @@ from trainer.contract.offload_rules import offload_rule
 from trainer.contract.optimizer_rules import average_rule, optimizer_rule, schedule_rule
 from trainer.contract.optimizer_traits import traits_of
 from trainer.contract.registry import nearest
+from trainer.contract.sample_formats import format_rule
 from trainer.contract.sequence_rules import sequence_rule
 from trainer.contract.stored_kinds import layout_problem
 from trainer.contract.variants import VARIANTS
@@ -210,6 +211,7 @@ def _sampling(config: RunConfig) -> Iterator[Problem]:
     for key, solver in solvers:
         if solver not in SOLVERS:
             yield Problem(f"unknown solver {solver!r}", key, hint=nearest(solver, SOLVERS.names))
+    yield from format_rule(sampling)
     yield from _num_frames(config)
 
 

@@ -86,7 +86,10 @@ class SampleJobRequest(ConfigRequest):
     prompts_file: Path | None = None
     """Prompts in a .txt, .toml or .json file."""
     output: Path = Path("samples")
-    """Folder of the results; nothing in it is overwritten."""
+    """Folder of the results, or a file: its ending says which format, fields in braces are filled
+    in, such as {index} and {seed}."""
+    force: bool = False
+    """Replace files that are there; else a file is refused, and in a folder names count on."""
     run_dir: Path | None = None
     """Take this run's newest output file as a LoRA, too."""
 

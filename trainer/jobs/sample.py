@@ -8,8 +8,9 @@ and written one after the other.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from trainer.adapters.apply import attach
 from trainer.contract.jobs import LoRAUse
 from trainer.contract.variants import Expert, Variant
 from trainer.jobs.lora_files import check_same_expert, experts_of
+from trainer.jobs.sample_metadata import lora_metadata
+from trainer.jobs.sample_target import Target
 from trainer.models.wan.conditioning import LatentEncoder
 from trainer.sampling.conditions import (
     Conditions,
@@ -30,9 +33,11 @@ from trainer.sampling.conditions import (
     encode_texts,
 )
 from trainer.sampling.experts import ExpertSwitch
+from trainer.sampling.formats.base import Bits
 from trainer.sampling.pipeline import SamplingModels, VideoDecoder, decode_frames, generate
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.results import OutputKind, write_sample
+from trainer.sampling.results import FileOptions, latents_beside, require_formats, write_files
+from trainer.sampling.video_io import Frame
 
 Progress = Callable[[str, int, int], None]
 """Told of (phase, done, total); phases are `texts`, `inputs`, `steps` and `decode`."""
@@ -60,6 +65,8 @@ class Sample:
 
     path: Path
     request: SampleRequest
+    latents: Path | None = None
+    """File of its latents, where they were wanted beside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +74,10 @@ class SampleOptions:
     """How to sample."""
 
     name: str = "sample"
-    """Files are `<name>_<index>_<seed>.mp4`."""
-    kind: OutputKind = "video"
+    """Files are `<name>_<index>_<seed>.<ending>`."""
+    files: FileOptions = field(default_factory=FileOptions)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What each file says of the models, in addition."""
     loras: tuple[LoRAUse, ...] = ()
     """Attached to the transformer while it samples."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -86,13 +95,13 @@ def run_sample(
     output: Path,
     options: SampleOptions | None = None,
 ) -> list[Sample]:
-    """Sample all requests and write them into `output`, where nothing is overwritten.
+    """Sample all requests and write them into `output`; nothing is overwritten unasked.
 
     Args:
         requests: what to make.
         variant: the model.
         loaders: where the models come from.
-        output: folder, made if it is not there.
+        output: folder, made if it is not there, or a file; see `sample_target`.
         options: LoRAs, device, names.
 
     Raises:
@@ -105,10 +114,13 @@ def run_sample(
     run = _Run(tuple(requests), variant, loaders, options or SampleOptions())
     for request in requests:
         request.check(variant)
+    target = Target(output, run.options.name, run.options.files)
+    target.check(requests)
+    require_formats(run.options.files, requests)
     contexts = run.encode_texts()
     conditions = run.encode_inputs()
     latents = run.sample(contexts, conditions)
-    return run.write(latents, output)
+    return run.write(latents, target)
 
 
 def attach_loras(transformer: nn.Module, loras: Sequence[LoRAUse], expert: Expert | None) -> None:
@@ -178,16 +190,26 @@ class _Run:
         self._release()
         return latents
 
-    def write(self, latents: list[Tensor], output: Path) -> list[Sample]:
-        vae = self.loaders.vae()
+    def write(self, latents: list[Tensor], target: Target) -> list[Sample]:
+        files, metadata = self.options.files, self._metadata()
+        vae = cache(self.loaders.vae)  # the latents alone need none
         samples: list[Sample] = []
+
+        def frames(result: Tensor, bits: Bits) -> Iterator[Frame]:
+            result = result.to(self.options.device)
+            yield from decode_frames(vae(), result, tile=self.options.tile, bits=bits)
+
         for index, (request, result) in enumerate(zip(self.requests, latents, strict=True)):
-            frames = decode_frames(vae, result.to(self.options.device), tile=self.options.tile)
-            name = f"{self.options.name}_{index:02d}"
-            path = write_sample(
-                output, name, request, frames, metadata=self._metadata(), kind=self.options.kind
+            path = write_files(
+                target.path(index, request),
+                request,
+                frames(result, files.writer(request.num_frames).bits),
+                metadata=metadata,
+                files=files,
+                latents_BCFHW=result,
             )
-            samples.append(Sample(path, request))
+            beside = latents_beside(path) if files.save_latents else None
+            samples.append(Sample(path, request, beside))
             self.options.on_sample(samples[-1])
             self._report("decode", len(samples))
         return samples
@@ -203,8 +225,11 @@ class _Run:
         return self.loaders.image_encoder()
 
     def _metadata(self) -> dict[str, Any]:
-        loras = [{"file": use.path.name, "strength": use.strength} for use in self.options.loras]
-        return {"variant": self.variant.name} | ({"loras": loras} if loras else {})
+        if not self.options.files.metadata:
+            return {}
+        loras = lora_metadata(self.options.loras)
+        known = {"variant": self.variant.name} | ({"loras": loras} if loras else {})
+        return known | dict(self.options.metadata)
 
     def _report(self, phase: str, done: int) -> None:
         self.options.progress(phase, done, len(self.requests))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ from trainer.contract.experts import SHARED, trained_experts
 from trainer.contract.jobs import LoraidUse, LoRAUse, SampleJobRequest
 from trainer.contract.prompts import read_prompts
 from trainer.contract.run_dir import RunDir
+from trainer.contract.sample_formats import format_entry
 from trainer.contract.variants import Expert, Variant
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.automatic_memory import clip_of, resolve_for_forwards
@@ -28,7 +31,10 @@ from trainer.jobs.components import (
 from trainer.jobs.config_job import read_config
 from trainer.jobs.loraid_files import is_of_slots, resolve_loraids
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
+from trainer.jobs.sample_metadata import model_metadata
+from trainer.jobs.sample_target import format_of
 from trainer.sampling.requests import requests_of
+from trainer.sampling.results import FileOptions
 
 TransformerFiles = dict[Expert, Path]
 
@@ -52,14 +58,10 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     if request.run_dir is not None:
         _use_run(request.run_dir, config, files, loras, request.loraids)
     tile = config.memory.vae_tile
+    metadata = model_metadata(config, variant, files)
 
     def on_sample(sample: Sample) -> None:
-        emit(
-            "sample",
-            path=str(sample.path),
-            prompt=sample.request.prompt[:2000],
-            seed=sample.request.seed,
-        )
+        emit("sample", **sample_fields(sample))
 
     samples = run_sample(
         requests,
@@ -68,6 +70,8 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
         request.output,
         SampleOptions(
             name=config.name,
+            files=file_options(request, config),
+            metadata=metadata,
             loras=tuple(loras),
             device=device,
             tile=(tile, tile) if tile else None,
@@ -76,6 +80,25 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
         ),
     )
     emit("end", reason="done", num_samples=len(samples))
+
+
+def file_options(request: SampleJobRequest, config: RunConfig) -> FileOptions:
+    """Return what kind of files is written: `[sampling]`'s, or what the name of the output says.
+
+    A quality is left out where an ending asks for a format that has none.
+    """
+    files = FileOptions.of(config.sampling, force=request.force)
+    explicit = any(text.partition("=")[0].strip() == "sampling.format" for text in request.set)
+    name = format_of(request.output, files.format, explicit=explicit)
+    quality = files.quality if format_entry(name).has_quality else None
+    return replace(files, format=name, quality=quality)
+
+
+def sample_fields(sample: Sample) -> dict[str, Any]:
+    """Return what an event says of a written sample."""
+    request = sample.request
+    fields = {"path": str(sample.path), "prompt": request.prompt[:2000], "seed": request.seed}
+    return fields | ({"latents": str(sample.latents)} if sample.latents else {})
 
 
 def transformer_files(config: RunConfig, variant: Variant) -> TransformerFiles:

@@ -17,12 +17,13 @@ from trainer.contract.variants import Expert, Variant
 from trainer.engine.process_group import World
 from trainer.jobs.build import freeze, load_base
 from trainer.jobs.components import lazy_image_encoder, lazy_text_encoder, lazy_vae
+from trainer.jobs.sample_metadata import model_metadata
 from trainer.models.wan.transformer import WanTransformer
 from trainer.models.wan.vae import WanVAE
 from trainer.sampling.conditions import Conditions, encode_files, encode_texts
 from trainer.sampling.pipeline import SamplingModels, decode_frames, generate
 from trainer.sampling.requests import SampleRequest, requests_of
-from trainer.sampling.results import FinishedSample, write_sample
+from trainer.sampling.results import FileOptions, FinishedSample, require_formats, write_sample
 
 
 class TrainingSamples:
@@ -60,6 +61,8 @@ class TrainingSamples:
         self._together = config.distributed.zero_stage == 3
         self._trained: Callable[[Expert], WanTransformer | None] | None = None
         self._other: nn.Module | None = None
+        self._metadata = model_metadata(config, variant, _transformers(config))
+        require_formats(FileOptions.of(sampling), self._requests)
         self._encode()
 
     def use(self, trained: Callable[[Expert], WanTransformer | None]) -> None:
@@ -124,6 +127,7 @@ class TrainingSamples:
     ) -> list[tuple[int, Path]]:
         vae = self._vae.to(self._world.device)
         tile = self._config.memory.vae_tile
+        files = FileOptions.of(self._config.sampling)
         written: list[tuple[int, Path]] = []
         for index, request, result in latents:
             with self._preview(index, failed, collective=False):
@@ -131,8 +135,15 @@ class TrainingSamples:
                     self._folder,
                     f"step{step:08d}_{index:02d}",
                     request,
-                    decode_frames(vae, result, tile=(tile, tile) if tile else None),
-                    metadata={"variant": self._variant.name, "step": step},
+                    decode_frames(
+                        vae,
+                        result,
+                        tile=(tile, tile) if tile else None,
+                        bits=files.writer(request.num_frames).bits,
+                    ),
+                    metadata=self._metadata | {"step": step},
+                    files=files,
+                    latents_BCFHW=result,
                 )
                 written.append((index, path))
         self._vae.to("cpu")
@@ -186,3 +197,12 @@ class TrainingSamples:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _transformers(config: RunConfig) -> dict[Expert, Path]:
+    model = config.model
+    given: dict[Expert, Path | None] = {
+        "low_noise": model.transformer,
+        "high_noise": model.transformer_high_noise,
+    }
+    return {expert: path for expert, path in given.items() if path is not None}
