@@ -33,7 +33,7 @@ from trainer.contract.sequence_rules import sequence_rule
 from trainer.contract.stored_kinds import layout_problem
 from trainer.contract.variants import VARIANTS
 
-JobName = Literal["cache", "train", "sample", "eval"]
+JobName = Literal["cache", "train", "sample", "decode", "eval"]
 Rule = Callable[[RunConfig], Iterator[Problem]]
 
 
@@ -142,6 +142,8 @@ def is_fp8(config: RunConfig) -> bool:
 
 
 def _required_files(config: RunConfig, job: JobName) -> list[str]:
+    if job == "decode":
+        return ["vae"]
     known = VARIANTS.get(config.model.variant)
     encoders = ["vae", "text_encoder"]
     if known is not None and known.transformer.image_dim is not None:

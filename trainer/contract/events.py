@@ -5,6 +5,8 @@ One object a line, each with `v` (format version), `time` (Unix seconds) and `ty
     phase       name, detail
     step        step, total_steps, epoch, loss, terms, lr, grad_norm, step_time_s, eta_s, memory…
     sample      step, path, prompt, seed
+    preview     path of a small picture of the sample in work, which the next one replaces;
+                index of the sample, done and total (of the solver's steps), step
     checkpoint  step, path
     output      step, path, strips [{title, frames [path of a picture…]}…]
     validation  step, loss, by_timestep {"100": loss…}, items, seconds
@@ -35,6 +37,7 @@ EVENT_TYPES = (
     "phase",
     "step",
     "sample",
+    "preview",
     "checkpoint",
     "output",
     "validation",

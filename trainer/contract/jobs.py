@@ -92,6 +92,11 @@ class SampleJobRequest(ConfigRequest):
     """Replace files that are there; else a file is refused, and in a folder names count on."""
     run_dir: Path | None = None
     """Take this run's newest output file as a LoRA, too."""
+    like: Path | None = None
+    """Make this sample again, from what its file says; all that is set here wins. With it, a prompt
+    of no words has those of the file."""
+    decode: Path | None = None
+    """Decode this file of latents, or each one of this folder, and make nothing."""
 
 
 class EvalRequest(ConfigRequest):

@@ -34,10 +34,22 @@ from trainer.sampling.conditions import (
 )
 from trainer.sampling.experts import ExpertSwitch
 from trainer.sampling.formats.base import Bits
-from trainer.sampling.pipeline import SamplingModels, VideoDecoder, decode_frames, generate
+from trainer.sampling.pipeline import (
+    OnEstimate,
+    SamplingModels,
+    VideoDecoder,
+    decode_frames,
+    generate,
+)
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.results import FileOptions, latents_beside, require_formats, write_files
-from trainer.sampling.video_io import Frame
+from trainer.sampling.results import (
+    FileOptions,
+    describe,
+    latents_beside,
+    require_formats,
+    write_files,
+)
+from trainer.sampling.video_io import AnyFrame
 
 Progress = Callable[[str, int, int], None]
 """Told of (phase, done, total); phases are `texts`, `inputs`, `steps` and `decode`."""
@@ -86,6 +98,8 @@ class SampleOptions:
     progress: Progress = lambda _phase, _done, _total: None
     on_sample: Callable[[Sample], None] = lambda _sample: None
     """Told of each file when it is written."""
+    preview: Callable[[int, SampleRequest], OnEstimate] | None = None
+    """Given (index, request): what is told of the sample's clean estimates."""
 
 
 def run_sample(
@@ -178,12 +192,19 @@ class _Run:
         total = sum(request.num_steps for request in self.requests)
         latents: list[Tensor] = []
         before = 0
-        for request, condition in zip(self.requests, conditions, strict=True):
+        preview = self.options.preview
+        for index, (request, condition) in enumerate(zip(self.requests, conditions, strict=True)):
 
             def on_step(done: int, _steps: int, before: int = before) -> None:
                 self.options.progress("steps", before + done, total)
 
-            result = generate(models, request, conditions=condition, on_step=on_step)
+            result = generate(
+                models,
+                request,
+                conditions=condition,
+                on_step=on_step,
+                on_estimate=None if preview is None else preview(index, request),
+            )
             latents.append(result.cpu())
             before += request.num_steps
         del models, switch
@@ -191,20 +212,22 @@ class _Run:
         return latents
 
     def write(self, latents: list[Tensor], target: Target) -> list[Sample]:
-        files, metadata = self.options.files, self._metadata()
+        files = self.options.files
+        metadata = self._metadata() if files.metadata else {}
         vae = cache(self.loaders.vae)  # the latents alone need none
         samples: list[Sample] = []
 
-        def frames(result: Tensor, bits: Bits) -> Iterator[Frame]:
+        def frames(result: Tensor, bits: Bits) -> Iterator[AnyFrame]:
             result = result.to(self.options.device)
             yield from decode_frames(vae(), result, tile=self.options.tile, bits=bits)
 
         for index, (request, result) in enumerate(zip(self.requests, latents, strict=True)):
             path = write_files(
                 target.path(index, request),
-                request,
                 frames(result, files.writer(request.num_frames).bits),
-                metadata=metadata,
+                num_frames=request.num_frames,
+                fps=request.fps,
+                metadata=describe(request) | metadata if files.metadata else {},
                 files=files,
                 latents_BCFHW=result,
             )
@@ -225,8 +248,6 @@ class _Run:
         return self.loaders.image_encoder()
 
     def _metadata(self) -> dict[str, Any]:
-        if not self.options.files.metadata:
-            return {}
         loras = lora_metadata(self.options.loras)
         known = {"variant": self.variant.name} | ({"loras": loras} if loras else {})
         return known | dict(self.options.metadata)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from trainer.contract.experts import SHARED, trained_experts
 from trainer.contract.jobs import LoraidUse, LoRAUse, SampleJobRequest
 from trainer.contract.prompts import read_prompts
 from trainer.contract.run_dir import RunDir
-from trainer.contract.sample_formats import format_entry
 from trainer.contract.variants import Expert, Variant
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.automatic_memory import clip_of, resolve_for_forwards
@@ -31,10 +30,12 @@ from trainer.jobs.components import (
 from trainer.jobs.config_job import read_config
 from trainer.jobs.loraid_files import is_of_slots, resolve_loraids
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
-from trainer.jobs.sample_metadata import model_metadata
-from trainer.jobs.sample_target import format_of
+from trainer.jobs.sample_decode import run_decode
+from trainer.jobs.sample_like import remade
+from trainer.jobs.sample_metadata import differences, model_metadata
+from trainer.jobs.sample_preview import previews
+from trainer.jobs.sample_target import file_options
 from trainer.sampling.requests import requests_of
-from trainer.sampling.results import FileOptions
 
 TransformerFiles = dict[Expert, Path]
 
@@ -45,6 +46,11 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     Raises:
         MenmaError: see `sample.run_sample`.
     """
+    if request.decode is not None:
+        run_decode(request, request.decode, emit)
+        return
+    like = request.like
+    request, made = remade(request, emit)
     config = read_config(request, "sample")
     variant = settle_variant(config)
     prompts = _prompts(request, config)
@@ -58,40 +64,34 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     if request.run_dir is not None:
         _use_run(request.run_dir, config, files, loras, request.loraids)
     tile = config.memory.vae_tile
+    options = file_options(request.output, request.set, config.sampling, force=request.force)
     metadata = model_metadata(config, variant, files)
+    for words in differences(made, metadata):
+        emit("warning", message=f"{like}: {words}")
 
     def on_sample(sample: Sample) -> None:
         emit("sample", **sample_fields(sample))
 
-    samples = run_sample(
-        requests,
-        variant,
-        _loaders(config, variant, files, device),
-        request.output,
-        SampleOptions(
-            name=config.name,
-            files=file_options(request, config),
-            metadata=metadata,
-            loras=tuple(loras),
-            device=device,
-            tile=(tile, tile) if tile else None,
-            progress=progress_events(emit),
-            on_sample=on_sample,
-        ),
-    )
+    # Pictures of what is being made are nobody's results: they go when the job does.
+    with TemporaryDirectory(prefix="menma-preview-") as folder:
+        samples = run_sample(
+            requests,
+            variant,
+            _loaders(config, variant, files, device),
+            request.output,
+            SampleOptions(
+                name=config.name,
+                files=options,
+                metadata=metadata,
+                loras=tuple(loras),
+                device=device,
+                tile=(tile, tile) if tile else None,
+                progress=progress_events(emit),
+                on_sample=on_sample,
+                preview=previews(config, variant, device, Path(folder), emit),
+            ),
+        )
     emit("end", reason="done", num_samples=len(samples))
-
-
-def file_options(request: SampleJobRequest, config: RunConfig) -> FileOptions:
-    """Return what kind of files is written: `[sampling]`'s, or what the name of the output says.
-
-    A quality is left out where an ending asks for a format that has none.
-    """
-    files = FileOptions.of(config.sampling, force=request.force)
-    explicit = any(text.partition("=")[0].strip() == "sampling.format" for text in request.set)
-    name = format_of(request.output, files.format, explicit=explicit)
-    quality = files.quality if format_entry(name).has_quality else None
-    return replace(files, format=name, quality=quality)
 
 
 def sample_fields(sample: Sample) -> dict[str, Any]:

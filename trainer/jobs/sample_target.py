@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Formatter
 
+from trainer.contract.config import SamplingSection
 from trainer.contract.errors import ConfigError
 from trainer.contract.registry import nearest
-from trainer.contract.sample_formats import formats_of_suffix
+from trainer.contract.sample_formats import format_entry, formats_of_suffix
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import FileOptions, latents_beside, safe_name
 
@@ -26,23 +27,25 @@ class Target:
     name: str
     """Of the config."""
     files: FileOptions
+    pattern: str = "{name}_{index}_{seed}"
+    """Names in a folder, without their ending."""
 
     @property
     def is_file(self) -> bool:
         """Whether a name is given, not a folder."""
         return is_file(self.output)
 
-    def path(self, index: int, request: SampleRequest) -> Path:
-        """Return where one sample goes, if nothing is there."""
-        if not self.is_file:
-            suffix = self.files.suffix(request.num_frames)
-            return self.output / f"{safe_name(self.name)}_{index:02d}_{request.seed}{suffix}"
+    def path(self, index: int, request: SampleRequest, name: str = "") -> Path:
+        """Return where one sample goes, if nothing is there; `name` takes the config's place."""
         values = {field: str(getattr(request, field, "")) for field in FIELDS}
-        values |= {"name": safe_name(self.name), "index": f"{index:02d}"}
+        values |= {"name": safe_name(name or self.name), "index": f"{index:02d}"}
         values["prompt"] = safe_name(request.prompt)[:_MAX_WORDS].strip("_.") or "prompt"
-        return self.output.with_name(self.output.name.format_map(values))
+        if self.is_file:
+            return self.output.with_name(self.output.name.format_map(values))
+        suffix = self.files.suffix(request.num_frames)
+        return self.output / f"{self.pattern.format_map(values)}{suffix}"
 
-    def check(self, requests: Sequence[SampleRequest]) -> None:
+    def check(self, requests: Sequence[SampleRequest], names: Sequence[str] = ()) -> None:
         """Refuse names that would not hold the samples, before any is made.
 
         Raises:
@@ -52,10 +55,12 @@ class Target:
         if not self.is_file:
             return
         self._check_fields()
-        paths = [self.path(index, request) for index, request in enumerate(requests)]
-        for number, (path, request) in enumerate(zip(paths, requests, strict=True)):
+        every = names or [self.name] * len(requests)
+        paths: list[Path] = []
+        for index, (request, name) in enumerate(zip(requests, every, strict=True)):
+            path = self.path(index, request, name)
             self._check_ending(path, request)
-            if path in paths[:number]:
+            if path in paths:
                 raise ConfigError(
                     f"several samples would be named {path}",
                     hint="put {index} or {seed} into the name, or give a folder",
@@ -66,6 +71,7 @@ class Target:
                 raise ConfigError(
                     f"{there} is there already", hint="--force replaces it; or choose another name"
                 )
+            paths.append(path)
 
     def _check_fields(self) -> None:
         name = self.output.name
@@ -98,16 +104,22 @@ def is_file(output: Path) -> bool:
     return bool(formats_of_suffix(output.suffix)) and not output.is_dir()
 
 
-def format_of(output: Path, wanted: str, *, explicit: bool) -> str:
-    """Return the format that is written: the ending of a file decides, unless one was asked for.
+def file_options(
+    output: Path, settings: Sequence[str], sampling: SamplingSection, *, force: bool
+) -> FileOptions:
+    """Return what kind of files is written: `[sampling]`'s, or what the name of the output says.
 
-    Args:
-        output: file or folder.
-        wanted: `sampling.format`.
-        explicit: whether it was asked for on the command line; then it stays.
+    The ending of a file decides, unless a format is among `settings` (`section.key=value`). A
+    quality is left out where the ending asks for a format that has none.
     """
+    files = FileOptions.of(sampling, force=force)
+    explicit = any(text.partition("=")[0].strip() == "sampling.format" for text in settings)
     of_ending = formats_of_suffix(output.suffix) if is_file(output) else ()
-    return wanted if explicit or not of_ending or wanted in of_ending else of_ending[0]
+    if explicit or not of_ending or files.format in of_ending:
+        return files
+    name = of_ending[0]
+    quality = files.quality if format_entry(name).has_quality else None
+    return replace(files, format=name, quality=quality)
 
 
 def _hint() -> str:

@@ -18,6 +18,7 @@ from trainer.engine.process_group import World
 from trainer.jobs.build import freeze, load_base
 from trainer.jobs.components import lazy_image_encoder, lazy_text_encoder, lazy_vae
 from trainer.jobs.sample_metadata import model_metadata
+from trainer.jobs.sample_preview import Previews
 from trainer.models.wan.transformer import WanTransformer
 from trainer.models.wan.vae import WanVAE
 from trainer.sampling.conditions import Conditions, encode_files, encode_texts
@@ -42,8 +43,17 @@ class TrainingSamples:
         world: World,
         folder: Path,
         warn: Callable[[str], None],
+        previews: Previews | None = None,
     ) -> None:
         """Read and encode the prompts.
+
+        Args:
+            config: with prompts in `[sampling]`.
+            variant: the model.
+            world: this process's place.
+            folder: of the results.
+            warn: told of what goes wrong with a sample.
+            previews: draws what is in work; one rank needs to.
 
         Raises:
             ConfigError: a prompt does not fit the model, or an encoder is missing.
@@ -57,6 +67,7 @@ class TrainingSamples:
         self._world = world
         self._folder = folder
         self._warn = warn
+        self._previews = previews
         self._requests = requests_of(prompts, variant, sampling)
         self._together = config.distributed.zero_stage == 3
         self._trained: Callable[[Expert], WanTransformer | None] | None = None
@@ -82,7 +93,7 @@ class TrainingSamples:
         failed: list[str] = []
         for index, request in mine:
             with self._preview(index, failed, collective=collective):
-                latents.append((index, request, self._generate(index, request)))
+                latents.append((index, request, self._generate(step, index, request)))
         if self._other is not None:
             self._other.to("cpu")
         written: list[tuple[int, Path]] = []
@@ -149,7 +160,7 @@ class TrainingSamples:
         self._vae.to("cpu")
         return written
 
-    def _generate(self, index: int, request: SampleRequest) -> torch.Tensor:
+    def _generate(self, step: int, index: int, request: SampleRequest) -> torch.Tensor:
         models = SamplingModels(
             variant=self._variant,
             transformer=self._expert,
@@ -157,7 +168,10 @@ class TrainingSamples:
             device=self._world.device,
         )
         conditions = self._conditions[index].to(self._world.device)
-        return generate(models, request, conditions=conditions)
+        if self._previews is None:
+            return generate(models, request, conditions=conditions)
+        on_estimate = self._previews(index, request, step=step)
+        return generate(models, request, conditions=conditions, on_estimate=on_estimate)
 
     def _expert(self, expert: Expert) -> nn.Module:
         if self._trained is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, overload
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from trainer.sampling.conditions import Conditions, ImageEncoder, encode_files
 from trainer.sampling.guidance import guided_velocity, needs_negative
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.schedule import Solver
-from trainer.sampling.video_io import Frame
+from trainer.sampling.video_io import AnyFrame, Frame
 
 OnStep = Callable[[int, int], None]
 OnEstimate = Callable[[int, Tensor], None]
@@ -143,13 +143,25 @@ def expert_at(timestep: float, variant: Variant) -> Expert:
     return "low_noise"
 
 
+@overload
+def decode_frames(
+    vae: VideoDecoder, latents_BCFHW: Tensor, *, tile: tuple[int, int] | None = None
+) -> Iterator[Frame]: ...
+@overload
+def decode_frames(
+    vae: VideoDecoder,
+    latents_BCFHW: Tensor,
+    *,
+    tile: tuple[int, int] | None = None,
+    bits: Literal[8, 16],
+) -> Iterator[AnyFrame]: ...
 def decode_frames(
     vae: VideoDecoder,
     latents_BCFHW: Tensor,
     *,
     tile: tuple[int, int] | None = None,
     bits: Literal[8, 16] = 8,
-) -> Iterator[Frame]:
+) -> Iterator[AnyFrame]:
     """Yield the frames of the first video in the batch, (H, W, 3) on the CPU.
 
     Args:

@@ -27,7 +27,7 @@ from trainer.contract.sample_formats import (
 from trainer.sampling.formats.base import Content, SampleFormat
 from trainer.sampling.latent_files import SUFFIX, read_latents_metadata, write_latents
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.video_io import Frame, read_metadata
+from trainer.sampling.video_io import AnyFrame, read_metadata
 
 MAX_PROMPT = 4_000
 """Characters of a prompt that an event has; the whole one is in the file's metadata."""
@@ -98,7 +98,7 @@ def write_sample(
     folder: Path,
     name: str,
     request: SampleRequest,
-    frames: Iterable[Frame],
+    frames: Iterable[AnyFrame],
     *,
     metadata: Mapping[str, Any] | None = None,
     files: FileOptions | None = None,
@@ -124,42 +124,45 @@ def write_sample(
     stem = f"{safe_name(name)}_{request.seed}"
     path = folder / f"{stem}{files.suffix(request.num_frames)}"
     return write_files(
-        path, request, frames, metadata=metadata, files=files, latents_BCFHW=latents_BCFHW
+        path,
+        frames,
+        num_frames=request.num_frames,
+        fps=request.fps,
+        metadata=describe(request) | dict(metadata or {}) if files.metadata else {},
+        files=files,
+        latents_BCFHW=latents_BCFHW,
     )
 
 
 def write_files(
     path: Path,
-    request: SampleRequest,
-    frames: Iterable[Frame],
+    frames: Iterable[AnyFrame],
     *,
-    metadata: Mapping[str, Any] | None = None,
+    num_frames: int,
+    fps: float,
+    metadata: Mapping[str, Any],
     files: FileOptions,
     latents_BCFHW: Tensor | None = None,
 ) -> Path:
     """Write one sample, and its latents beside it where they are wanted; see `write_sample`.
 
-    The latents come first: they are there when the decoding fails.
+    The latents come first: they are there when the decoding fails. `metadata` is all that the
+    files say.
 
     Returns:
         `path`, or the first free one beside it unless `files.force` is set.
     """
-    described = describe(request) | dict(metadata or {}) if files.metadata else {}
     latents = None if latents_BCFHW is None else latents_BCFHW[0].float()
     path = path if files.force else free_path(path, with_latents=files.save_latents)
     if files.save_latents:
         if latents is None:
             raise ValueError("the latents are wanted, but not given")
-        write_latents(latents_beside(path), latents, described, fps=request.fps)
+        write_latents(latents_beside(path), latents, metadata, fps=fps)
     content = Content(
-        frames=frames,
-        latents_CFHW=latents,
-        fps=request.fps,
-        metadata=described,
-        quality=files.quality,
+        frames=frames, latents_CFHW=latents, fps=fps, metadata=metadata, quality=files.quality
     )
     with _room_for(path, force=files.force) as place:
-        files.writer(request.num_frames).write(place, content)
+        files.writer(num_frames).write(place, content)
     return path
 
 

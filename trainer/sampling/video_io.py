@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.video.reformatter import ColorRange, Colorspace
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence, PngImagePlugin
 
@@ -28,8 +29,10 @@ from trainer.contract.errors import DataError
 from trainer.contract.files import atomic_path, disk_errors
 from trainer.data.frame_pixels import rgb_pixels
 
-Frame = NDArray[np.uint8] | NDArray[np.uint16]
-"""One picture, (H, W, 3), RGB, 8 bits a colour; 16 for formats that keep more than 8."""
+Frame = NDArray[np.uint8]
+"""One picture, (H, W, 3), RGB."""
+AnyFrame = Frame | NDArray[np.uint16]
+"""The same, or with 16 bits a colour for formats that keep more than 8."""
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".gif"}
@@ -86,7 +89,7 @@ def write_video(
 
 def encode_video(
     path: Path,
-    frames: Iterable[Frame],
+    frames: Iterable[AnyFrame],
     fps: float,
     metadata: Mapping[str, Any] | None,
     codec: Codec,
@@ -112,8 +115,9 @@ def encode_video(
     ):
         if metadata:
             container.metadata["comment"] = as_json(metadata)
-        stream = container.add_stream(
-            codec.name, rate=Fraction(fps).limit_denominator(1001), options=dict(codec.options)
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = cast(
+            "VideoStream", container.add_stream(codec.name, rate=rate, options=dict(codec.options))
         )
         stream.width, stream.height = width, height
         stream.pix_fmt = codec.pix_fmt
@@ -127,7 +131,7 @@ def encode_video(
         container.mux(stream.encode(None))
 
 
-def write_png(path: Path, frame: Frame, metadata: Mapping[str, Any] | None = None) -> None:
+def write_png(path: Path, frame: AnyFrame, metadata: Mapping[str, Any] | None = None) -> None:
     """Write one picture; `metadata` becomes JSON in its text chunk.
 
     Raises:
@@ -138,7 +142,7 @@ def write_png(path: Path, frame: Frame, metadata: Mapping[str, Any] | None = Non
 
 
 def write_frames(
-    folder: Path, frames: Iterable[Frame], metadata: Mapping[str, Any] | None = None
+    folder: Path, frames: Iterable[AnyFrame], metadata: Mapping[str, Any] | None = None
 ) -> None:
     """Write 00000.png, 00001.png, … into a new folder, which appears when it is whole.
 
@@ -273,9 +277,10 @@ def _to_bt709(picture: av.VideoFrame, pix_fmt: str) -> av.VideoFrame:
     return converted
 
 
-def _padded(frame: Frame, even: tuple[int, int]) -> Frame:
+def _padded(frame: AnyFrame, even: tuple[int, int]) -> AnyFrame:
     height, width = frame.shape[:2]
-    return np.pad(frame, ((0, -height % even[0]), (0, -width % even[1]), (0, 0)), mode="edge")
+    sides = ((0, -height % even[0]), (0, -width % even[1]), (0, 0))
+    return cast("AnyFrame", np.pad(frame, sides, mode="edge"))
 
 
 def _png_info(metadata: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo | None:

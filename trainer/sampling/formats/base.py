@@ -11,7 +11,7 @@ import av
 from torch import Tensor
 
 from trainer.contract.errors import RunError
-from trainer.sampling.video_io import Codec, Frame, encode_video
+from trainer.sampling.video_io import AnyFrame, Codec, encode_video
 
 Bits = Literal[8, 16]
 
@@ -20,7 +20,7 @@ Bits = Literal[8, 16]
 class Content:
     """A sample that is to be written."""
 
-    frames: Iterable[Frame]
+    frames: Iterable[AnyFrame]
     """Of as many bits as the format asks for; gone through once at most, one by one."""
     latents_CFHW: Tensor | None = None
     """Normalised, float32; None where there are only frames."""

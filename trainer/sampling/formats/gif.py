@@ -13,7 +13,7 @@ from av.filter import Graph
 
 from trainer.contract.files import atomic_path
 from trainer.sampling.formats.base import Bits, Content, require_encoder
-from trainer.sampling.video_io import Frame, as_json
+from trainer.sampling.video_io import AnyFrame, as_json
 
 _COLOURS = 256
 _HEAD = 13
@@ -65,7 +65,7 @@ def with_comment(gif: bytes, comment: bytes) -> bytes:
 
 
 def _with_palettes(
-    frames: Iterator[Frame], rate: Fraction, colours: int
+    frames: Iterator[AnyFrame], rate: Fraction, colours: int
 ) -> Iterator[av.VideoFrame]:
     graph: Graph | None = None
     for index, frame in enumerate(frames):
@@ -82,7 +82,8 @@ def _with_palettes(
 
 def _graph(width: int, height: int, time_base: Fraction, colours: int) -> Graph:
     graph = Graph()
-    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=time_base)
+    layout = av.VideoFormat("rgb24", width, height)
+    source = graph.add_buffer(width=width, height=height, format=layout, time_base=time_base)
     split = graph.add("split")
     palette = graph.add(
         "palettegen", f"max_colors={colours}:reserve_transparent=0:stats_mode=single"

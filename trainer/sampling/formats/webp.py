@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from PIL import Image, features
 
@@ -41,7 +41,12 @@ class WebP:
         exif = Image.Exif()
         if content.metadata:
             exif[EXIF_DESCRIPTION] = as_json(content.metadata, ascii_only=True)
-        options = {"format": "WEBP", "quality": quality, "lossless": quality == 100, "exif": exif}
+        options: dict[str, Any] = {
+            "format": "WEBP",
+            "quality": quality,
+            "lossless": quality == 100,
+            "exif": exif,
+        }
         with atomic_path(path) as temporary:
             if second is None:
                 first.save(temporary, **options)
