@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from app.cli import completion, jobs, output
+from app.cli import sample_output_options as files
 from app.cli.loraid_options import (
     LoraidCommand,
     LoraidFrom,
@@ -27,7 +28,7 @@ app = command_app()
 @app.command(cls=LoraidCommand)
 def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     source: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             metavar="CONFIG|RUN",
             help="A config, or a run (its folder, or its name in runs/): then its newest LoRA is "
@@ -35,7 +36,7 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
             show_default=False,
             autocompletion=completion.configs_or_runs,
         ),
-    ],
+    ] = None,
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="What to show. Repeatable.")
     ] = None,
@@ -87,9 +88,18 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         typer.Option(
             "--output",
             "-o",
-            help="Folder of the results. Default: samples/, or the run's samples folder.",
+            help="Folder of the results, or a file such as out/{prompt}_{seed}.mp4. "
+            "Default: samples/, or the run's samples folder.",
         ),
     ] = None,
+    format_: files.Format = None,
+    quality: files.Quality = None,
+    save_latents: files.SaveLatents = False,
+    no_metadata: files.NoMetadata = False,
+    force: files.Force = False,
+    like: files.Like = None,
+    decode: files.Decode = None,
+    preview: files.Preview = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -97,12 +107,16 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
 
     The paths of the files come on stdout.
     Without --prompt and --prompts-file the prompts of the config are drawn.
+    With --like, CONFIG may be left out for a sample of a run.
 
     Example: menma sample runs/my-lora --prompt "a fish in the rain" --frames 33
     """
     from app.cli.subjects import config_and_run
 
-    config, run_dir = config_and_run(source)
+    files.check_together(
+        like, decode, {"--prompt": prompts, "--prompts-file": prompts_file, "--lora": loras}
+    )
+    config, run_dir = config_and_run(files.source_of(source, like))
     settings = {
         "negative_prompt": negative_prompt,
         "width": width,
@@ -115,25 +129,34 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "solver": solver,
         "seed": seed,
         "fps": fps,
+        **files.overrides(format_, quality, save_latents=save_latents, no_metadata=no_metadata),
     }
-    files = {"image": image, "last_image": last_image, "control": control}
+    inputs = {"image": image, "last_image": last_image, "control": control}
+    given = [*(overrides or ()), *_overrides(settings)]
     request: dict[str, Any] = {
         "config": str(config),
-        "set": [*(overrides or ()), *_overrides(settings)],
+        "set": [*given, *files.preview_setting(preview, given)],
         "loras": [lora_use(text) for text in loras or ()],
         **loraid_fields(loraids, loraid_strengths, loraid_from),
-        "prompts": _prompts(prompts or [], files, prompts_file),
+        "prompts": _prompts(prompts or [], inputs, prompts_file, like),
         "prompts_file": _text(prompts_file),
+        "like": _text(like),
+        "decode": _text(decode),
+        "force": force,
         "output": str(target or (run_dir / "samples" if run_dir else "samples")),
         "run_dir": _text(run_dir),
     }
-    _say_duration(_check(config, request), request)
+    checked = _check(config, request)
+    if like is None and decode is None:
+        _say_duration(checked, request)
     result = jobs.run_or_leave("sample", request)
     if as_json:
         output.json_data(result.all("sample"))
         return
-    for path in result.paths:
-        output.data(path)
+    for event in result.all("sample"):
+        output.data(event["path"])
+        if "latents" in event:
+            output.data(event["latents"])
 
 
 def _overrides(settings: dict[str, Any]) -> list[str]:
@@ -147,9 +170,14 @@ def _overrides(settings: dict[str, Any]) -> list[str]:
 
 
 def _prompts(
-    texts: list[str], files: dict[str, Path | None], prompts_file: Path | None
+    texts: list[str],
+    inputs: dict[str, Path | None],
+    prompts_file: Path | None,
+    like: Path | None,
 ) -> list[dict[str, Any]]:
-    given = {key: str(path) for key, path in files.items() if path is not None}
+    given = {key: str(path) for key, path in inputs.items() if path is not None}
+    if given and like is not None:
+        texts = texts or [""]  # those of the file
     if texts and prompts_file is not None:
         raise UserError("--prompt and --prompts-file at once", hint="give one of the two")
     if given and not texts:
@@ -164,8 +192,10 @@ def _check(config: Path, request: dict[str, Any]) -> RunConfig:
     """Find what is wrong before torch is loaded; return the config."""
     from app.domain.complete import complete_config
 
+    if request["decode"]:
+        return complete_config(config, request["set"], "decode")
     loaded = complete_config(config, request["set"], "sample")
-    has_prompts = loaded.sampling.prompts or loaded.sampling.prompts_file
+    has_prompts = request["like"] or loaded.sampling.prompts or loaded.sampling.prompts_file
     if not (request["prompts"] or request["prompts_file"] or has_prompts):
         raise UserError("there is no prompt", hint='add --prompt "..." or --prompts-file FILE')
     return loaded

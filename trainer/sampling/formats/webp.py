@@ -56,5 +56,10 @@ class WebP:
             times = [round(1000 * index / content.fps) for index in range(len(rest) + 2)]
             delays = [after - before for before, after in pairwise(times)]
             first.save(
-                temporary, **options, save_all=True, append_images=rest, duration=delays, loop=0
+                temporary,
+                **options,
+                save_all=True,
+                append_images=rest,
+                duration=delays,
+                loop=0,
             )
