@@ -89,7 +89,7 @@ def _is_of_comfyui(path: Path) -> bool:
     exif = [texts.get("make", ""), texts.get("model", "")]
     if "workflow" in texts or any(text.startswith(("workflow:", "prompt:")) for text in exif):
         return True
-    return '"class_type"' in texts.get("prompt", "") + texts.get("comment", "")
+    return "class_type" in texts.get("prompt", "") + texts.get("comment", "")
 
 
 def _prompt_fields(
