@@ -96,8 +96,10 @@ def source_of(source: Path | None, like: Path | None) -> Path:
         return source
     if like is None:
         raise UserError("no config", hint="menma sample CONFIG|RUN; see --help")
+    from app.runs.state import is_run_dir
+
     run = like.absolute().parent.parent
-    if (run / "config.toml").is_file():
+    if is_run_dir(run):
         return run
     raise UserError(
         f"{like} is not in a run, so its models are not known",

@@ -23,7 +23,7 @@ NUM_FRAMES = 4
 MIN_HEIGHT = 48
 """Pixels of a strip: smaller latents are enlarged, each value as a square."""
 _GAP = 2
-_FIT_VIDEOS, _FIT_SIZE = 12, 128
+_NUM_FIT_IMAGES, _FIT_SIZE = 16, 128
 
 _RGB_21 = (
     (
@@ -96,8 +96,8 @@ def fit_projection(
 ) -> Projection:
     """Return the linear map from a VAE's latents to the mean colours of the pixels they stand for.
 
-    Least squares over images of soft random colours, the same ones each time; the bias is the
-    coefficient of a channel of ones.
+    Least squares over images of random colours, soft and in squares, the same ones each time; the
+    bias is the coefficient of a channel of ones.
 
     Args:
         vae: encodes images.
@@ -106,10 +106,11 @@ def fit_projection(
     """
     generator = torch.Generator().manual_seed(0)
     places, colours = [], []
-    for index in range(_FIT_VIDEOS):
-        cells = 2 ** (1 + index % 4)
+    for index in range(_NUM_FIT_IMAGES):
+        cells = 2 ** (1 + index // 2 % 4)
         coarse = torch.rand(1, 3, cells, cells, generator=generator) * 2 - 1
-        image = torch.nn.functional.interpolate(coarse, _FIT_SIZE, mode="bicubic").clamp(-1, 1)
+        way = "nearest" if index % 2 else "bicubic"
+        image = torch.nn.functional.interpolate(coarse, _FIT_SIZE, mode=way).clamp(-1, 1)
         with torch.no_grad():
             latents_CHW = vae.encode(image[:, :, None].to(device))[0, :, 0].float().cpu()
         pooled = torch.nn.functional.avg_pool2d(image, stride[1:])[0]
