@@ -6,25 +6,33 @@ random state. A sample during training therefore leaves the training bit for bit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.contract.catalog import SOLVERS
 from trainer.contract.errors import NonFiniteError
 from trainer.contract.variants import Expert, Variant
-from trainer.core.flow import to_timestep
-from trainer.models.block_stack import BlockStack
-from trainer.models.wan.conditioning import LatentEncoder, first_frame_timestep, keep_first_frame
-from trainer.sampling.conditions import Conditions, ImageEncoder, encode_files
-from trainer.sampling.guidance import guided_velocity, needs_negative
+from trainer.models.wan.conditioning import keep_first_frame
+from trainer.sampling.conditions import Conditions, encode_files
+from trainer.sampling.denoise import Denoiser, SamplingModels, evaluating, expert_at
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.schedule import Solver
 from trainer.sampling.video_io import Frame
+
+__all__ = [
+    "Expert",
+    "OnStep",
+    "SamplingModels",
+    "VideoDecoder",
+    "decode_frames",
+    "evaluating",
+    "expert_at",
+    "generate",
+    "initial_noise",
+]
 
 OnStep = Callable[[int, int], None]
 
@@ -39,23 +47,6 @@ class VideoDecoder(Protocol):
     def decode(self, latents: Tensor, /, *, tile: tuple[int, int] | None = None) -> Tensor:
         """Return video_B3FHW in [-1, 1], decoded in overlapping tiles of (height, width) pixels."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingModels:
-    """What `generate` works with."""
-
-    variant: Variant
-    transformer: Callable[[Expert], nn.Module]
-    """Returns the expert, on `device` and ready; called before every step, so that it may load one
-    expert and park the other. Models with one transformer are asked for `low_noise`."""
-    contexts: Mapping[str, Tensor]
-    """Embedding (T, D) of every text that the requests use; see `encode_texts`."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    vae: LatentEncoder | None = None
-    """Encodes the files of a request; not needed when `conditions` are given."""
-    image_encoder: ImageEncoder | None = None
-    """Encodes images for variants with an image branch; see `vae`."""
 
 
 def generate(
@@ -97,8 +88,9 @@ def generate(
     noise = initial_noise(request, models.variant) if noise_BCFHW is None else noise_BCFHW
     latents = _hold(noise.to(models.device, torch.float32), conditions)
     with torch.no_grad():
-        for index, timestep in enumerate(schedule.timesteps.tolist()):
-            velocity = _velocity(models, request, conditions, latents, timestep)
+        denoiser = Denoiser(models, request, conditions, schedule.timesteps.tolist())
+        for index in range(schedule.num_steps):
+            velocity = denoiser.velocity(index, latents)
             latents = _hold(solver.step(index, latents, velocity), conditions)
             if on_step is not None:
                 on_step(index + 1, schedule.num_steps)
@@ -126,13 +118,6 @@ def initial_noise(request: SampleRequest, variant: Variant) -> Tensor:
     return torch.randn(1, variant.latent_channels, *size, generator=generator)
 
 
-def expert_at(timestep: float, variant: Variant) -> Expert:
-    """Return the expert that works at `timestep`: high noise at the boundary and above."""
-    if variant.experts and timestep >= to_timestep(variant.expert_boundary):
-        return "high_noise"
-    return "low_noise"
-
-
 def decode_frames(
     vae: VideoDecoder, latents_BCFHW: Tensor, *, tile: tuple[int, int] | None = None
 ) -> Iterator[Frame]:
@@ -158,64 +143,6 @@ def decode_frames(
 
 def _tiled(vae: VideoDecoder, latents_BCFHW: Tensor, tile: tuple[int, int]) -> Iterator[Tensor]:
     yield vae.decode(latents_BCFHW, tile=tile)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Use `module` as people who take the result away will: no dropout, no technique's hooks.
-
-    Every submodule is put back into its own mode afterwards, and the hooks work again.
-    """
-    modes = [(part, part.training) for part in module.modules()]
-    with ExitStack() as stack:
-        for part, _ in modes:
-            if isinstance(part, BlockStack):
-                stack.enter_context(part.suspended())
-        module.eval()
-        try:
-            yield
-        finally:
-            for part, training in modes:
-                part.training = training
-
-
-def _velocity(
-    models: SamplingModels,
-    request: SampleRequest,
-    conditions: Conditions,
-    latents_BCFHW: Tensor,
-    timestep: float,
-) -> Tensor:
-    expert = expert_at(timestep, models.variant)
-    guidance_scale = request.guidance_scale[expert == "high_noise"]
-    transformer = models.transformer(expert)
-    timestep_tensor = _timestep_tensor(models.variant, conditions, latents_BCFHW, timestep)
-
-    def velocity(context_TD: Tensor) -> Tensor:
-        result: Tensor = transformer(
-            latents_BCFHW,
-            timestep_tensor,
-            [context_TD.to(models.device)],
-            extra_channels=conditions.extra_channels_BCFHW,
-            image_context=conditions.image_context_BTD,
-        )
-        return result
-
-    negative = models.contexts[request.negative_prompt] if needs_negative(guidance_scale) else None
-    with evaluating(transformer):
-        return guided_velocity(velocity, models.contexts[request.prompt], negative, guidance_scale)
-
-
-def _timestep_tensor(
-    variant: Variant, conditions: Conditions, latents_BCFHW: Tensor, timestep: float
-) -> Tensor:
-    timestep_B = torch.full(
-        (latents_BCFHW.shape[0],), timestep, dtype=torch.float32, device=latents_BCFHW.device
-    )
-    if conditions.first_latents_BC1HW is None:
-        return timestep_B
-    _, _, frames, height, width = latents_BCFHW.shape
-    return first_frame_timestep(timestep_B, (frames, height, width), variant.transformer.patch_size)
 
 
 def _hold(latents_BCFHW: Tensor, conditions: Conditions) -> Tensor:
