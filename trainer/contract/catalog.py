@@ -171,6 +171,39 @@ SOLVERS: Registry[Any] = Registry(
     Entry("unipc", "trainer.sampling.solvers.unipc:UniPC", "second-order predictor-corrector"),
     Entry("euler", "trainer.sampling.solvers.euler:Euler", "one straight line a step"),
 )
+GUIDANCE_METHODS: Registry[Any] = Registry(
+    "guidance method",
+    Entry("cfg_skip", "trainer.sampling.guidance_methods.cfg_skip:CFGSkip", "steps without it"),
+    Entry(
+        "cfg_zero_star",
+        "trainer.sampling.guidance_methods.cfg_zero_star:CFGZeroStar",
+        "the negative prediction in its best scale",
+    ),
+    Entry(
+        "skip_layers",
+        "trainer.sampling.guidance_methods.skip_layers:SkipLayers",
+        "away from the model without some blocks",
+    ),
+    Entry(
+        "rescale",
+        "trainer.sampling.guidance_methods.rescale:Rescale",
+        "the spread of the prompt's prediction",
+    ),
+)
+"""They work in this order; options of `contract.denoising_options` switch them on."""
+STEP_CACHES: Registry[Any] = Registry(
+    "step cache",
+    Entry(
+        "teacache",
+        "trainer.sampling.step_cache.teacache:TeaCache",
+        "by how far the timestep's embedding moves",
+    ),
+    Entry(
+        "magcache",
+        "trainer.sampling.step_cache.magcache:MagCache",
+        "by how the size of the blocks' work changes, as calibrated",
+    ),
+)
 PROBES: Registry[Any] = Registry(
     "probe",
     Entry("none", "trainer.probes.none:NoProbe", "nothing is measured on generated videos"),

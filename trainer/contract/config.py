@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from trainer.contract.denoising_options import DenoisingOptions, PromptDenoising
 from trainer.contract.expert_config import ExpertSection, ExpertsSection
 from trainer.contract.hub import MODEL_FIELDS, is_reference, parse_reference
 from trainer.contract.optimizer_config import EmaSection, LRScheduleSection, OptimizerSection
@@ -284,7 +285,7 @@ class CheckpointSection(Options):
     """How many checkpoints stay on disk."""
 
 
-class Prompt(Options):
+class Prompt(PromptDenoising):
     """One sample; empty fields take `[sampling]`'s, then the variant's values."""
 
     prompt: str
@@ -319,7 +320,7 @@ class Prompt(Options):
     """Frames a second of the written video."""
 
 
-class SamplingSection(Options):
+class SamplingSection(DenoisingOptions):
     """Samples made during training; the same keys are the defaults of `menma sample`."""
 
     every_steps: int = Field(0, ge=0)
@@ -352,6 +353,8 @@ class SamplingSection(Options):
     """Seed of the first prompt; the next prompts count on from it."""
     fps: int | None = Field(None, ge=1)
     """Frames a second of the written video; empty: the variant's."""
+    step_cache_file: Path | None = None
+    """What `menma sample --calibrate` measured, of this model; empty: where it looks itself."""
 
 
 class ValidationSection(Options):

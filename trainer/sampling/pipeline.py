@@ -17,12 +17,20 @@ from trainer.contract.errors import NonFiniteError
 from trainer.contract.variants import Expert, Variant
 from trainer.models.wan.conditioning import keep_first_frame
 from trainer.sampling.conditions import Conditions, encode_files
-from trainer.sampling.denoise import Denoiser, SamplingModels, evaluating, expert_at
+from trainer.sampling.denoise import (
+    Denoiser,
+    Evaluations,
+    SamplingModels,
+    evaluating,
+    expert_at,
+)
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.schedule import Solver
+from trainer.sampling.step_cache.cache import BlockObserver
 from trainer.sampling.video_io import Frame
 
 __all__ = [
+    "Evaluations",
     "Expert",
     "OnStep",
     "SamplingModels",
@@ -56,6 +64,8 @@ def generate(
     conditions: Conditions | None = None,
     noise_BCFHW: Tensor | None = None,
     on_step: OnStep | None = None,
+    observer: BlockObserver | None = None,
+    on_end: Callable[[Evaluations], None] | None = None,
 ) -> Tensor:
     """Sample one video.
 
@@ -67,12 +77,14 @@ def generate(
         conditions: encoded files, when they were encoded before.
         noise_BCFHW: where to start instead of the seed's noise, float32.
         on_step: called with (steps done, steps in all) after each step; may raise to stop.
+        observer: watches the blocks in the place of the request's step cache.
+        on_end: told of how many passes there were.
 
     Returns:
         latents_BCFHW, normalised, float32, B = 1, on the models' device.
 
     Raises:
-        ConfigError: the request does not fit the model.
+        ConfigError: the request does not fit the model, or its step cache does not know it.
         NonFiniteError: the latents became NaN or infinite.
         KeyError: a text of the request was not encoded.
     """
@@ -88,7 +100,7 @@ def generate(
     noise = initial_noise(request, models.variant) if noise_BCFHW is None else noise_BCFHW
     latents = _hold(noise.to(models.device, torch.float32), conditions)
     with torch.no_grad():
-        denoiser = Denoiser(models, request, conditions, schedule.timesteps.tolist())
+        denoiser = Denoiser(models, request, conditions, schedule.timesteps.tolist(), observer)
         for index in range(schedule.num_steps):
             velocity = denoiser.velocity(index, latents)
             latents = _hold(solver.step(index, latents, velocity), conditions)
@@ -99,6 +111,8 @@ def generate(
             f"the sample of {request.prompt[:60]!r} became NaN or infinite",
             hint="lower guidance_scale or the LoRA's strength, or sample in fp32",
         )
+    if on_end is not None:
+        on_end(denoiser.evaluations)
     return latents
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from trainer.contract.catalog import SOLVERS
 from trainer.contract.config import Prompt, SamplingSection
+from trainer.contract.denoising_options import DenoisingOptions, denoising_of
+from trainer.contract.denoising_rules import denoising_problems
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.variants import Variant
 from trainer.sampling.guidance import needs_negative
@@ -42,6 +44,8 @@ class SampleRequest:
     """Last frame."""
     control: Path | None = None
     """Control video, image, or folder of frames."""
+    denoising: DenoisingOptions = field(default_factory=DenoisingOptions)
+    """How the velocities are found: methods of guidance, step cache."""
 
     @classmethod
     def of(
@@ -86,6 +90,7 @@ class SampleRequest:
             image=prompt.image,
             last_image=prompt.last_image,
             control=prompt.control,
+            denoising=denoising_of(section, prompt),
         )
 
     @property
@@ -109,6 +114,11 @@ class SampleRequest:
             *_size_problems(self, variant, pixel_multiple or variant.pixel_multiple),
             *_number_problems(self),
             *_file_problems(self, variant),
+            *denoising_problems(
+                self.denoising,
+                variant.transformer.num_layers,
+                guided=any(map(needs_negative, self.guidance_scale)),
+            ),
         ]
         if problems:
             raise ConfigError(problems=problems)

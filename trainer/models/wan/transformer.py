@@ -219,6 +219,11 @@ class WanTransformer(nn.Module):
             patches = shared.gather(self.head(tokens_BLD, time_head), whole)[:, first:]
         return self._unpatch(patches.to(latents_BCFHW.dtype), batch, size)
 
+    def time_features(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the head (B, D) and the blocks (B, 6·D) are given of each timestep."""
+        head, blocks = self._embed_time(timestep_B)
+        return head.rows_UPD.flatten(1), blocks.rows_UPD.flatten(1)
+
     def _own_part(
         self,
         shared: SequenceGroup,
