@@ -33,6 +33,7 @@ from trainer.sampling.experts import ExpertSwitch
 from trainer.sampling.pipeline import SamplingModels, VideoDecoder, decode_frames, generate
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import OutputKind, write_sample
+from trainer.sampling.schedule import walk_of
 
 Progress = Callable[[str, int, int], None]
 """Told of (phase, done, total); phases are `texts`, `inputs`, `steps` and `decode`."""
@@ -144,7 +145,7 @@ class _Run:
         return contexts
 
     def encode_inputs(self) -> list[Conditions]:
-        if all(request.image is None and request.control is None for request in self.requests):
+        if not any(request.files for request in self.requests):
             return [Conditions()] * len(self.requests)
         self._report("inputs", 0)
         vae, image_encoder = self.loaders.vae(), self._image_encoder()
@@ -163,17 +164,16 @@ class _Run:
         models = SamplingModels(
             variant=self.variant, transformer=switch, contexts=contexts, device=self.options.device
         )
-        total = sum(request.num_steps for request in self.requests)
+        evaluations = [walk_of(request).num_steps for request in self.requests]
         latents: list[Tensor] = []
-        before = 0
-        for request, condition in zip(self.requests, conditions, strict=True):
+        for index, (request, condition) in enumerate(zip(self.requests, conditions, strict=True)):
+            before = sum(evaluations[:index])
 
             def on_step(done: int, _steps: int, before: int = before) -> None:
-                self.options.progress("steps", before + done, total)
+                self.options.progress("steps", before + done, sum(evaluations))
 
             result = generate(models, request, conditions=condition, on_step=on_step)
             latents.append(result.cpu())
-            before += request.num_steps
         del models, switch
         self._release()
         return latents

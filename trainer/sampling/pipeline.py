@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from trainer.contract.catalog import SOLVERS
 from trainer.contract.errors import NonFiniteError
 from trainer.contract.variants import Expert, Variant
-from trainer.core.flow import to_timestep
+from trainer.core.flow import add_noise, to_timestep
 from trainer.models.block_stack import BlockStack
 from trainer.models.wan.conditioning import LatentEncoder, first_frame_timestep, keep_first_frame
 from trainer.sampling.conditions import Conditions, ImageEncoder, encode_files
 from trainer.sampling.guidance import guided_velocity, needs_negative
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.schedule import Solver
+from trainer.sampling.schedule import Solver, walk_of
 from trainer.sampling.video_io import Frame
 
 OnStep = Callable[[int, int], None]
@@ -75,7 +75,8 @@ def generate(
         request: what to make; checked against the variant.
         conditions: encoded files, when they were encoded before.
         noise_BCFHW: where to start instead of the seed's noise, float32.
-        on_step: called with (steps done, steps in all) after each step; may raise to stop.
+        on_step: called with (evaluations done, evaluations in all) after each one; may raise to
+            stop.
 
     Returns:
         latents_BCFHW, normalised, float32, B = 1, on the models' device.
@@ -92,10 +93,15 @@ def generate(
         )
     conditions = conditions.to(models.device)
     solver_class: type[Solver] = SOLVERS.load(request.solver)
-    schedule = solver_class.schedule(request.num_steps, request.flow_shift)
-    solver = solver_class(schedule.sigmas)
-    noise = initial_noise(request, models.variant) if noise_BCFHW is None else noise_BCFHW
-    latents = _hold(noise.to(models.device, torch.float32), conditions)
+    schedule = walk_of(request)
+    generator = torch.Generator().manual_seed(request.seed)
+    drawn = initial_noise(request, models.variant, generator)
+    solver = solver_class(schedule.sigmas, generator)
+    noise = (drawn if noise_BCFHW is None else noise_BCFHW).to(models.device, torch.float32)
+    if conditions.start_latents_BCFHW is not None:
+        sigma = schedule.sigmas[:1].to(models.device)
+        noise = add_noise(conditions.start_latents_BCFHW.float(), noise, sigma)
+    latents = _hold(noise, conditions)
     with torch.no_grad():
         for index, timestep in enumerate(schedule.timesteps.tolist()):
             velocity = _velocity(models, request, conditions, latents, timestep)
@@ -110,11 +116,18 @@ def generate(
     return latents
 
 
-def initial_noise(request: SampleRequest, variant: Variant) -> Tensor:
+def initial_noise(
+    request: SampleRequest, variant: Variant, generator: torch.Generator | None = None
+) -> Tensor:
     """Return the seed's standard normal noise, (1, C, F, H, W), float32 on the CPU.
 
     It is what diffusers draws with `torch.Generator("cpu").manual_seed(seed)`, so that the two can
     be compared; a stream of `trainer.core.rng` would not be.
+
+    Args:
+        request: gives size and seed.
+        variant: gives the VAE's stride.
+        generator: the seed's, for who draws more from it afterwards; None: a new one.
     """
     frames, height, width = variant.vae_stride
     size = (
@@ -122,7 +135,8 @@ def initial_noise(request: SampleRequest, variant: Variant) -> Tensor:
         request.height // height,
         request.width // width,
     )
-    generator = torch.Generator().manual_seed(request.seed)
+    if generator is None:
+        generator = torch.Generator().manual_seed(request.seed)
     return torch.randn(1, variant.latent_channels, *size, generator=generator)
 
 
