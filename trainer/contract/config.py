@@ -306,7 +306,9 @@ class Prompt(Options):
     flow_shift: float | None = Field(None, gt=0)
     """Shift of the solver's sigmas towards noise."""
     solver: str | None = None
-    """Solver."""
+    """Solver: unipc, euler, dpm++, heun or lcm."""
+    schedule: str | None = None
+    """Where the steps are: training_grid, full_range, full_range_cut, beta; empty: the solver's."""
     seed: int | None = Field(None, ge=0)
     """Fixes the noise."""
     image: Path | None = None
@@ -315,6 +317,10 @@ class Prompt(Options):
     """Last frame, for first-last-frame models."""
     control: Path | None = None
     """Control video or folder of frames, for Fun-Control models."""
+    video: Path | None = None
+    """Video, folder of frames or image to start from instead of noise alone."""
+    strength: float | None = Field(None, gt=0, le=1)
+    """With `video`: share of the steps that is walked; 1 keeps nothing of it. Empty: 0.8."""
     fps: int | None = Field(None, ge=1)
     """Frames a second of the written video."""
 
@@ -347,7 +353,10 @@ class SamplingSection(Options):
     flow_shift: float | None = Field(None, gt=0)
     """Default of the prompts; empty: the variant's."""
     solver: str = "unipc"
-    """Default of the prompts."""
+    """Default of the prompts: unipc, euler, dpm++, heun or lcm."""
+    schedule: str = ""
+    """Default of the prompts: training_grid, full_range, full_range_cut, beta; empty: the solver's
+    own."""
     seed: int = Field(42, ge=0)
     """Seed of the first prompt; the next prompts count on from it."""
     fps: int | None = Field(None, ge=1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from trainer.contract.adapter_kind_rules import adapter_kind_rule
 from trainer.contract.adapter_rules import adapter_files, adapter_rule
-from trainer.contract.catalog import ATTENTION, SOLVERS
+from trainer.contract.catalog import ATTENTION
 from trainer.contract.cluster_rules import cluster_rule, hostfile_problems
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, Problem
@@ -31,6 +32,7 @@ from trainer.contract.registry import nearest
 from trainer.contract.sequence_rules import sequence_rule
 from trainer.contract.stored_kinds import layout_problem
 from trainer.contract.variants import VARIANTS
+from trainer.contract.walk import walk_problems
 
 JobName = Literal["cache", "train", "sample", "eval"]
 Rule = Callable[[RunConfig], Iterator[Problem]]
@@ -201,15 +203,20 @@ def _sampling(config: RunConfig) -> Iterator[Problem]:
             "sampling.every_steps" if sampling.every_steps else "sampling.at_start",
             hint="add [[sampling.prompts]] or sampling.prompts_file",
         )
-    solvers = [("sampling.solver", sampling.solver)]
-    solvers += [
-        (f"sampling.prompts[{index}].solver", prompt.solver)
+    walks = [("sampling.", sampling.solver, sampling.schedule, 1.0)]
+    walks += [
+        (
+            f"sampling.prompts[{index}].",
+            prompt.solver or sampling.solver,
+            sampling.schedule if prompt.schedule is None else prompt.schedule,
+            prompt.strength or 1.0,
+        )
         for index, prompt in enumerate(sampling.prompts)
-        if prompt.solver
+        if prompt.solver or prompt.schedule
     ]
-    for key, solver in solvers:
-        if solver not in SOLVERS:
-            yield Problem(f"unknown solver {solver!r}", key, hint=nearest(solver, SOLVERS.names))
+    for place, solver, schedule, strength in walks:
+        for problem in walk_problems(solver, schedule, strength=strength):
+            yield replace(problem, key=place + problem.key)
     yield from _num_frames(config)
 
 

@@ -29,8 +29,12 @@ FLAGS: Mapping[str, str] = {
     "i": "image",
     "ei": "last_image",
     "cn": "control",
+    "v2v": "video",
+    "st": "strength",
+    "so": "solver",
+    "sc": "schedule",
 }
-"""musubi-tuner's flag after a prompt -> key of `Prompt`."""
+"""musubi-tuner's flag after a prompt, or one of our own -> key of `Prompt`."""
 
 _FOREIGN_FLAGS = {
     "g": "Wan has no embedded guidance; classifier-free guidance is --l",

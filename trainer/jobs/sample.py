@@ -31,6 +31,7 @@ from trainer.sampling.experts import ExpertSwitch
 from trainer.sampling.pipeline import SamplingModels, VideoDecoder, decode_frames, generate
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import OutputKind, write_sample
+from trainer.sampling.schedule import walk_of
 
 Progress = Callable[[str, int, int], None]
 """Told of (phase, done, total); phases are `texts`, `inputs`, `steps` and `decode`."""
@@ -126,7 +127,7 @@ class _Run:
         return contexts
 
     def encode_inputs(self) -> list[Conditions]:
-        if all(request.image is None and request.control is None for request in self.requests):
+        if not any(request.files for request in self.requests):
             return [Conditions()] * len(self.requests)
         self._report("inputs", 0)
         vae, image_encoder = self.loaders.vae(), self._image_encoder()
@@ -149,19 +150,18 @@ class _Run:
             contexts=contexts,
             device=self.options.device,
         )
-        total = sum(request.num_steps for request in self.requests)
+        evaluations = [walk_of(request).num_steps for request in self.requests]
         latents: list[Tensor] = []
-        before = 0
-        for request, condition in zip(self.requests, conditions, strict=True):
+        for index, (request, condition) in enumerate(zip(self.requests, conditions, strict=True)):
+            before = sum(evaluations[:index])
 
             def on_step(done: int, steps: int, before: int = before) -> None:
                 loras.on_step(done, steps)
-                self.options.progress("steps", before + done, total)
+                self.options.progress("steps", before + done, sum(evaluations))
 
             loras.begin(request)
             result = generate(models, request, conditions=condition, on_step=on_step)
             latents.append(result.cpu())
-            before += request.num_steps
         return latents
 
     def write(self, latents: list[Tensor], output: Path) -> list[Sample]:

@@ -15,11 +15,12 @@ from torch import Tensor
 from trainer.contract.catalog import SOLVERS
 from trainer.contract.errors import NonFiniteError
 from trainer.contract.variants import Expert, Variant
+from trainer.core.flow import add_noise
 from trainer.models.wan.conditioning import keep_first_frame
 from trainer.sampling.conditions import Conditions, encode_files
 from trainer.sampling.denoise import Denoiser, SamplingModels, evaluating, expert_at
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.schedule import Solver
+from trainer.sampling.schedule import Solver, walk_of
 from trainer.sampling.video_io import Frame
 
 __all__ = [
@@ -66,7 +67,8 @@ def generate(
         request: what to make; checked against the variant.
         conditions: encoded files, when they were encoded before.
         noise_BCFHW: where to start instead of the seed's noise, float32.
-        on_step: called with (steps done, steps in all) after each step; may raise to stop.
+        on_step: called with (evaluations done, evaluations in all) after each one; may raise to
+            stop.
 
     Returns:
         latents_BCFHW, normalised, float32, B = 1, on the models' device.
@@ -83,10 +85,15 @@ def generate(
         )
     conditions = conditions.to(models.device)
     solver_class: type[Solver] = SOLVERS.load(request.solver)
-    schedule = solver_class.schedule(request.num_steps, request.flow_shift)
-    solver = solver_class(schedule.sigmas)
-    noise = initial_noise(request, models.variant) if noise_BCFHW is None else noise_BCFHW
-    latents = _hold(noise.to(models.device, torch.float32), conditions)
+    schedule = walk_of(request)
+    generator = torch.Generator().manual_seed(request.seed)
+    drawn = initial_noise(request, models.variant, generator)
+    solver = solver_class(schedule.sigmas, generator)
+    noise = (drawn if noise_BCFHW is None else noise_BCFHW).to(models.device, torch.float32)
+    if conditions.start_latents_BCFHW is not None:
+        sigma = schedule.sigmas[:1].to(models.device)
+        noise = add_noise(conditions.start_latents_BCFHW.float(), noise, sigma)
+    latents = _hold(noise, conditions)
     with torch.no_grad():
         denoiser = Denoiser(models, request, conditions, schedule.timesteps.tolist())
         for index in range(schedule.num_steps):
@@ -102,11 +109,18 @@ def generate(
     return latents
 
 
-def initial_noise(request: SampleRequest, variant: Variant) -> Tensor:
+def initial_noise(
+    request: SampleRequest, variant: Variant, generator: torch.Generator | None = None
+) -> Tensor:
     """Return the seed's standard normal noise, (1, C, F, H, W), float32 on the CPU.
 
     It is what diffusers draws with `torch.Generator("cpu").manual_seed(seed)`, so that the two can
     be compared; a stream of `trainer.core.rng` would not be.
+
+    Args:
+        request: gives size and seed.
+        variant: gives the VAE's stride.
+        generator: the seed's, for who draws more from it afterwards; None: a new one.
     """
     frames, height, width = variant.vae_stride
     size = (
@@ -114,7 +128,8 @@ def initial_noise(request: SampleRequest, variant: Variant) -> Tensor:
         request.height // height,
         request.width // width,
     )
-    generator = torch.Generator().manual_seed(request.seed)
+    if generator is None:
+        generator = torch.Generator().manual_seed(request.seed)
     return torch.randn(1, variant.latent_channels, *size, generator=generator)
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from trainer.contract.catalog import SOLVERS
 from trainer.contract.config import Prompt, SamplingSection
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.variants import Variant
+from trainer.contract.walk import DEFAULT_STRENGTH, steps_walked, walk_problems
 from trainer.sampling.guidance import needs_negative
 
 T = TypeVar("T")
@@ -46,6 +46,12 @@ class SampleRequest:
     """Strength of each of the run's LoRAs (`jobs.sample.SampleOptions.loras`, in that order) in
     this sample, on both experts; 0 leaves one out, so that one of several files may be in use at
     a time. None: as each LoRA says itself."""
+    schedule: str = ""
+    """Empty: the solver's own."""
+    video: Path | None = None
+    """Video, image, or folder of frames that the walk starts from; None: from noise alone."""
+    strength: float | None = None
+    """Share of the steps that is walked from `video`; None without one."""
 
     @classmethod
     def of(
@@ -83,14 +89,26 @@ class SampleRequest:
             num_frames=pick("num_frames", variant.num_frames),
             num_steps=pick("num_steps", variant.num_steps),
             guidance_scale=_guidance(prompt, section, variant),
-            flow_shift=pick("flow_shift", variant.flow_shift),
+            flow_shift=pick(
+                "flow_shift",
+                variant.flow_shift_at(pick("width", variant.width), pick("height", variant.height)),
+            ),
             seed=section.seed + index if prompt.seed is None else prompt.seed,
             solver=pick("solver", section.solver),
             fps=pick("fps", variant.fps),
             image=prompt.image,
             last_image=prompt.last_image,
             control=prompt.control,
+            schedule=pick("schedule", section.schedule),
+            video=prompt.video,
+            strength=prompt.strength or (DEFAULT_STRENGTH if prompt.video else None),
         )
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """What has to be encoded, by key: images and videos."""
+        named = {key: getattr(self, key) for key in _INPUT_NAMES}
+        return {key: path for key, path in named.items() if path is not None}
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -112,6 +130,7 @@ class SampleRequest:
         problems = [
             *_size_problems(self, variant, pixel_multiple or variant.pixel_multiple),
             *_number_problems(self),
+            *_walk_problems(self),
             *_file_problems(self, variant),
         ]
         if problems:
@@ -180,21 +199,33 @@ def _number_problems(request: SampleRequest) -> Iterator[Problem]:
         yield Problem(f"flow_shift is {request.flow_shift}", key="flow_shift", hint="above 0")
     if request.fps < 1:
         yield Problem(f"fps is {request.fps}", key="fps", hint="1 or more")
-    if request.solver not in SOLVERS:
+
+
+def _walk_problems(request: SampleRequest) -> Iterator[Problem]:
+    strength = 1.0 if request.strength is None else request.strength
+    yield from walk_problems(
+        request.solver, request.schedule, num_steps=request.num_steps, strength=strength
+    )
+    if request.video is None:
+        if request.strength is not None:
+            yield Problem(
+                "strength says how far to go from a video, and there is none",
+                key="strength",
+                hint="set video, or remove strength",
+            )
+    elif not 0 < strength <= 1:
+        yield Problem(f"strength is {strength}", key="strength", hint="above 0, at most 1")
+    elif request.num_steps >= 1 and not steps_walked(request.num_steps, strength):
         yield Problem(
-            f"unknown solver {request.solver!r}",
-            key="solver",
-            hint=f"known: {', '.join(SOLVERS.names)}",
+            f"strength {strength:g} of {request.num_steps} steps is less than one step",
+            key="strength",
+            hint=f"{1 / request.num_steps:.2g} or more, or more steps",
         )
 
 
 def _file_problems(request: SampleRequest, variant: Variant) -> Iterator[Problem]:
     required, allowed = _inputs(variant)
-    given = {
-        key: path
-        for key in ("image", "last_image", "control")
-        if (path := getattr(request, key)) is not None
-    }
+    given = request.files
     for key in sorted(required - given.keys()):
         yield Problem(f"{variant.name} needs {_INPUT_NAMES[key]}", key=key, hint=f"set {key}")
     for key, path in given.items():
@@ -220,6 +251,7 @@ _INPUT_NAMES = {
     "image": "a first frame",
     "last_image": "a last frame",
     "control": "a control video",
+    "video": "a video to start from",
 }
 
 
@@ -227,10 +259,11 @@ def _inputs(variant: Variant) -> tuple[frozenset[str], frozenset[str]]:
     """Return the files that the variant must have and may have."""
     match variant.conditioning:
         case "first_frame":
-            return frozenset({"image"}), frozenset({"image", "last_image"})
+            return frozenset({"image"}), frozenset({"image", "last_image", "video"})
         case "first_last_frame":
-            return frozenset({"image", "last_image"}), frozenset({"image", "last_image"})
+            return frozenset({"image", "last_image"}), frozenset({"image", "last_image", "video"})
         case "control":
-            return frozenset({"control"}), frozenset({"control", "image"})
+            return frozenset({"control"}), frozenset({"control", "image", "video"})
         case "none":
-            return frozenset(), frozenset({"image"} if variant.per_token_timestep else ())
+            allowed = {"image", "video"} if variant.per_token_timestep else {"video"}
+            return frozenset(), frozenset(allowed)

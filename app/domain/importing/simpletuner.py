@@ -37,7 +37,7 @@ RULES: Mapping[str, Rule] = {
     "training_dynamo_backend": To("memory.compile_blocks",
                                   lambda v_: str(v_).lower() not in {"no", "none", ""} or None),
     "validation_noise_scheduler": To("sampling.solver", v.one_of(
-        {"unipc": "unipc", "euler": "euler"})),
+        {"unipc": "unipc", "euler": "euler", "dpm++": "dpm++"})),
     "framerate": Done("the rate is the model's; source_fps of a source resamples clips"),
     "base_model_default_dtype": Done("Menma computes in bf16", off=()),
     "quantize_via": Done("weights are quantised while they are read", off=()),

@@ -149,6 +149,8 @@ def _condition_flops(work: Workload, video: Video) -> float:
     flops = 0.0
     if video.control or variant.conditioning in {"first_frame", "first_last_frame"}:
         flops = vae_flops(variant, clip, "encode")
+    if video.starts_from_video:
+        flops += vae_flops(variant, clip, "encode")
     if video.images and (video.control or variant.per_token_timestep):
         flops += vae_flops(variant, still, "encode")
     return flops
