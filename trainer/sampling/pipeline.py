@@ -7,15 +7,16 @@ random state. A sample during training therefore leaves the training bit for bit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.contract.catalog import SOLVERS
 from trainer.contract.errors import NonFiniteError
 from trainer.contract.variants import Expert, Variant
-from trainer.core.flow import add_noise
+from trainer.core.flow import add_noise, clean_estimate
 from trainer.models.wan.conditioning import keep_first_frame
 from trainer.sampling.conditions import Conditions, encode_files
 from trainer.sampling.denoise import Denoiser, SamplingModels, evaluating, expert_at
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 OnStep = Callable[[int, int], None]
+OnEstimate = Callable[[int, Tensor], None]
 
 
 class VideoDecoder(Protocol):
@@ -57,6 +59,7 @@ def generate(
     conditions: Conditions | None = None,
     noise_BCFHW: Tensor | None = None,
     on_step: OnStep | None = None,
+    on_estimate: OnEstimate | None = None,
 ) -> Tensor:
     """Sample one video.
 
@@ -98,6 +101,18 @@ def generate(
         denoiser = Denoiser(models, request, conditions, schedule.timesteps.tolist())
         for index in range(schedule.num_steps):
             velocity = denoiser.velocity(index, latents)
+            if on_estimate is not None:
+                sigma_B = schedule.sigmas[index].to(latents).expand(len(latents))
+                on_estimate(
+                    index + 1, _hold(clean_estimate(latents, velocity, sigma_B), conditions)
+                )
+        for index, timestep in enumerate(schedule.timesteps.tolist()):
+            velocity = _velocity(models, request, conditions, latents, timestep)
+            if on_estimate is not None:
+                sigma_B = schedule.sigmas[index].to(latents).expand(len(latents))
+                on_estimate(
+                    index + 1, _hold(clean_estimate(latents, velocity, sigma_B), conditions)
+                )
             latents = _hold(solver.step(index, latents, velocity), conditions)
             if on_step is not None:
                 on_step(index + 1, schedule.num_steps)
@@ -134,25 +149,34 @@ def initial_noise(
 
 
 def decode_frames(
-    vae: VideoDecoder, latents_BCFHW: Tensor, *, tile: tuple[int, int] | None = None
+    vae: VideoDecoder,
+    latents_BCFHW: Tensor,
+    *,
+    tile: tuple[int, int] | None = None,
+    bits: Literal[8, 16] = 8,
 ) -> Iterator[Frame]:
-    """Yield the frames of the first video in the batch, uint8 (H, W, 3) on the CPU.
+    """Yield the frames of the first video in the batch, (H, W, 3) on the CPU.
 
     Args:
         vae: decodes.
         latents_BCFHW: what `generate` returned.
         tile: (height, width) in pixels: decode overlapping tiles and hold the whole video. None:
             decode whole frames and hold no more than the VAE's chunk.
+        bits: of a colour: uint8, or uint16 for formats that hold more than 8.
     """
     latents = latents_BCFHW[:1]
+    half = (2**bits - 1) / 2
+    dtype = np.uint8 if bits == 8 else np.uint16
     chunks = iter(vae.decode_chunks(latents)) if tile is None else _tiled(vae, latents, tile)
     while True:
         with torch.no_grad():  # not around the yield: it would hold in the caller's code, too
             chunk_B3FHW = next(chunks, None)
             if chunk_B3FHW is None:
                 return
-            pixels = ((chunk_B3FHW[0].float() + 1) * 127.5).round().clamp(0, 255)
-            frames_FHW3 = pixels.to(torch.uint8).permute(1, 2, 3, 0).cpu().contiguous().numpy()
+            pixels = ((chunk_B3FHW[0].float() + 1) * half).round().clamp(0, 2 * half)
+            whole = pixels.to(torch.uint8 if bits == 8 else torch.int32)
+            # PyTorch has no arithmetic on uint16, NumPy has.
+            frames_FHW3 = whole.permute(1, 2, 3, 0).cpu().contiguous().numpy().astype(dtype)
         yield from frames_FHW3
 
 
