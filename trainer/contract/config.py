@@ -317,6 +317,8 @@ class Prompt(Options):
     """Control video or folder of frames, for Fun-Control models."""
     fps: int | None = Field(None, ge=1)
     """Frames a second of the written video."""
+    name: str | None = Field(None, min_length=1, max_length=80)
+    """Short name: in the file's name, and as a heading of sheets."""
 
 
 class SamplingSection(Options):
@@ -330,6 +332,10 @@ class SamplingSection(Options):
     """`[[sampling.prompts]]`: what to sample."""
     prompts_file: Path | None = None
     """Prompts in a .txt (musubi-tuner's flags), .toml or .json file instead."""
+    wildcards: bool = False
+    """Choose among `{a|b|c}` and replace `__name__` in prompts, by the seed; off: braces stay."""
+    wildcards_folder: Path = Path("wildcards")
+    """Where `__name__` is looked up: a line of `name.txt` in this folder."""
     negative_prompt: str | None = None
     """Default of the prompts; empty: the official negative prompt."""
     width: int | None = Field(None, ge=16)
