@@ -42,6 +42,10 @@ class SampleRequest:
     """Last frame."""
     control: Path | None = None
     """Control video, image, or folder of frames."""
+    lora_strengths: tuple[float, ...] | None = None
+    """Strength of each of the run's LoRAs (`jobs.sample.SampleOptions.loras`, in that order) in
+    this sample, on both experts; 0 leaves one out, so that one of several files may be in use at
+    a time. None: as each LoRA says itself."""
 
     @classmethod
     def of(
