@@ -323,6 +323,8 @@ class Prompt(Options):
     """With `video`: share of the steps that is walked; 1 keeps nothing of it. Empty: 0.8."""
     fps: int | None = Field(None, ge=1)
     """Frames a second of the written video."""
+    name: str | None = Field(None, min_length=1, max_length=80)
+    """Short name: in the file's name, and as a heading of sheets."""
 
 
 class SamplingSection(Options):
@@ -336,6 +338,10 @@ class SamplingSection(Options):
     """`[[sampling.prompts]]`: what to sample."""
     prompts_file: Path | None = None
     """Prompts in a .txt (musubi-tuner's flags), .toml or .json file instead."""
+    wildcards: bool = False
+    """Choose among `{a|b|c}` and replace `__name__` in prompts, by the seed; off: braces stay."""
+    wildcards_folder: Path = Path("wildcards")
+    """Where `__name__` is looked up: a line of `name.txt` in this folder."""
     negative_prompt: str | None = None
     """Default of the prompts; empty: the official negative prompt."""
     width: int | None = Field(None, ge=16)

@@ -169,7 +169,7 @@ class _Run:
         samples: list[Sample] = []
         for index, (request, result) in enumerate(zip(self.requests, latents, strict=True)):
             frames = decode_frames(vae, result.to(self.options.device), tile=self.options.tile)
-            name = f"{self.options.name}_{index:02d}"
+            name = f"{request.name or self.options.name}_{index:02d}"
             path = write_sample(
                 output,
                 name,

@@ -106,13 +106,6 @@ def generate(
                 on_estimate(
                     index + 1, _hold(clean_estimate(latents, velocity, sigma_B), conditions)
                 )
-        for index, timestep in enumerate(schedule.timesteps.tolist()):
-            velocity = _velocity(models, request, conditions, latents, timestep)
-            if on_estimate is not None:
-                sigma_B = schedule.sigmas[index].to(latents).expand(len(latents))
-                on_estimate(
-                    index + 1, _hold(clean_estimate(latents, velocity, sigma_B), conditions)
-                )
             latents = _hold(solver.step(index, latents, velocity), conditions)
             if on_step is not None:
                 on_step(index + 1, schedule.num_steps)
