@@ -110,7 +110,12 @@ def test_everything_is_due_when_the_plan_says() -> None:
 
 
 def test_validation_follows_saving_and_the_last_step_in_any_case() -> None:
-    plan = {"total_steps": 5, "validation": every(2), "validate_at_start": True, "checkpoint": every(2)}
+    plan = {
+        "total_steps": 5,
+        "validation": every(2),
+        "validate_at_start": True,
+        "checkpoint": every(2),
+    }
     _, log = run(Recorder(), **plan, sample=every(2))
     assert [entry for entry in log if not entry.startswith("train")] == [
         "start 0/5", "validate 0",
@@ -139,7 +144,9 @@ def test_epochs_end_at_the_first_step_after_them() -> None:
     _, resumed = run(Recorder(resume_at=8), total_steps=16, **epochs)
     assert resumed[1:] == log[log.index("train 9") :]
     # Several epochs in one step are one occasion.
-    _, short = run(Recorder(), total_steps=3, output=Interval(epochs=2, epoch_after=lambda s: 5 * s))
+    _, short = run(
+        Recorder(), total_steps=3, output=Interval(epochs=2, epoch_after=lambda s: 5 * s)
+    )
     assert [entry for entry in short if entry.startswith("output")] == [
         "output 1", "output 2", "output 3 final",
     ]  # fmt: skip

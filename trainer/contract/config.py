@@ -360,6 +360,7 @@ class SamplingSection(Repeated):
     def while_training(self) -> bool:
         """Whether a run makes samples without being asked."""
         return self.repeats or self.at_start
+
     fps: int | None = Field(None, ge=1)
     """Frames a second of the written video; empty: the variant's."""
 
