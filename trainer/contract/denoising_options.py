@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -48,6 +49,13 @@ class DenoisingOptions(Options):
     """Steps in a row that may be reused; empty: the method's own."""
     step_cache_retention: bool = False
     """TeaCache: compare what the blocks are given of the timestep; closer, and slower."""
+
+
+class SectionDenoising(DenoisingOptions):
+    """What `[sampling]` has of it."""
+
+    step_cache_file: Path | None = None
+    """What `menma sample --calibrate` measured of this model; empty: where it is found itself."""
 
 
 class PromptDenoising(Options):

@@ -16,6 +16,7 @@ from app.cli.loraid_options import (
     loraid_fields,
 )
 from app.cli.options import Json, Loras, Overrides, command_app, lora_use
+from app.cli.sample_start_options import Schedule, Solver, Strength, Video
 from trainer.contract.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     shift: Annotated[
         float | None, typer.Option("--shift", help="Shift of the sigmas towards noise.")
     ] = None,
-    solver: Annotated[str | None, typer.Option("--solver", help="unipc or euler.")] = None,
+    solver: Solver = None,
+    schedule: Schedule = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Of the first prompt; the next ones count on.")
     ] = None,
@@ -82,6 +84,8 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     control: Annotated[
         Path | None, typer.Option("--control", help="Control video, for Fun-Control models.")
     ] = None,
+    video: Video = None,
+    strength: Strength = None,
     target: Annotated[
         Path | None,
         typer.Option(
@@ -113,16 +117,17 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "guidance_scale_high_noise": guidance_high_noise,
         "flow_shift": shift,
         "solver": solver,
+        "schedule": schedule,
         "seed": seed,
         "fps": fps,
     }
-    files = {"image": image, "last_image": last_image, "control": control}
+    files = {"image": image, "last_image": last_image, "control": control, "video": video}
     request: dict[str, Any] = {
         "config": str(config),
         "set": [*(overrides or ()), *_overrides(settings)],
         "loras": [lora_use(text) for text in loras or ()],
         **loraid_fields(loraids, loraid_strengths, loraid_from),
-        "prompts": _prompts(prompts or [], files, prompts_file),
+        "prompts": _prompts(prompts or [], files, prompts_file, {"strength": strength}),
         "prompts_file": _text(prompts_file),
         "output": str(target or (run_dir / "samples" if run_dir else "samples")),
         "run_dir": _text(run_dir),
@@ -147,9 +152,13 @@ def _overrides(settings: dict[str, Any]) -> list[str]:
 
 
 def _prompts(
-    texts: list[str], files: dict[str, Path | None], prompts_file: Path | None
+    texts: list[str],
+    files: dict[str, Path | None],
+    prompts_file: Path | None,
+    settings: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    given = {key: str(path) for key, path in files.items() if path is not None}
+    given: dict[str, Any] = {key: str(path) for key, path in files.items() if path is not None}
+    given |= {key: value for key, value in settings.items() if value is not None}
     if texts and prompts_file is not None:
         raise UserError("--prompt and --prompts-file at once", hint="give one of the two")
     if given and not texts:
