@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,10 +28,18 @@ from trainer.sampling.conditions import (
     encode_texts,
 )
 from trainer.sampling.experts import ExpertSwitch
-from trainer.sampling.pipeline import SamplingModels, VideoDecoder, decode_frames, generate
+from trainer.sampling.pipeline import (
+    Evaluations,
+    SamplingModels,
+    VideoDecoder,
+    decode_frames,
+    generate,
+)
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import OutputKind, write_sample
 from trainer.sampling.schedule import walk_of
+from trainer.sampling.step_cache.cache import BlockObserver
+from trainer.sampling.step_cache.values import StepCacheValues
 
 Progress = Callable[[str, int, int], None]
 """Told of (phase, done, total); phases are `texts`, `inputs`, `steps` and `decode`."""
@@ -59,6 +67,8 @@ class Sample:
 
     path: Path
     request: SampleRequest
+    evaluations: Evaluations
+    """How often the transformer worked for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +83,10 @@ class SampleOptions:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tile: tuple[int, int] | None = None
     """(height, width) in pixels: decode in overlapping tiles."""
+    step_cache: StepCacheValues = field(default_factory=StepCacheValues)
+    """What step caches know of the model."""
+    observer: BlockObserver | None = None
+    """Watches the blocks in the place of step caches."""
     progress: Progress = lambda _phase, _done, _total: None
     on_sample: Callable[[Sample], None] = lambda _sample: None
     """Told of each file when it is written."""
@@ -117,6 +131,8 @@ class _Run:
     variant: Variant
     loaders: SampleLoaders
     options: SampleOptions
+    evaluations: list[Evaluations] = field(default_factory=list)
+    """Of each request that was drawn."""
 
     def encode_texts(self) -> dict[str, Tensor]:
         self._report("texts", 0)
@@ -149,6 +165,7 @@ class _Run:
             transformer=lambda expert: loras.ready(switch(expert), expert),
             contexts=contexts,
             device=self.options.device,
+            step_cache=self.options.step_cache,
         )
         evaluations = [walk_of(request).num_steps for request in self.requests]
         latents: list[Tensor] = []
@@ -160,7 +177,14 @@ class _Run:
                 self.options.progress("steps", before + done, sum(evaluations))
 
             loras.begin(request)
-            result = generate(models, request, conditions=condition, on_step=on_step)
+            result = generate(
+                models,
+                request,
+                conditions=condition,
+                on_step=on_step,
+                observer=self.options.observer,
+                on_end=self.evaluations.append,
+            )
             latents.append(result.cpu())
         return latents
 
@@ -175,10 +199,10 @@ class _Run:
                 name,
                 request,
                 frames,
-                metadata=self._metadata(request),
+                metadata=self._metadata(request, self.evaluations[index]),
                 kind=self.options.kind,
             )
-            samples.append(Sample(path, request))
+            samples.append(Sample(path, request, self.evaluations[index]))
             self.options.on_sample(samples[-1])
             self._report("decode", len(samples))
         return samples
@@ -188,9 +212,10 @@ class _Run:
             return None
         return self.loaders.image_encoder()
 
-    def _metadata(self, request: SampleRequest) -> dict[str, Any]:
+    def _metadata(self, request: SampleRequest, evaluations: Evaluations) -> dict[str, Any]:
         loras = [described(use) for use in uses_in(request, self.options.loras)]
-        return {"variant": self.variant.name} | ({"loras": loras} if loras else {})
+        described_run = {"variant": self.variant.name, "evaluations": asdict(evaluations)}
+        return described_run | ({"loras": loras} if loras else {})
 
     def _report(self, phase: str, done: int) -> None:
         self.options.progress(phase, done, len(self.requests))

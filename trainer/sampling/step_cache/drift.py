@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 
 from trainer.contract.denoising_options import DenoisingOptions
+from trainer.models.wan.transformer import WanTransformer
 from trainer.sampling.step_cache.values import ExpertValues, Form
 
 
@@ -69,7 +70,7 @@ def first_step(share: float | None, num_steps: int, otherwise: int) -> int:
 
 def input_distances(transformer: nn.Module, timesteps_S: Tensor, form: Form) -> list[float]:
     """Return mean |f_i - f_(i-1)| / mean |f_(i-1)| of the timestep's features; 0 for the first."""
-    head_SD, blocks_SE = transformer.time_features(timesteps_S)
+    head_SD, blocks_SE = cast(WanTransformer, transformer).time_features(timesteps_S)
     features = (head_SD if form == "plain" else blocks_SE).float()
     change_S = (features[1:] - features[:-1]).abs().mean(1)
     size_S = features[:-1].abs().mean(1)
