@@ -93,7 +93,11 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     if recorder is not None:
         path = write_measured(recorder, requests, config, variant, files)
         emit("output", path=str(path), what="calibration of step caches")
-    emit("end", reason="done", num_samples=len(samples), **_evaluations(samples))
+    passes = _evaluations(samples)
+    if spared := passes["reused_evaluations"]:
+        whole = spared + passes["evaluations"]
+        emit("log", message=f"the step cache spared {spared} of {whole} evaluations")
+    emit("end", reason="done", num_samples=len(samples), **passes)
 
 
 def _evaluations(samples: Sequence[Sample]) -> dict[str, int]:
