@@ -28,6 +28,7 @@ from trainer.jobs.components import (
 from trainer.jobs.config_job import read_config
 from trainer.jobs.loraid_files import is_of_slots, resolve_loraids
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
+from trainer.sampling.inputs import check_inputs
 from trainer.sampling.requests import requests_of
 
 TransformerFiles = dict[Expert, Path]
@@ -44,6 +45,8 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     prompts = _prompts(request, config)
     device = pick_device(config)
     requests = requests_of(prompts, variant, config.sampling)
+    for note in check_inputs(requests, multiple=variant.pixel_multiple):
+        emit("log", message=note)
     clips = [clip_of(request) for request in requests]
     config = resolve_for_forwards(config, variant, device, clips, emit)
     files = transformer_files(config, variant)

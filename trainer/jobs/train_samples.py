@@ -20,6 +20,7 @@ from trainer.jobs.components import lazy_image_encoder, lazy_text_encoder, lazy_
 from trainer.models.wan.transformer import WanTransformer
 from trainer.models.wan.vae import WanVAE
 from trainer.sampling.conditions import Conditions, encode_files, encode_texts
+from trainer.sampling.inputs import check_inputs
 from trainer.sampling.pipeline import SamplingModels, decode_frames, generate
 from trainer.sampling.requests import SampleRequest, requests_of
 from trainer.sampling.results import FinishedSample, write_sample
@@ -57,6 +58,9 @@ class TrainingSamples:
         self._folder = folder
         self._warn = warn
         self._requests = requests_of(prompts, variant, sampling)
+        notes = check_inputs(self._requests, multiple=variant.pixel_multiple)
+        for note in notes if world.rank == 0 else ():
+            warn(f"samples: {note}")
         self._together = config.distributed.zero_stage == 3
         self._trained: Callable[[Expert], WanTransformer | None] | None = None
         self._other: nn.Module | None = None
