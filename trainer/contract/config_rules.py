@@ -149,7 +149,7 @@ def _required_files(config: RunConfig, job: JobName) -> list[str]:
         encoders.append("image_encoder")
     if job == "cache":
         return encoders
-    samples = job == "train" and (config.sampling.every_steps or config.sampling.at_start)
+    samples = job == "train" and config.sampling.while_training
     if samples or job == "sample" or (job == "eval" and config.probe.kind != "none"):
         both = known is not None and known.experts
         return ["transformer", *(["transformer_high_noise"] if both else []), *encoders]
@@ -196,11 +196,11 @@ def _sampling(config: RunConfig) -> Iterator[Problem]:
             "sampling.prompts_file",
             hint="keep one of the two",
         )
-    wanted = sampling.every_steps or sampling.at_start
+    wanted = sampling.while_training
     if wanted and not sampling.prompts and not sampling.prompts_file:
         yield Problem(
             "samples are wanted, but there is no prompt",
-            "sampling.every_steps" if sampling.every_steps else "sampling.at_start",
+            f"sampling.{sampling.interval_key if sampling.repeats else 'at_start'}",
             hint="add [[sampling.prompts]] or sampling.prompts_file",
         )
     walks = [("sampling.", sampling.solver, sampling.schedule, 1.0)]
@@ -229,16 +229,16 @@ def _validation(config: RunConfig) -> Iterator[Problem]:
             "validation.split",
             hint="keep split, or [[validation.sources]]",
         )
-    if validation.every_steps and not validation.split and not validation.sources:
+    if validation.repeats and not validation.split and not validation.sources:
         yield Problem(
             "a validation loss is wanted, but there is no clip to measure it on",
-            "validation.every_steps",
+            f"validation.{validation.interval_key}",
             hint="set validation.split = 0.1, or add [[validation.sources]]",
         )
     boundary = boundary_of(config)
     if not boundary or config.model.expert is None:
         return  # nothing to judge, or `experts_rule` says what is wrong
-    if validation.every_steps and not validation_timesteps(config, boundary):
+    if validation.repeats and not validation_timesteps(config, boundary):
         side = "not below" if config.model.expert == "high_noise" else "below"
         yield Problem(
             f"the {config.model.expert} expert works at none of these timesteps",

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from trainer.contract.config import Prompt, SamplingSection
 from trainer.contract.errors import ConfigError
-from trainer.contract.jobs import LoRAUse
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Expert, Variant
 from trainer.core.seams import ProbeShot
 from trainer.data.fingerprint import digest
 from trainer.data.items import TrainingItem
 from trainer.engine.process_group import World
-from trainer.jobs.sample import Progress, SampleLoaders, attach_loras
+from trainer.jobs.sample import Progress, SampleLoaders
+from trainer.jobs.sample_loras import attach_loras
 from trainer.sampling.conditions import Conditions, encode_texts
 from trainer.sampling.experts import ExpertSwitch
 from trainer.sampling.pipeline import SamplingModels, decode_frames, expert_at, generate

@@ -16,11 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from trainer.adapters import load_adapter
-from trainer.adapters.apply import attach
-from trainer.contract.jobs import LoRAUse
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Expert, Variant
-from trainer.jobs.lora_files import check_same_expert, experts_of
+from trainer.jobs.sample_loras import LoRASwitch, described, uses_in
 from trainer.models.wan.conditioning import LatentEncoder
 from trainer.sampling.conditions import (
     Conditions,
@@ -71,7 +69,7 @@ class SampleOptions:
     """Files are `<name>_<index>_<seed>.mp4`."""
     kind: OutputKind = "video"
     loras: tuple[LoRAUse, ...] = ()
-    """Attached to the transformer while it samples."""
+    """Beside the transformer while it samples; `SampleRequest.lora_strengths` counts by them."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tile: tuple[int, int] | None = None
     """(height, width) in pixels: decode in overlapping tiles."""
@@ -108,25 +106,9 @@ def run_sample(
         request.check(variant)
     contexts = run.encode_texts()
     conditions = run.encode_inputs()
-    latents = run.sample(contexts, conditions)
+    latents = run.draw(contexts, conditions)
+    run.release()
     return run.write(latents, output)
-
-
-def attach_loras(transformer: nn.Module, loras: Sequence[LoRAUse], expert: Expert | None) -> None:
-    """Attach the LoRAs that are for `expert`; None: of a model with one transformer.
-
-    Which expert a LoRA is for is said by its `expert`, else by the file's metadata, else by the
-    words `high` or `low` in its name; one that says nothing is for both.
-
-    Raises:
-        ModelFileError: a LoRA is for another model, or LoRAs of both experts are for one.
-    """
-    adapters = [load_adapter(lora.path, expert=expert or lora.expert) for lora in loras]
-    if expert is None:
-        check_same_expert(loras, adapters)
-    for lora, adapter in zip(loras, adapters, strict=True):
-        if expert is None or expert in experts_of(lora, adapter.metadata):
-            attach(transformer, adapter, lora.strength)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +123,7 @@ class _Run:
         encoder = self.loaders.text_encoder()
         contexts = encode_texts(encoder, self.requests)
         del encoder
-        self._release()
+        self.release()
         return contexts
 
     def encode_inputs(self) -> list[Conditions]:
@@ -156,26 +138,30 @@ class _Run:
             conditions.append(encoded.to("cpu"))
             self._report("inputs", len(conditions))
         del vae, image_encoder
-        self._release()
+        self.release()
         return conditions
 
-    def sample(self, contexts: dict[str, Tensor], conditions: list[Conditions]) -> list[Tensor]:
-        switch = ExpertSwitch(self._load_expert, self.options.device)
+    def draw(self, contexts: dict[str, Tensor], conditions: list[Conditions]) -> list[Tensor]:
+        switch = ExpertSwitch(self.loaders.transformer, self.options.device)
+        loras = LoRASwitch(self.options.loras, has_experts=self.variant.experts)
         models = SamplingModels(
-            variant=self.variant, transformer=switch, contexts=contexts, device=self.options.device
+            variant=self.variant,
+            transformer=lambda expert: loras.ready(switch(expert), expert),
+            contexts=contexts,
+            device=self.options.device,
         )
         evaluations = [walk_of(request).num_steps for request in self.requests]
         latents: list[Tensor] = []
         for index, (request, condition) in enumerate(zip(self.requests, conditions, strict=True)):
             before = sum(evaluations[:index])
 
-            def on_step(done: int, _steps: int, before: int = before) -> None:
+            def on_step(done: int, steps: int, before: int = before) -> None:
+                loras.on_step(done, steps)
                 self.options.progress("steps", before + done, sum(evaluations))
 
+            loras.begin(request)
             result = generate(models, request, conditions=condition, on_step=on_step)
             latents.append(result.cpu())
-        del models, switch
-        self._release()
         return latents
 
     def write(self, latents: list[Tensor], output: Path) -> list[Sample]:
@@ -183,33 +169,34 @@ class _Run:
         samples: list[Sample] = []
         for index, (request, result) in enumerate(zip(self.requests, latents, strict=True)):
             frames = decode_frames(vae, result.to(self.options.device), tile=self.options.tile)
-            name = f"{self.options.name}_{index:02d}"
+            name = f"{request.name or self.options.name}_{index:02d}"
             path = write_sample(
-                output, name, request, frames, metadata=self._metadata(), kind=self.options.kind
+                output,
+                name,
+                request,
+                frames,
+                metadata=self._metadata(request),
+                kind=self.options.kind,
             )
             samples.append(Sample(path, request))
             self.options.on_sample(samples[-1])
             self._report("decode", len(samples))
         return samples
 
-    def _load_expert(self, expert: Expert) -> nn.Module:
-        transformer = self.loaders.transformer(expert)
-        attach_loras(transformer, self.options.loras, expert if self.variant.experts else None)
-        return transformer
-
     def _image_encoder(self) -> ImageEncoder | None:
         if self.variant.transformer.image_dim is None or self.loaders.image_encoder is None:
             return None
         return self.loaders.image_encoder()
 
-    def _metadata(self) -> dict[str, Any]:
-        loras = [{"file": use.path.name, "strength": use.strength} for use in self.options.loras]
+    def _metadata(self, request: SampleRequest) -> dict[str, Any]:
+        loras = [described(use) for use in uses_in(request, self.options.loras)]
         return {"variant": self.variant.name} | ({"loras": loras} if loras else {})
 
     def _report(self, phase: str, done: int) -> None:
         self.options.progress(phase, done, len(self.requests))
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Give the memory of models back that nothing refers to any more."""
         gc.collect()
         if self.options.device.type == "cuda":
             torch.cuda.empty_cache()

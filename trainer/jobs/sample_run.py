@@ -10,7 +10,8 @@ import torch
 from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.errors import ConfigError
 from trainer.contract.experts import SHARED, trained_experts
-from trainer.contract.jobs import LoraidUse, LoRAUse, SampleJobRequest
+from trainer.contract.jobs import LoraidUse, SampleJobRequest
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.prompts import read_prompts
 from trainer.contract.run_dir import RunDir
 from trainer.contract.variants import Expert, Variant

@@ -11,6 +11,7 @@ from trainer.contract.config import Prompt, SamplingSection
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.variants import Variant
 from trainer.contract.walk import DEFAULT_STRENGTH, steps_walked, walk_problems
+from trainer.contract.wildcards import Wildcards
 from trainer.sampling.guidance import needs_negative
 
 T = TypeVar("T")
@@ -42,6 +43,16 @@ class SampleRequest:
     """Last frame."""
     control: Path | None = None
     """Control video, image, or folder of frames."""
+    name: str | None = None
+    """Short name of the prompt."""
+    prompt_template: str | None = None
+    """What `prompt` was before its wildcards were expanded; None: it had none."""
+    negative_prompt_template: str | None = None
+    """As `prompt_template`, of `negative_prompt`."""
+    lora_strengths: tuple[float, ...] | None = None
+    """Strength of each of the run's LoRAs (`jobs.sample.SampleOptions.loras`, in that order) in
+    this sample, on both experts; 0 leaves one out, so that one of several files may be in use at
+    a time. None: as each LoRA says itself."""
     schedule: str = ""
     """Empty: the solver's own."""
     video: Path | None = None
@@ -65,10 +76,15 @@ class SampleRequest:
             variant: gives the defaults its authors recommend.
             defaults: the config's `[sampling]`.
             index: place in the list of prompts; a prompt without a seed gets the default's + index.
+
+        Raises:
+            ConfigError: its wildcards cannot be expanded.
         """
         if isinstance(prompt, str):
             prompt = Prompt.model_validate({"prompt": prompt})
         section = defaults or SamplingSection.model_validate({})
+
+        seed = section.seed + index if prompt.seed is None else prompt.seed
 
         def pick(field: str, last: T) -> T:
             for source in (prompt, section):
@@ -77,9 +93,15 @@ class SampleRequest:
                     return value
             return last
 
+        text = prompt.prompt
+        negative = pick("negative_prompt", variant.negative_prompt)
+        words, negative_words = _expanded(text, negative, section, seed)
         return cls(
-            prompt=prompt.prompt,
-            negative_prompt=pick("negative_prompt", variant.negative_prompt),
+            prompt=words,
+            negative_prompt=negative_words,
+            prompt_template=text if words != text else None,
+            negative_prompt_template=negative if negative_words != negative else None,
+            name=prompt.name,
             width=pick("width", variant.width),
             height=pick("height", variant.height),
             num_frames=pick("num_frames", variant.num_frames),
@@ -89,7 +111,7 @@ class SampleRequest:
                 "flow_shift",
                 variant.flow_shift_at(pick("width", variant.width), pick("height", variant.height)),
             ),
-            seed=section.seed + index if prompt.seed is None else prompt.seed,
+            seed=seed,
             solver=pick("solver", section.solver),
             fps=pick("fps", variant.fps),
             image=prompt.image,
@@ -141,22 +163,30 @@ def requests_of(
     Raises:
         ConfigError: everything that is wrong with any of them, at once.
     """
-    requests = tuple(
-        SampleRequest.of(prompt, variant, defaults, index=index)
-        for index, prompt in enumerate(prompts)
-    )
+    requests: list[SampleRequest] = []
     problems: list[Problem] = []
-    for index, request in enumerate(requests):
+    for index, prompt in enumerate(prompts):
         try:
-            request.check(variant)
+            requests.append(SampleRequest.of(prompt, variant, defaults, index=index))
+            requests[-1].check(variant)
         except ConfigError as error:
             problems += [
-                Problem(p.message, key=f"prompts[{index}].{p.key}", hint=p.hint)
+                Problem(p.message, key=f"prompts[{index}].{p.key}".rstrip("."), hint=p.hint)
                 for p in error.problems
             ]
     if problems:
         raise ConfigError(problems=problems)
-    return requests
+    return tuple(requests)
+
+
+def _expanded(
+    prompt: str, negative_prompt: str, section: SamplingSection, seed: int
+) -> tuple[str, str]:
+    """Return prompt and negative prompt, without their wildcards where these are switched on."""
+    if not section.wildcards:
+        return prompt, negative_prompt
+    wildcards = Wildcards(section.wildcards_folder)
+    return wildcards.expand(prompt, seed), wildcards.expand(negative_prompt, seed, "negative")
 
 
 def _guidance(prompt: Prompt, section: SamplingSection, variant: Variant) -> tuple[float, float]:

@@ -94,7 +94,7 @@ def writing_host(work: Workload, clips: Sequence[Clip]) -> Parts:
 def samples_host(work: Workload) -> Parts:
     """Return what the samples of a run add to the RAM of training, for all its processes here."""
     sampling = work.config.sampling
-    if not sampling.every_steps and not sampling.at_start:
+    if not sampling.while_training:
         return {}
     element = ELEMENT[work.config.memory.vae_dtype]
     clips = [video.clip for video in planned_videos(sampling, work.variant)]
