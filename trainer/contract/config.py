@@ -21,8 +21,8 @@ from pydantic_core import PydanticCustomError
 
 from trainer.contract.expert_config import ExpertSection, ExpertsSection
 from trainer.contract.hub import MODEL_FIELDS, is_reference, parse_reference
-from trainer.contract.optimizer_config import EmaSection, LRScheduleSection, OptimizerSection
 from trainer.contract.intervals import Repeated
+from trainer.contract.optimizer_config import EmaSection, LRScheduleSection, OptimizerSection
 from trainer.contract.options import Options
 from trainer.contract.plugin_section import PluginSection
 from trainer.contract.webhook import is_webhook
@@ -324,6 +324,11 @@ class Prompt(Options):
     """Video, folder of frames or image to start from instead of noise alone."""
     strength: float | None = Field(None, gt=0, le=1)
     """With `video`: share of the steps that is walked; 1 keeps nothing of it. Empty: 0.8."""
+    one_frame: str | None = None
+    """One picture at a moment of a clip, `target_index=1,control_index=0;2` in latent frames, for
+    image-to-video and first-last-frame models."""
+    control_images: tuple[Path, ...] | None = None
+    """With `one_frame`: a picture for each control_index."""
     fps: int | None = Field(None, ge=1)
     """Frames a second of the written video."""
     name: str | None = Field(None, min_length=1, max_length=80)

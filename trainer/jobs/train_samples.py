@@ -179,7 +179,9 @@ class TrainingSamples:
         del text_encoder
         self._vae: WanVAE = lazy_vae(self._config, self._variant, device).load()
         lazy = lazy_image_encoder(self._config, device)
-        sees_pictures = any(request.image or request.control for request in self._requests)
+        sees_pictures = any(
+            request.image or request.control or request.control_images for request in self._requests
+        )
         image_encoder = lazy.load() if lazy is not None and sees_pictures else None
         self._conditions: list[Conditions] = [
             encode_files(request, self._variant, self._vae, image_encoder, device).to("cpu")

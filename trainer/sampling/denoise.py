@@ -95,12 +95,15 @@ class Denoiser:
     def _run(
         self, transformer: nn.Module, what: Pass, latents_BCFHW: Tensor, timestep: Tensor
     ) -> Tensor:
+        positions = self._conditions.frame_positions
+        placed = {} if positions is None else {"frame_positions": positions}
         velocity: Tensor = transformer(
             latents_BCFHW,
             timestep,
             [self._contexts[what.text]],
             extra_channels=self._conditions.extra_channels_BCFHW,
             image_context=self._conditions.image_context_BTD,
+            **placed,
         )
         return velocity.float()
 

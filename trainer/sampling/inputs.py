@@ -10,7 +10,7 @@ from trainer.contract.errors import ConfigError, DataError, Problem
 from trainer.sampling.media import look_at
 from trainer.sampling.requests import SampleRequest
 
-_STILLS = {"image", "last_image"}
+_CLIPS = {"control", "video"}
 
 
 def check_inputs(requests: Sequence[SampleRequest], *, multiple: int) -> list[str]:
@@ -28,7 +28,7 @@ def check_inputs(requests: Sequence[SampleRequest], *, multiple: int) -> list[st
     for index, request in enumerate(requests):
         for key, path in request.files.items():
             try:
-                found = look_at(path, 1 if key in _STILLS else request.num_frames)
+                found = look_at(path, request.num_frames if key in _CLIPS else 1)
             except DataError as error:
                 place = f"prompts[{index}].{key}"
                 problems.append(Problem(error.message, key=place, hint=error.hint))
