@@ -325,6 +325,11 @@ class Prompt(PromptDenoising):
     """Video, folder of frames or image to start from instead of noise alone."""
     strength: float | None = Field(None, gt=0, le=1)
     """With `video`: share of the steps that is walked; 1 keeps nothing of it. Empty: 0.8."""
+    one_frame: str | None = None
+    """One picture at a moment of a clip, `target_index=1,control_index=0;2` in latent frames, for
+    image-to-video and first-last-frame models."""
+    control_images: tuple[Path, ...] | None = None
+    """With `one_frame`: a picture for each control_index."""
     fps: int | None = Field(None, ge=1)
     """Frames a second of the written video."""
     name: str | None = Field(None, min_length=1, max_length=80)

@@ -35,6 +35,7 @@ from trainer.jobs.step_cache_values import (
     step_cache_values,
     write_measured,
 )
+from trainer.sampling.inputs import check_inputs
 from trainer.sampling.requests import requests_of
 from trainer.sampling.step_cache.recorder import Recorder
 
@@ -52,6 +53,8 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     prompts = _prompts(request, config)
     device = pick_device(config)
     requests = requests_of(prompts, variant, config.sampling)
+    for note in check_inputs(requests, multiple=variant.pixel_multiple):
+        emit("log", message=note)
     clips = [clip_of(request) for request in requests]
     config = resolve_for_forwards(config, variant, device, clips, emit)
     files = transformer_files(config, variant)

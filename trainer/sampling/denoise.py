@@ -172,6 +172,8 @@ class Denoiser:
         else:
             self._computed += num
         conditions = self._conditions
+        positions = conditions.frame_positions
+        placed = {} if positions is None else {"frame_positions": positions}
         with self._blocks_of(transformer, step, group):
             velocity: Tensor = transformer(
                 _times(latents_BCFHW, num),
@@ -179,6 +181,7 @@ class Denoiser:
                 [self._contexts[what.text] for what in group.passes.values()],
                 extra_channels=_times(conditions.extra_channels_BCFHW, num),
                 image_context=_times(conditions.image_context_BTD, num),
+                **placed,
             )
         return dict(zip(group.passes, velocity.float().chunk(num), strict=True))
 

@@ -115,9 +115,8 @@ def generate(
             velocity = denoiser.velocity(index, latents)
             if on_estimate is not None:
                 sigma_B = schedule.sigmas[index].to(latents).expand(len(latents))
-                on_estimate(
-                    index + 1, _hold(clean_estimate(latents, velocity, sigma_B), conditions)
-                )
+                estimate = _hold(clean_estimate(latents, velocity, sigma_B), conditions)
+                on_estimate(index + 1, _shown(estimate, request))
             latents = _hold(solver.step(index, latents, velocity), conditions)
             if on_step is not None:
                 on_step(index + 1, schedule.num_steps)
@@ -128,7 +127,7 @@ def generate(
         )
     if on_end is not None:
         on_end(denoiser.evaluations)
-    return latents
+    return _shown(latents, request)
 
 
 def initial_noise(
@@ -146,7 +145,7 @@ def initial_noise(
     """
     frames, height, width = variant.vae_stride
     size = (
-        (request.num_frames - 1) // frames + 1,
+        (request.num_walked_frames - 1) // frames + 1,
         request.height // height,
         request.width // width,
     )
@@ -189,6 +188,14 @@ def decode_frames(
 
 def _tiled(vae: VideoDecoder, latents_BCFHW: Tensor, tile: tuple[int, int]) -> Iterator[Tensor]:
     yield vae.decode(latents_BCFHW, tile=tile)
+
+
+def _shown(latents_BCFHW: Tensor, request: SampleRequest) -> Tensor:
+    """Return what is kept: in one-frame mode the frame that was asked for, else everything."""
+    moments = request.moments
+    if moments is None:
+        return latents_BCFHW
+    return latents_BCFHW[:, :, moments.target : moments.target + 1]
 
 
 def _hold(latents_BCFHW: Tensor, conditions: Conditions) -> Tensor:
