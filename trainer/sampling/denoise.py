@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from trainer.contract.variants import Expert, Variant
 from trainer.core.flow import to_timestep
 from trainer.models.block_stack import BlockStack
 from trainer.models.wan.conditioning import LatentEncoder, first_frame_timestep
+from trainer.models.wan.transformer import WanTransformer
 from trainer.sampling.conditions import Conditions, ImageEncoder
 from trainer.sampling.guidance import Pass, Step, combined_velocity, planned_passes
 from trainer.sampling.requests import SampleRequest
@@ -64,21 +66,31 @@ class Denoiser:
         self._request = request
         self._conditions = conditions
         self._timesteps = timesteps
+        self._open = ExitStack()
+        self._working: nn.Module | None = None
         self._contexts = {
             text: models.contexts[text].to(models.device) for text in dict.fromkeys(request.texts)
         }
+
+    def __enter__(self) -> Self:
+        """Begin; the models are put back to how they were at the end."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the models as they were."""
+        self._working = None
+        self._open.close()
 
     def velocity(self, index: int, latents_BCFHW: Tensor) -> Tensor:
         """Return the velocity at step `index`, float32, given latents in float32."""
         step = self._step(index)
         passes = planned_passes(step, self._request.prompt, self._request.negative_prompt)
-        transformer = self._models.transformer(step.expert)
+        transformer = self._transformer(step.expert)
         timestep = self._timestep_tensor(latents_BCFHW, step.timestep)
-        with evaluating(transformer):
-            seen = {
-                name: self._run(transformer, what, latents_BCFHW, timestep)
-                for name, what in passes.items()
-            }
+        seen = {
+            name: self._run(transformer, what, latents_BCFHW, timestep)
+            for name, what in passes.items()
+        }
         return combined_velocity(step, seen)
 
     def _step(self, index: int) -> Step:
@@ -91,6 +103,17 @@ class Denoiser:
             expert=expert,
             guidance_scale=self._request.guidance_scale[expert == "high_noise"],
         )
+
+    def _transformer(self, expert: Expert) -> nn.Module:
+        """Return an expert as it samples; it stays so until the other one's turn or the end."""
+        transformer = self._models.transformer(expert)
+        if transformer is not self._working:
+            self._open.close()
+            self._open.enter_context(evaluating(transformer))
+            if isinstance(transformer, WanTransformer):
+                self._open.enter_context(transformer.remembering())
+            self._working = transformer
+        return transformer
 
     def _run(
         self, transformer: nn.Module, what: Pass, latents_BCFHW: Tensor, timestep: Tensor

@@ -87,8 +87,8 @@ def generate(
     solver = solver_class(schedule.sigmas)
     noise = initial_noise(request, models.variant) if noise_BCFHW is None else noise_BCFHW
     latents = _hold(noise.to(models.device, torch.float32), conditions)
-    with torch.no_grad():
-        denoiser = Denoiser(models, request, conditions, schedule.timesteps.tolist())
+    timesteps = schedule.timesteps.tolist()
+    with torch.no_grad(), Denoiser(models, request, conditions, timesteps) as denoiser:
         for index in range(schedule.num_steps):
             velocity = denoiser.velocity(index, latents)
             latents = _hold(solver.step(index, latents, velocity), conditions)
