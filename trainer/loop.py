@@ -64,22 +64,44 @@ class Keeper(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """How often something is due; 0 means never."""
+
+    steps: int = 0
+    epochs: int = 0
+    """It is due at the step that ends so many, or that is the first one after their end."""
+    epoch_after: Callable[[int], float] = float
+    """Gives the epochs that were seen after a step."""
+
+    def __bool__(self) -> bool:
+        """Return whether it is ever due."""
+        return self.steps > 0 or self.epochs > 0
+
+    def due(self, step: int) -> bool:
+        """Return whether it is due after this step, counted from 1."""
+        if self.steps and step % self.steps == 0:
+            return True
+        if not self.epochs:
+            return False
+        before, now = self.epoch_after(step - 1), self.epoch_after(step)
+        return now // self.epochs > before // self.epochs
+
+
+NEVER = Interval()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """At which steps something is due; 0 means never."""
+    """At which steps something is due."""
 
     total_steps: int
-    checkpoint_every: int = 0
-    output_every: int = 0
-    validate_every: int = 0
-    """Where there is some validation, the last step is followed by one, too."""
+    checkpoint: Interval = NEVER
+    output: Interval = NEVER
+    validation: Interval = NEVER
+    """Where there is some, the last step is followed by one, too."""
     validate_at_start: bool = False
-    sample_every: int = 0
+    sample: Interval = NEVER
     sample_at_start: bool = False
-
-    @staticmethod
-    def due(step: int, every: int) -> bool:
-        """Return whether `step` is a multiple of `every`."""
-        return every > 0 and step % every == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,13 +139,13 @@ def train(run: Run) -> End:
 
         requested = run.requests.poll()
         last = step == plan.total_steps
-        if last or requested.stop or requested.save or plan.due(step, plan.checkpoint_every):
+        if last or requested.stop or requested.save or plan.checkpoint.due(step):
             keeper.checkpoint(step)
-        if plan.due(step, plan.output_every) and not last:
+        if plan.output.due(step) and not last:
             keeper.output(step, final=False)
-        if plan.due(step, plan.validate_every) or (last and plan.validate_every):
+        if plan.validation.due(step) or (last and plan.validation):
             keeper.validate(step)
-        if requested.sample or plan.due(step, plan.sample_every):
+        if requested.sample or plan.sample.due(step):
             keeper.sample(step)
         run.requests.answer(step)
         if requested.stop and not last:

@@ -13,7 +13,6 @@ released one.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 

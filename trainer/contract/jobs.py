@@ -12,22 +12,12 @@ from typing import Literal
 from pydantic import Field
 
 from trainer.contract.config import Prompt
+from trainer.contract.lora_use import LoRAUse, SampleLoRA
 from trainer.contract.options import Options
 from trainer.contract.registry import Entry, Registry
 
 OutputDtype = Literal["bf16", "fp16", "fp32"]
 LoRALayout = Literal["comfy", "kohya", "peft"]
-
-
-class LoRAUse(Options):
-    """One LoRA file and how strongly it acts."""
-
-    path: Path
-    """LoRA in any known layout."""
-    strength: float = 1.0
-    """Multiplier; negative subtracts."""
-    expert: Literal["low_noise", "high_noise"] | None = None
-    """Wan 2.2: the expert it is for; empty: from the file's metadata or name, else both."""
 
 
 class LoraidUse(Options):
@@ -75,10 +65,10 @@ class TrainRequest(ConfigRequest):
 class SampleJobRequest(ConfigRequest):
     """Generate videos or images."""
 
-    loras: tuple[LoRAUse, ...] = ()
-    """LoRAs to attach."""
+    loras: tuple[SampleLoRA, ...] = ()
+    """LoRAs to use."""
     loraids: tuple[LoraidUse, ...] = ()
-    """Slots of LORAID to attach."""
+    """Slots of LORAID to use."""
     loraid_from: tuple[Path, ...] = ()
     """Files, or folders of files, that hold these slots."""
     prompts: tuple[Prompt, ...] = ()
@@ -89,6 +79,8 @@ class SampleJobRequest(ConfigRequest):
     """Folder of the results; nothing in it is overwritten."""
     run_dir: Path | None = None
     """Take this run's newest output file as a LoRA, too."""
+    calibrate: bool = False
+    """Sample without methods of guidance and step cache, and measure what caches need to know."""
 
 
 class EvalRequest(ConfigRequest):

@@ -230,8 +230,6 @@ class Need(StrEnum):
     EXTRA_FORWARD = "extra_forward"
     FULL_GRADS = "full_grads"
     BASE_MODEL = "base_model"
-    UNEVEN_FORWARDS = "uneven_forwards"
-    """Some batches take more forwards than others, which sharded weights (ZeRO-3) do not allow."""
     MASKS = "masks"
 
 
@@ -322,9 +320,18 @@ class Technique:
         """Change what the prediction is compared with; called before there is a prediction.
 
         `predict_base` gives the velocity of the model without what is trained, and no gradients;
-        who calls it has `Need.BASE_MODEL`.
+        who calls it has `Need.BASE_MODEL`, and calls it as often for every batch, or else says in
+        `asks_base` for which ones.
         """
         return target
+
+    def asks_base(self, batch: Batch) -> bool | None:
+        """Tell whether `edit_target` calls `predict_base` once for this batch, or not at all.
+
+        None: it does the same for every batch. Processes that share weights (ZeRO-3) must run as
+        many forwards, so that where one asks, the others run one, too.
+        """
+        return None
 
     def loss_map(self, batch: Batch, noisy: NoisyInput) -> Tensor | None:
         """Return a weight per element of the base loss, broadcastable to (B, C, F, H, W)."""

@@ -17,8 +17,8 @@ from trainer.adapters.base import AdapterFile, Update
 from trainer.contract.diffusers_names import MARKER
 from trainer.contract.errors import ModelFileError
 from trainer.contract.expert_turns import EXPERTS
-from trainer.contract.jobs import LoRAUse
 from trainer.contract.layer_names import canonical_name
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.loraid_metadata import slot_keys
 from trainer.io.formats.stored_tensors import FP8_DTYPES, StoredTensor, read_tensor
 from trainer.io.mapped_load import WeightFiles, open_weights

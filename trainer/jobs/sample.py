@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from trainer.adapters import load_adapter
-from trainer.adapters.apply import attach
-from trainer.contract.jobs import LoRAUse
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Expert, Variant
-from trainer.jobs.lora_files import check_same_expert, experts_of
+from trainer.jobs.sample_loras import LoRASwitch, described, uses_in
 from trainer.models.wan.conditioning import LatentEncoder
 from trainer.sampling.conditions import (
     Conditions,
@@ -30,9 +28,18 @@ from trainer.sampling.conditions import (
     encode_texts,
 )
 from trainer.sampling.experts import ExpertSwitch
-from trainer.sampling.pipeline import SamplingModels, VideoDecoder, decode_frames, generate
+from trainer.sampling.pipeline import (
+    Evaluations,
+    SamplingModels,
+    VideoDecoder,
+    decode_frames,
+    generate,
+)
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import OutputKind, write_sample
+from trainer.sampling.schedule import walk_of
+from trainer.sampling.step_cache.cache import BlockObserver
+from trainer.sampling.step_cache.values import StepCacheValues
 
 Progress = Callable[[str, int, int], None]
 """Told of (phase, done, total); phases are `texts`, `inputs`, `steps` and `decode`."""
@@ -60,6 +67,8 @@ class Sample:
 
     path: Path
     request: SampleRequest
+    evaluations: Evaluations
+    """How often the transformer worked for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +79,14 @@ class SampleOptions:
     """Files are `<name>_<index>_<seed>.mp4`."""
     kind: OutputKind = "video"
     loras: tuple[LoRAUse, ...] = ()
-    """Attached to the transformer while it samples."""
+    """Beside the transformer while it samples; `SampleRequest.lora_strengths` counts by them."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tile: tuple[int, int] | None = None
     """(height, width) in pixels: decode in overlapping tiles."""
+    step_cache: StepCacheValues = field(default_factory=StepCacheValues)
+    """What step caches know of the model."""
+    observer: BlockObserver | None = None
+    """Watches the blocks in the place of step caches."""
     progress: Progress = lambda _phase, _done, _total: None
     on_sample: Callable[[Sample], None] = lambda _sample: None
     """Told of each file when it is written."""
@@ -107,25 +120,9 @@ def run_sample(
         request.check(variant)
     contexts = run.encode_texts()
     conditions = run.encode_inputs()
-    latents = run.sample(contexts, conditions)
+    latents = run.draw(contexts, conditions)
+    run.release()
     return run.write(latents, output)
-
-
-def attach_loras(transformer: nn.Module, loras: Sequence[LoRAUse], expert: Expert | None) -> None:
-    """Attach the LoRAs that are for `expert`; None: of a model with one transformer.
-
-    Which expert a LoRA is for is said by its `expert`, else by the file's metadata, else by the
-    words `high` or `low` in its name; one that says nothing is for both.
-
-    Raises:
-        ModelFileError: a LoRA is for another model, or LoRAs of both experts are for one.
-    """
-    adapters = [load_adapter(lora.path, expert=expert or lora.expert) for lora in loras]
-    if expert is None:
-        check_same_expert(loras, adapters)
-    for lora, adapter in zip(loras, adapters, strict=True):
-        if expert is None or expert in experts_of(lora, adapter.metadata):
-            attach(transformer, adapter, lora.strength)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,17 +131,19 @@ class _Run:
     variant: Variant
     loaders: SampleLoaders
     options: SampleOptions
+    evaluations: list[Evaluations] = field(default_factory=list)
+    """Of each request that was drawn."""
 
     def encode_texts(self) -> dict[str, Tensor]:
         self._report("texts", 0)
         encoder = self.loaders.text_encoder()
         contexts = encode_texts(encoder, self.requests)
         del encoder
-        self._release()
+        self.release()
         return contexts
 
     def encode_inputs(self) -> list[Conditions]:
-        if all(request.image is None and request.control is None for request in self.requests):
+        if not any(request.files for request in self.requests):
             return [Conditions()] * len(self.requests)
         self._report("inputs", 0)
         vae, image_encoder = self.loaders.vae(), self._image_encoder()
@@ -155,27 +154,38 @@ class _Run:
             conditions.append(encoded.to("cpu"))
             self._report("inputs", len(conditions))
         del vae, image_encoder
-        self._release()
+        self.release()
         return conditions
 
-    def sample(self, contexts: dict[str, Tensor], conditions: list[Conditions]) -> list[Tensor]:
-        switch = ExpertSwitch(self._load_expert, self.options.device)
+    def draw(self, contexts: dict[str, Tensor], conditions: list[Conditions]) -> list[Tensor]:
+        switch = ExpertSwitch(self.loaders.transformer, self.options.device)
+        loras = LoRASwitch(self.options.loras, has_experts=self.variant.experts)
         models = SamplingModels(
-            variant=self.variant, transformer=switch, contexts=contexts, device=self.options.device
+            variant=self.variant,
+            transformer=lambda expert: loras.ready(switch(expert), expert),
+            contexts=contexts,
+            device=self.options.device,
+            step_cache=self.options.step_cache,
         )
-        total = sum(request.num_steps for request in self.requests)
+        evaluations = [walk_of(request).num_steps for request in self.requests]
         latents: list[Tensor] = []
-        before = 0
-        for request, condition in zip(self.requests, conditions, strict=True):
+        for index, (request, condition) in enumerate(zip(self.requests, conditions, strict=True)):
+            before = sum(evaluations[:index])
 
-            def on_step(done: int, _steps: int, before: int = before) -> None:
-                self.options.progress("steps", before + done, total)
+            def on_step(done: int, steps: int, before: int = before) -> None:
+                loras.on_step(done, steps)
+                self.options.progress("steps", before + done, sum(evaluations))
 
-            result = generate(models, request, conditions=condition, on_step=on_step)
+            loras.begin(request)
+            result = generate(
+                models,
+                request,
+                conditions=condition,
+                on_step=on_step,
+                observer=self.options.observer,
+                on_end=self.evaluations.append,
+            )
             latents.append(result.cpu())
-            before += request.num_steps
-        del models, switch
-        self._release()
         return latents
 
     def write(self, latents: list[Tensor], output: Path) -> list[Sample]:
@@ -183,33 +193,35 @@ class _Run:
         samples: list[Sample] = []
         for index, (request, result) in enumerate(zip(self.requests, latents, strict=True)):
             frames = decode_frames(vae, result.to(self.options.device), tile=self.options.tile)
-            name = f"{self.options.name}_{index:02d}"
+            name = f"{request.name or self.options.name}_{index:02d}"
             path = write_sample(
-                output, name, request, frames, metadata=self._metadata(), kind=self.options.kind
+                output,
+                name,
+                request,
+                frames,
+                metadata=self._metadata(request, self.evaluations[index]),
+                kind=self.options.kind,
             )
-            samples.append(Sample(path, request))
+            samples.append(Sample(path, request, self.evaluations[index]))
             self.options.on_sample(samples[-1])
             self._report("decode", len(samples))
         return samples
-
-    def _load_expert(self, expert: Expert) -> nn.Module:
-        transformer = self.loaders.transformer(expert)
-        attach_loras(transformer, self.options.loras, expert if self.variant.experts else None)
-        return transformer
 
     def _image_encoder(self) -> ImageEncoder | None:
         if self.variant.transformer.image_dim is None or self.loaders.image_encoder is None:
             return None
         return self.loaders.image_encoder()
 
-    def _metadata(self) -> dict[str, Any]:
-        loras = [{"file": use.path.name, "strength": use.strength} for use in self.options.loras]
-        return {"variant": self.variant.name} | ({"loras": loras} if loras else {})
+    def _metadata(self, request: SampleRequest, evaluations: Evaluations) -> dict[str, Any]:
+        loras = [described(use) for use in uses_in(request, self.options.loras)]
+        described_run = {"variant": self.variant.name, "evaluations": asdict(evaluations)}
+        return described_run | ({"loras": loras} if loras else {})
 
     def _report(self, phase: str, done: int) -> None:
         self.options.progress(phase, done, len(self.requests))
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Give the memory of models back that nothing refers to any more."""
         gc.collect()
         if self.options.device.type == "cuda":
             torch.cuda.empty_cache()

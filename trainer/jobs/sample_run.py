@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ import torch
 from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.errors import ConfigError
 from trainer.contract.experts import SHARED, trained_experts
-from trainer.contract.jobs import LoraidUse, LoRAUse, SampleJobRequest
+from trainer.contract.jobs import LoraidUse, SampleJobRequest
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.prompts import read_prompts
 from trainer.contract.run_dir import RunDir
 from trainer.contract.variants import Expert, Variant
@@ -28,7 +30,13 @@ from trainer.jobs.components import (
 from trainer.jobs.config_job import read_config
 from trainer.jobs.loraid_files import is_of_slots, resolve_loraids
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
+from trainer.jobs.step_cache_values import (
+    requests_to_calibrate,
+    step_cache_values,
+    write_measured,
+)
 from trainer.sampling.requests import requests_of
+from trainer.sampling.step_cache.recorder import Recorder
 
 TransformerFiles = dict[Expert, Path]
 
@@ -52,6 +60,10 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     if request.run_dir is not None:
         _use_run(request.run_dir, config, files, loras, request.loraids)
     tile = config.memory.vae_tile
+    recorder = None
+    if request.calibrate:
+        requests, recorder = requests_to_calibrate(requests), Recorder()
+    step_cache = step_cache_values(config, variant, lambda: files, requests)
 
     def on_sample(sample: Sample) -> None:
         emit(
@@ -59,6 +71,7 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
             path=str(sample.path),
             prompt=sample.request.prompt[:2000],
             seed=sample.request.seed,
+            evaluations=asdict(sample.evaluations),
         )
 
     samples = run_sample(
@@ -73,9 +86,22 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
             tile=(tile, tile) if tile else None,
             progress=progress_events(emit),
             on_sample=on_sample,
+            step_cache=step_cache,
+            observer=recorder,
         ),
     )
-    emit("end", reason="done", num_samples=len(samples))
+    if recorder is not None:
+        path = write_measured(recorder, requests, config, variant, files)
+        emit("output", path=str(path), what="calibration of step caches")
+    emit("end", reason="done", num_samples=len(samples), **_evaluations(samples))
+
+
+def _evaluations(samples: Sequence[Sample]) -> dict[str, int]:
+    """Return how many passes through the blocks there were, and how many a cache spared."""
+    return {
+        "evaluations": sum(sample.evaluations.computed for sample in samples),
+        "reused_evaluations": sum(sample.evaluations.reused for sample in samples),
+    }
 
 
 def transformer_files(config: RunConfig, variant: Variant) -> TransformerFiles:

@@ -14,6 +14,7 @@ from trainer.attention.sequence import SequenceGroup
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError
 from trainer.contract.experts import single_expert
+from trainer.contract.intervals import Repeated
 from trainer.contract.metadata import TrainingFacts, training_metadata
 from trainer.contract.variants import Variant
 from trainer.core.seams import Adapter, BuildContext, Engine, OptimizerFactory, Technique
@@ -40,7 +41,7 @@ from trainer.jobs.deepspeed_settings import deepspeed_settings
 from trainer.jobs.environment import menma_version
 from trainer.jobs.neighbours import neighbours
 from trainer.jobs.run_items import load_run_items, validation_settings
-from trainer.loop import Plan
+from trainer.loop import Interval, Plan
 from trainer.models.wan.transformer import WanTransformer
 from trainer.training.lr import LearningRate
 from trainer.training.step import TrainStep, TurningStep
@@ -165,8 +166,15 @@ def build_model(
         on_load(transformer)
         return transformer
 
+    together = config.distributed.zero_stage == 3 and world.world_size > 1
     return assemble_model(
-        config, build, largest_batch, load, sequence=world.sequence, techniques=techniques
+        config,
+        build,
+        largest_batch,
+        load,
+        sequence=world.sequence,
+        techniques=techniques,
+        any_rank=world.any_rank if together else None,
     )
 
 
@@ -178,6 +186,7 @@ def assemble_model(
     *,
     sequence: SequenceGroup | None = None,
     techniques: tuple[Technique, ...] | None = None,
+    any_rank: Callable[[bool], bool] | None = None,
 ) -> TrainedModel:
     """Put together the step around the transformer that `load` returns.
 
@@ -190,6 +199,7 @@ def assemble_model(
         load: makes the transformer.
         sequence: the processes that compute each clip together; None: this one alone does.
         techniques: those of another model, to work here, too; None: the config's, made anew.
+        any_rank: as in `TrainStep`.
 
     Raises:
         ConfigError: adapter or techniques do not fit the model or the data.
@@ -213,6 +223,7 @@ def assemble_model(
         transformer.blocks.suspended,
         suspended_adapter=adapter.suspended,
         observe=build.observe_loss,
+        any_rank=any_rank,
         part=0 if sequence is None else sequence.rank,
     )
     return TrainedModel(transformer, adapter, techniques, step.train())
@@ -289,7 +300,7 @@ def build_validator(
     config: RunConfig, variant: Variant, model: TrainedModel, data: TrainingData, world: World
 ) -> Validator | None:
     """Return what measures the validation loss; None where none is wanted."""
-    if not config.validation.every_steps:
+    if not config.validation.repeats:
         return None
     settings = validation_settings(config, variant)
     return Validator(model.transformer, data.validation, settings, world)
@@ -303,11 +314,11 @@ def validation_notes(
         return
     section = config.validation
     settings = validation_settings(config, variant)
-    if not section.every_steps:
+    if not section.repeats:
         yield (
             "log",
             f"{len(data.validation)} items are held out of training and not measured: "
-            "validation.every_steps is 0",
+            "validation.every_steps and every_epochs are 0",
         )
         return
     skipped = sorted(set(section.timesteps) - set(settings.timesteps))
@@ -321,7 +332,7 @@ def validation_notes(
     forwards = items * len(settings.timesteps) * settings.noises_per_timestep
     yield (
         "log",
-        f"validation: {items} items, {forwards} predictions every {section.every_steps} steps",
+        f"validation: {items} items, {forwards} predictions {section.in_words}",
     )
     if data.shared_clips:
         yield (
@@ -347,15 +358,27 @@ def learning_rate(
     return lambda step: course(step) * math.prod(t.lr_factor(step) for t in having_a_say)
 
 
-def plan(config: RunConfig, total_steps: int) -> Plan:
-    """Return at which steps something is due."""
+def plan(config: RunConfig, total_steps: int, epoch_after: Callable[[int], float]) -> Plan:
+    """Return at which steps something is due.
+
+    Args:
+        config: of the run.
+        total_steps: of the run.
+        epoch_after: gives the epochs that were seen after a step.
+    """
+
+    def interval(section: Repeated) -> Interval:
+        return Interval(
+            steps=section.every_steps, epochs=section.every_epochs, epoch_after=epoch_after
+        )
+
     return Plan(
         total_steps=total_steps,
-        checkpoint_every=config.checkpoint.every_steps,
-        output_every=config.output.every_steps,
-        validate_every=config.validation.every_steps,
-        validate_at_start=config.validation.every_steps > 0 and config.validation.at_start,
-        sample_every=config.sampling.every_steps,
+        checkpoint=interval(config.checkpoint),
+        output=interval(config.output),
+        validation=interval(config.validation),
+        validate_at_start=config.validation.repeats and config.validation.at_start,
+        sample=interval(config.sampling),
         sample_at_start=config.sampling.at_start,
     )
 

@@ -34,6 +34,8 @@ class Conditions:
     """CLIP tokens."""
     first_latents_BC1HW: Tensor | None = None
     """TI2V-5B image mode: latent frame 0, held fixed."""
+    start_latents_BCFHW: Tensor | None = None
+    """Video to video: the clean latents that the walk starts near."""
 
     def to(self, device: torch.device | str) -> Conditions:
         """Return the same conditions on `device`."""
@@ -41,6 +43,7 @@ class Conditions:
             extra_channels_BCFHW=_moved(self.extra_channels_BCFHW, device),
             image_context_BTD=_moved(self.image_context_BTD, device),
             first_latents_BC1HW=_moved(self.first_latents_BC1HW, device),
+            start_latents_BCFHW=_moved(self.start_latents_BCFHW, device),
         )
 
 
@@ -80,22 +83,27 @@ def encode_files(
     first = _pixels(request.image, request, device)
     last = _pixels(request.last_image, request, device)
     if vae is None:
-        if first is None and request.control is None:
+        if not request.files:
             return Conditions()
         raise ConfigError(f"sampling {variant.name} from files needs the VAE", hint="set model.vae")
     with torch.no_grad():
+        start = None
+        if request.video is not None:
+            start = vae.encode(_frames(request.video, request, device))
         if request.control is not None:
-            control = _control(request.control, request, device)
+            control = _frames(request.control, request, device)
             extra = control_conditioning(vae, control, first_image_B3HW=first)
         elif first is None:
-            return Conditions()
+            return Conditions(start_latents_BCFHW=start)
         elif variant.per_token_timestep:
-            return Conditions(first_latents_BC1HW=vae.encode(first.unsqueeze(2)))
+            image = vae.encode(first.unsqueeze(2))
+            return Conditions(first_latents_BC1HW=image, start_latents_BCFHW=start)
         else:
             extra = image_conditioning(vae, first, request.num_frames, last_image_B3HW=last)
         return Conditions(
             extra_channels_BCFHW=extra,
             image_context_BTD=_image_context(variant, image_encoder, first, last, device),
+            start_latents_BCFHW=start,
         )
 
 
@@ -127,7 +135,7 @@ def _pixels(path: Path | None, request: SampleRequest, device: torch.device | st
     return load_image(path, request.width, request.height).to(device)
 
 
-def _control(path: Path, request: SampleRequest, device: torch.device | str) -> Tensor:
+def _frames(path: Path, request: SampleRequest, device: torch.device | str) -> Tensor:
     return load_frames(path, request.num_frames, request.width, request.height).to(device)
 
 

@@ -7,22 +7,32 @@ random state. A sample during training therefore leaves the training bit for bit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.contract.catalog import SOLVERS
 from trainer.contract.errors import NonFiniteError
 from trainer.contract.variants import Expert, Variant
+from trainer.core.flow import add_noise, clean_estimate
 from trainer.models.wan.conditioning import keep_first_frame
 from trainer.sampling.conditions import Conditions, encode_files
-from trainer.sampling.denoise import Denoiser, SamplingModels, evaluating, expert_at
+from trainer.sampling.denoise import (
+    Denoiser,
+    Evaluations,
+    SamplingModels,
+    evaluating,
+    expert_at,
+)
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.schedule import Solver
+from trainer.sampling.schedule import Solver, walk_of
+from trainer.sampling.step_cache.cache import BlockObserver
 from trainer.sampling.video_io import Frame
 
 __all__ = [
+    "Evaluations",
     "Expert",
     "OnStep",
     "SamplingModels",
@@ -35,6 +45,7 @@ __all__ = [
 ]
 
 OnStep = Callable[[int, int], None]
+OnEstimate = Callable[[int, Tensor], None]
 
 
 class VideoDecoder(Protocol):
@@ -56,6 +67,9 @@ def generate(
     conditions: Conditions | None = None,
     noise_BCFHW: Tensor | None = None,
     on_step: OnStep | None = None,
+    on_estimate: OnEstimate | None = None,
+    observer: BlockObserver | None = None,
+    on_end: Callable[[Evaluations], None] | None = None,
 ) -> Tensor:
     """Sample one video.
 
@@ -66,13 +80,16 @@ def generate(
         request: what to make; checked against the variant.
         conditions: encoded files, when they were encoded before.
         noise_BCFHW: where to start instead of the seed's noise, float32.
-        on_step: called with (steps done, steps in all) after each step; may raise to stop.
+        on_step: called with (evaluations done, evaluations in all) after each one; may raise to
+            stop.
+        observer: watches the blocks in the place of the request's step cache.
+        on_end: told of how many passes there were.
 
     Returns:
         latents_BCFHW, normalised, float32, B = 1, on the models' device.
 
     Raises:
-        ConfigError: the request does not fit the model.
+        ConfigError: the request does not fit the model, or its step cache does not know it.
         NonFiniteError: the latents became NaN or infinite.
         KeyError: a text of the request was not encoded.
     """
@@ -83,14 +100,24 @@ def generate(
         )
     conditions = conditions.to(models.device)
     solver_class: type[Solver] = SOLVERS.load(request.solver)
-    schedule = solver_class.schedule(request.num_steps, request.flow_shift)
-    solver = solver_class(schedule.sigmas)
-    noise = initial_noise(request, models.variant) if noise_BCFHW is None else noise_BCFHW
-    latents = _hold(noise.to(models.device, torch.float32), conditions)
+    schedule = walk_of(request)
+    generator = torch.Generator().manual_seed(request.seed)
+    drawn = initial_noise(request, models.variant, generator)
+    solver = solver_class(schedule.sigmas, generator)
+    noise = (drawn if noise_BCFHW is None else noise_BCFHW).to(models.device, torch.float32)
+    if conditions.start_latents_BCFHW is not None:
+        sigma = schedule.sigmas[:1].to(models.device)
+        noise = add_noise(conditions.start_latents_BCFHW.float(), noise, sigma)
+    latents = _hold(noise, conditions)
     timesteps = schedule.timesteps.tolist()
-    with torch.no_grad(), Denoiser(models, request, conditions, timesteps) as denoiser:
+    with torch.no_grad(), Denoiser(models, request, conditions, timesteps, observer) as denoiser:
         for index in range(schedule.num_steps):
             velocity = denoiser.velocity(index, latents)
+            if on_estimate is not None:
+                sigma_B = schedule.sigmas[index].to(latents).expand(len(latents))
+                on_estimate(
+                    index + 1, _hold(clean_estimate(latents, velocity, sigma_B), conditions)
+                )
             latents = _hold(solver.step(index, latents, velocity), conditions)
             if on_step is not None:
                 on_step(index + 1, schedule.num_steps)
@@ -99,14 +126,23 @@ def generate(
             f"the sample of {request.prompt[:60]!r} became NaN or infinite",
             hint="lower guidance_scale or the LoRA's strength, or sample in fp32",
         )
+    if on_end is not None:
+        on_end(denoiser.evaluations)
     return latents
 
 
-def initial_noise(request: SampleRequest, variant: Variant) -> Tensor:
+def initial_noise(
+    request: SampleRequest, variant: Variant, generator: torch.Generator | None = None
+) -> Tensor:
     """Return the seed's standard normal noise, (1, C, F, H, W), float32 on the CPU.
 
     It is what diffusers draws with `torch.Generator("cpu").manual_seed(seed)`, so that the two can
     be compared; a stream of `trainer.core.rng` would not be.
+
+    Args:
+        request: gives size and seed.
+        variant: gives the VAE's stride.
+        generator: the seed's, for who draws more from it afterwards; None: a new one.
     """
     frames, height, width = variant.vae_stride
     size = (
@@ -114,30 +150,40 @@ def initial_noise(request: SampleRequest, variant: Variant) -> Tensor:
         request.height // height,
         request.width // width,
     )
-    generator = torch.Generator().manual_seed(request.seed)
+    if generator is None:
+        generator = torch.Generator().manual_seed(request.seed)
     return torch.randn(1, variant.latent_channels, *size, generator=generator)
 
 
 def decode_frames(
-    vae: VideoDecoder, latents_BCFHW: Tensor, *, tile: tuple[int, int] | None = None
+    vae: VideoDecoder,
+    latents_BCFHW: Tensor,
+    *,
+    tile: tuple[int, int] | None = None,
+    bits: Literal[8, 16] = 8,
 ) -> Iterator[Frame]:
-    """Yield the frames of the first video in the batch, uint8 (H, W, 3) on the CPU.
+    """Yield the frames of the first video in the batch, (H, W, 3) on the CPU.
 
     Args:
         vae: decodes.
         latents_BCFHW: what `generate` returned.
         tile: (height, width) in pixels: decode overlapping tiles and hold the whole video. None:
             decode whole frames and hold no more than the VAE's chunk.
+        bits: of a colour: uint8, or uint16 for formats that hold more than 8.
     """
     latents = latents_BCFHW[:1]
+    half = (2**bits - 1) / 2
+    dtype = np.uint8 if bits == 8 else np.uint16
     chunks = iter(vae.decode_chunks(latents)) if tile is None else _tiled(vae, latents, tile)
     while True:
         with torch.no_grad():  # not around the yield: it would hold in the caller's code, too
             chunk_B3FHW = next(chunks, None)
             if chunk_B3FHW is None:
                 return
-            pixels = ((chunk_B3FHW[0].float() + 1) * 127.5).round().clamp(0, 255)
-            frames_FHW3 = pixels.to(torch.uint8).permute(1, 2, 3, 0).cpu().contiguous().numpy()
+            pixels = ((chunk_B3FHW[0].float() + 1) * half).round().clamp(0, 2 * half)
+            whole = pixels.to(torch.uint8 if bits == 8 else torch.int32)
+            # PyTorch has no arithmetic on uint16, NumPy has.
+            frames_FHW3 = whole.permute(1, 2, 3, 0).cpu().contiguous().numpy().astype(dtype)
         yield from frames_FHW3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -128,6 +129,7 @@ class RunKeeper:
         make_samples: Callable[[int], Sequence[FinishedSample]] | None,
         validator: Validation | None,
         average_use: AverageUse | None = None,
+        keep_outputs: int | None = None,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -141,6 +143,7 @@ class RunKeeper:
         self._make_samples = make_samples
         self._validator = validator
         self._average_use = average_use or AverageUse()
+        self._keep_outputs = keep_outputs
         self._saved_at = -1
 
     def restore(self) -> int:
@@ -181,6 +184,20 @@ class RunKeeper:
             self._write_outputs(step, averaged=False, final=final)
             if self._engine.has_average:
                 self._write_outputs(step, averaged=True, final=final)
+            if not final and self._keep_outputs is not None and self._engine.rank == 0:
+                self._remove_outputs(step, self._keep_outputs)
+
+    def _remove_outputs(self, step: int, kept: int) -> None:
+        """Leave the newest files on the way, up to `step`, of each output and its average."""
+        for stem in (f"{output.name}{kind}" for output in self._outputs for kind in ("", "-ema")):
+            pattern = re.compile(rf"{re.escape(stem)}-step(\d{{8,}})\.safetensors")
+            found = [
+                (int(match[1]), path)
+                for path in self._run_dir.output.iterdir()
+                if (match := pattern.fullmatch(path.name)) and int(match[1]) <= step
+            ]
+            for _, path in sorted(found)[:-kept]:
+                path.unlink(missing_ok=True)
 
     def _write_outputs(self, step: int, *, averaged: bool, final: bool) -> None:
         with self._engine.inference_weights(averaged=averaged):

@@ -16,7 +16,7 @@ from app.domain.importing.kinds import (
     put_schedule,
 )
 from app.domain.importing.musubi import v_name
-from app.domain.importing.musubi_groups import EPOCHS_HINT
+from app.domain.importing.musubi_groups import epoch_interval
 from app.domain.importing.tables import Keys
 from trainer.contract.catalog import PLUGIN_KINDS
 
@@ -297,9 +297,13 @@ def samples(keys: Keys) -> None:
             keys.put(every, "sampling.every_steps", steps)
         elif steps:
             keys.lacks(every, "there is no prompt", "add [[sampling.prompts]]")
+    if prompts:
+        epoch_interval(keys, "validation_epoch_interval", "sampling")
+    elif keys.get("validation_epoch_interval") and not off:
+        keys.lacks("validation_epoch_interval", "there is no prompt", "add [[sampling.prompts]]")
     if off:
-        keys.done("validation_disable", "sampling.every_steps is 0")
-        for key in ("validation_step_interval", "validation_steps"):
+        keys.done("validation_disable", "no samples are made")
+        for key in ("validation_step_interval", "validation_steps", "validation_epoch_interval"):
             keys.same(key, "validation_disable is on")
     if v.is_on(keys.get("validation_on_startup")) and prompts and not off:
         keys.put("validation_on_startup", "sampling.at_start", value=True)
@@ -353,9 +357,12 @@ def saving(keys: Keys) -> None:
     kept = keys.read("checkpoints_total_limit", v.positive)
     if kept:
         keys.put("checkpoints_total_limit", "checkpoint.keep_last", kept)
-    for name in ("checkpoint_epoch_interval", "validation_epoch_interval", "eval_epoch_interval"):
-        if keys.get(name):
-            keys.lacks(name, EPOCHS_HINT, "set the interval in steps")
+    count = epoch_interval(keys, "checkpoint_epoch_interval", "checkpoint")
+    if count:
+        keys.draft.values["output.every_epochs"] = count
+    if keys.get("eval_epoch_interval"):
+        keys.lacks("eval_epoch_interval", "validation needs clips",
+                   "set validation.split = 0.1 and validation.every_epochs")  # fmt: skip
 
 
 def names(keys: Keys) -> None:

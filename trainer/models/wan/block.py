@@ -186,11 +186,11 @@ class WanBlock(nn.Module):
             update = self.self_attn(tokens_BLD, norm, inputs.rope_LK, attend)
             return gated_residual(tokens_BLD, update, modulation.part(2))
 
-        start, kept = inputs.start, inputs.kept
-        if kept is None or start is None or start.block is not self:
+        start, starts = inputs.start, None if inputs.kept is None else inputs.kept.starts
+        if starts is None or start is None or start.block is not self:
             return make()
         given, layers = (*start.given, self.modulation), (*start.layers, self.self_attn)
-        return kept.starts.get(given, layers, make, twice=True)
+        return starts.get(given, layers, make, twice=True)
 
     def _norm(self, modulation: Modulation, first: int, tokens_BLD: Tensor, span: slice) -> Tensor:
         """Norm the tokens of `span`; shift and scale are parts `first` and the next one."""

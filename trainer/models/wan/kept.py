@@ -44,7 +44,10 @@ class Kept:
         if key is None:
             return make()
         if key in self._results:
-            found: T = self._results.pop(key)[1] if twice else self._results[key][1]
+            entry = self._results.pop(key)
+            if not twice:
+                self._results[key] = entry  # the last to go, now
+            found: T = entry[1]
             return found
         while len(self._results) >= self._size:
             del self._results[next(iter(self._results))]
@@ -64,16 +67,17 @@ class KeptResults:
         images: CLIP tokens, embedded.
         keys_and_values: of each block's cross-attention, for each text and image.
         starts: tokens (B, L, D) behind the first block's self-attention. No text has reached them
-            yet, so a step's passes with prompt and negative prompt have them in common.
+            yet, so a step's passes with prompt and negative prompt have them in common. None: not
+            asked for.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, *, starts: bool) -> None:
         """Keep nothing yet."""
         self.times = Kept(1)
         self.texts = Kept(_TEXTS)
         self.images = Kept(1)
         self.keys_and_values = Kept((_TEXTS + 1) * num_blocks)
-        self.starts = Kept(1)
+        self.starts = Kept(1) if starts else None
 
 
 _TEXTS = 4

@@ -159,17 +159,20 @@ class WanTransformer(nn.Module):
         self.sequence = sequence
 
     @contextmanager
-    def remembering(self) -> Iterator[None]:
+    def remembering(self, *, passes_alike: bool) -> Iterator[None]:
         """Compute once what the forwards of one video have in common; to the last bit the same.
 
         That is embedded texts, images and timesteps, keys and values of cross-attention, and the
         first block's self-attention for the passes of one step. Only in evaluation mode without
         gradients. It takes memory: nothing is remembered where blocks are streamed or partitioned,
         where that is scarce, nor by compiled blocks.
+
+        Args:
+            passes_alike: forwards of a step differ in their text alone.
         """
         before, self._kept = self._kept, None
         if self.blocks.swap is None and not any(map(_is_compiled_or_partitioned, self.blocks)):
-            self._kept = KeptResults(len(self.blocks))
+            self._kept = KeptResults(len(self.blocks), starts=passes_alike)
         try:
             yield
         finally:
@@ -243,6 +246,11 @@ class WanTransformer(nn.Module):
             patches = shared.gather(self.head(tokens_BLD, time_head), whole)[:, first:]
         return self._unpatch(patches.to(latents_BCFHW.dtype), batch, size)
 
+    def time_features(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the head (B, D) and the blocks (B, 6·D) are given of each timestep."""
+        head, blocks = self._embed_time(timestep_B)
+        return head.rows_UPD.flatten(1), blocks.rows_UPD.flatten(1)
+
     def _own_part(
         self,
         shared: SequenceGroup,
@@ -265,8 +273,8 @@ class WanTransformer(nn.Module):
         extra_channels: Tensor | None,
         reference: Tensor | None,
     ) -> Start | None:
-        if self.blocks.hooks or reference is not None:
-            return None  # what a hook makes of the tokens is not known
+        if reference is not None or not self.blocks.as_given:
+            return None
         layers = (self.patch_embedding, self.time_embedding, self.time_projection)
         return Start(self.blocks[0], (latents_BCFHW, timestep, extra_channels), layers)
 
