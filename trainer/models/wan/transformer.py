@@ -279,7 +279,7 @@ class WanTransformer(nn.Module):
         return Start(self.blocks[0], (latents_BCFHW, timestep, extra_channels), layers)
 
     def _embed_time(
-        self, timestep: Tensor, kept: KeptResults | None
+        self, timestep: Tensor, kept: KeptResults | None = None
     ) -> tuple[TimeModulation, TimeModulation]:
         def make() -> tuple[TimeModulation, TimeModulation]:
             rows_U, row_BL = distinct_timesteps(timestep)
