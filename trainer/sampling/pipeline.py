@@ -109,8 +109,8 @@ def generate(
         sigma = schedule.sigmas[:1].to(models.device)
         noise = add_noise(conditions.start_latents_BCFHW.float(), noise, sigma)
     latents = _hold(noise, conditions)
-    with torch.no_grad():
-        denoiser = Denoiser(models, request, conditions, schedule.timesteps.tolist(), observer)
+    timesteps = schedule.timesteps.tolist()
+    with torch.no_grad(), Denoiser(models, request, conditions, timesteps, observer) as denoiser:
         for index in range(schedule.num_steps):
             velocity = denoiser.velocity(index, latents)
             if on_estimate is not None:
