@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,9 +16,13 @@ from trainer.contract.lora_use import LoRAUse
 from trainer.contract.prompts import read_prompts
 from trainer.contract.run_dir import RunDir
 from trainer.contract.variants import Expert, Variant
+from trainer.engine import process_group
+from trainer.engine.failures import failing_together
+from trainer.engine.process_group import World
+from trainer.engine.sequence import sharing_clips
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.automatic_memory import clip_of, resolve_for_forwards
-from trainer.jobs.base import Emit
+from trainer.jobs.base import Emit, explain
 from trainer.jobs.build import freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
 from trainer.jobs.components import (
@@ -32,9 +37,27 @@ from trainer.jobs.merge_weights import Rounding
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
 from trainer.jobs.sample_lora_checks import check_loras, check_merge
 from trainer.jobs.sample_loras import OnMerge
-from trainer.sampling.requests import requests_of
+from trainer.jobs.sample_ranks import (
+    SampleRanks,
+    in_words,
+    num_sampling_processes,
+    run_in_processes,
+)
+from trainer.sampling.requests import SampleRequest, requests_of
 
 TransformerFiles = dict[Expert, Path]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What is to be made, all checked; nothing is loaded."""
+
+    config: RunConfig
+    variant: Variant
+    requests: tuple[SampleRequest, ...]
+    files: TransformerFiles
+    loras: tuple[LoRAUse, ...]
+    notes: tuple[str, ...]
 
 
 def run(request: SampleJobRequest, emit: Emit) -> None:
@@ -43,50 +66,89 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     Raises:
         MenmaError: see `sample.run_sample`.
     """
+    plan = _plan(request)
+    distributed = plan.config.distributed
+    if not process_group.in_group():
+        processes = num_sampling_processes(plan.config, len(plan.requests))
+        if processes > 1:
+            run_in_processes(processes)
+            return
+        _make(request, plan, World.alone(pick_device(plan.config)), emit)
+        return
+    device = pick_device(plan.config)
+    with (
+        process_group.joined(device.type, distributed.timeout_s) as place,
+        failing_together(place, explain),
+    ):
+        world = sharing_clips(place, distributed.sequence_parallel, distributed.timeout_s)
+        _make(request, plan, world, emit)
+
+
+def _plan(request: SampleJobRequest) -> _Plan:
     config = read_config(request, "sample")
     variant = settle_variant(config)
-    prompts = _prompts(request, config)
-    device = pick_device(config)
-    requests = requests_of(prompts, variant, config.sampling)
-    clips = [clip_of(request) for request in requests]
-    config = resolve_for_forwards(config, variant, device, clips, emit)
+    requests = requests_of(_prompts(request, config), variant, config.sampling)
     files = transformer_files(config, variant)
     slots = resolve_loraids(request.loraids, request.loraid_from, both_experts=variant.experts)
     loras = [*request.loras, *slots]
     if request.run_dir is not None:
         _use_run(request.run_dir, config, files, loras, request.loraids)
-    for note in check_loras(loras, variant, files):
-        emit("warning", message=note)
+    notes = check_loras(loras, variant, files)
     if request.merge_loras:
         check_merge(loras, requests, config)
+    return _Plan(
+        config=config,
+        variant=variant,
+        requests=requests,
+        files=files,
+        loras=tuple(loras),
+        notes=tuple(notes),
+    )
+
+
+def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> None:
+    """Make this process's samples, and wait for those of the others."""
+    ranks = SampleRanks(world, emit, progress_events(emit))
+    for note in plan.notes:
+        ranks.emit_first("warning", message=note)
+    clips = [clip_of(one) for one in plan.requests]
+    config = resolve_for_forwards(plan.config, plan.variant, world.device, clips, ranks.emit_first)
     tile = config.memory.vae_tile
 
     def on_sample(sample: Sample) -> None:
-        emit(
+        ranks.emit(
             "sample",
             path=str(sample.path),
             prompt=sample.request.prompt[:2000],
             seed=sample.request.seed,
         )
 
-    samples = run_sample(
-        requests,
-        variant,
-        _loaders(config, variant, files, device),
-        request.output,
-        SampleOptions(
-            name=config.name,
-            loras=tuple(loras),
-            merge_loras=request.merge_loras,
-            on_merge=merge_events(emit),
-            device=device,
-            tile=(tile, tile) if tile else None,
-            progress=progress_events(emit),
-            on_sample=on_sample,
-            on_failure=lambda words: emit("warning", message=words),
-        ),
-    )
-    emit("end", reason="done", num_samples=len(samples))
+    samples: list[Sample] = []
+    try:
+        samples = run_sample(
+            plan.requests,
+            plan.variant,
+            _loaders(config, plan, world),
+            request.output,
+            SampleOptions(
+                name=config.name,
+                loras=plan.loras,
+                merge_loras=request.merge_loras,
+                on_merge=merge_events(ranks.emit_first),
+                part=ranks.part,
+                device=world.device,
+                tile=(tile, tile) if tile else None,
+                progress=ranks.progress,
+                on_sample=on_sample,
+                on_failure=lambda words: ranks.emit("warning", message=words),
+            ),
+        )
+    except BaseException as error:
+        if world.sequence is None:  # else others may wait for this one in the middle of a layer
+            ranks.end(samples, plan.requests, in_words(error, explain))
+        raise
+    samples = ranks.end(samples, plan.requests)
+    ranks.emit_first("end", reason="done", num_samples=len(samples))
 
 
 def transformer_files(config: RunConfig, variant: Variant) -> TransformerFiles:
@@ -202,17 +264,19 @@ def _use_run(
             loras.append(LoRAUse(path=path, expert=expert))
 
 
-def _loaders(
-    config: RunConfig, variant: Variant, files: TransformerFiles, device: torch.device
-) -> SampleLoaders:
+def _loaders(config: RunConfig, plan: _Plan, world: World) -> SampleLoaders:
+    device = world.device
     image_encoder = lazy_image_encoder(config, device)
 
     def transformer(expert: Expert) -> torch.nn.Module:
-        return freeze(load_base(config, files[expert], expert=expert, device=device))
+        loaded = load_base(config, plan.files[expert], expert=expert, device=device)
+        if world.sequence is not None:
+            loaded.share_tokens(world.sequence)
+        return freeze(loaded)
 
     return SampleLoaders(
         text_encoder=lazy_text_encoder(config, device).load,
         transformer=transformer,
-        vae=lazy_vae(config, variant, device).load,
+        vae=lazy_vae(config, plan.variant, device).load,
         image_encoder=None if image_encoder is None else image_encoder.load,
     )
