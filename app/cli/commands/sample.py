@@ -15,7 +15,7 @@ from app.cli.loraid_options import (
     LoraidStrengths,
     loraid_fields,
 )
-from app.cli.options import Json, Loras, Overrides, command_app, lora_use
+from app.cli.options import Json, Overrides, command_app
 from app.cli.sample_guidance_options import (
     Calibrate,
     CFGApplyRatio,
@@ -37,6 +37,7 @@ from app.cli.sample_guidance_options import (
     StepCacheThreshold,
     slg_settings,
 )
+from app.cli.sample_lora_options import MergeLoras, SampleLoras, sample_lora
 from app.cli.sample_start_options import (
     ControlImages,
     OneFrame,
@@ -74,7 +75,8 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
             "--prompts-file", help="Prompts in a .txt (musubi-tuner's flags), .toml or .json file."
         ),
     ] = None,
-    loras: Loras = None,
+    loras: SampleLoras = None,
+    merge_loras: MergeLoras = False,
     loraids: Loraids = None,
     loraid_strengths: LoraidStrengths = None,
     loraid_from: LoraidFrom = None,
@@ -194,7 +196,8 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     request: dict[str, Any] = {
         "config": str(config),
         "set": [*(overrides or ()), *_overrides(settings)],
-        "loras": [lora_use(text) for text in loras or ()],
+        "loras": [sample_lora(text) for text in loras or ()],
+        "merge_loras": merge_loras,
         **loraid_fields(loraids, loraid_strengths, loraid_from),
         "prompts": _prompts(prompts or [], files, prompts_file, of_prompts),
         "prompts_file": _text(prompts_file),
