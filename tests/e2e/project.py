@@ -122,6 +122,7 @@ class Project:
             command(arguments),
             cwd=self.folder,
             env=environment(),
+            capture_output=True,
             text=True,
             timeout=timeout_s,
             stdin=subprocess.DEVNULL,

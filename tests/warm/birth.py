@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-PROGRAMS = ("app", "trainer")
+ROOT = Path(__file__).parents[2]
+PROGRAMS = ("app", "trainer", "tests")
 FIXED_ON_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "DS_", "OMP_", "PYTHON", "LD_")
 """Variables that begin like this may have been read already."""
 FREE = {"PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "TORCHINDUCTOR_CACHE_DIR"}
@@ -67,7 +68,7 @@ def _read_early(environment: Mapping[str, str]) -> dict[str, Any]:
         if name.startswith(FIXED_ON_IMPORT) and name not in FREE
     }
     paths = environment.get("PYTHONPATH", "").split(os.pathsep)
-    return found | {"path": {str(Path(path)) for path in paths if path}}
+    return found | {"path": {str(ROOT), *(str(Path(path)) for path in paths if path)}}
 
 
 def _program(arguments: Sequence[str]) -> str | None:

@@ -15,10 +15,11 @@ from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.warm import birth
+from tests.warm.birth import ROOT
 
-ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "OMP_NUM_THREADS": "1",
@@ -45,16 +46,10 @@ class Popen(birth.Popen):
         return birth.Popen._start_of(given)
 
 
-def run(arguments: Any, *, timeout: float, **options: Any) -> subprocess.CompletedProcess[Any]:
-    """Run a command to its end, as `subprocess.run` does with `capture_output`."""
-    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with Popen(arguments, **(piped | options)) as process:
-        try:
-            out, words = process.communicate(timeout=timeout)
-        except BaseException:
-            process.kill()
-            raise
-    return subprocess.CompletedProcess(arguments, process.returncode, out, words)
+def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[Any]:
+    """Do what `subprocess.run` does."""
+    with mock.patch.object(subprocess, "Popen", Popen):
+        return subprocess.run(*arguments, **options)
 
 
 def _nursery_pid(start: birth.Start) -> int:
