@@ -14,6 +14,7 @@ import torch
 
 from tests.engine.ranks import LR, digest
 from tests.engine.toy import AdamWFactory, FullStep, LoraStep, batches_of_step
+from tests.warm import start as warm
 from trainer.engine.local import LocalEngine
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ def run_ranks(case: str, folder: Path, timeout: float = 120) -> subprocess.Compl
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
-    return subprocess.run(
+    return warm.run(
         [sys.executable, "-m", "tests.engine.ranks", case, str(folder)],
         cwd=ROOT,
         env=environment,
