@@ -21,8 +21,8 @@ from pydantic_core import PydanticCustomError
 
 from trainer.contract.expert_config import ExpertSection, ExpertsSection
 from trainer.contract.hub import MODEL_FIELDS, is_reference, parse_reference
-from trainer.contract.optimizer_config import EmaSection, LRScheduleSection, OptimizerSection
 from trainer.contract.intervals import Repeated
+from trainer.contract.optimizer_config import EmaSection, LRScheduleSection, OptimizerSection
 from trainer.contract.options import Options
 from trainer.contract.plugin_section import PluginSection
 from trainer.contract.webhook import is_webhook
