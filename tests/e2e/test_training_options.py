@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.e2e.variant_project import (
 )
 from trainer.adapters import load_adapter
 from trainer.adapters.base import AdapterFile
+from trainer.contract import events as events_page
 from trainer.models import load_transformer, load_vae
 from trainer.models.wan.transformer import FLOAT32_MODULES
 
@@ -340,6 +342,16 @@ def test_losses_by_source_and_timestep_and_norms_are_told_when_asked(project):
     assert mean == pytest.approx((first["loss"] + second["loss"]) / 2, rel=1e-4)
     assert all(0 < loss < 100 for loss in fourth["by_timestep"].values())
     assert fourth["weight_norm"]["total"] > fourth["weight_norm"]["largest"] > 0
+
+
+def test_the_page_of_events_knows_all_fields_of_a_step(project):
+    done = project.train(
+        "fields", logging__details_every_steps=1, logging__weight_norms_every_steps=1
+    )
+    described = events_page.__doc__ or ""
+    step = described[described.index("    step ") : described.index("    sample ")]
+    for key in done.of("step")[0].keys() - {"v", "time", "type"}:
+        assert re.search(rf"\b{key}\b", step), key
 
 
 def test_files_on_the_way_are_those_of_their_steps(project):

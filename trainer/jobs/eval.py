@@ -72,6 +72,7 @@ class ValidationSet:
                 sorted(settings.timesteps),
                 settings.noises_per_timestep,
                 settings.seed,
+                *(["masks"] if settings.use_masks else []),
             ]
         )
 

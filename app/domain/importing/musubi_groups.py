@@ -436,7 +436,7 @@ def sampling(keys: Keys) -> None:
 
 def epoch_interval(keys: Keys, key: str, section: str, note: str = "") -> int | None:
     """Carry over an interval in epochs; return it."""
-    count = keys.read(key, v.positive)
+    count: int | None = keys.read(key, v.positive)
     if count:
         keys.put(key, f"{section}.every_epochs", count, note=note)
     return count
