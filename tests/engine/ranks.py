@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tests.engine.test_nvme import async_io_is_built
+from tests.engine.compiled_ops import is_built
 from tests.engine.toy import (
     AdamWFactory,
     FullStep,
@@ -148,7 +148,7 @@ def case_offload(world: World, folder: Path) -> dict[str, Any]:
         ("full3", 3, lambda: FullStep(torch.bfloat16), True, both),
         *(
             [("files3", 3, lambda: WideStep(torch.bfloat16, 3, 1536), True, files)]
-            if async_io_is_built()
+            if is_built("async_io")
             else []
         ),
     ]:
