@@ -409,6 +409,9 @@ class ValidationSection(Repeated):
     """Measure no more than this many items, the same ones each time; empty: all."""
     batch_size: int = Field(1, ge=1)
     """Items of one forward; changes the speed only."""
+    use_masks: bool = False
+    """Measure what the items' masks mark, and not the whole frame; an item without a mask, or with
+    one that is all black, counts whole."""
     seed: int = Field(42, ge=0)
     """Fixes which clips are held out and the noise, whatever `training.seed` is."""
 
