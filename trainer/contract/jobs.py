@@ -71,6 +71,8 @@ class SampleJobRequest(ConfigRequest):
     """Slots of LORAID to use."""
     loraid_from: tuple[Path, ...] = ()
     """Files, or folders of files, that hold these slots."""
+    merge_loras: bool = False
+    """Add the LoRAs to the weights, once; off: they compute beside them, in each step."""
     prompts: tuple[Prompt, ...] = ()
     """What to make; empty: the config's prompts."""
     prompts_file: Path | None = None

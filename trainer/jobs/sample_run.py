@@ -28,7 +28,10 @@ from trainer.jobs.components import (
 )
 from trainer.jobs.config_job import read_config
 from trainer.jobs.loraid_files import is_of_slots, resolve_loraids
+from trainer.jobs.merge_weights import Rounding
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
+from trainer.jobs.sample_lora_checks import check_loras, check_merge
+from trainer.jobs.sample_loras import OnMerge
 from trainer.sampling.requests import requests_of
 
 TransformerFiles = dict[Expert, Path]
@@ -52,6 +55,10 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     loras = [*request.loras, *slots]
     if request.run_dir is not None:
         _use_run(request.run_dir, config, files, loras, request.loraids)
+    for note in check_loras(loras, variant, files):
+        emit("warning", message=note)
+    if request.merge_loras:
+        check_merge(loras, requests, config)
     tile = config.memory.vae_tile
 
     def on_sample(sample: Sample) -> None:
@@ -70,10 +77,13 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
         SampleOptions(
             name=config.name,
             loras=tuple(loras),
+            merge_loras=request.merge_loras,
+            on_merge=merge_events(emit),
             device=device,
             tile=(tile, tile) if tile else None,
             progress=progress_events(emit),
             on_sample=on_sample,
+            on_failure=lambda words: emit("warning", message=words),
         ),
     )
     emit("end", reason="done", num_samples=len(samples))
@@ -138,6 +148,23 @@ def newest_outputs(run: RunDir, config: RunConfig) -> dict[Expert | None, Path]:
         experts = trained_experts(config) or experts
     found = {expert: newest_output(run, expert) for expert in experts}
     return {expert: path for expert, path in found.items() if path is not None}
+
+
+def merge_events(emit: Emit) -> OnMerge:
+    """Return a callback that says what merging into the weights' precision has cost."""
+
+    def on_merge(expert: Expert, rounding: Rounding) -> None:
+        emit(
+            "log",
+            message=f"LoRAs merged into the {expert.replace('_', '-')} transformer: rounding moves "
+            f"its weights by {100 * rounding.of_update:.2g} % of what was added",
+            expert=expert,
+            rounding=rounding.fields(),
+        )
+        if rounding.warning():
+            emit("warning", message=rounding.warning() + "; without --merge nothing is rounded")
+
+    return on_merge
 
 
 def _prompts(request: SampleJobRequest, config: RunConfig) -> tuple[Prompt, ...]:

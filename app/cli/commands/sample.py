@@ -15,7 +15,8 @@ from app.cli.loraid_options import (
     LoraidStrengths,
     loraid_fields,
 )
-from app.cli.options import Json, Loras, Overrides, command_app, lora_use
+from app.cli.options import Json, Overrides, command_app
+from app.cli.sample_lora_options import MergeLoras, SampleLoras, sample_lora
 from trainer.contract.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
             "--prompts-file", help="Prompts in a .txt (musubi-tuner's flags), .toml or .json file."
         ),
     ] = None,
-    loras: Loras = None,
+    loras: SampleLoras = None,
+    merge_loras: MergeLoras = False,
     loraids: Loraids = None,
     loraid_strengths: LoraidStrengths = None,
     loraid_from: LoraidFrom = None,
@@ -120,7 +122,8 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     request: dict[str, Any] = {
         "config": str(config),
         "set": [*(overrides or ()), *_overrides(settings)],
-        "loras": [lora_use(text) for text in loras or ()],
+        "loras": [sample_lora(text) for text in loras or ()],
+        "merge_loras": merge_loras,
         **loraid_fields(loraids, loraid_strengths, loraid_from),
         "prompts": _prompts(prompts or [], files, prompts_file),
         "prompts_file": _text(prompts_file),
