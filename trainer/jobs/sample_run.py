@@ -45,16 +45,13 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     """
     config = read_config(request, "sample")
     variant = settle_variant(config)
-    prompts = _prompts(request, config)
+    prompts = prompts_of(request, config)
     device = pick_device(config)
     requests = requests_of(prompts, variant, config.sampling)
     clips = [clip_of(request) for request in requests]
     config = resolve_for_forwards(config, variant, device, clips, emit)
     files = transformer_files(config, variant)
-    slots = resolve_loraids(request.loraids, request.loraid_from, both_experts=variant.experts)
-    loras = [*request.loras, *slots]
-    if request.run_dir is not None:
-        _use_run(request.run_dir, config, files, loras, request.loraids)
+    loras = loras_of(request, config, variant, files)
     for note in check_loras(loras, variant, files):
         emit("warning", message=note)
     if request.merge_loras:
@@ -72,7 +69,7 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     samples = run_sample(
         requests,
         variant,
-        _loaders(config, variant, files, device),
+        loaders_of(config, variant, files, device),
         request.output,
         SampleOptions(
             name=config.name,
@@ -87,6 +84,33 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
         ),
     )
     emit("end", reason="done", num_samples=len(samples))
+
+
+def loras_of(
+    request: SampleJobRequest,
+    config: RunConfig,
+    variant: Variant,
+    files: TransformerFiles,
+    *,
+    use_run: bool = True,
+) -> list[LoRAUse]:
+    """Return the LoRAs of a request: named, by their slots, and the newest of its run.
+
+    Args:
+        request: names them.
+        config: of the run, too.
+        variant: the model.
+        files: gets the newest transformers of a run that is a full fine-tune.
+        use_run: False: leave the run's newest output out.
+
+    Raises:
+        ConfigError: a slot has no file, or the run has no output yet.
+    """
+    slots = resolve_loraids(request.loraids, request.loraid_from, both_experts=variant.experts)
+    loras: list[LoRAUse] = [*request.loras, *slots]
+    if use_run and request.run_dir is not None:
+        _use_run(request.run_dir, config, files, loras, request.loraids)
+    return loras
 
 
 def transformer_files(config: RunConfig, variant: Variant) -> TransformerFiles:
@@ -167,7 +191,12 @@ def merge_events(emit: Emit) -> OnMerge:
     return on_merge
 
 
-def _prompts(request: SampleJobRequest, config: RunConfig) -> tuple[Prompt, ...]:
+def prompts_of(request: SampleJobRequest, config: RunConfig) -> tuple[Prompt, ...]:
+    """Return the prompts of a request, else those of the config.
+
+    Raises:
+        ConfigError: there is none, or there are two lists of them.
+    """
     if request.prompts and request.prompts_file is not None:
         raise ConfigError("prompts and a prompt file at once", hint="give one of the two")
     if request.prompts:
@@ -202,9 +231,15 @@ def _use_run(
             loras.append(LoRAUse(path=path, expert=expert))
 
 
-def _loaders(
+def loaders_of(
     config: RunConfig, variant: Variant, files: TransformerFiles, device: torch.device
 ) -> SampleLoaders:
+    """Return how to load the models of a config; what is no such model is refused now.
+
+    Raises:
+        ConfigError: one is not given.
+        ModelFileError: one cannot be read, or is another model.
+    """
     image_encoder = lazy_image_encoder(config, device)
 
     def transformer(expert: Expert) -> torch.nn.Module:
