@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from trainer.attention.sequence import SequenceGroup
 from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.errors import ConfigError
 from trainer.contract.experts import SHARED, trained_experts
@@ -97,13 +98,10 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
 def _plan(request: SampleJobRequest) -> _Plan:
     config = read_config(request, "sample")
     variant = settle_variant(config)
-    requests = requests_of(_prompts(request, config), variant, config.sampling)
+    requests = requests_of(prompts_of(request, config), variant, config.sampling)
     input_notes = check_inputs(requests, multiple=variant.pixel_multiple)
     files = transformer_files(config, variant)
-    slots = resolve_loraids(request.loraids, request.loraid_from, both_experts=variant.experts)
-    loras = [*request.loras, *slots]
-    if request.run_dir is not None:
-        _use_run(request.run_dir, config, files, loras, request.loraids)
+    loras = loras_of(request, config, variant, files)
     notes = check_loras(loras, variant, files)
     if request.merge_loras:
         check_merge(loras, requests, config)
@@ -147,7 +145,7 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
         samples = run_sample(
             requests,
             plan.variant,
-            _loaders(config, plan, world),
+            loaders_of(config, plan.variant, plan.files, world.device, world.sequence),
             request.output,
             SampleOptions(
                 name=config.name,
@@ -185,6 +183,33 @@ def _evaluations(samples: Sequence[Sample]) -> dict[str, int]:
         "evaluations": sum(sample.evaluations.computed for sample in samples),
         "reused_evaluations": sum(sample.evaluations.reused for sample in samples),
     }
+
+
+def loras_of(
+    request: SampleJobRequest,
+    config: RunConfig,
+    variant: Variant,
+    files: TransformerFiles,
+    *,
+    use_run: bool = True,
+) -> list[LoRAUse]:
+    """Return the LoRAs of a request: named, by their slots, and the newest of its run.
+
+    Args:
+        request: names them.
+        config: of the run, too.
+        variant: the model.
+        files: gets the newest transformers of a run that is a full fine-tune.
+        use_run: False: leave the run's newest output out.
+
+    Raises:
+        ConfigError: a slot has no file, or the run has no output yet.
+    """
+    slots = resolve_loraids(request.loraids, request.loraid_from, both_experts=variant.experts)
+    loras: list[LoRAUse] = [*request.loras, *slots]
+    if use_run and request.run_dir is not None:
+        _use_run(request.run_dir, config, files, loras, request.loraids)
+    return loras
 
 
 def transformer_files(config: RunConfig, variant: Variant) -> TransformerFiles:
@@ -265,7 +290,12 @@ def merge_events(emit: Emit) -> OnMerge:
     return on_merge
 
 
-def _prompts(request: SampleJobRequest, config: RunConfig) -> tuple[Prompt, ...]:
+def prompts_of(request: SampleJobRequest, config: RunConfig) -> tuple[Prompt, ...]:
+    """Return the prompts of a request, else those of the config.
+
+    Raises:
+        ConfigError: there is none, or there are two lists of them.
+    """
     if request.prompts and request.prompts_file is not None:
         raise ConfigError("prompts and a prompt file at once", hint="give one of the two")
     if request.prompts:
@@ -300,19 +330,37 @@ def _use_run(
             loras.append(LoRAUse(path=path, expert=expert))
 
 
-def _loaders(config: RunConfig, plan: _Plan, world: World) -> SampleLoaders:
-    device = world.device
+def loaders_of(
+    config: RunConfig,
+    variant: Variant,
+    files: TransformerFiles,
+    device: torch.device,
+    shared: SequenceGroup | None = None,
+) -> SampleLoaders:
+    """Return how to load the models of a config; what is no such model is refused now.
+
+    Args:
+        config: says how.
+        variant: the model.
+        files: the transformers' weights.
+        device: where they work.
+        shared: processes that make each video together.
+
+    Raises:
+        ConfigError: one is not given.
+        ModelFileError: one cannot be read, or is another model.
+    """
     image_encoder = lazy_image_encoder(config, device)
 
     def transformer(expert: Expert) -> torch.nn.Module:
-        loaded = load_base(config, plan.files[expert], expert=expert, device=device)
-        if world.sequence is not None:
-            loaded.share_tokens(world.sequence)
+        loaded = load_base(config, files[expert], expert=expert, device=device)
+        if shared is not None:
+            loaded.share_tokens(shared)
         return freeze(loaded)
 
     return SampleLoaders(
         text_encoder=lazy_text_encoder(config, device).load,
         transformer=transformer,
-        vae=lazy_vae(config, plan.variant, device).load,
+        vae=lazy_vae(config, variant, device).load,
         image_encoder=None if image_encoder is None else image_encoder.load,
     )
