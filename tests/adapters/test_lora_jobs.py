@@ -12,7 +12,8 @@ from trainer.adapters.apply import attach
 from trainer.adapters.formats.writer import save_adapter
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.events import encode
-from trainer.contract.jobs import ConvertRequest, InspectRequest, LoRAUse, MergeRequest
+from trainer.contract.jobs import ConvertRequest, InspectRequest, MergeRequest
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import VARIANTS
 from trainer.jobs.inspect_lora import fitting_variants, inspect_lora
 from trainer.jobs.lora_tools import run_convert, run_inspect, run_merge

@@ -23,10 +23,10 @@ from trainer.contract.jobs import (
     ConvertRequest,
     LoRABlendRequest,
     LoraidUse,
-    LoRAUse,
     LoraVerifyRequest,
     MergeRequest,
 )
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.loraid import LoraidOptions, Partition, legal_slots, partition_of
 from trainer.contract.loraid_metadata import loraid_metadata, read_loraid
 from trainer.jobs import lora_blend, lora_verify

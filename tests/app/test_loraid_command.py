@@ -177,7 +177,7 @@ def test_merge_takes_several_slots_with_their_strengths(folder, jobs_here, capsy
         {"path": folder / "loras" / f"slot{slot}.safetensors", "strength": strength}
         for slot, strength in ((1, -0.5), (4, 1.0))
     ]
-    from trainer.contract.jobs import LoRAUse
+    from trainer.contract.lora_use import LoRAUse
 
     merge_loras(folder / "base.safetensors", [LoRAUse(**use) for use in uses], direct)
     first, second = load_file(output), load_file(direct)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.e2e.variant_project import VariantProject, base_config, write_clips, write_models
 from trainer.adapters import load_adapter
-from trainer.contract.jobs import LoRAUse
+from trainer.contract.lora_use import LoRAUse
 from trainer.jobs.convert import convert_lora
 from trainer.jobs.inspect_lora import inspect_lora
 from trainer.jobs.merge import merge_loras

@@ -21,7 +21,7 @@ from trainer.adapters.formats.reader import load_adapter
 from trainer.adapters.lora import LoRA
 from trainer.adapters.targets import linear_layers
 from trainer.contract.errors import ConfigError, ModelFileError
-from trainer.contract.jobs import LoRAUse
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import get_variant
 from trainer.core.seams import BuildContext
 from trainer.jobs.merge import merge_loras

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.contract.config import Prompt
 from trainer.contract.errors import ConfigError, ModelFileError, NonFiniteError
-from trainer.contract.jobs import LoRAUse
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import TransformerConfig, get_variant
 from trainer.core.seams import BlockState
 from trainer.jobs.sample import SampleLoaders, SampleOptions, run_sample

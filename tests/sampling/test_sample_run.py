@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from trainer.contract.config import Prompt
 from trainer.contract.errors import ConfigError
-from trainer.contract.jobs import LoRAUse, SampleJobRequest
+from trainer.contract.jobs import SampleJobRequest
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import TransformerConfig
 from trainer.jobs.sample_run import run
 from trainer.models.wan.loading import save_transformer

@@ -23,7 +23,8 @@ from trainer.bench.result import Measurement
 from trainer.clipart.scenes import NOVEL_GROUNDS, UNCAPTIONED, random_scene
 from trainer.clipart.split import TRAINED, training_scene
 from trainer.contract.files import write_text
-from trainer.contract.jobs import JOBS, CacheRequest, EvalRequest, LoRAUse, TrainRequest
+from trainer.contract.jobs import JOBS, CacheRequest, EvalRequest, TrainRequest
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.options import Options
 from trainer.jobs.base import Emit
 from trainer.jobs.merge import merge_loras

@@ -12,22 +12,13 @@ from typing import Literal
 from pydantic import Field
 
 from trainer.contract.config import Prompt
+from trainer.contract.lora_use import LoRAUse, SampleLoRA
 from trainer.contract.options import Options
 from trainer.contract.registry import Entry, Registry
+from trainer.contract.vary import Axis
 
 OutputDtype = Literal["bf16", "fp16", "fp32"]
 LoRALayout = Literal["comfy", "kohya", "peft"]
-
-
-class LoRAUse(Options):
-    """One LoRA file and how strongly it acts."""
-
-    path: Path
-    """LoRA in any known layout."""
-    strength: float = 1.0
-    """Multiplier; negative subtracts."""
-    expert: Literal["low_noise", "high_noise"] | None = None
-    """Wan 2.2: the expert it is for; empty: from the file's metadata or name, else both."""
 
 
 class LoraidUse(Options):
@@ -75,12 +66,14 @@ class TrainRequest(ConfigRequest):
 class SampleJobRequest(ConfigRequest):
     """Generate videos or images."""
 
-    loras: tuple[LoRAUse, ...] = ()
-    """LoRAs to attach."""
+    loras: tuple[SampleLoRA, ...] = ()
+    """LoRAs to use."""
     loraids: tuple[LoraidUse, ...] = ()
-    """Slots of LORAID to attach."""
+    """Slots of LORAID to use."""
     loraid_from: tuple[Path, ...] = ()
     """Files, or folders of files, that hold these slots."""
+    merge_loras: bool = False
+    """Add the LoRAs to the weights, once; off: they compute beside them, in each step."""
     prompts: tuple[Prompt, ...] = ()
     """What to make; empty: the config's prompts."""
     prompts_file: Path | None = None
@@ -97,6 +90,17 @@ class SampleJobRequest(ConfigRequest):
     of no words has those of the file."""
     decode: Path | None = None
     """Decode this file of latents, or each one of this folder, and make nothing."""
+    calibrate: bool = False
+    """Sample without methods of guidance and step cache, and measure what caches need to know."""
+
+
+class SampleMatrixRequest(SampleJobRequest):
+    """Make a sheet: every combination of prompts and of what is varied; finished ones are kept."""
+
+    axes: tuple[Axis, ...] = ()
+    """What differs from cell to cell, beside the prompts."""
+    columns: str | None = None
+    """Key of what differs from left to right; empty: the last that has several values."""
 
 
 class EvalRequest(ConfigRequest):
@@ -388,6 +392,7 @@ JOBS: Registry[object] = Registry(
     Entry("cache", "trainer.jobs.cache_run:run", "encode clips and captions"),
     Entry("train", "trainer.jobs.train:run", "train"),
     Entry("sample", "trainer.jobs.sample_run:run", "generate videos or images"),
+    Entry("sample_matrix", "trainer.jobs.sample_matrix:run", "a sheet of samples"),
     Entry("eval", "trainer.jobs.eval_run:run", "validation loss and figures of a probe"),
     Entry("deepspeed", "trainer.jobs.deepspeed_export:run", "the DeepSpeed config of a run"),
     Entry("schedule", "trainer.jobs.schedule:run", "the learning rate of every step"),
@@ -418,6 +423,7 @@ REQUESTS: dict[str, type[Options]] = {
     "cache": CacheRequest,
     "train": TrainRequest,
     "sample": SampleJobRequest,
+    "sample_matrix": SampleMatrixRequest,
     "eval": EvalRequest,
     "deepspeed": DeepSpeedRequest,
     "schedule": ScheduleRequest,

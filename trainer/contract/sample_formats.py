@@ -19,6 +19,8 @@ class FormatEntry(Entry):
     """Ending of its files."""
     has_quality: bool = True
     """Whether `sampling.quality` means something to it."""
+    decodes: bool = True
+    """Whether it holds frames, which a VAE has to decode."""
     holds: str = "video"
     """`video`: more than one frame. `any`: images and videos alike. `folder`: one frame a file."""
 
@@ -47,6 +49,7 @@ SAMPLE_FORMATS: Registry[Any] = Registry(
         "what the transformer made, to be decoded later",
         ".safetensors",
         has_quality=False,
+        decodes=False,
         holds="any",
     ),
 )

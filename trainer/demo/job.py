@@ -23,7 +23,8 @@ from trainer.clipart.scenes import TRIGGER
 from trainer.contract.config_io import load_config
 from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.files import write_json, write_text
-from trainer.contract.jobs import CacheRequest, DemoRequest, EvalRequest, LoRAUse, TrainRequest
+from trainer.contract.jobs import CacheRequest, DemoRequest, EvalRequest, TrainRequest
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.options import Options
 from trainer.demo.clips import concept_scenes, known_scenes
 from trainer.demo.configs import NAME, DemoPlan, write_config

@@ -14,8 +14,9 @@ from trainer.adapters import load_adapter
 from trainer.adapters.base import AdapterFile, LoRAFactors, Update
 from trainer.contract.errors import ConfigError
 from trainer.contract.expert_turns import EXPERTS
-from trainer.contract.jobs import ConvertRequest, LoRAUse
+from trainer.contract.jobs import ConvertRequest
 from trainer.contract.lora_keys import Expert
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.loraid_metadata import of_expert
 from trainer.jobs.lora_files import (
     check_distinct,

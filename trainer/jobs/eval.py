@@ -19,18 +19,20 @@ from torch import Tensor, nn
 
 from trainer.contract.config import Prompt, SamplingSection
 from trainer.contract.errors import ConfigError
-from trainer.contract.jobs import LoRAUse
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Expert, Variant
 from trainer.core.seams import ProbeShot
 from trainer.data.fingerprint import digest
 from trainer.data.items import TrainingItem
 from trainer.engine.process_group import World
-from trainer.jobs.sample import Progress, SampleLoaders, attach_loras
+from trainer.jobs.sample import Progress, SampleLoaders
+from trainer.jobs.sample_loras import attach_loras
 from trainer.sampling.conditions import Conditions, encode_texts
 from trainer.sampling.experts import ExpertSwitch
 from trainer.sampling.pipeline import SamplingModels, decode_frames, expert_at, generate
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import describe, write_sample
+from trainer.sampling.step_cache.values import StepCacheValues
 from trainer.training.validation import (
     ValidationResult,
     ValidationSettings,
@@ -72,6 +74,7 @@ class ValidationSet:
                 sorted(settings.timesteps),
                 settings.noises_per_timestep,
                 settings.seed,
+                *(["masks"] if settings.use_masks else []),
             ]
         )
 
@@ -95,6 +98,8 @@ class EvalParts:
     tile: tuple[int, int] | None = None
     """(height, width) in pixels: decode in overlapping tiles."""
     progress: Progress = lambda _phase, _done, _total: None
+    step_cache: StepCacheValues = field(default_factory=StepCacheValues)
+    """What step caches know of the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,6 +264,7 @@ class _Evaluation:
             transformer=ExpertSwitch(load, parts.device),
             contexts=contexts,
             device=parts.device,
+            step_cache=parts.step_cache,
         )
         latents = []
         for request in parts.shots:

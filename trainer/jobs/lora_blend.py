@@ -9,7 +9,8 @@ from pathlib import Path
 from trainer.adapters.base import AdapterFile, LoRAFactors, Update
 from trainer.adapters.low_rank import Cut
 from trainer.contract.errors import ConfigError
-from trainer.contract.jobs import LoRABlendRequest, LoRAUse
+from trainer.contract.jobs import LoRABlendRequest
+from trainer.contract.lora_use import LoRAUse
 from trainer.jobs.base import Emit
 from trainer.jobs.lora_files import check_distinct, inside_block, low_rank, open_loras, union
 from trainer.jobs.lora_metadata import lost_notes, tool_metadata

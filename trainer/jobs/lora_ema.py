@@ -19,7 +19,8 @@ from trainer.adapters.formats.writer import model_hash
 from trainer.adapters.low_rank import Cut, truncate, weighted_sum
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.expert_turns import EXPERTS
-from trainer.contract.jobs import LoRAEmaRequest, LoRAUse
+from trainer.contract.jobs import LoRAEmaRequest
+from trainer.contract.lora_use import LoRAUse
 from trainer.io.atomic_save import save_safetensors
 from trainer.io.mapped_load import WeightFiles, open_weights
 from trainer.jobs.base import Emit

@@ -12,9 +12,9 @@ from trainer.adapters.base import AdapterFile, LoRAFactors, Update
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.experts import SHARED
-from trainer.contract.jobs import LoRAUse
 from trainer.contract.layer_names import block_index
 from trainer.contract.lora_keys import Expert
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.loraid_metadata import SLOT_EXPERTS, of_expert
 from trainer.io.mapped_load import open_weights
 

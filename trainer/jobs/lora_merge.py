@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from trainer.adapters.base import AdapterFile, Update
 from trainer.adapters.low_rank import Cut
 from trainer.contract.errors import ModelFileError
-from trainer.contract.jobs import LoRAMergeRequest, LoRAOutput, LoRAUse
+from trainer.contract.jobs import LoRAMergeRequest, LoRAOutput
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.loraid_metadata import only_held
 from trainer.jobs.base import Emit
 from trainer.jobs.lora_files import open_loras, union

@@ -5,7 +5,8 @@ from __future__ import annotations
 from trainer.adapters.base import LoRAFactors, Update
 from trainer.adapters.low_rank import Cut, factorise, truncate
 from trainer.contract.errors import ConfigError
-from trainer.contract.jobs import LoRAResizeRequest, LoRAUse
+from trainer.contract.jobs import LoRAResizeRequest
+from trainer.contract.lora_use import LoRAUse
 from trainer.jobs.base import Emit
 from trainer.jobs.lora_files import is_plain, load_lora
 from trainer.jobs.lora_merge import OnModule, Summed, counting, emit_summed, target_of

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from trainer.adapters.low_rank import Cut
 from trainer.contract.errors import ConfigError
-from trainer.contract.jobs import LoRASubtractRequest, LoRAUse
+from trainer.contract.jobs import LoRASubtractRequest
+from trainer.contract.lora_use import LoRAUse
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import Emit
 from trainer.jobs.lora_files import is_transformer, open_loras

@@ -11,8 +11,9 @@ from trainer.adapters import load_adapter
 from trainer.adapters.apply import describe
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.expert_turns import EXPERTS
-from trainer.contract.jobs import LoraidUse, LoRAUse, MergeRequest
+from trainer.contract.jobs import LoraidUse, MergeRequest
 from trainer.contract.lora_keys import Expert
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.loraid import in_words
 from trainer.contract.loraid_metadata import (
     SLOT_EXPERTS,

@@ -10,8 +10,8 @@ import torch
 
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.expert_turns import EXPERTS
-from trainer.contract.jobs import LoRAUse
 from trainer.contract.lora_keys import Expert
+from trainer.contract.lora_use import LoRAUse
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import Emit
 from trainer.jobs.lora_files import check_distinct, experts_of, lora_file

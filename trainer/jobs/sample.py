@@ -2,26 +2,25 @@
 
 Texts are encoded and the text encoder is let go; images and control videos are encoded, and their
 encoders are let go; all samples are drawn, and the transformers are let go; then they are decoded
-and written one after the other.
+and written one after the other, also those that were drawn before something went wrong.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from trainer.adapters import load_adapter
-from trainer.adapters.apply import attach
-from trainer.contract.jobs import LoRAUse
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Expert, Variant
-from trainer.jobs.lora_files import check_same_expert, experts_of
+from trainer.jobs.sample_failures import Failures, StopDrawing, in_phase, subject_of
+from trainer.jobs.sample_loras import LoRASwitch, OnMerge, uses_in
 from trainer.jobs.sample_metadata import lora_metadata
 from trainer.jobs.sample_target import Target
 from trainer.models.wan.conditioning import LatentEncoder
@@ -33,8 +32,8 @@ from trainer.sampling.conditions import (
     encode_texts,
 )
 from trainer.sampling.experts import ExpertSwitch
-from trainer.sampling.formats.base import Bits
 from trainer.sampling.pipeline import (
+    Evaluations,
     OnEstimate,
     SamplingModels,
     VideoDecoder,
@@ -42,14 +41,10 @@ from trainer.sampling.pipeline import (
     generate,
 )
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.results import (
-    FileOptions,
-    describe,
-    latents_beside,
-    require_formats,
-    write_files,
-)
-from trainer.sampling.video_io import AnyFrame
+from trainer.sampling.results import FileOptions, describe, latents_beside, write_files
+from trainer.sampling.schedule import walk_of
+from trainer.sampling.step_cache.cache import BlockObserver
+from trainer.sampling.step_cache.values import StepCacheValues
 
 Progress = Callable[[str, int, int], None]
 """Told of (phase, done, total); phases are `texts`, `inputs`, `steps` and `decode`."""
@@ -77,8 +72,29 @@ class Sample:
 
     path: Path
     request: SampleRequest
+    evaluations: Evaluations
+    """How often the transformer worked for it."""
+    index: int = 0
+    """Its place among all requests of the run."""
     latents: Path | None = None
     """File of its latents, where they were wanted beside it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Which of a run's samples one process makes."""
+
+    rank: int = 0
+    size: int = 1
+    """It makes every `size`-th sample, from number `rank` on."""
+    is_shared: bool = False
+    """Other processes make the same samples with it, each a part of the tokens."""
+    writes: bool = True
+    """Whether it decodes and writes them."""
+
+    def has(self, index: int) -> bool:
+        """Return whether the sample with this number is its own."""
+        return index % self.size == self.rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,15 +107,26 @@ class SampleOptions:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What each file says of the models, in addition."""
     loras: tuple[LoRAUse, ...] = ()
-    """Attached to the transformer while it samples."""
+    """Used by all samples; `SampleRequest.lora_strengths` counts by them."""
+    merge_loras: bool = False
+    """Add the LoRAs to the weights instead of attaching them; see `check_merge`."""
+    on_merge: OnMerge = lambda _expert, _rounding: None
+    part: Part = Part()
+    """Which of the requests are made here."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tile: tuple[int, int] | None = None
     """(height, width) in pixels: decode in overlapping tiles."""
+    step_cache: StepCacheValues = field(default_factory=StepCacheValues)
+    """What step caches know of the model."""
+    observer: BlockObserver | None = None
+    """Watches the blocks in the place of step caches."""
     progress: Progress = lambda _phase, _done, _total: None
     on_sample: Callable[[Sample], None] = lambda _sample: None
     """Told of each file when it is written."""
     preview: Callable[[int, SampleRequest], OnEstimate] | None = None
     """Given (index, request): what is told of the sample's clean estimates."""
+    on_failure: Callable[[str], None] = lambda _words: None
+    """Told why a sample is not made, when others are."""
 
 
 def run_sample(
@@ -111,151 +138,185 @@ def run_sample(
 ) -> list[Sample]:
     """Sample all requests and write them into `output`; nothing is overwritten unasked.
 
+    A sample that becomes NaN or does not fit into memory leaves the others alone. Whatever goes
+    wrong, what was drawn until then is decoded and written before the error is raised.
+
     Args:
         requests: what to make.
         variant: the model.
         loaders: where the models come from.
         output: folder, made if it is not there, or a file; see `sample_target`.
-        options: LoRAs, device, names.
+        options: LoRAs, device, names, and which of the requests are this process's.
 
     Raises:
         ConfigError: a request does not fit the model; before anything is loaded.
         DataError: an image or control video cannot be read.
         ModelFileError: a LoRA is for another model.
         NonFiniteError: a sample became NaN or infinite.
+        OutOfMemoryError: a sample does not fit.
         DiskError: a file could not be written.
     """
-    run = _Run(tuple(requests), variant, loaders, options or SampleOptions())
+    options = options or SampleOptions()
     for request in requests:
         request.check(variant)
-    target = Target(output, run.options.name, run.options.files)
-    target.check(requests)
-    require_formats(run.options.files, requests)
+    mine = {i: one for i, one in enumerate(requests) if options.part.has(i)}
+    if not mine:
+        return []
+    failures = Failures(options.on_failure) if len(mine) > 1 else Failures()
+    run = _Run(mine, variant, loaders, options, failures)
     contexts = run.encode_texts()
     conditions = run.encode_inputs()
-    latents = run.sample(contexts, conditions)
-    return run.write(latents, target)
-
-
-def attach_loras(transformer: nn.Module, loras: Sequence[LoRAUse], expert: Expert | None) -> None:
-    """Attach the LoRAs that are for `expert`; None: of a model with one transformer.
-
-    Which expert a LoRA is for is said by its `expert`, else by the file's metadata, else by the
-    words `high` or `low` in its name; one that says nothing is for both.
-
-    Raises:
-        ModelFileError: a LoRA is for another model, or LoRAs of both experts are for one.
-    """
-    adapters = [load_adapter(lora.path, expert=expert or lora.expert) for lora in loras]
-    if expert is None:
-        check_same_expert(loras, adapters)
-    for lora, adapter in zip(loras, adapters, strict=True):
-        if expert is None or expert in experts_of(lora, adapter.metadata):
-            attach(transformer, adapter, lora.strength)
+    latents = run.draw(contexts, conditions)
+    run.release()
+    target = Target(output, options.name, options.files)
+    samples = run.write(latents, target) if latents and options.part.writes else []
+    run.failures.end(len(samples), len(mine))
+    return samples
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    requests: tuple[SampleRequest, ...]
+    requests: dict[int, SampleRequest]
     variant: Variant
     loaders: SampleLoaders
     options: SampleOptions
+    failures: Failures
+    evaluations: dict[int, Evaluations] = field(default_factory=dict)
+    """Of each request that was drawn."""
 
     def encode_texts(self) -> dict[str, Tensor]:
         self._report("texts", 0)
-        encoder = self.loaders.text_encoder()
-        contexts = encode_texts(encoder, self.requests)
+        with in_phase("texts"):
+            encoder = self.loaders.text_encoder()
+            contexts = encode_texts(encoder, self.requests.values())
         del encoder
-        self._release()
+        self.release()
         return contexts
 
-    def encode_inputs(self) -> list[Conditions]:
-        if all(request.image is None and request.control is None for request in self.requests):
-            return [Conditions()] * len(self.requests)
+    def encode_inputs(self) -> dict[int, Conditions]:
+        requests = self.requests
+        if not any(one.files for one in requests.values()):
+            return dict.fromkeys(requests, Conditions())
         self._report("inputs", 0)
-        vae, image_encoder = self.loaders.vae(), self._image_encoder()
-        device = self.options.device
-        conditions = []
-        for request in self.requests:
-            encoded = encode_files(request, self.variant, vae, image_encoder, device)
-            conditions.append(encoded.to("cpu"))
-            self._report("inputs", len(conditions))
+        conditions = {}
+        with in_phase("inputs"):
+            vae, image_encoder = self.loaders.vae(), self._image_encoder()
+            for index, request in requests.items():
+                encoded = encode_files(
+                    request, self.variant, vae, image_encoder, self.options.device
+                )
+                conditions[index] = encoded.to("cpu")
+                self._report("inputs", len(conditions))
         del vae, image_encoder
-        self._release()
+        self.release()
         return conditions
 
-    def sample(self, contexts: dict[str, Tensor], conditions: list[Conditions]) -> list[Tensor]:
-        switch = ExpertSwitch(self._load_expert, self.options.device)
-        models = SamplingModels(
-            variant=self.variant, transformer=switch, contexts=contexts, device=self.options.device
+    def draw(
+        self, contexts: dict[str, Tensor], conditions: dict[int, Conditions]
+    ) -> dict[int, Tensor]:
+        """Return the latents of every sample that could be drawn, on the CPU."""
+        options = self.options
+        switch = ExpertSwitch(self.loaders.transformer, options.device)
+        loras = LoRASwitch(
+            options.loras,
+            has_experts=self.variant.experts,
+            merges=options.merge_loras,
+            on_merge=options.on_merge,
         )
-        total = sum(request.num_steps for request in self.requests)
-        latents: list[Tensor] = []
+        models = SamplingModels(
+            variant=self.variant,
+            transformer=lambda expert: loras.ready(switch(expert), expert),
+            contexts=contexts,
+            device=options.device,
+            step_cache=options.step_cache,
+        )
+        evaluations = {i: walk_of(one).num_steps for i, one in self.requests.items()}
+        latents: dict[int, Tensor] = {}
         before = 0
-        preview = self.options.preview
-        for index, (request, condition) in enumerate(zip(self.requests, conditions, strict=True)):
+        with suppress(StopDrawing):
+            for index, request in self.requests.items():
 
-            def on_step(done: int, _steps: int, before: int = before) -> None:
-                self.options.progress("steps", before + done, total)
+                def on_step(done: int, steps: int, before: int = before) -> None:
+                    loras.on_step(done, steps)
+                    options.progress("steps", before + done, sum(evaluations.values()))
 
-            result = generate(
-                models,
-                request,
-                conditions=condition,
-                on_step=on_step,
-                on_estimate=None if preview is None else preview(index, request),
-            )
-            latents.append(result.cpu())
-            before += request.num_steps
-        del models, switch
-        self._release()
+                def on_end(made: Evaluations, index: int = index) -> None:
+                    self.evaluations[index] = made
+
+                loras.begin(request)
+                # Processes that share a video wait for each other in every layer.
+                with (
+                    self.failures.noted(spares_others=not options.part.is_shared),
+                    in_phase("steps", subject_of(index, request)),
+                ):
+                    result = generate(
+                        models,
+                        request,
+                        conditions=conditions[index],
+                        on_step=on_step,
+                        on_estimate=options.preview and options.preview(index, request),
+                        observer=options.observer,
+                        on_end=on_end,
+                    )
+                    latents[index] = result.cpu()
+                if index not in latents:
+                    self.release()
+                before += evaluations[index]
         return latents
 
-    def write(self, latents: list[Tensor], target: Target) -> list[Sample]:
-        files = self.options.files
-        metadata = self._metadata() if files.metadata else {}
-        vae = cache(self.loaders.vae)  # the latents alone need none
+    def write(self, latents: dict[int, Tensor], target: Target) -> list[Sample]:
         samples: list[Sample] = []
-
-        def frames(result: Tensor, bits: Bits) -> Iterator[AnyFrame]:
-            result = result.to(self.options.device)
-            yield from decode_frames(vae(), result, tile=self.options.tile, bits=bits)
-
-        for index, (request, result) in enumerate(zip(self.requests, latents, strict=True)):
-            path = write_files(
-                target.path(index, request),
-                frames(result, files.writer(request.num_frames).bits),
-                num_frames=request.num_frames,
-                fps=request.fps,
-                metadata=describe(request) | metadata if files.metadata else {},
-                files=files,
-                latents_BCFHW=result,
-            )
-            beside = latents_beside(path) if files.save_latents else None
-            samples.append(Sample(path, request, beside))
-            self.options.on_sample(samples[-1])
-            self._report("decode", len(samples))
+        with suppress(StopDrawing):
+            with self.failures.noted(spares_others=False), in_phase("decode"):
+                vae = self.loaders.vae() if self.options.files.decodes else None
+            for index, result in latents.items():
+                request = self.requests[index]
+                subject = subject_of(index, request)
+                with (
+                    self.failures.noted(spares_others=True),
+                    in_phase("decode", subject),
+                ):
+                    samples.append(self._write(index, vae, result, target))
+                    self.options.on_sample(samples[-1])
+                self.release()
+                self._report("decode", len(samples))
         return samples
 
-    def _load_expert(self, expert: Expert) -> nn.Module:
-        transformer = self.loaders.transformer(expert)
-        attach_loras(transformer, self.options.loras, expert if self.variant.experts else None)
-        return transformer
+    def _write(self, index: int, vae: Vae | None, result: Tensor, target: Target) -> Sample:
+        request, options = self.requests[index], self.options
+        files, metadata = options.files, {}
+        if files.metadata:
+            metadata = describe(request) | self._metadata(request, self.evaluations[index])
+        bits = files.writer(request.num_frames).bits
+        path = write_files(
+            target.path(index, request, request.name or ""),
+            ()
+            if vae is None
+            else decode_frames(vae, result.to(options.device), tile=options.tile, bits=bits),
+            num_frames=request.num_frames,
+            fps=request.fps,
+            metadata=metadata,
+            files=files,
+            latents_BCFHW=result,
+        )
+        beside = latents_beside(path) if files.save_latents else None
+        return Sample(path, request, self.evaluations[index], index, beside)
 
     def _image_encoder(self) -> ImageEncoder | None:
         if self.variant.transformer.image_dim is None or self.loaders.image_encoder is None:
             return None
         return self.loaders.image_encoder()
 
-    def _metadata(self) -> dict[str, Any]:
-        loras = lora_metadata(self.options.loras)
-        known = {"variant": self.variant.name} | ({"loras": loras} if loras else {})
-        return known | dict(self.options.metadata)
+    def _metadata(self, request: SampleRequest, evaluations: Evaluations) -> dict[str, Any]:
+        loras = lora_metadata(uses_in(request, self.options.loras))
+        described_run = {"variant": self.variant.name, "evaluations": asdict(evaluations)}
+        return described_run | ({"loras": loras} if loras else {}) | dict(self.options.metadata)
 
     def _report(self, phase: str, done: int) -> None:
         self.options.progress(phase, done, len(self.requests))
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Give the memory of models back that nothing refers to any more."""
         gc.collect()
         if self.options.device.type == "cuda":
             torch.cuda.empty_cache()

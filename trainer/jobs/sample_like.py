@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from pydantic import ValidationError
 from trainer.contract.config import Prompt, SamplingSection
 from trainer.contract.config_io import problems_of
 from trainer.contract.errors import ConfigError, DataError
-from trainer.contract.jobs import LoRAUse, SampleJobRequest
+from trainer.contract.jobs import SampleJobRequest
+from trainer.contract.lora_use import SampleLoRA
 from trainer.contract.run_dir import RunDir
-from trainer.jobs.base import Emit
 from trainer.jobs.sample_metadata import NOT_OF_A_SAMPLE
 from trainer.sampling.latent_files import SUFFIX
 from trainer.sampling.results import describe_file, read_sample_metadata
@@ -26,8 +27,19 @@ _GUIDANCE = ("guidance_scale", "guidance_scale_high_noise")
 _ABOUT_A_FILE = frozenset({"file", "size", "sha256"})
 
 
-def remade(request: SampleJobRequest, emit: Emit) -> tuple[SampleJobRequest, Mapping[str, Any]]:
-    """Return the request with what a file says filled in, and all that the file says.
+@dataclass(frozen=True, slots=True)
+class Remade:
+    """A request with what a file says filled in."""
+
+    request: SampleJobRequest
+    made: Mapping[str, Any] = field(default_factory=dict)
+    """All that the file says; empty: no file was named."""
+    warnings: tuple[str, ...] = ()
+    logs: tuple[str, ...] = ()
+
+
+def remade(request: SampleJobRequest) -> Remade:
+    """Return the request with what the file of `like` says filled in.
 
     What the request sets itself wins: its `set`, its prompts' own fields, its LoRAs.
 
@@ -36,7 +48,7 @@ def remade(request: SampleJobRequest, emit: Emit) -> tuple[SampleJobRequest, Map
         ConfigError: a LoRA or an image of it cannot be found.
     """
     if request.like is None:
-        return request, {}
+        return Remade(request)
     if request.prompts_file is not None:
         raise ConfigError("a prompt file and a sample to be like at once", hint="give one of them")
     made = sample_request(request.like)
@@ -44,20 +56,23 @@ def remade(request: SampleJobRequest, emit: Emit) -> tuple[SampleJobRequest, Map
     fields = _prompt_fields(made, set_by_user, request)
     own_loras = bool(request.loras or request.loraids)
     loras, run_dir = request.loras, request.run_dir
+    warnings: list[str] = []
+    logs: list[str] = []
     if own_loras and made.get("loras"):
-        emit("log", message="the LoRAs that are given take the place of those of the file")
+        logs.append("the LoRAs that are given take the place of those of the file")
     if not own_loras:
-        loras, run_dir = _loras(made, request, emit)
+        loras, run_dir = _loras(made, request, warnings, logs)
     filled = request.model_copy(
         update={
             "like": None,
             "prompts": tuple(_prompts(request, fields)),
-            "set": (*_settings(made, set_by_user), *request.set),
+            # The words of the file are what wildcards became; they are no template any more.
+            "set": ("sampling.wildcards=false", *_settings(made, set_by_user), *request.set),
             "loras": loras,
             "run_dir": run_dir,
         }
     )
-    return filled, made
+    return Remade(filled, made, tuple(warnings), tuple(logs))
 
 
 def sample_request(path: Path) -> dict[str, Any]:
@@ -105,11 +120,18 @@ def _prompt_fields(
     if "sampling.guidance_scale" in set_by_user:
         fields.pop("guidance_scale_high_noise", None)
     return {
-        key: _found_file(value, key, request)
-        if isinstance(value, Mapping) and "file" in value and key not in given
-        else value
+        key: value if key in given else _with_files(value, key, request)
         for key, value in fields.items()
     }
+
+
+def _with_files(value: Any, option: str, request: SampleJobRequest) -> Any:
+    """Return a value with the paths of the files that it describes."""
+    if isinstance(value, Mapping) and "file" in value:
+        return _found_file(value, option, request)
+    if isinstance(value, list):
+        return [_with_files(part, option, request) for part in value]
+    return value
 
 
 def _prompts(request: SampleJobRequest, fields: Mapping[str, Any]) -> Iterator[Prompt]:
@@ -131,7 +153,10 @@ def _settings(made: Mapping[str, Any], set_by_user: set[str]) -> Iterator[str]:
     """Yield the defaults of `[sampling]` that the file has, as `section.key=value`."""
     stored = made.get("sampling")
     for key, value in stored.items() if isinstance(stored, Mapping) else ():
-        known = key in SamplingSection.model_fields and key not in NOT_OF_A_SAMPLE
+        field = SamplingSection.model_fields.get(key)
+        # Files that a config names are the config's own business; only their names are stored.
+        known = field is not None and "Path" not in str(field.annotation)
+        known = known and key not in NOT_OF_A_SAMPLE
         if not known or f"sampling.{key}" in set_by_user or isinstance(value, dict):
             continue
         if key == "guidance_scale_high_noise" and "sampling.guidance_scale" in set_by_user:
@@ -140,9 +165,12 @@ def _settings(made: Mapping[str, Any], set_by_user: set[str]) -> Iterator[str]:
 
 
 def _loras(
-    made: Mapping[str, Any], request: SampleJobRequest, emit: Emit
-) -> tuple[tuple[LoRAUse, ...], Path | None]:
-    """Return the LoRAs that the file names, and the run whose newest one is used instead."""
+    made: Mapping[str, Any], request: SampleJobRequest, warnings: list[str], logs: list[str]
+) -> tuple[tuple[SampleLoRA, ...], Path | None]:
+    """Return the LoRAs that the file names, and the run whose newest one is used instead.
+
+    What is to be said of it is added to `warnings` and `logs`.
+    """
     stored = made.get("loras")
     if isinstance(stored, list) and stored:
         return tuple(_lora(entry, request) for entry in stored if isinstance(entry, dict)), None
@@ -151,24 +179,22 @@ def _loras(
     step, file = made["step"], request.like
     of_step = sorted(file.parent.parent.glob(f"output/*step{step:08d}*{SUFFIX}")) if file else []
     if of_step and isinstance(step, int):
-        emit("log", message=f"made at step {step} of a training: {of_step[0].name} is used")
-        return tuple(LoRAUse(path=path) for path in of_step), None
+        logs.append(f"made at step {step} of a training: {of_step[0].name} is used")
+        return tuple(SampleLoRA(path=path) for path in of_step), None
     what = "the run's newest output" if request.run_dir else "no LoRA"
-    emit(
-        "warning",
-        message=f"made at step {step} of a training whose weights of then are not in output/: "
-        f"{what} is used, and the sample will differ",
-        hint="give them by --lora",
+    warnings.append(
+        f"{file}: made at step {step} of a training whose weights of then are not in output/: "
+        f"{what} is used, and the sample will differ; --lora names them"
     )
     return (), request.run_dir
 
 
-def _lora(entry: Mapping[str, Any], request: SampleJobRequest) -> LoRAUse:
+def _lora(entry: Mapping[str, Any], request: SampleJobRequest) -> SampleLoRA:
     path = _found_file(entry, "lora", request)
     use = {key: value for key, value in entry.items() if key not in _ABOUT_A_FILE}
-    known = {key: value for key, value in use.items() if key in LoRAUse.model_fields}
+    known = {key: value for key, value in use.items() if key in SampleLoRA.model_fields}
     try:
-        return LoRAUse.model_validate({**known, "path": path})
+        return SampleLoRA.model_validate({**known, "path": path})
     except ValidationError:
         raise DataError(
             f"{request.like}: what it says of the LoRA {path.name} cannot be used",

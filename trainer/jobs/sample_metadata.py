@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from trainer.contract.config import RunConfig, SamplingSection
-from trainer.contract.jobs import LoRAUse
+from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Variant
 from trainer.jobs.environment import menma_version
+from trainer.jobs.sample_loras import described
 from trainer.sampling.results import describe_file
 
 NOT_OF_A_SAMPLE = frozenset(
-    {"every_steps", "at_start", "prompts", "prompts_file", "seed"}
+    {"every_steps", "every_epochs", "at_start", "prompts", "prompts_file", "seed"}
+    | {"wildcards", "wildcards_folder"}
     | {"format", "quality", "save_latents", "metadata", "preview_every_steps"}
 )
 """Keys of `[sampling]` that do not change what a sample shows, or are in the request itself."""
@@ -51,12 +53,7 @@ def sampling_metadata(sampling: SamplingSection) -> dict[str, Any]:
 
 def lora_metadata(loras: Sequence[LoRAUse]) -> list[dict[str, Any]]:
     """Return name, hash and use of each LoRA."""
-    return [
-        describe_file(lora.path)
-        | {"strength": lora.strength}
-        | lora.model_dump(mode="json", exclude={"path", "strength"}, exclude_defaults=True)
-        for lora in loras
-    ]
+    return [describe_file(lora.path) | described(lora) for lora in loras]
 
 
 def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from trainer.models.wan.vae_config import VAE_21, VAE_22
 from trainer.models.wan.vae_keys import recognise_vae
 from trainer.sampling.preview import PUBLISHED, Projection, fit_projection, write_strip
 from trainer.sampling.requests import SampleRequest
+from trainer.sampling.schedule import walk_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +42,14 @@ class Previews:
             fields: what else the events say.
         """
 
+        total = walk_of(request).num_steps
+
         def on_estimate(done: int, estimate_BCFHW: Tensor) -> None:
-            if (done - 1) % self.every_steps or done == request.num_steps:
+            if (done - 1) % self.every_steps or done == total:
                 return
             path = self.folder / f"preview_{index:02d}.png"
             write_strip(path, self.projection, estimate_BCFHW[0])
-            self.emit(
-                "preview", path=str(path), index=index, done=done, total=request.num_steps, **fields
-            )
+            self.emit("preview", path=str(path), index=index, done=done, total=total, **fields)
 
         return on_estimate
 

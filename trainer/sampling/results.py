@@ -73,6 +73,11 @@ class FileOptions:
             force=force,
         )
 
+    @property
+    def decodes(self) -> bool:
+        """Whether frames are needed."""
+        return format_entry(self.format).decodes
+
     def entry(self, num_frames: int) -> FormatEntry:
         """Return the format of a sample: PNG for one frame, where the format holds videos only."""
         entry = format_entry(self.format)
@@ -178,6 +183,8 @@ def describe(request: SampleRequest) -> dict[str, Any]:
     business.
     """
     fields = {key: value for key, value in asdict(request).items() if value is not None}
+    # What says nothing new is left out: it would drown the rest.
+    fields |= fields.pop("denoising").model_dump(mode="json", exclude_defaults=True)
     return {key: _plain(value) for key, value in fields.items()}
 
 

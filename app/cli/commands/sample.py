@@ -16,7 +16,37 @@ from app.cli.loraid_options import (
     LoraidStrengths,
     loraid_fields,
 )
-from app.cli.options import Json, Loras, Overrides, command_app, lora_use
+from app.cli.options import Json, Overrides, command_app
+from app.cli.sample_guidance_options import (
+    Calibrate,
+    CFGApplyRatio,
+    CFGBatch,
+    CFGSkip,
+    CFGZeroInitSteps,
+    CFGZeroStar,
+    GuidanceRescale,
+    SLGEnd,
+    SLGLayers,
+    SLGMode,
+    SLGScale,
+    SLGStart,
+    StepCacheFile,
+    StepCacheMaxSkips,
+    StepCacheName,
+    StepCacheRetention,
+    StepCacheStart,
+    StepCacheThreshold,
+    slg_settings,
+)
+from app.cli.sample_lora_options import MergeLoras, SampleLoras, sample_lora
+from app.cli.sample_start_options import (
+    ControlImages,
+    OneFrame,
+    Schedule,
+    Solver,
+    Strength,
+    Video,
+)
 from trainer.contract.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +76,8 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
             "--prompts-file", help="Prompts in a .txt (musubi-tuner's flags), .toml or .json file."
         ),
     ] = None,
-    loras: Loras = None,
+    loras: SampleLoras = None,
+    merge_loras: MergeLoras = False,
     loraids: Loraids = None,
     loraid_strengths: LoraidStrengths = None,
     loraid_from: LoraidFrom = None,
@@ -66,10 +97,29 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         float | None,
         typer.Option("--guidance-high-noise", help="Guidance of Wan 2.2's high-noise expert."),
     ] = None,
+    cfg_skip: CFGSkip = None,
+    cfg_apply_ratio: CFGApplyRatio = None,
+    cfg_zero_star: CFGZeroStar = None,
+    cfg_zero_init_steps: CFGZeroInitSteps = None,
+    guidance_rescale: GuidanceRescale = None,
+    slg_layers: SLGLayers = None,
+    slg_mode: SLGMode = None,
+    slg_scale: SLGScale = None,
+    slg_start: SLGStart = None,
+    slg_end: SLGEnd = None,
+    cfg_batch: CFGBatch = None,
+    step_cache: StepCacheName = None,
+    step_cache_threshold: StepCacheThreshold = None,
+    step_cache_start: StepCacheStart = None,
+    step_cache_max_skips: StepCacheMaxSkips = None,
+    step_cache_retention: StepCacheRetention = None,
+    step_cache_file: StepCacheFile = None,
+    calibrate: Calibrate = False,
     shift: Annotated[
         float | None, typer.Option("--shift", help="Shift of the sigmas towards noise.")
     ] = None,
-    solver: Annotated[str | None, typer.Option("--solver", help="unipc or euler.")] = None,
+    solver: Solver = None,
+    schedule: Schedule = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Of the first prompt; the next ones count on.")
     ] = None,
@@ -83,6 +133,10 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     control: Annotated[
         Path | None, typer.Option("--control", help="Control video, for Fun-Control models.")
     ] = None,
+    video: Video = None,
+    strength: Strength = None,
+    one_frame: OneFrame = None,
+    control_images: ControlImages = None,
     target: Annotated[
         Path | None,
         typer.Option(
@@ -125,26 +179,50 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "num_steps": steps,
         "guidance_scale": guidance,
         "guidance_scale_high_noise": guidance_high_noise,
+        "cfg_skip_mode": cfg_skip,
+        "cfg_apply_ratio": cfg_apply_ratio,
+        "cfg_zero_star": cfg_zero_star,
+        "cfg_zero_init_steps": cfg_zero_init_steps,
+        "guidance_rescale": guidance_rescale,
+        **slg_settings(slg_layers, slg_mode),
+        "slg_scale": slg_scale,
+        "slg_start": slg_start,
+        "slg_end": slg_end,
+        "cfg_batch": cfg_batch,
+        "step_cache": step_cache,
+        "step_cache_threshold": step_cache_threshold,
+        "step_cache_start": step_cache_start,
+        "step_cache_max_skips": step_cache_max_skips,
+        "step_cache_retention": step_cache_retention,
+        "step_cache_file": _text(step_cache_file),
         "flow_shift": shift,
         "solver": solver,
+        "schedule": schedule,
         "seed": seed,
         "fps": fps,
         **files.overrides(format_, quality, save_latents=save_latents, no_metadata=no_metadata),
     }
-    inputs = {"image": image, "last_image": last_image, "control": control}
+    inputs = {"image": image, "last_image": last_image, "control": control, "video": video}
+    of_prompts = {
+        "strength": strength,
+        "one_frame": one_frame,
+        "control_images": [str(path) for path in control_images or ()] or None,
+    }
     given = [*(overrides or ()), *_overrides(settings)]
     request: dict[str, Any] = {
         "config": str(config),
         "set": [*given, *files.preview_setting(preview, given)],
-        "loras": [lora_use(text) for text in loras or ()],
+        "loras": [sample_lora(text) for text in loras or ()],
+        "merge_loras": merge_loras,
         **loraid_fields(loraids, loraid_strengths, loraid_from),
-        "prompts": _prompts(prompts or [], inputs, prompts_file, like),
+        "prompts": _prompts(prompts or [], inputs, prompts_file, of_prompts, like),
         "prompts_file": _text(prompts_file),
         "like": _text(like),
         "decode": _text(decode),
         "force": force,
         "output": str(target or (run_dir / "samples" if run_dir else "samples")),
         "run_dir": _text(run_dir),
+        "calibrate": calibrate,
     }
     checked = _check(config, request)
     if like is None and decode is None:
@@ -173,9 +251,11 @@ def _prompts(
     texts: list[str],
     inputs: dict[str, Path | None],
     prompts_file: Path | None,
+    settings: dict[str, Any],
     like: Path | None,
 ) -> list[dict[str, Any]]:
-    given = {key: str(path) for key, path in inputs.items() if path is not None}
+    given: dict[str, Any] = {key: str(path) for key, path in inputs.items() if path is not None}
+    given |= {key: value for key, value in settings.items() if value is not None}
     if given and like is not None:
         texts = texts or [""]  # those of the file
     if texts and prompts_file is not None:
