@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.engine.sequence_sampling import sampled
 from tests.engine.toy import AdamWFactory
 from trainer.adapters.full import FullFineTune
 from trainer.adapters.lora import LoRA
@@ -474,7 +475,28 @@ def case_refused(world: World, folder: Path) -> dict[str, Any]:
     return seen
 
 
-CASES = {"single": case_single, "train": case_train, "refused": case_refused}
+def case_sample(world: World, folder: Path) -> dict[str, Any]:
+    """Sample with a step cache: each process keeps what the blocks added to its own tokens."""
+    seen = {}
+    for method in ("teacache", "magcache"):
+        alone, shared = make_pair(MODELS["even"])
+        expected, passes = sampled(alone, method)
+        shared.share_tokens(world.sequence)
+        latents, own = sampled(shared, method)
+        seen[method] = {
+            "distance": float((latents - expected).abs().max()),
+            "alone": passes.reused,
+            "shared": own.reused,
+        }
+    return seen
+
+
+CASES = {
+    "single": case_single,
+    "train": case_train,
+    "refused": case_refused,
+    "sample": case_sample,
+}
 
 
 def main(case: str, size: int, folder: Path) -> None:
