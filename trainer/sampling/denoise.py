@@ -70,7 +70,7 @@ class _Group:
     stands_in: bool
 
 
-class Denoiser:
+class VelocityPredictor:
     """Predicts the velocities of one video."""
 
     def __init__(
