@@ -325,6 +325,11 @@ class Prompt(PromptDenoising):
     """Video, folder of frames or image to start from instead of noise alone."""
     strength: float | None = Field(None, gt=0, le=1)
     """With `video`: share of the steps that is walked; 1 keeps nothing of it. Empty: 0.8."""
+    one_frame: str | None = None
+    """One picture at a moment of a clip, `target_index=1,control_index=0;2` in latent frames, for
+    image-to-video and first-last-frame models."""
+    control_images: tuple[Path, ...] | None = None
+    """With `one_frame`: a picture for each control_index."""
     fps: int | None = Field(None, ge=1)
     """Frames a second of the written video."""
     name: str | None = Field(None, min_length=1, max_length=80)
@@ -404,6 +409,9 @@ class ValidationSection(Repeated):
     """Measure no more than this many items, the same ones each time; empty: all."""
     batch_size: int = Field(1, ge=1)
     """Items of one forward; changes the speed only."""
+    use_masks: bool = False
+    """Measure what the items' masks mark, and not the whole frame; an item without a mask, or with
+    one that is all black, counts whole."""
     seed: int = Field(42, ge=0)
     """Fixes which clips are held out and the noise, whatever `training.seed` is."""
 

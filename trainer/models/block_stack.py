@@ -72,6 +72,11 @@ class BlockStack(nn.ModuleList):
         """The hooks that run, in the order of their before-half; () while suspended."""
         return tuple(self._hooks)
 
+    @property
+    def as_given(self) -> bool:
+        """Whether the first block is surely given the tokens that come in."""
+        return not self._hooks and self._around is None
+
     def add_hooks(self, hooks: Iterable[BlockHook]) -> None:
         """Append `hooks`: before-halves run in this order, after-halves in reverse."""
         self._hooks.extend(hooks)

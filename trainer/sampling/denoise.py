@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from trainer.contract.variants import Expert, Variant
 from trainer.core.flow import to_timestep
 from trainer.models.block_stack import BlockStack
 from trainer.models.wan.conditioning import LatentEncoder, first_frame_timestep
+from trainer.models.wan.transformer import WanTransformer
 from trainer.sampling.conditions import Conditions, ImageEncoder
 from trainer.sampling.guidance import (
     Pass,
@@ -26,6 +27,7 @@ from trainer.sampling.guidance import (
     Step,
     combined_velocity,
     methods_of,
+    needs_negative,
     planned_passes,
 )
 from trainer.sampling.requests import SampleRequest
@@ -102,9 +104,21 @@ class VelocityPredictor:
         self._batched = request.denoising.cfg_batch
         self._observer = observer or step_cache_of(request, models.variant, models.step_cache)
         self._computed = self._reused = 0
+        self._open = ExitStack()
+        self._working: nn.Module | None = None
+        self._images: dict[int, Tensor | None] = {}
         self._contexts = {
             text: models.contexts[text].to(models.device) for text in dict.fromkeys(request.texts)
         }
+
+    def __enter__(self) -> Self:
+        """Begin; the models are put back to how they were at the end."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the models as they were."""
+        self._working = None
+        self._open.close()
 
     def velocity(self, index: int, latents_BCFHW: Tensor) -> Tensor:
         """Return the velocity at step `index`, float32, given latents in float32.
@@ -116,14 +130,13 @@ class VelocityPredictor:
         passes = planned_passes(step, request.prompt, request.negative_prompt, self._methods)
         if not passes:
             return torch.zeros_like(latents_BCFHW)
-        transformer = self._models.transformer(step.expert)
+        transformer = self._transformer(step.expert)
         timestep = self._timestep_tensor(latents_BCFHW, step.timestep)
         seen: dict[str, Tensor] = {}
-        with evaluating(transformer):
-            if self._observer is not None:
-                self._observer.begin(step, transformer, self._timesteps_of(step.expert))
-            for group in self._groups(step, passes):
-                seen |= self._run(transformer, step, group, latents_BCFHW, timestep)
+        if self._observer is not None:
+            self._observer.begin(step, transformer, self._timesteps_of(step.expert))
+        for group in self._groups(step, passes):
+            seen |= self._run(transformer, step, group, latents_BCFHW, timestep)
         return combined_velocity(step, seen, self._methods)
 
     @property
@@ -141,6 +154,18 @@ class VelocityPredictor:
             expert=expert,
             guidance_scale=self._request.guidance_scale[expert == "high_noise"],
         )
+
+    def _transformer(self, expert: Expert) -> nn.Module:
+        """Return an expert as it samples; it stays so until the other one's turn or the end."""
+        transformer = self._models.transformer(expert)
+        if transformer is not self._working:
+            self._open.close()
+            self._open.enter_context(evaluating(transformer))
+            if isinstance(transformer, WanTransformer):
+                alike = not self._batched and any(map(needs_negative, self._request.guidance_scale))
+                self._open.enter_context(transformer.remembering(passes_alike=alike))
+            self._working = transformer
+        return transformer
 
     def _timesteps_of(self, expert: Expert) -> Tensor:
         variant = self._models.variant
@@ -171,14 +196,18 @@ class VelocityPredictor:
             self._reused += num
         else:
             self._computed += num
-        conditions = self._conditions
+        if num not in self._images:  # the same object in every step is embedded once
+            self._images[num] = _times(self._conditions.image_context_BTD, num)
+        positions = self._conditions.frame_positions
+        placed = {} if positions is None else {"frame_positions": positions}
         with self._blocks_of(transformer, step, group):
             velocity: Tensor = transformer(
                 _times(latents_BCFHW, num),
                 _times(timestep, num),
                 [self._contexts[what.text] for what in group.passes.values()],
-                extra_channels=_times(conditions.extra_channels_BCFHW, num),
-                image_context=_times(conditions.image_context_BTD, num),
+                extra_channels=_times(self._conditions.extra_channels_BCFHW, num),
+                image_context=self._images[num],
+                **placed,
             )
         return dict(zip(group.passes, velocity.float().chunk(num), strict=True))
 

@@ -109,17 +109,15 @@ def generate(
         sigma = schedule.sigmas[:1].to(models.device)
         noise = add_noise(conditions.start_latents_BCFHW.float(), noise, sigma)
     latents = _hold(noise, conditions)
-    with torch.no_grad():
-        predictor = VelocityPredictor(
-            models, request, conditions, schedule.timesteps.tolist(), observer
-        )
+    timesteps = schedule.timesteps.tolist()
+    working = VelocityPredictor(models, request, conditions, timesteps, observer)
+    with torch.no_grad(), working as predictor:
         for index in range(schedule.num_steps):
             velocity = predictor.velocity(index, latents)
             if on_estimate is not None:
                 sigma_B = schedule.sigmas[index].to(latents).expand(len(latents))
-                on_estimate(
-                    index + 1, _hold(clean_estimate(latents, velocity, sigma_B), conditions)
-                )
+                estimate = _hold(clean_estimate(latents, velocity, sigma_B), conditions)
+                on_estimate(index + 1, _shown(estimate, request))
             latents = _hold(solver.step(index, latents, velocity), conditions)
             if on_step is not None:
                 on_step(index + 1, schedule.num_steps)
@@ -130,7 +128,7 @@ def generate(
         )
     if on_end is not None:
         on_end(predictor.evaluations)
-    return latents
+    return _shown(latents, request)
 
 
 def initial_noise(
@@ -148,7 +146,7 @@ def initial_noise(
     """
     frames, height, width = variant.vae_stride
     size = (
-        (request.num_frames - 1) // frames + 1,
+        (request.num_walked_frames - 1) // frames + 1,
         request.height // height,
         request.width // width,
     )
@@ -191,6 +189,14 @@ def decode_frames(
 
 def _tiled(vae: VideoDecoder, latents_BCFHW: Tensor, tile: tuple[int, int]) -> Iterator[Tensor]:
     yield vae.decode(latents_BCFHW, tile=tile)
+
+
+def _shown(latents_BCFHW: Tensor, request: SampleRequest) -> Tensor:
+    """Return what is kept: in one-frame mode the frame that was asked for, else everything."""
+    moments = request.moments
+    if moments is None:
+        return latents_BCFHW
+    return latents_BCFHW[:, :, moments.target : moments.target + 1]
 
 
 def _hold(latents_BCFHW: Tensor, conditions: Conditions) -> Tensor:

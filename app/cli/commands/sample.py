@@ -15,7 +15,7 @@ from app.cli.loraid_options import (
     LoraidStrengths,
     loraid_fields,
 )
-from app.cli.options import Json, Loras, Overrides, command_app, lora_use
+from app.cli.options import Json, Overrides, command_app
 from app.cli.sample_guidance_options import (
     Calibrate,
     CFGApplyRatio,
@@ -37,7 +37,15 @@ from app.cli.sample_guidance_options import (
     StepCacheThreshold,
     slg_settings,
 )
-from app.cli.sample_start_options import Schedule, Solver, Strength, Video
+from app.cli.sample_lora_options import MergeLoras, SampleLoras, sample_lora
+from app.cli.sample_start_options import (
+    ControlImages,
+    OneFrame,
+    Schedule,
+    Solver,
+    Strength,
+    Video,
+)
 from trainer.contract.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +75,8 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
             "--prompts-file", help="Prompts in a .txt (musubi-tuner's flags), .toml or .json file."
         ),
     ] = None,
-    loras: Loras = None,
+    loras: SampleLoras = None,
+    merge_loras: MergeLoras = False,
     loraids: Loraids = None,
     loraid_strengths: LoraidStrengths = None,
     loraid_from: LoraidFrom = None,
@@ -125,6 +134,8 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     ] = None,
     video: Video = None,
     strength: Strength = None,
+    one_frame: OneFrame = None,
+    control_images: ControlImages = None,
     target: Annotated[
         Path | None,
         typer.Option(
@@ -177,12 +188,18 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "fps": fps,
     }
     files = {"image": image, "last_image": last_image, "control": control, "video": video}
+    of_prompts = {
+        "strength": strength,
+        "one_frame": one_frame,
+        "control_images": [str(path) for path in control_images or ()] or None,
+    }
     request: dict[str, Any] = {
         "config": str(config),
         "set": [*(overrides or ()), *_overrides(settings)],
-        "loras": [lora_use(text) for text in loras or ()],
+        "loras": [sample_lora(text) for text in loras or ()],
+        "merge_loras": merge_loras,
         **loraid_fields(loraids, loraid_strengths, loraid_from),
-        "prompts": _prompts(prompts or [], files, prompts_file, {"strength": strength}),
+        "prompts": _prompts(prompts or [], files, prompts_file, of_prompts),
         "prompts_file": _text(prompts_file),
         "output": str(target or (run_dir / "samples" if run_dir else "samples")),
         "run_dir": _text(run_dir),
