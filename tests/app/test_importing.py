@@ -267,6 +267,26 @@ def test_intervals_in_epochs_stay_in_epochs(trainer, values, expected, tmp_path)
     assert not [row.key for row in rows_of(imported).values() if row.is_lost and row.key in values]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "step_size", "rate"),
+    [
+        ({}, "relative", 1.0),  # its default
+        ({"relative_step": "False", "scale_parameter": "False", "warmup_init": "False"},
+         "fixed", 1e-4),
+        ({"relative_step": "True", "warmup_init": "True"}, "relative_warmup", 1.0),
+        ({"warmup_init": "True", "relative_step": "True"}, "relative_warmup", 1.0),
+    ],
+)  # fmt: skip
+def test_adafactors_relative_step_is_what_musubi_does(arguments, step_size, rate, tmp_path):
+    values = {"optimizer_type": "Adafactor", "learning_rate": 1e-4}
+    values |= {f"optimizer_args.{key}": value for key, value in arguments.items()}
+    imported = convert(Input("musubi", values))
+    config = loaded(imported, tmp_path)
+    assert config.optimizer.options("kind").get("step_size", "fixed") == step_size
+    assert config.optimizer.learning_rate == rate
+    assert not [row.key for row in rows_of(imported).values() if row.is_lost and row.key in values]
+
+
 def test_keys_of_services_are_never_repeated(tmp_path):
     for name in ("diffusion_pipe/full.toml", "simpletuner/config.json"):
         imported, _ = imported_from(name, tmp_path)

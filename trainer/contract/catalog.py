@@ -66,6 +66,7 @@ LR_SCHEDULES: Registry[Any] = Registry(
         "flat, then a short fall at the end",
     ),
     Entry("rex", "trainer.lr_schedules.rex:Rex", "falls late, by a ratio of lines"),
+    Entry("plateau", "trainer.lr_schedules.plateau:Plateau", "falls when the loss stops to fall"),
     Entry("piecewise", "trainer.lr_schedules.piecewise:Piecewise", "through points of your own"),
     Entry("custom", "trainer.lr_schedules.custom:Custom", "a class of an installed package"),
 )
@@ -192,6 +193,39 @@ SCHEDULES: Registry[Any] = Registry(
         "even from 1, integer timesteps; dpm++'s own",
     ),
     Entry("beta", "trainer.sampling.schedule:beta_schedule", "from 1, dense at both ends"),
+)
+GUIDANCE_METHODS: Registry[Any] = Registry(
+    "guidance method",
+    Entry("cfg_skip", "trainer.sampling.guidance_methods.cfg_skip:CFGSkip", "steps without it"),
+    Entry(
+        "cfg_zero_star",
+        "trainer.sampling.guidance_methods.cfg_zero_star:CFGZeroStar",
+        "the negative prediction in its best scale",
+    ),
+    Entry(
+        "skip_layers",
+        "trainer.sampling.guidance_methods.skip_layers:SkipLayers",
+        "away from the model without some blocks",
+    ),
+    Entry(
+        "rescale",
+        "trainer.sampling.guidance_methods.rescale:Rescale",
+        "the spread of the prompt's prediction",
+    ),
+)
+"""They work in this order; options of `contract.denoising_options` switch them on."""
+STEP_CACHES: Registry[Any] = Registry(
+    "step cache",
+    Entry(
+        "teacache",
+        "trainer.sampling.step_cache.teacache:TeaCache",
+        "by how far the timestep's embedding moves",
+    ),
+    Entry(
+        "magcache",
+        "trainer.sampling.step_cache.magcache:MagCache",
+        "by how the size of the blocks' work changes, as calibrated",
+    ),
 )
 PROBES: Registry[Any] = Registry(
     "probe",

@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from trainer.contract.denoising_options import PromptDenoising, SectionDenoising
 from trainer.contract.expert_config import ExpertSection, ExpertsSection
 from trainer.contract.hub import MODEL_FIELDS, is_reference, parse_reference
 from trainer.contract.intervals import Repeated
@@ -287,7 +288,7 @@ class CheckpointSection(Repeated):
     """How many checkpoints stay on disk."""
 
 
-class Prompt(Options):
+class Prompt(PromptDenoising):
     """One sample; empty fields take `[sampling]`'s, then the variant's values."""
 
     prompt: str
@@ -335,7 +336,7 @@ class Prompt(Options):
     """Short name: in the file's name, and as a heading of sheets."""
 
 
-class SamplingSection(Repeated):
+class SamplingSection(SectionDenoising, Repeated):
     """Samples made during training; the same keys are the defaults of `menma sample`."""
 
     every_steps: int = Field(0, ge=0)
@@ -408,6 +409,9 @@ class ValidationSection(Repeated):
     """Measure no more than this many items, the same ones each time; empty: all."""
     batch_size: int = Field(1, ge=1)
     """Items of one forward; changes the speed only."""
+    use_masks: bool = False
+    """Measure what the items' masks mark, and not the whole frame; an item without a mask, or with
+    one that is all black, counts whole."""
     seed: int = Field(42, ge=0)
     """Fixes which clips are held out and the noise, whatever `training.seed` is."""
 

@@ -12,6 +12,7 @@ from trainer.contract.adapter_rules import adapter_files, adapter_rule
 from trainer.contract.catalog import ATTENTION
 from trainer.contract.cluster_rules import cluster_rule, hostfile_problems
 from trainer.contract.config import RunConfig
+from trainer.contract.denoising_rules import denoising_rule
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.expert_rules import experts_rule
 from trainer.contract.experts import (
@@ -365,6 +366,7 @@ _RULES: tuple[Rule, ...] = (
     noise_rule,
     _dataset,
     _sampling,
+    denoising_rule,
     _validation,
     _distributed,
     sequence_rule,

@@ -138,13 +138,18 @@ def _from_toml(path: Path, text: str, problems: list[Problem]) -> Iterator[Promp
         for key in content
         if key not in _TABLES
     ]
+    yield from prompts_of_tables(content, found)
+    problems += [Problem(p.message, p.key, path, locate(p.key, lines), p.hint) for p in found]
+
+
+def prompts_of_tables(content: Mapping[str, Any], problems: list[Problem]) -> Iterator[Prompt]:
+    """Yield the prompts of a parsed TOML file; `problems` takes what is wrong with them."""
     for name in _TABLES:
         if name in content:
             items = content[name]
             if name == "prompt":
                 items, name = _subsets(items), "prompt.subset"  # noqa: PLW2901
-            yield from _from_list(items, name, found)
-    problems += [Problem(p.message, p.key, path, locate(p.key, lines), p.hint) for p in found]
+            yield from _from_list(items, name, problems)
 
 
 def _subsets(table: Any) -> Any:

@@ -164,7 +164,8 @@ class TrainingRun:
                     steps=trainee.steps,
                     lr_at=trainee.lr_at,
                     techniques=trainee.acting,
-                    plan=plan(config, data.total_steps, data.steps.epoch_after),
+                    plan=plan(config, data.total_steps, data.steps.epoch_after, trainee.watch),
+                    watch=trainee.watch,
                     keeper=keeper,
                     reporter=reporter,
                     requests=requests,
@@ -225,6 +226,7 @@ class TrainingRun:
             make_samples=samples,
             validator=trainee.validator,
             keep_outputs=config.output.keep_last,
+            watch=trainee.watch,
             average_use=AverageUse(
                 samples=config.ema.use_for_samples, validation=config.ema.use_for_validation
             ),

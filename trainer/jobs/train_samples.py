@@ -17,6 +17,8 @@ from trainer.contract.variants import Expert, Variant
 from trainer.engine.process_group import World
 from trainer.jobs.build import freeze, load_base
 from trainer.jobs.components import lazy_image_encoder, lazy_text_encoder, lazy_vae
+from trainer.jobs.sample_run import transformer_files
+from trainer.jobs.step_cache_values import step_cache_values
 from trainer.models.wan.transformer import WanTransformer
 from trainer.models.wan.vae import WanVAE
 from trainer.sampling.conditions import Conditions, encode_files, encode_texts
@@ -58,6 +60,9 @@ class TrainingSamples:
         self._folder = folder
         self._warn = warn
         self._requests = requests_of(prompts, variant, sampling)
+        self._step_cache = step_cache_values(
+            config, variant, lambda: transformer_files(config, variant), self._requests
+        )
         notes = check_inputs(self._requests, multiple=variant.pixel_multiple)
         for note in notes if world.rank == 0 else ():
             warn(f"samples: {note}")
@@ -148,6 +153,7 @@ class TrainingSamples:
             transformer=self._expert,
             contexts=self._contexts,
             device=self._world.device,
+            step_cache=self._step_cache,
         )
         conditions = self._conditions[index].to(self._world.device)
         return generate(models, request, conditions=conditions)

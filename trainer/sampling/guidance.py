@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 from torch import Tensor
 
+from trainer.contract.catalog import GUIDANCE_METHODS
+from trainer.contract.denoising_options import DenoisingOptions
 from trainer.contract.variants import Expert
 
 POSITIVE: Final = "positive"
@@ -53,6 +55,13 @@ Velocities = Mapping[str, Tensor]
 class GuidanceMethod:
     """Changes nothing; a method overrides what it needs."""
 
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, options: DenoisingOptions) -> Self | None:
+        """Return the method; None: the options leave it off."""
+        raise NotImplementedError
+
     def passes(self, step: Step, passes: Passes) -> Passes:
         """Return the passes of `step`, given those that the methods before ask for."""
         return passes
@@ -64,6 +73,12 @@ class GuidanceMethod:
     def combine(self, step: Step, seen: Velocities, velocity_BCFHW: Tensor) -> Tensor:
         """Return the velocity to take, given the one so far and those of the passes."""
         return velocity_BCFHW
+
+
+def methods_of(options: DenoisingOptions) -> list[GuidanceMethod]:
+    """Return the methods that are on, in the order of their registry."""
+    found = (GUIDANCE_METHODS.load(entry.name).of(options) for entry in GUIDANCE_METHODS)
+    return [method for method in found if method is not None]
 
 
 def planned_passes(

@@ -19,12 +19,20 @@ from trainer.contract.variants import Expert, Variant
 from trainer.core.flow import add_noise, clean_estimate
 from trainer.models.wan.conditioning import keep_first_frame
 from trainer.sampling.conditions import Conditions, encode_files
-from trainer.sampling.denoise import Denoiser, SamplingModels, evaluating, expert_at
+from trainer.sampling.denoise import (
+    Denoiser,
+    Evaluations,
+    SamplingModels,
+    evaluating,
+    expert_at,
+)
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.schedule import Solver, walk_of
+from trainer.sampling.step_cache.cache import BlockObserver
 from trainer.sampling.video_io import Frame
 
 __all__ = [
+    "Evaluations",
     "Expert",
     "OnStep",
     "SamplingModels",
@@ -60,6 +68,8 @@ def generate(
     noise_BCFHW: Tensor | None = None,
     on_step: OnStep | None = None,
     on_estimate: OnEstimate | None = None,
+    observer: BlockObserver | None = None,
+    on_end: Callable[[Evaluations], None] | None = None,
 ) -> Tensor:
     """Sample one video.
 
@@ -72,12 +82,14 @@ def generate(
         noise_BCFHW: where to start instead of the seed's noise, float32.
         on_step: called with (evaluations done, evaluations in all) after each one; may raise to
             stop.
+        observer: watches the blocks in the place of the request's step cache.
+        on_end: told of how many passes there were.
 
     Returns:
         latents_BCFHW, normalised, float32, B = 1, on the models' device.
 
     Raises:
-        ConfigError: the request does not fit the model.
+        ConfigError: the request does not fit the model, or its step cache does not know it.
         NonFiniteError: the latents became NaN or infinite.
         KeyError: a text of the request was not encoded.
     """
@@ -97,8 +109,8 @@ def generate(
         sigma = schedule.sigmas[:1].to(models.device)
         noise = add_noise(conditions.start_latents_BCFHW.float(), noise, sigma)
     latents = _hold(noise, conditions)
-    with torch.no_grad():
-        denoiser = Denoiser(models, request, conditions, schedule.timesteps.tolist())
+    timesteps = schedule.timesteps.tolist()
+    with torch.no_grad(), Denoiser(models, request, conditions, timesteps, observer) as denoiser:
         for index in range(schedule.num_steps):
             velocity = denoiser.velocity(index, latents)
             if on_estimate is not None:
@@ -113,6 +125,8 @@ def generate(
             f"the sample of {request.prompt[:60]!r} became NaN or infinite",
             hint="lower guidance_scale or the LoRA's strength, or sample in fp32",
         )
+    if on_end is not None:
+        on_end(denoiser.evaluations)
     return _shown(latents, request)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from trainer.contract.config import Prompt, SamplingSection
+from trainer.contract.denoising_options import DenoisingOptions, denoising_of
+from trainer.contract.denoising_rules import denoising_problems
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.one_frame import OneFrame
 from trainer.contract.variants import Variant
@@ -60,6 +62,8 @@ class SampleRequest:
     """Video, image, or folder of frames that the walk starts from; None: from noise alone."""
     strength: float | None = None
     """Share of the steps that is walked from `video`; None without one."""
+    denoising: DenoisingOptions = field(default_factory=DenoisingOptions)
+    """How the velocities are found: methods of guidance, step cache."""
     one_frame: str | None = None
     """One-frame mode: the moment to make, and those of `control_images`; see `OneFrame.parse`."""
     control_images: tuple[Path, ...] | None = None
@@ -127,6 +131,7 @@ class SampleRequest:
             schedule=pick("schedule", section.schedule),
             video=prompt.video,
             strength=prompt.strength or (DEFAULT_STRENGTH if prompt.video else None),
+            denoising=denoising_of(section, prompt),
             one_frame=prompt.one_frame,
             control_images=prompt.control_images,
         )
@@ -175,6 +180,11 @@ class SampleRequest:
             *_size_problems(self, variant, pixel_multiple or variant.pixel_multiple),
             *_number_problems(self),
             *_walk_problems(self),
+            *denoising_problems(
+                self.denoising,
+                variant.transformer.num_layers,
+                guided=any(map(needs_negative, self.guidance_scale)),
+            ),
             *(_file_problems if self.one_frame is None else _one_frame_problems)(self, variant),
         ]
         if problems:

@@ -78,8 +78,17 @@ class HeadNorm(nn.Module):
         self.eps = eps
 
     def forward(self, tokens_BLD: Tensor, rope_LK: Tensor | None = None) -> Tensor:
-        """Return (B, L, N, K) in the dtype of the input; float32 inside."""
-        return _norm_rotate(tokens_BLD, self.weight, rope_LK, self.num_heads, self.eps)
+        """Return (B, L, N, K) in the dtype of the input; float32 inside.
+
+        Without gradients a float32 input is used up: the result is in its memory.
+        """
+        if torch.is_grad_enabled():
+            return _norm_rotate(tokens_BLD, self.weight, rope_LK, self.num_heads, self.eps)
+        x = tokens_BLD.float()
+        scale_BL1 = _scale(x, self.eps)
+        out = x.mul_(self.weight.float()).view(*x.shape[:-1], self.num_heads, -1)
+        _turn(out, rope_LK, scale_BL1, back=False, out=out)
+        return out.to(tokens_BLD.dtype)
 
 
 class _NormRotate(torch.autograd.Function):
@@ -93,8 +102,7 @@ class _NormRotate(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         x = tokens_BLD.float()
-        square_sum = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
-        scale_BL1 = torch.rsqrt(square_sum / x.shape[-1] + eps)
+        scale_BL1 = _scale(x, eps)
         out = (x * weight_D.float()).view(*x.shape[:-1], num_heads, -1)
         _turn(out, rope_LK, scale_BL1, back=False, out=out)
         ctx.save_for_backward(tokens_BLD, weight_D, rope_LK, scale_BL1)
@@ -120,6 +128,12 @@ class _NormRotate(torch.autograd.Function):
 
 
 _norm_rotate = cast("Callable[..., Tensor]", _NormRotate.apply)
+
+
+def _scale(x_BLD: Tensor, eps: float) -> Tensor:
+    """Return 1 / root mean square of every token, (B, L, 1)."""
+    square_sum = torch.linalg.vector_norm(x_BLD, dim=-1, keepdim=True).square()
+    return torch.rsqrt(square_sum / x_BLD.shape[-1] + eps)
 
 
 def _turn(
