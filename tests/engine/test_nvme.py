@@ -6,6 +6,8 @@ DeepSpeed compiles its module for files for many minutes, so these tests run whe
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 

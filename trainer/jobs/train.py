@@ -156,7 +156,10 @@ class TrainingRun:
             refused: dict[Request, str] = {}
             if samples is None:
                 refused["sample"] = "this run has no prompts to sample, or lacks what they need"
-            requests = stack.enter_context(Requests(self.run_dir, engine, self.emit, refused))
+            minutes = config.checkpoint.every_minutes
+            requests = stack.enter_context(
+                Requests(self.run_dir, engine, self.emit, refused, save_every_s=60 * minutes)
+            )
             keeper = self._keeper(trainee, data, store, resume, reporter, samples, build)
             end = run_loop(
                 Run(
