@@ -276,9 +276,7 @@ def noise(keys: Keys) -> None:
         return
     strength = keys.read("noise_offset", v.number, 0.1)
     keys.draft.values["techniques"] = [{"name": "noise_offset", "strength": strength}]
-    note = (
-        "[[techniques]] noise_offset, of variance 1; each item has it, there a share of the steps"
-    )
+    note = "[[techniques]] noise_offset, of variance 1; each item has it, there a share of them"
     keys.done("offset_noise", note, "techniques")
     keys.done("noise_offset", "its strength", "techniques")
     keys.lacks("noise_offset_probability", "every item has the offset", "lower its strength")
