@@ -149,6 +149,7 @@ def test_frames_for_the_terminal_are_first_to_last(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(paths[-1])), video[-1])
 
 
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path):
     """The thresholds of the demo are those of its report; the figures are checked anew here."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.toy import AdamWFactory, LoraStep, batches_of_step
+from tests.warm import start as warm
 from trainer.engine.local import LocalEngine
 from trainer.training.checkpoints import CheckpointStore
 
@@ -67,7 +68,7 @@ def test_kill_loop(tmp_path):
     chance = random.Random(5)
     announced = 0
     for _ in range(ROUNDS):
-        process = subprocess.Popen(
+        process = warm.Popen(
             [sys.executable, "-m", "tests.training.test_checkpoints_kill", str(tmp_path / "run")],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -17,6 +17,7 @@ _LARGE = frozenset({"load_fp8_14b", "loraid"})
 BENCHMARKS: Registry[Any] = Registry(
     "benchmark",
     Entry("step", "trainer.bench.step", "training step against diffusers + PEFT"),
+    Entry("sample", "trainer.bench.sample", "sampling a video against diffusers' pipeline"),
     Entry("engine", "trainer.bench.engine", "engine against a plain loop"),
     Entry("load", "trainer.bench.load", "peak RAM of loading a model (writes 2.7 GiB for a while)"),
     Entry("load_fp8", "trainer.bench.load_fp8", "peak RAM of loading fp8 (writes 1.4 GiB)"),

@@ -82,6 +82,8 @@ class SampleJobRequest(ConfigRequest):
     """Folder of the results; nothing in it is overwritten."""
     run_dir: Path | None = None
     """Take this run's newest output file as a LoRA, too."""
+    calibrate: bool = False
+    """Sample without methods of guidance and step cache, and measure what caches need to know."""
 
 
 class SampleMatrixRequest(SampleJobRequest):

@@ -25,8 +25,14 @@ FLAGS: Mapping[str, str] = {
     "i": "image",
     "ei": "last_image",
     "cn": "control",
+    "v2v": "video",
+    "st": "strength",
+    "so": "solver",
+    "sc": "schedule",
+    "of": "one_frame",
+    "ci": "control_images",
 }
-"""musubi-tuner's flag after a prompt -> key of `Prompt`."""
+"""musubi-tuner's flag after a prompt, or one of our own -> key of `Prompt`."""
 
 INFERENCE_FLAGS: Mapping[str, str] = {"g": "guidance_scale"}
 """What is a flag of Wan in musubi-tuner's prompts for inference only."""
@@ -54,11 +60,12 @@ SPELLINGS: Mapping[str, str] = {
 """Other name -> key of `Prompt`: those of `menma sample`'s options, of musubi-tuner, Takenoko."""
 
 FOREIGN: Mapping[str, str] = {
-    "ci": "one-frame control images are not for the models Menma samples",
-    "of": "one-frame options are not for the models Menma samples",
     "cim": "masks of control images are not for the models Menma samples",
 }
 """Flags that musubi-tuner knows and Menma does not: why."""
+
+REPEATABLE = frozenset({"control_images"})
+"""Keys whose flag is written once for each value."""
 
 _MAY_BE_EMPTY = frozenset({"negative_prompt"})
 

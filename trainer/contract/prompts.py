@@ -15,6 +15,7 @@ from trainer.contract.config import Prompt
 from trainer.contract.config_io import problems_of
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.prompt_keys import (
+    REPEATABLE,
     flag_hint,
     key_hint,
     key_of,
@@ -108,6 +109,8 @@ def _fields_of_line(line: str, problems: list[Problem], given: dict[str, str]) -
         key = key_of_flag(flag)
         if key is None:
             problems.append(Problem("unknown flag", f"--{flag}", hint=flag_hint(flag)))
+        elif key in fields and key in REPEATABLE:
+            fields[key] += written_value(key, value)
         elif key in fields:
             other = "" if given[key] == flag else f" (--{given[key]} is the same)"
             problems.append(Problem(f"given twice{other}", f"--{flag}"))

@@ -41,7 +41,8 @@ from trainer.jobs.eval import (
 from trainer.jobs.run_facts import training_facts
 from trainer.jobs.run_items import load_run_items, validation_settings
 from trainer.jobs.sample import SampleLoaders
-from trainer.jobs.sample_run import newest_outputs
+from trainer.jobs.sample_run import newest_outputs, transformer_files
+from trainer.jobs.step_cache_values import step_cache_values
 from trainer.sampling.requests import SampleRequest
 from trainer.training.reporter import peaks_gib
 from trainer.training.validation import ValidationResult
@@ -66,6 +67,9 @@ def run(request: EvalRequest, emit: Emit) -> None:
     clips = _clips(config, validation, shots)
     config = resolve_for_forwards(config, variant, device, clips, emit) if clips else config
     tile = config.memory.vae_tile
+    step_cache = step_cache_values(
+        config, variant, lambda: transformer_files(config, variant), shots
+    )
     measured = measure(
         EvalParts(
             variant=variant,
@@ -78,6 +82,7 @@ def run(request: EvalRequest, emit: Emit) -> None:
             device=device,
             tile=(tile, tile) if tile else None,
             progress=progress_events(emit),
+            step_cache=step_cache,
         )
     )
     figures = probe.judge(measured.videos) if shots else {}

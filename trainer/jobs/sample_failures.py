@@ -40,8 +40,6 @@ def in_phase(phase: Phase, subject: str = "") -> Iterator[None]:
         known = explain(error)
         if not isinstance(known, OutOfMemoryError) or known is error:
             raise
-        # What the frames hold is what memory ran out for.
-        traceback.clear_frames(error.__traceback__)
         words = f"{subject}: {known.message}" if subject else known.message
         raise OutOfMemoryError(words, hint=f"to use less: {_TO_USE_LESS[phase]}") from None
 
@@ -76,10 +74,8 @@ class Failures:
         try:
             yield
         except BaseException as error:  # noqa: BLE001  (nothing is swallowed: `end` raises it)
-            # The frames hold models and activations, and memory may be what was missing.
-            traceback.clear_frames(error.__traceback__)
-            self.errors.append(error)
             known = explain(error)
+            self.errors.append(_without_frames(error, is_known=known is not None))
             if known is not None:
                 self.on_failure(known.message)
             if not (spares_others and isinstance(error, _OF_ONE_SAMPLE)):
@@ -102,3 +98,14 @@ class Failures:
 
 class StopDrawing(Exception):
     """No further sample can be made; the reason is in `Failures.errors`."""
+
+
+def _without_frames(error: BaseException, *, is_known: bool) -> BaseException:
+    """Return an error that no longer holds the models and activations of where it came from.
+
+    Clearing the frames is not enough: one of a closure keeps its function, and with it the cells.
+    """
+    if not is_known and isinstance(error, Exception):
+        error.add_note("".join(traceback.format_exception(error)))
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)

@@ -24,7 +24,7 @@ from trainer.models.wan.detect import official_tensors
 from trainer.sampling.requests import SampleRequest
 
 _TOLD_BY = ("menma.expert", "ss_loraid_expert")
-_EXPERT_WORDS: dict[str, Expert | None] = {**SLOT_EXPERTS}
+_EXPERT_WORDS: dict[str, Expert | None] = dict(SLOT_EXPERTS.items())
 
 
 def check_loras(

@@ -164,7 +164,8 @@ class TrainingRun:
                     steps=trainee.steps,
                     lr_at=trainee.lr_at,
                     techniques=trainee.acting,
-                    plan=plan(config, data.total_steps),
+                    plan=plan(config, data.total_steps, data.steps.epoch_after, trainee.watch),
+                    watch=trainee.watch,
                     keeper=keeper,
                     reporter=reporter,
                     requests=requests,
@@ -224,6 +225,8 @@ class TrainingRun:
             resume=resume,
             make_samples=samples,
             validator=trainee.validator,
+            keep_outputs=config.output.keep_last,
+            watch=trainee.watch,
             average_use=AverageUse(
                 samples=config.ema.use_for_samples, validation=config.ema.use_for_validation
             ),
@@ -235,7 +238,7 @@ class TrainingRun:
         if not sampling.prompts and sampling.prompts_file is None:
             return None
         missing = check_files(with_variant(self.config, variant), "sample")
-        if missing and not (sampling.every_steps or sampling.at_start):
+        if missing and not sampling.while_training:
             self.emit(
                 "log",
                 message="this run cannot make samples when asked to: "
