@@ -135,7 +135,7 @@ class SampleRanks:
         world = self._world
         if world.world_size == 1:
             return list(samples)
-        written = [[one.index, str(one.path)] for one in samples]
+        written: list[tuple[int, str]] = [(one.index, str(one.path)) for one in samples]
         if world.rank:
             self._say({"end": {"samples": written, "error": error}})
             while not self._store.check([_OVER]):
@@ -146,7 +146,7 @@ class SampleRanks:
             self._listen()
         self._store.set(_OVER, "1")
         for told in self._ends.values():
-            written += told["samples"]
+            written += [(index, path) for index, path in told["samples"]]
         if not error:
             _raise_first(self._ends)
         return [Sample(Path(path), requests[i], i) for i, path in sorted(written)]
@@ -179,11 +179,10 @@ class SampleRanks:
 def in_words(error: BaseException, explain: Callable[[BaseException], MenmaError | None]) -> str:
     """Return what the first process needs to raise another's error."""
     known = explain(error)
-    told = known or error
     return json.dumps(
         {
             "kind": "" if known is None else type(known).__name__,
-            "message": f"{type(error).__name__}: {error}" if known is None else told.message,
+            "message": f"{type(error).__name__}: {error}" if known is None else known.message,
             "hint": "" if known is None else known.hint,
             "interrupted": isinstance(error, KeyboardInterrupt),
         }
