@@ -127,6 +127,24 @@ def check_together(like: Path | None, decode: Path | None, others: dict[str, Any
         )
 
 
+def refuse_beside(*, interactive: bool, sheet: bool, request: dict[str, Any]) -> None:
+    """Refuse what means nothing to a session or to a sheet.
+
+    Raises:
+        UserError: it was asked for.
+    """
+    if not (interactive or sheet):
+        return
+    what = "--interactive" if interactive else "a sheet"
+    given = [f"--{name}" for name in ("force", "like", "decode") if request[name]]
+    if sheet:
+        keys = {text.partition("=")[0] for text in request["set"]}
+        options = {"format": "--format", "quality": "--quality", "save_latents": "--save-latents"}
+        given += [option for key, option in options.items() if f"sampling.{key}" in keys]
+    if given:
+        raise UserError(f"{given[0]} means nothing to {what}", hint=f"leave out {given[0]}")
+
+
 def _can_draw() -> bool:
     from rich.console import Console
 

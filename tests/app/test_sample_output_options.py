@@ -107,6 +107,20 @@ def test_options_that_contradict_each_other(menma, config, words, problem):
     assert not Path("request.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["-p", "x", "--vary", "seed=1,2", "--format", "gif"], "--format means nothing to a sheet"),
+        (["-p", "x", "--vary", "seed=1,2", "--force"], "--force means nothing to a sheet"),
+        (["--interactive", "--like", "vae.safetensors"], "--like means nothing to --interactive"),
+    ],
+)
+def test_sheets_and_sessions_write_files_of_their_own(menma, config, words, problem):
+    answer = menma("sample", config, *words)
+    assert answer.code == 2
+    assert problem in answer.err
+
+
 def test_previews_are_drawn_where_they_can_be(monkeypatch):
     key = "sampling.preview_every_steps"
     assert preview_setting(None, []) == []  # no terminal here

@@ -26,6 +26,7 @@ from trainer.contract.intervals import Repeated
 from trainer.contract.optimizer_config import EmaSection, LRScheduleSection, OptimizerSection
 from trainer.contract.options import Options
 from trainer.contract.plugin_section import PluginSection
+from trainer.contract.sample_file_options import SampleFiles
 from trainer.contract.webhook import is_webhook
 
 if TYPE_CHECKING:
@@ -284,6 +285,9 @@ class CheckpointSection(Repeated):
     """Steps between checkpoints; 0: only at the end and when asked."""
     every_epochs: int = Field(0, ge=0)
     """Epochs between checkpoints, beside those of `every_steps`; 0: epochs do not count."""
+    every_minutes: float = Field(0, ge=0)
+    """Minutes after which the next step is followed by one, beside the others; 0: time does not
+    count."""
     keep_last: int = Field(3, ge=1)
     """How many checkpoints stay on disk."""
 
@@ -336,7 +340,7 @@ class Prompt(PromptDenoising):
     """Short name: in the file's name, and as a heading of sheets."""
 
 
-class SamplingSection(SectionDenoising, Repeated):
+class SamplingSection(SectionDenoising, SampleFiles, Repeated):
     """Samples made during training; the same keys are the defaults of `menma sample`."""
 
     every_steps: int = Field(0, ge=0)
@@ -384,16 +388,6 @@ class SamplingSection(SectionDenoising, Repeated):
 
     fps: int | None = Field(None, ge=1)
     """Frames a second of the written video; empty: the variant's."""
-    format: str = "h264"
-    """Kind of file of a video; one frame becomes a PNG, unless the format holds images, too."""
-    quality: int | None = Field(None, ge=1, le=100)
-    """1 is the smallest file, 100 the best; empty: visually lossless."""
-    save_latents: bool = False
-    """Write the latents beside each sample, to be decoded again later."""
-    metadata: bool = True
-    """Write into each file what made it: prompt, settings, names of models and LoRAs."""
-    preview_every_steps: int = Field(0, ge=0)
-    """Solver steps between rough pictures of the sample in work; 0: none."""
 
 
 class ValidationSection(Repeated):

@@ -37,6 +37,7 @@ from trainer.jobs.sample_run import (
 )
 from trainer.jobs.sample_sheet_folder import SheetFacts, SheetFolder
 from trainer.jobs.sample_studio import Studio, StudioOptions
+from trainer.jobs.step_cache_values import step_cache_values
 from trainer.sampling.matrix import Cell, build_sheet
 
 BaseLoader = Callable[[tuple[Path, ...]], Callable[[Expert], nn.Module] | None]
@@ -80,6 +81,9 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
         loras=sheet.loras,
         device=device,
         tile=(tile, tile) if tile else None,
+        step_cache=step_cache_values(
+            config, variant, lambda: files, [cell.request for cell in sheet.cells]
+        ),
         warn=lambda words: emit("warning", message=words),
     )
     studio = Studio(variant, loaders_of(config, variant, files, device), options)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -67,6 +69,20 @@ def previews(
     if not every_steps:
         return None
     return Previews(projection_for(config, variant, device), folder, every_steps, emit)
+
+
+@contextmanager
+def passing_previews(
+    config: RunConfig, variant: Variant, device: torch.device, emit: Emit, *, wanted: bool = True
+) -> Iterator[Previews | None]:
+    """Make previews in a folder that goes at the end: pictures of work are nobody's results.
+
+    Raises:
+        ConfigError: no VAE is given, or that of other variants.
+        ModelFileError: it cannot be read.
+    """
+    with TemporaryDirectory(prefix="menma-preview-") as folder:
+        yield previews(config, variant, device, Path(folder), emit) if wanted else None
 
 
 def projection_for(config: RunConfig, variant: Variant, device: torch.device) -> Projection:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ from trainer.jobs.sample_like import remade
 from trainer.jobs.sample_lora_checks import check_loras, check_merge
 from trainer.jobs.sample_loras import OnMerge
 from trainer.jobs.sample_metadata import differences, model_metadata
-from trainer.jobs.sample_preview import previews
+from trainer.jobs.sample_preview import passing_previews
 from trainer.jobs.sample_ranks import (
     SampleRanks,
     in_words,
@@ -154,23 +153,11 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
         requests, recorder = requests_to_calibrate(requests), Recorder()
     step_cache = step_cache_values(config, plan.variant, lambda: plan.files, requests)
 
-    def on_sample(sample: Sample) -> None:
-        ranks.emit(
-            "sample",
-            path=str(sample.path),
-            prompt=sample.request.prompt[:2000],
-            seed=sample.request.seed,
-            evaluations=asdict(sample.evaluations),
-            **({} if sample.latents is None else {"latents": str(sample.latents)}),
-        )
-
     samples: list[Sample] = []
     try:
-        # Pictures of what is being made are nobody's results: they go when the job does.
-        with TemporaryDirectory(prefix="menma-preview-") as folder:
-            drawn = None
-            if ranks.part.writes:
-                drawn = previews(config, plan.variant, world.device, Path(folder), ranks.emit)
+        with passing_previews(
+            config, plan.variant, world.device, ranks.emit, wanted=ranks.part.writes
+        ) as drawn:
             samples = run_sample(
                 requests,
                 plan.variant,
@@ -187,7 +174,7 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
                     device=world.device,
                     tile=(tile, tile) if tile else None,
                     progress=ranks.progress,
-                    on_sample=on_sample,
+                    on_sample=lambda sample: ranks.emit("sample", **sample_fields(sample)),
                     step_cache=step_cache,
                     observer=recorder,
                     preview=drawn,
@@ -207,6 +194,14 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
         whole = spared + passes["evaluations"]
         ranks.emit_first("log", message=f"the step cache spared {spared} of {whole} evaluations")
     ranks.emit_first("end", reason="done", num_samples=len(samples), **passes)
+
+
+def sample_fields(sample: Sample) -> dict[str, Any]:
+    """Return what an event says of a written sample."""
+    request = sample.request
+    fields = {"path": str(sample.path), "prompt": request.prompt[:2000], "seed": request.seed}
+    beside = {} if sample.latents is None else {"latents": str(sample.latents)}
+    return {**fields, "evaluations": asdict(sample.evaluations), **beside}
 
 
 def _evaluations(samples: Sequence[Sample]) -> dict[str, int]:

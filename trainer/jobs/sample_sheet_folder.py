@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,8 @@ class SheetFacts:
     variant: str
     models: tuple[str, ...]
     """Identity of all that shapes a sample and is not in its request."""
+    metadata: bool = True
+    """Whether each sample's file says what made it."""
 
     @classmethod
     def of(cls, config: RunConfig, variant: Variant, files: Mapping[Expert, Path]) -> SheetFacts:
@@ -53,7 +56,8 @@ class SheetFacts:
         paths = [*files.values(), model.vae, model.text_encoder, model.image_encoder]
         identities = [model_identity(path) for path in paths if path is not None]
         precision = str(config.memory.weight_format)
-        return cls(config.name, variant.name, (*identities, precision))
+        models = (*identities, precision)
+        return cls(config.name, variant.name, models, config.sampling.metadata)
 
 
 class SheetFolder:
@@ -116,6 +120,7 @@ class SheetFolder:
         metadata = describe(request) | {"variant": self._facts.variant}
         if loras := self._loras(cell):
             metadata["loras"] = loras
+        metadata = metadata if self._facts.metadata else {}
         if request.num_frames == 1:
             path = stem.with_name(f"{stem.name}.png")
             write_png(path, next(iter(frames)), metadata)
@@ -124,6 +129,8 @@ class SheetFolder:
             write_video(path, frames, request.fps, metadata)
         self._files[self.identity(cell)] = path
         self.latents(cell).unlink(missing_ok=True)
+        with suppress(OSError):  # others wait in it
+            self.latents(cell).parent.rmdir()
         return path
 
     def write_page_now_and_then(self, failures: Mapping[str, str]) -> None:
@@ -142,7 +149,7 @@ class SheetFolder:
         page = Page(
             title=self._facts.title,
             fixed=self._fixed(),
-            axes=[(axis.key, axis.labels) for axis in sheet.axes],
+            axes=[(axis.name, axis.labels) for axis in sheet.axes],
             row_axes=sheet.row_axes,
             columns=sheet.columns,
             rows=[[self._page_cell(cell, failures) for cell in row] for _, row in sheet.rows()],
@@ -162,11 +169,11 @@ class SheetFolder:
         ]
         column = sheet.axes[sheet.columns]
         first = sheet.cells[0].request
-        columns = [_heading(column.key, label) for label in column.labels]
+        columns = [_heading(column.name, label) for label in column.labels]
         grid = Grid(
             title=self._facts.title,
             note=" · ".join(f"{key} {value}" for key, value in self._fixed()),
-            corner=" · ".join(sheet.axes[axis].key for axis in sheet.row_axes),
+            corner=" · ".join(sheet.axes[axis].name for axis in sheet.row_axes),
             columns=columns if len(columns) > 1 else [""],
             rows=rows,
             aspect=(first.width, first.height),
@@ -193,7 +200,7 @@ class SheetFolder:
 
     def _slug(self, cell: Cell) -> str:
         parts = [
-            f"{self._sheet.axes[axis].key}-{self._sheet.label(cell, axis)[:24]}"
+            f"{self._sheet.axes[axis].name}-{self._sheet.label(cell, axis)[:24]}"
             for axis in self._sheet.varied
         ]
         slug = re.sub(r"[^\w.+-]+", "_", "_".join(parts))
@@ -236,7 +243,7 @@ class SheetFolder:
     def _row_heading(self, cell: Cell) -> str:
         sheet = self._sheet
         return "\n".join(
-            _heading(sheet.axes[axis].key, sheet.label(cell, axis)) for axis in sheet.row_axes
+            _heading(sheet.axes[axis].name, sheet.label(cell, axis)) for axis in sheet.row_axes
         )
 
 

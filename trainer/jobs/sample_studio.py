@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from trainer.contract.denoising_options import DenoisingOptions
 from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Expert, Variant
 from trainer.jobs.sample import SampleLoaders
@@ -20,6 +21,7 @@ from trainer.sampling.conditions import Conditions, encode_files, encode_texts
 from trainer.sampling.experts import ExpertSwitch
 from trainer.sampling.pipeline import OnStep, SamplingModels, decode_frames, generate
 from trainer.sampling.requests import SampleRequest
+from trainer.sampling.step_cache.values import StepCacheValues
 from trainer.sampling.video_io import Frame
 
 M = TypeVar("M")
@@ -39,6 +41,8 @@ class StudioOptions:
     """(height, width) in pixels: decode in overlapping tiles."""
     keep: bool = False
     """Encoders and VAE wait in RAM between uses; else they are loaded anew each time."""
+    step_cache: StepCacheValues = field(default_factory=StepCacheValues)
+    """What step caches know of the model."""
     warn: Callable[[str], None] = lambda _words: None
     """Told of what works, but not as well as it might."""
 
@@ -109,6 +113,7 @@ class Studio:
             transformer=lambda expert: self._loras.ready(self._switch(expert), expert),
             contexts=self._texts,
             device=self._options.device,
+            step_cache=self._options.step_cache,
         )
 
         def step_done(done: int, steps: int) -> None:
@@ -207,4 +212,5 @@ def _seen(request: SampleRequest) -> SampleRequest:
         solver="",
         fps=1,
         lora_strengths=None,
+        denoising=DenoisingOptions(),
     )

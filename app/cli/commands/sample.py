@@ -39,6 +39,19 @@ from app.cli.sample_guidance_options import (
     slg_settings,
 )
 from app.cli.sample_lora_options import MergeLoras, SampleLoras, sample_lora
+from app.cli.sample_sheet_options import (
+    Columns,
+    Interactive,
+    MatrixFile,
+    UseWildcards,
+    Vary,
+    WildcardsFolder,
+    refuse_with_session,
+    sheet_fields,
+    sheet_folder,
+    varies_prompts,
+    wildcard_settings,
+)
 from app.cli.sample_start_options import (
     ControlImages,
     OneFrame,
@@ -154,6 +167,12 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     like: files.Like = None,
     decode: files.Decode = None,
     preview: files.Preview = None,
+    vary: Vary = None,
+    matrix: MatrixFile = None,
+    columns: Columns = None,
+    wildcards: UseWildcards = None,
+    wildcards_folder: WildcardsFolder = None,
+    interactive: Interactive = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -201,6 +220,7 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "seed": seed,
         "fps": fps,
         **files.overrides(format_, quality, save_latents=save_latents, no_metadata=no_metadata),
+        **wildcard_settings(wildcards, wildcards_folder),
     }
     inputs = {"image": image, "last_image": last_image, "control": control, "video": video}
     of_prompts = {
@@ -224,17 +244,35 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "run_dir": _text(run_dir),
         "calibrate": calibrate,
     }
-    checked = _check(config, request)
-    if like is None and decode is None:
-        _say_duration(checked, request)
-    result = jobs.run_or_leave("sample", request)
+    sheet = sheet_fields(request, vary, matrix, columns)
+    files.refuse_beside(interactive=interactive, sheet=bool(sheet), request=request)
+    if interactive:
+        from app.cli.sample_session import run_session
+
+        refuse_with_session(request, sheet)
+        _check(config, request, needs_prompts=False)
+        run_session(request, as_json=as_json)
+        return
+    if sheet:
+        request |= sheet
+        request["output"] = str(sheet_folder(request, target))
+    loaded = _check(config, request, needs_prompts=not varies_prompts(sheet))
+    if not (sheet or like or decode):
+        _say_duration(loaded, request)
+    _run("sample_matrix" if sheet else "sample", request, as_json=as_json)
+
+
+def _run(job: str, request: dict[str, Any], *, as_json: bool) -> None:
+    """Run the job; write the paths of its files to stdout."""
+    result = jobs.run_or_leave(job, request)
     if as_json:
         output.json_data(result.all("sample"))
         return
-    for event in result.all("sample"):
-        output.data(event["path"])
-        if "latents" in event:
-            output.data(event["latents"])
+    kinds = {"output"} if job == "sample_matrix" else {"output", "sample"}
+    for event in (event for event in result.events if event["type"] in kinds):
+        for key in ("path", "latents"):
+            if key in event:
+                output.data(str(event[key]))
 
 
 def _overrides(settings: dict[str, Any]) -> list[str]:
@@ -268,7 +306,7 @@ def _prompts(
     return [{"prompt": text, **given} for text in texts]
 
 
-def _check(config: Path, request: dict[str, Any]) -> RunConfig:
+def _check(config: Path, request: dict[str, Any], *, needs_prompts: bool) -> RunConfig:
     """Find what is wrong before torch is loaded; return the config."""
     from app.domain.complete import complete_config
 
@@ -276,7 +314,7 @@ def _check(config: Path, request: dict[str, Any]) -> RunConfig:
         return complete_config(config, request["set"], "decode")
     loaded = complete_config(config, request["set"], "sample")
     has_prompts = request["like"] or loaded.sampling.prompts or loaded.sampling.prompts_file
-    if not (request["prompts"] or request["prompts_file"] or has_prompts):
+    if needs_prompts and not (request["prompts"] or request["prompts_file"] or has_prompts):
         raise UserError("there is no prompt", hint='add --prompt "..." or --prompts-file FILE')
     return loaded
 
