@@ -371,6 +371,40 @@ def test_published_values_are_those_of_the_size() -> None:
     assert published_values("wan2.2-t2v-a14b", 832 * 480) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "num_pixels", "num_steps"),
+    [
+        ("wan2.1-t2v-1.3b", 832 * 480, 50),
+        ("wan2.1-t2v-14b", 832 * 480, 50),
+        ("wan2.1-i2v-14b", 832 * 480, 40),
+        ("wan2.1-i2v-14b", 1280 * 720, 40),
+    ],
+)
+def test_published_ratios_are_those_of_whole_runs(
+    name: str, num_pixels: int, num_steps: int
+) -> None:
+    values = published_values(name, num_pixels)
+    assert values is not None
+    positive, negative = values.magcache[POSITIVE], values.magcache[NEGATIVE]
+    assert len(positive) == len(negative) == num_steps
+    assert positive[0] == negative[0] == 1
+    # The passes differ little, and most of the work changes at the end: a slip would stand out.
+    assert max(abs(a - b) for a, b in zip(positive, negative, strict=True)) < 0.01
+    steps = np.abs(np.diff(positive[1:]))
+    assert steps[: num_steps // 2].max() < 0.025
+    # At the authors' settings about half of the passes are spared.
+    options = DenoisingOptions(step_cache="magcache")
+    drift = MagCache.drift(options, values, Embedding(), torch.zeros(num_steps))
+    assert 0.4 < sum(decisions(drift, POSITIVE, num_steps)) / num_steps < 0.7
+
+
+def test_the_fun_models_have_coefficients_and_no_ratios() -> None:
+    values = published_values("wan2.1-fun-control-1.3b", 832 * 480)
+    assert values is not None
+    assert values.teacache
+    assert not values.magcache
+
+
 def test_recorded_ratios_are_those_of_the_blocks() -> None:
     models, experts = tiny_models()
     model = experts["low_noise"]
