@@ -95,6 +95,10 @@ class SampleMatrixRequest(SampleJobRequest):
     """Key of what differs from left to right; empty: the last that has several values."""
 
 
+class SampleSessionRequest(SampleJobRequest):
+    """Keep the models loaded and make a sample for each line of stdin; see the job."""
+
+
 class EvalRequest(ConfigRequest):
     """Measure one subject: a run, or a config with the run that it has."""
 
@@ -385,6 +389,7 @@ JOBS: Registry[object] = Registry(
     Entry("train", "trainer.jobs.train:run", "train"),
     Entry("sample", "trainer.jobs.sample_run:run", "generate videos or images"),
     Entry("sample_matrix", "trainer.jobs.sample_matrix:run", "a sheet of samples"),
+    Entry("sample_session", "trainer.jobs.sample_session:run", "a sample for each line of stdin"),
     Entry("eval", "trainer.jobs.eval_run:run", "validation loss and figures of a probe"),
     Entry("deepspeed", "trainer.jobs.deepspeed_export:run", "the DeepSpeed config of a run"),
     Entry("schedule", "trainer.jobs.schedule:run", "the learning rate of every step"),
@@ -416,6 +421,7 @@ REQUESTS: dict[str, type[Options]] = {
     "train": TrainRequest,
     "sample": SampleJobRequest,
     "sample_matrix": SampleMatrixRequest,
+    "sample_session": SampleSessionRequest,
     "eval": EvalRequest,
     "deepspeed": DeepSpeedRequest,
     "schedule": ScheduleRequest,

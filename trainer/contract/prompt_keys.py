@@ -92,7 +92,7 @@ def flag_hint(flag: str) -> str:
         return "write the text first, without a flag"
     short = (*FLAGS, *INFERENCE_FLAGS)
     if len(flag) <= max(map(len, short)):
-        return nearest(f"--{flag}", [f"--{name}" for name in short])
+        return f"known: {', '.join(f'--{name}' for name in short)}, and long names of keys"
     keys = [key for key in Prompt.model_fields if key != "prompt"]
     return nearest(f"--{dashed(flag)}", [f"--{dashed(name)}" for name in (*keys, *SPELLINGS)])
 

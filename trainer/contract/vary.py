@@ -102,7 +102,9 @@ def read_matrix(path: Path) -> Matrix:
     problems: list[Problem] = [
         Problem("unknown key", key, hint=nearest(key, _KEYS)) for key in content if key not in _KEYS
     ]
-    tables = {key: content[key] for key in ("prompts", "sample_prompts") if key in content}
+    tables: dict[str, Any] = {
+        key: content[key] for key in ("prompts", "sample_prompts") if key in content
+    }
     prompts = tuple(prompts_of_tables(tables, problems))
     axes = tuple(_axes_of_table(content.get("vary", {}), problems))
     file, columns = content.get("prompts_file"), content.get("columns")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -124,6 +125,8 @@ class SheetFolder:
             write_video(path, frames, request.fps, metadata)
         self._files[self.identity(cell)] = path
         self.latents(cell).unlink(missing_ok=True)
+        with suppress(OSError):  # others wait in it
+            self.latents(cell).parent.rmdir()
         return path
 
     def write_page_now_and_then(self, failures: Mapping[str, str]) -> None:
@@ -142,7 +145,7 @@ class SheetFolder:
         page = Page(
             title=self._facts.title,
             fixed=self._fixed(),
-            axes=[(axis.key, axis.labels) for axis in sheet.axes],
+            axes=[(axis.name, axis.labels) for axis in sheet.axes],
             row_axes=sheet.row_axes,
             columns=sheet.columns,
             rows=[[self._page_cell(cell, failures) for cell in row] for _, row in sheet.rows()],
@@ -162,11 +165,11 @@ class SheetFolder:
         ]
         column = sheet.axes[sheet.columns]
         first = sheet.cells[0].request
-        columns = [_heading(column.key, label) for label in column.labels]
+        columns = [_heading(column.name, label) for label in column.labels]
         grid = Grid(
             title=self._facts.title,
             note=" · ".join(f"{key} {value}" for key, value in self._fixed()),
-            corner=" · ".join(sheet.axes[axis].key for axis in sheet.row_axes),
+            corner=" · ".join(sheet.axes[axis].name for axis in sheet.row_axes),
             columns=columns if len(columns) > 1 else [""],
             rows=rows,
             aspect=(first.width, first.height),
@@ -193,7 +196,7 @@ class SheetFolder:
 
     def _slug(self, cell: Cell) -> str:
         parts = [
-            f"{self._sheet.axes[axis].key}-{self._sheet.label(cell, axis)[:24]}"
+            f"{self._sheet.axes[axis].name}-{self._sheet.label(cell, axis)[:24]}"
             for axis in self._sheet.varied
         ]
         slug = re.sub(r"[^\w.+-]+", "_", "_".join(parts))
@@ -236,7 +239,7 @@ class SheetFolder:
     def _row_heading(self, cell: Cell) -> str:
         sheet = self._sheet
         return "\n".join(
-            _heading(sheet.axes[axis].key, sheet.label(cell, axis)) for axis in sheet.row_axes
+            _heading(sheet.axes[axis].name, sheet.label(cell, axis)) for axis in sheet.row_axes
         )
 
 

@@ -140,7 +140,7 @@ def _column_width(grid: Grid, index: int, height: int) -> int:
 
 
 def _width(frame: Frame, height: int) -> int:
-    return max(round(frame.shape[1] * height / frame.shape[0]), 1)
+    return max(round(int(frame.shape[1]) * height / int(frame.shape[0])), 1)
 
 
 def _picture(frame: Frame, height: int) -> Image.Image:

@@ -31,6 +31,14 @@ class LabelledAxis:
     key: str
     labels: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        """What its headings say: of `lora:FILE` not the whole path."""
+        if self.key.startswith(f"{LORA}:"):
+            path, expert = lora_of(self.key)
+            return " ".join(filter(None, (LORA, path.stem, expert)))
+        return self.key
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:

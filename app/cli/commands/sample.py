@@ -38,6 +38,19 @@ from app.cli.sample_guidance_options import (
     slg_settings,
 )
 from app.cli.sample_lora_options import MergeLoras, SampleLoras, sample_lora
+from app.cli.sample_sheet_options import (
+    Columns,
+    Interactive,
+    MatrixFile,
+    UseWildcards,
+    Vary,
+    WildcardsFolder,
+    refuse_with_session,
+    sheet_fields,
+    sheet_folder,
+    varies_prompts,
+    wildcard_settings,
+)
 from app.cli.sample_start_options import (
     ControlImages,
     OneFrame,
@@ -144,6 +157,12 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
             help="Folder of the results. Default: samples/, or the run's samples folder.",
         ),
     ] = None,
+    vary: Vary = None,
+    matrix: MatrixFile = None,
+    columns: Columns = None,
+    wildcards: UseWildcards = None,
+    wildcards_folder: WildcardsFolder = None,
+    interactive: Interactive = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -186,6 +205,7 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "schedule": schedule,
         "seed": seed,
         "fps": fps,
+        **wildcard_settings(wildcards, wildcards_folder),
     }
     files = {"image": image, "last_image": last_image, "control": control, "video": video}
     of_prompts = {
@@ -205,12 +225,25 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "run_dir": _text(run_dir),
         "calibrate": calibrate,
     }
-    _say_duration(_check(config, request), request)
-    result = jobs.run_or_leave("sample", request)
+    sheet = sheet_fields(request, vary, matrix, columns)
+    if interactive:
+        from app.cli.sample_session import run_session
+
+        refuse_with_session(request, sheet)
+        _check(config, request, needs_prompts=False)
+        run_session(request, as_json=as_json)
+        return
+    if sheet:
+        request |= sheet
+        request["output"] = str(sheet_folder(request, target))
+    loaded = _check(config, request, needs_prompts=not varies_prompts(sheet))
+    if not sheet:
+        _say_duration(loaded, request)
+    result = jobs.run_or_leave("sample_matrix" if sheet else "sample", request)
     if as_json:
         output.json_data(result.all("sample"))
         return
-    for path in result.paths:
+    for path in result.paths_of({"output"} if sheet else {"output", "sample"}):
         output.data(path)
 
 
@@ -242,13 +275,13 @@ def _prompts(
     return [{"prompt": text, **given} for text in texts]
 
 
-def _check(config: Path, request: dict[str, Any]) -> RunConfig:
+def _check(config: Path, request: dict[str, Any], *, needs_prompts: bool) -> RunConfig:
     """Find what is wrong before torch is loaded; return the config."""
     from app.domain.complete import complete_config
 
     loaded = complete_config(config, request["set"], "sample")
     has_prompts = loaded.sampling.prompts or loaded.sampling.prompts_file
-    if not (request["prompts"] or request["prompts_file"] or has_prompts):
+    if needs_prompts and not (request["prompts"] or request["prompts_file"] or has_prompts):
         raise UserError("there is no prompt", hint='add --prompt "..." or --prompts-file FILE')
     return loaded
 
