@@ -34,6 +34,7 @@ from trainer.jobs.sample_lora_checks import check_loras, check_merge
 from trainer.jobs.sample_loras import described, uses_in
 from trainer.jobs.sample_run import loaders_of, loras_of, merge_events, transformer_files
 from trainer.jobs.sample_studio import Studio, StudioOptions
+from trainer.jobs.step_cache_values import known_values
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import write_sample
 
@@ -67,6 +68,7 @@ def run(request: SampleSessionRequest, emit: Emit) -> None:
         on_merge=merge_events(emit),
         tile=(tile, tile) if tile else None,
         keep=True,
+        step_cache=known_values(config, variant, files),
         warn=lambda words: emit("warning", message=words),
     )
     studio = Studio(variant, loaders_of(config, variant, files, device), options)
