@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.models.wan_pairs import build, tiny_config
+from tests.swap.swapped_models import make_model
 from trainer.contract.config import Prompt
 from trainer.contract.denoising_options import DenoisingOptions
 from trainer.contract.errors import ConfigError
@@ -23,9 +24,13 @@ from trainer.contract.variants import get_variant
 from trainer.memory.block_swap import BlockSwap
 from trainer.memory.streams import HostStreams
 from trainer.models import load_text_encoder, load_transformer
+from trainer.models.wan.quantised import is_block_linear
 from trainer.models.wan.transformer import WanTransformer
 from trainer.nano.files import ASSETS, EXPERT_VARIANT, T2V_VARIANT, asset
 from trainer.nano.quality import FLOW_SHIFT, GUIDANCE_SCALE, NUM_FRAMES, NUM_STEPS, SIZE
+from trainer.quant.fp8 import Fp8Spec, quantise
+from trainer.quant.linear import Fp8Linear
+from trainer.sampling.conditions import Conditions
 from trainer.sampling.guidance import NEGATIVE, POSITIVE
 from trainer.sampling.pipeline import Evaluations, SamplingModels, generate
 from trainer.sampling.requests import SampleRequest
@@ -322,6 +327,63 @@ def test_batched_passes_and_streamed_blocks_give_the_same(method: str) -> None:
         results.append(result)
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(results[2], results[0])
+
+
+def with_lora(swapped: int = 0) -> WanTransformer:
+    return make_model(swapped)[0].eval()
+
+
+def in_fp8() -> WanTransformer:
+    model = build(replace(tiny_config(T2V_VARIANT), num_layers=4)).eval()
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and is_block_linear(f"{name}.weight", linear.weight.shape):
+            parent, _, child = name.rpartition(".")
+            weight = quantise(linear.weight.detach(), Fp8Spec(scaled=True), "cpu")
+            setattr(model.get_submodule(parent), child, Fp8Linear(weight, linear.bias, None))
+    return model
+
+
+@pytest.mark.parametrize(
+    "pair", [(with_lora, lambda: with_lora(3)), (in_fp8, in_fp8)], ids=["LoRA, streamed", "fp8"]
+)
+def test_adapters_and_fp8_weights_are_reused_like_others(pair: Any) -> None:
+    results = []
+    for make in pair:
+        models, _ = tiny_models()
+        model = make()
+        models = replace(models, transformer=lambda _, model=model: model, step_cache=known())
+        plain = generate(models, request_with())
+        never, _, reused = count(
+            models, request_with(step_cache="teacache", step_cache_threshold=0)
+        )
+        assert reused == 0
+        assert torch.equal(never, plain)
+        result, computed, reused = count(models, request_with(step_cache="magcache"))
+        assert reused > 0
+        assert computed + reused == 2 * STEPS
+        assert not torch.equal(result, plain)
+        results.append(result)
+    assert torch.equal(*results)
+
+
+def test_a_timestep_for_each_token_counts_as_that_of_the_step() -> None:
+    """TI2V-5B holds its first frame at timestep 0; the others' timestep decides."""
+    variant = get_variant("wan2.2-ti2v-5b")
+    model = build(replace(tiny_config(variant.name), num_layers=4)).eval()
+    contexts = tiny_models()[0].contexts
+    models = SamplingModels(
+        variant=variant,
+        transformer=lambda _: model,
+        contexts={"a cat": contexts["a cat"], variant.negative_prompt: contexts["a cat"]},
+        step_cache=known(),
+    )
+    held = Conditions(first_latents_BC1HW=torch.full((1, 48, 1, 4, 4), 0.5))
+    request = request_with(variant, step_cache="teacache", step_cache_threshold=5.0)
+    result, computed, reused = count(models, request, conditions=held)
+    _, computed_in_text_mode, _ = count(models, request, conditions=Conditions())
+    assert computed == computed_in_text_mode
+    assert reused > 0
+    assert (result[:, :, 0] == 0.5).all()
 
 
 def test_without_a_cache_nothing_changes() -> None:
