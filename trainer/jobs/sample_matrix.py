@@ -38,7 +38,9 @@ from trainer.jobs.sample_run import (
 from trainer.jobs.sample_sheet_folder import SheetFacts, SheetFolder
 from trainer.jobs.sample_studio import Studio, StudioOptions
 from trainer.jobs.step_cache_values import step_cache_values
+from trainer.sampling.inputs import check_inputs
 from trainer.sampling.matrix import Cell, build_sheet
+from trainer.sampling.schedule import walk_of
 
 BaseLoader = Callable[[tuple[Path, ...]], Callable[[Expert], nn.Module] | None]
 
@@ -69,6 +71,9 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
     )  # fmt: skip
     for note in check_loras(sheet.loras, variant, files):
         emit("warning", message=note)
+    cells = [cell.request for cell in sheet.cells]
+    for note in check_inputs(cells, multiple=variant.pixel_multiple, place="samples"):
+        emit("log", message=note)
     device = pick_device(config)
     clips = list({clip_of(cell.request): None for cell in sheet.cells})
     config = resolve_for_forwards(config, variant, device, clips, emit)
@@ -159,7 +164,7 @@ class _Making:
             with self._failure_of(cell):
                 self.studio.encode_files(cell.request)
         cells = [cell for cell in cells if self.folder.identity(cell) not in self.failures]
-        total, done = sum(cell.request.num_steps for cell in cells), 0
+        total, done = sum(walk_of(cell.request).num_steps for cell in cells), 0
         base: tuple[Path, ...] = ()
         # Stable: one load for each base, and the order of the sheet within it.
         for number, cell in enumerate(sorted(cells, key=lambda cell: cell.base), start=1):
@@ -173,7 +178,7 @@ class _Making:
                     base = cell.base
                     self.studio.change_base(self.base_loader(base))
                 self.folder.keep_latents(cell, self.studio.draw(cell.request, on_step))
-            done += cell.request.num_steps
+            done += walk_of(cell.request).num_steps
         self.studio.change_base(None)
 
     def decode(self, cells: Sequence[Cell]) -> None:

@@ -35,6 +35,7 @@ from trainer.jobs.sample_loras import described, uses_in
 from trainer.jobs.sample_run import loaders_of, loras_of, merge_events, transformer_files
 from trainer.jobs.sample_studio import Studio, StudioOptions
 from trainer.jobs.step_cache_values import known_values
+from trainer.sampling.inputs import check_inputs
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import write_sample
 
@@ -156,6 +157,8 @@ class _Session:
             progress("steps", done, steps)
             self._leave_if_stopped()
 
+        for note in check_inputs([request], multiple=self.variant.pixel_multiple):
+            self.emit("log", message=note)
         self.studio.encode_texts([request])
         self.studio.encode_files(request)
         self._leave_if_stopped()

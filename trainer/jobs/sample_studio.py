@@ -193,7 +193,7 @@ def _move(model: Any, device: torch.device) -> None:
 
 
 def _sees_files(request: SampleRequest) -> bool:
-    return request.image is not None or request.control is not None
+    return bool(request.files)
 
 
 def _seen(request: SampleRequest) -> SampleRequest:
@@ -210,6 +210,8 @@ def _seen(request: SampleRequest) -> SampleRequest:
         guidance_scale=(1.0, 1.0),
         flow_shift=1.0,
         solver="",
+        schedule="",
+        strength=None,
         fps=1,
         lora_strengths=None,
         denoising=DenoisingOptions(),
