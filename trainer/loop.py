@@ -63,6 +63,14 @@ class Keeper(Protocol):
         ...
 
 
+class Watch(Protocol):
+    """Whoever wants to know of the training loss."""
+
+    def trained(self, step: int, loss: float) -> None:
+        """Take the loss of a step."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
     """How often something is due; 0 means never."""
@@ -99,6 +107,8 @@ class Plan:
     output: Interval = NEVER
     validation: Interval = NEVER
     """Where there is some, the last step is followed by one, too."""
+    validate_first: bool = False
+    """Measure before saving, so that what is saved knows of it."""
     validate_at_start: bool = False
     sample: Interval = NEVER
     sample_at_start: bool = False
@@ -116,6 +126,7 @@ class Run:
     keeper: Keeper
     reporter: Reporter
     requests: Requests
+    watch: Watch | None = None
 
 
 def train(run: Run) -> End:
@@ -135,15 +146,21 @@ def train(run: Run) -> End:
         update = run.engine.update(run.lr_at(step))
         for technique in run.techniques:
             technique.after_step(step)
-        run.reporter.step(step, StepResult(terms=terms, grad_norm=update.grad_norm, lr=update.lr))
+        result = StepResult(terms=terms, grad_norm=update.grad_norm, lr=update.lr)
+        run.reporter.step(step, result)
+        if run.watch is not None:
+            run.watch.trained(step, result.loss)
 
         requested = run.requests.poll()
         last = step == plan.total_steps
+        measures = plan.validation.due(step) or bool(last and plan.validation)
+        if measures and plan.validate_first:
+            keeper.validate(step)
         if last or requested.stop or requested.save or plan.checkpoint.due(step):
             keeper.checkpoint(step)
         if plan.output.due(step) and not last:
             keeper.output(step, final=False)
-        if plan.validation.due(step) or (last and plan.validation):
+        if measures and not plan.validate_first:
             keeper.validate(step)
         if requested.sample or plan.sample.due(step):
             keeper.sample(step)

@@ -33,3 +33,19 @@ Strength = Annotated[
         "Default: 0.8.",
     ),
 ]
+OneFrame = Annotated[
+    str | None,
+    typer.Option(
+        "--one-frame",
+        metavar="INDICES",
+        help="One picture at a moment of a clip: target_index=1,control_index=0;2, in latent "
+        "frames. For I2V and first-last-frame models.",
+    ),
+]
+ControlImages = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--control-image",
+        help="With --one-frame: the picture of a control_index. Repeatable, in that order.",
+    ),
+]

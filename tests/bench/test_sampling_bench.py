@@ -7,9 +7,10 @@ import tomlkit
 
 from trainer.bench import sampling_job
 from trainer.bench.grid_rows import Row, tiny_sampling_rows
+from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import BenchConfigRequest
 
-IMAGE = Row(
+IMAGES = Row(
     variant="wan2.1-i2v-14b",
     width=32,
     height=32,
@@ -18,7 +19,7 @@ IMAGE = Row(
 )
 
 
-@pytest.mark.parametrize("row", [tiny_sampling_rows()[0], tiny_sampling_rows()[3], IMAGE])
+@pytest.mark.parametrize("row", [tiny_sampling_rows()[0], tiny_sampling_rows()[3]])
 def test_a_config_is_sampled_and_told_of(tmp_path, row):
     path = tmp_path / "row.toml"
     path.write_text(tomlkit.dumps(row.config()), encoding="utf-8")
@@ -36,3 +37,10 @@ def test_a_config_is_sampled_and_told_of(tmp_path, row):
     assert found["memory_gib"]["peak_reserved"] is None
     assert found["mfu"] is None
     assert found["estimate"]["peak_gib"] > 0
+
+
+def test_a_model_that_needs_images_is_refused(tmp_path):
+    path = tmp_path / "row.toml"
+    path.write_text(tomlkit.dumps(IMAGES.config()), encoding="utf-8")
+    with pytest.raises(ConfigError, match="needs a first frame"):
+        sampling_job.run(BenchConfigRequest(config=path), lambda _kind, /, **_fields: None)

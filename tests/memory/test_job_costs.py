@@ -77,6 +77,7 @@ PROMPTS: list[dict[str, Any]] = [
     {"prompt": "f", "solver": "heun", "schedule": "beta", "num_steps": 9},
     {"prompt": "g", "solver": "dpm++", "video": "v.mp4", "strength": 0.6},
     {"prompt": "h", "video": "v.mp4"},
+    {"prompt": "i", "one_frame": "target_index=1,control_index=0;2", "control_images": ["a", "b"]},
 ]
 
 
@@ -89,7 +90,7 @@ def test_videos_are_planned_as_requests_are_filled_in(name: str, section: dict[s
     sampling = SamplingSection.model_validate({**section, "prompts": PROMPTS})
     for video, prompt in zip(planned_videos(sampling, variant), sampling.prompts, strict=True):
         request = SampleRequest.of(prompt, variant, sampling)
-        size = (request.width, request.height, request.num_frames)
+        size = (request.width, request.height, request.num_walked_frames)
         assert (video.clip.width, video.clip.height, video.clip.num_frames) == size
         walk = walk_of(request)
         assert video.num_steps == walk.num_steps

@@ -1,4 +1,4 @@
-"""The linear assignment against every permutation, and against its dual where these are too many."""
+"""The linear assignment against every permutation, and one that is known to be the best."""
 
 from __future__ import annotations
 

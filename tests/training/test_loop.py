@@ -152,6 +152,14 @@ def test_epochs_end_at_the_first_step_after_them() -> None:
     ]  # fmt: skip
 
 
+def test_what_the_rate_goes_by_is_measured_before_it_is_saved() -> None:
+    plan = {"total_steps": 3, "validation": every(2), "checkpoint": every(2)}
+    _, log = run(Recorder(), **plan, validate_first=True)
+    assert [entry for entry in log if not entry.startswith("train")] == [
+        "start 0/3", "validate 2", "checkpoint 2", "validate 3", "checkpoint 3", "output 3 final",
+    ]  # fmt: skip
+
+
 def test_the_last_step_writes_one_output() -> None:
     _, log = run(Recorder(), total_steps=4, output=every(2))
     assert [entry for entry in log if entry.startswith("output")] == ["output 2", "output 4 final"]

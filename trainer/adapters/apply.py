@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from trainer.adapters.adapter_linear import AdapterLinear
 from trainer.adapters.base import AdapterFile, Update
 from trainer.adapters.rank_mask import RankMask, RankSchedule, masked_beside
 from trainer.adapters.targets import linear_layers
-from trainer.adapters.wrapping import unwrap, wrap
+from trainer.adapters.wrapping import readable, unwrap, wrap
 from trainer.contract.errors import ModelFileError
 from trainer.contract.layer_names import block_index
 
@@ -92,6 +92,10 @@ def attach(
     return Attachment(transformer, layers, None if mask is None else mask.follow(transformer))
 
 
+OnMerged = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Told of (layer, weight as it is kept, exact sum, weight before), all but the first float32."""
+
+
 def merge_into(
     transformer: nn.Module,
     adapter: AdapterFile,
@@ -105,19 +109,60 @@ def merge_into(
         ModelFileError: the LoRA is for another model, or the weights are quantised; nothing was
             changed.
     """
+    merge_several(transformer, [(adapter, strength)], skip_missing=skip_missing)
+
+
+def merge_several(
+    transformer: nn.Module,
+    parts: Sequence[tuple[AdapterFile, float]],
+    *,
+    skip_missing: bool = False,
+    on_merged: OnMerged | None = None,
+) -> None:
+    """Add LoRAs with their strengths to the weights; each weight is rounded once, at the end.
+
+    Weights that wait in RAM (block swap) are changed there.
+
+    Raises:
+        ModelFileError: a LoRA is for another model, or the weights are quantised; nothing was
+            changed.
+    """
     linears = linear_layers(transformer)
-    fitting = fitting_modules(_shapes(linears), adapter, skip_missing=skip_missing)
-    weights = {name: _weight(linears[name]) for name in fitting}
-    quantised = [name for name, weight in weights.items() if weight.dtype not in _FLOATS]
-    if quantised:
-        raise ModelFileError(
-            f"{adapter.path} cannot be merged: {quantised[0]} and {len(quantised) - 1} more layers "
-            "are quantised, and rounding would swallow the LoRA",
-            hint="attach it instead, or load the model in bf16",
-        )
-    with torch.no_grad():
+    shares: dict[str, list[tuple[Update, float]]] = {}
+    for adapter, strength in parts:
+        fitting = fitting_modules(_shapes(linears), adapter, skip_missing=skip_missing)
+        quantised = [name for name in fitting if _weight(linears[name]).dtype not in _FLOATS]
+        if quantised:
+            raise ModelFileError(
+                f"{adapter.path} cannot be merged: {quantised[0]} and {len(quantised) - 1} more "
+                "layers are quantised, and rounding would swallow the LoRA",
+                hint="attach it instead, or load the model in bf16",
+            )
         for name, update in fitting.items():
-            weights[name].copy_(update.added_to(weights[name], strength))
+            shares.setdefault(name, []).append((update, strength))
+    with torch.no_grad():
+        for name, own in shares.items():
+            with readable(transformer, name):
+                _merge_layer(name, _weight(linears[name]), own, on_merged)
+
+
+def _merge_layer(
+    name: str,
+    weight: torch.Tensor,
+    shares: Sequence[tuple[Update, float]],
+    on_merged: OnMerged | None,
+) -> None:
+    base = exact = weight.float()
+    for update, strength in shares:
+        # The factors are small and the sum is not: it is formed where the weight is.
+        near = update.with_tensors({k: v.to(weight.device) for k, v in update.tensors().items()})
+        exact = near.added_to(exact, strength)
+    if on_merged is None:
+        weight.copy_(exact)
+        return
+    base = base.clone() if base is weight else base
+    weight.copy_(exact)
+    on_merged(name, weight.float(), exact, base)
 
 
 def fitting_modules(

@@ -2,7 +2,7 @@
 
 Needs no files: the transformer is made of random numbers in the config's shape and precision and
 set up as `[memory]` says, then `menma sample`'s own loop makes a video of the dataset's largest
-size, with guidance. Text encoder and VAE are not part of it.
+size from text, with guidance. Text encoder and VAE are not part of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from trainer.bench.config_job import card_of, device_name, read, with_nothing_automatic
-from trainer.bench.stopwatch import forget_peaks, now, random_batch, random_weights
+from trainer.bench.stopwatch import forget_peaks, now, random_weights
 from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.jobs import BenchConfigRequest
 from trainer.contract.memory_model import Gpu, gpu_of_memory
@@ -26,7 +26,6 @@ from trainer.core.rng import generator
 from trainer.jobs.automatic_memory import resolve_for_forwards
 from trainer.jobs.base import Emit
 from trainer.jobs.build import freeze, make_base, pick_device
-from trainer.sampling.conditions import Conditions
 from trainer.sampling.pipeline import SamplingModels, generate
 from trainer.sampling.requests import SampleRequest
 from trainer.training.reporter import peaks_gib
@@ -42,7 +41,8 @@ def run(request: BenchConfigRequest, emit: Emit) -> None:
     """Job `bench_sampling`; one `end` event with the figures of `figures`.
 
     Raises:
-        ConfigError: everything that is wrong with the config, or cannot work here.
+        ConfigError: everything that is wrong with the config, or cannot work here; the model needs
+            images, of which there are none.
         MenmaError: sampling failed.
     """
     config = read(request)
@@ -65,18 +65,9 @@ def run(request: BenchConfigRequest, emit: Emit) -> None:
         },
         device=device,
     )
-    batch = random_batch(work, config.training.seed)
-    conditions = Conditions(
-        extra_channels_BCFHW=batch.extra_channels_BCFHW, image_context_BTD=batch.image_context_BTD
-    )
     emit("phase", name="measure", detail=f"{request.warmup_steps} + {request.steps} steps")
     marks = [now(device)]
-    generate(
-        models,
-        sample,
-        conditions=conditions,
-        on_step=lambda _done, _steps: marks.append(now(device)),
-    )
+    generate(models, sample, on_step=lambda _done, _steps: marks.append(now(device)))
     times = [after - before for before, after in pairwise(marks)]
     warmup, steps = times[: request.warmup_steps], times[request.warmup_steps :]
     emit("end", reason="done", **figures(config, work, device, warmup, steps))

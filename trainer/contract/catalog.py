@@ -66,6 +66,7 @@ LR_SCHEDULES: Registry[Any] = Registry(
         "flat, then a short fall at the end",
     ),
     Entry("rex", "trainer.lr_schedules.rex:Rex", "falls late, by a ratio of lines"),
+    Entry("plateau", "trainer.lr_schedules.plateau:Plateau", "falls when the loss stops to fall"),
     Entry("piecewise", "trainer.lr_schedules.piecewise:Piecewise", "through points of your own"),
     Entry("custom", "trainer.lr_schedules.custom:Custom", "a class of an installed package"),
 )

@@ -284,6 +284,9 @@ class CheckpointSection(Repeated):
     """Steps between checkpoints; 0: only at the end and when asked."""
     every_epochs: int = Field(0, ge=0)
     """Epochs between checkpoints, beside those of `every_steps`; 0: epochs do not count."""
+    every_minutes: float = Field(0, ge=0)
+    """Minutes after which the next step is followed by one, beside the others; 0: time does not
+    count."""
     keep_last: int = Field(3, ge=1)
     """How many checkpoints stay on disk."""
 
@@ -325,6 +328,11 @@ class Prompt(PromptDenoising):
     """Video, folder of frames or image to start from instead of noise alone."""
     strength: float | None = Field(None, gt=0, le=1)
     """With `video`: share of the steps that is walked; 1 keeps nothing of it. Empty: 0.8."""
+    one_frame: str | None = None
+    """One picture at a moment of a clip, `target_index=1,control_index=0;2` in latent frames, for
+    image-to-video and first-last-frame models."""
+    control_images: tuple[Path, ...] | None = None
+    """With `one_frame`: a picture for each control_index."""
     fps: int | None = Field(None, ge=1)
     """Frames a second of the written video."""
     name: str | None = Field(None, min_length=1, max_length=80)
@@ -404,6 +412,9 @@ class ValidationSection(Repeated):
     """Measure no more than this many items, the same ones each time; empty: all."""
     batch_size: int = Field(1, ge=1)
     """Items of one forward; changes the speed only."""
+    use_masks: bool = False
+    """Measure what the items' masks mark, and not the whole frame; an item without a mask, or with
+    one that is all black, counts whole."""
     seed: int = Field(42, ge=0)
     """Fixes which clips are held out and the noise, whatever `training.seed` is."""
 

@@ -29,6 +29,8 @@ FLAGS: Mapping[str, str] = {
     "st": "strength",
     "so": "solver",
     "sc": "schedule",
+    "of": "one_frame",
+    "ci": "control_images",
 }
 """musubi-tuner's flag after a prompt, or one of our own -> key of `Prompt`."""
 
@@ -58,11 +60,12 @@ SPELLINGS: Mapping[str, str] = {
 """Other name -> key of `Prompt`: those of `menma sample`'s options, of musubi-tuner, Takenoko."""
 
 FOREIGN: Mapping[str, str] = {
-    "ci": "one-frame control images are not for the models Menma samples",
-    "of": "one-frame options are not for the models Menma samples",
     "cim": "masks of control images are not for the models Menma samples",
 }
 """Flags that musubi-tuner knows and Menma does not: why."""
+
+REPEATABLE = frozenset({"control_images"})
+"""Keys whose flag is written once for each value."""
 
 _MAY_BE_EMPTY = frozenset({"negative_prompt"})
 
@@ -89,7 +92,7 @@ def flag_hint(flag: str) -> str:
         return "write the text first, without a flag"
     short = (*FLAGS, *INFERENCE_FLAGS)
     if len(flag) <= max(map(len, short)):
-        return nearest(f"--{flag}", [f"--{name}" for name in short])
+        return f"known: {', '.join(f'--{name}' for name in short)}, and long names of keys"
     keys = [key for key in Prompt.model_fields if key != "prompt"]
     return nearest(f"--{dashed(flag)}", [f"--{dashed(name)}" for name in (*keys, *SPELLINGS)])
 

@@ -15,6 +15,7 @@ from trainer.contract.config import Prompt
 from trainer.contract.config_io import problems_of
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.prompt_keys import (
+    REPEATABLE,
     flag_hint,
     key_hint,
     key_of,
@@ -108,6 +109,8 @@ def _fields_of_line(line: str, problems: list[Problem], given: dict[str, str]) -
         key = key_of_flag(flag)
         if key is None:
             problems.append(Problem("unknown flag", f"--{flag}", hint=flag_hint(flag)))
+        elif key in fields and key in REPEATABLE:
+            fields[key] += written_value(key, value)
         elif key in fields:
             other = "" if given[key] == flag else f" (--{given[key]} is the same)"
             problems.append(Problem(f"given twice{other}", f"--{flag}"))
@@ -135,13 +138,18 @@ def _from_toml(path: Path, text: str, problems: list[Problem]) -> Iterator[Promp
         for key in content
         if key not in _TABLES
     ]
+    yield from prompts_of_tables(content, found)
+    problems += [Problem(p.message, p.key, path, locate(p.key, lines), p.hint) for p in found]
+
+
+def prompts_of_tables(content: Mapping[str, Any], problems: list[Problem]) -> Iterator[Prompt]:
+    """Yield the prompts of a parsed TOML file; `problems` takes what is wrong with them."""
     for name in _TABLES:
         if name in content:
             items = content[name]
             if name == "prompt":
                 items, name = _subsets(items), "prompt.subset"  # noqa: PLW2901
-            yield from _from_list(items, name, found)
-    problems += [Problem(p.message, p.key, path, locate(p.key, lines), p.hint) for p in found]
+            yield from _from_list(items, name, problems)
 
 
 def _subsets(table: Any) -> Any:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -89,6 +89,29 @@ class LRSchedule(Protocol):
             progress: how far the course is, in [0, 1]: 0 at its first step, 1 at its last one.
             num_steps: of the course, that is, after the warm-up.
         """
+        ...
+
+
+@runtime_checkable
+class LossSchedule(LRSchedule, Protocol):
+    """A course that goes by the losses of the run, and not by the step alone."""
+
+    watches: Literal["training", "validation"]
+    """Which losses."""
+
+    def observe(self, loss: float) -> None:
+        """Take the loss of a step, or a measurement of the validation loss; the same on all ranks.
+
+        It counts from the next step on.
+        """
+        ...
+
+    def state(self) -> dict[str, float]:
+        """Return what a resumed run goes on with, as JSON can hold it."""
+        ...
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        """Take back what `state` gave."""
         ...
 
 

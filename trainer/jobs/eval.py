@@ -74,6 +74,7 @@ class ValidationSet:
                 sorted(settings.timesteps),
                 settings.noises_per_timestep,
                 settings.seed,
+                *(["masks"] if settings.use_masks else []),
             ]
         )
 

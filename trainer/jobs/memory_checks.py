@@ -35,9 +35,7 @@ def memory_problems(config: RunConfig, *, trains: bool) -> list[Problem]:
         config: the run's config.
         trains: judge for training; otherwise for sampling and measuring alone.
     """
-    problems = [*_fp8_files(config), *_blocks(config)]
-    if trains:
-        problems += _heads(config)
+    problems = [*_fp8_files(config), *_blocks(config), *_heads(config)]
     if config.memory.compile_blocks and (missing := compiler_problem()) is not None:
         problems.append(missing)
     if config.memory.fp8_matmul or config.memory.attention != "sdpa":

@@ -224,17 +224,25 @@ def _shares(
     adapters: Sequence[AdapterFile],
 ) -> dict[str, list[_Share]]:
     """Official name of each weight that changes -> what is added to it."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, stored in tensors.items():
-        module, shape = name.removesuffix(".weight"), files[stored.name].shape
-        if module != name and len(shape) == 2 and canonical_name(module) == module:
-            shapes[module] = (shape[0], shape[1])
+    shapes = linear_shapes(files, tensors)
     shares: dict[str, list[_Share]] = {}
     for lora, adapter in zip(loras, adapters, strict=True):
         _check_expert(lora, adapter, files)
         for module, update in fitting_modules(shapes, adapter).items():
             shares.setdefault(f"{module}.weight", []).append(_Share(update, lora.strength))
     return shares
+
+
+def linear_shapes(
+    files: WeightFiles, tensors: Mapping[str, StoredTensor]
+) -> dict[str, tuple[int, int]]:
+    """Return the (O, I) shapes of a transformer's linear layers by name, from its file's header."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, stored in tensors.items():
+        module, shape = name.removesuffix(".weight"), files[stored.name].shape
+        if module != name and len(shape) == 2 and canonical_name(module) == module:
+            shapes[module] = (shape[0], shape[1])
+    return shapes
 
 
 def _plan(

@@ -2,13 +2,14 @@
 
 Texts are encoded and the text encoder is let go; images and control videos are encoded, and their
 encoders are let go; all samples are drawn, and the transformers are let go; then they are decoded
-and written one after the other.
+and written one after the other, also those that were drawn before something went wrong.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Expert, Variant
-from trainer.jobs.sample_loras import LoRASwitch, described, uses_in
+from trainer.jobs.sample_failures import Failures, StopDrawing, in_phase, subject_of
+from trainer.jobs.sample_loras import LoRASwitch, OnMerge, described, uses_in
 from trainer.models.wan.conditioning import LatentEncoder
 from trainer.sampling.conditions import (
     Conditions,
@@ -69,6 +71,25 @@ class Sample:
     request: SampleRequest
     evaluations: Evaluations
     """How often the transformer worked for it."""
+    index: int = 0
+    """Its place among all requests of the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Which of a run's samples one process makes."""
+
+    rank: int = 0
+    size: int = 1
+    """It makes every `size`-th sample, from number `rank` on."""
+    is_shared: bool = False
+    """Other processes make the same samples with it, each a part of the tokens."""
+    writes: bool = True
+    """Whether it decodes and writes them."""
+
+    def has(self, index: int) -> bool:
+        """Return whether the sample with this number is its own."""
+        return index % self.size == self.rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +100,12 @@ class SampleOptions:
     """Files are `<name>_<index>_<seed>.mp4`."""
     kind: OutputKind = "video"
     loras: tuple[LoRAUse, ...] = ()
-    """Beside the transformer while it samples; `SampleRequest.lora_strengths` counts by them."""
+    """Used by all samples; `SampleRequest.lora_strengths` counts by them."""
+    merge_loras: bool = False
+    """Add the LoRAs to the weights instead of attaching them; see `check_merge`."""
+    on_merge: OnMerge = lambda _expert, _rounding: None
+    part: Part = Part()
+    """Which of the requests are made here."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tile: tuple[int, int] | None = None
     """(height, width) in pixels: decode in overlapping tiles."""
@@ -90,6 +116,8 @@ class SampleOptions:
     progress: Progress = lambda _phase, _done, _total: None
     on_sample: Callable[[Sample], None] = lambda _sample: None
     """Told of each file when it is written."""
+    on_failure: Callable[[str], None] = lambda _words: None
+    """Told why a sample is not made, when others are."""
 
 
 def run_sample(
@@ -101,111 +129,159 @@ def run_sample(
 ) -> list[Sample]:
     """Sample all requests and write them into `output`, where nothing is overwritten.
 
+    A sample that becomes NaN or does not fit into memory leaves the others alone. Whatever goes
+    wrong, what was drawn until then is decoded and written before the error is raised.
+
     Args:
         requests: what to make.
         variant: the model.
         loaders: where the models come from.
         output: folder, made if it is not there.
-        options: LoRAs, device, names.
+        options: LoRAs, device, names, and which of the requests are this process's.
 
     Raises:
         ConfigError: a request does not fit the model; before anything is loaded.
         DataError: an image or control video cannot be read.
         ModelFileError: a LoRA is for another model.
         NonFiniteError: a sample became NaN or infinite.
+        OutOfMemoryError: a sample does not fit.
         DiskError: a file could not be written.
     """
-    run = _Run(tuple(requests), variant, loaders, options or SampleOptions())
+    options = options or SampleOptions()
     for request in requests:
         request.check(variant)
+    mine = {i: one for i, one in enumerate(requests) if options.part.has(i)}
+    if not mine:
+        return []
+    failures = Failures(options.on_failure) if len(mine) > 1 else Failures()
+    run = _Run(mine, variant, loaders, options, failures)
     contexts = run.encode_texts()
     conditions = run.encode_inputs()
     latents = run.draw(contexts, conditions)
     run.release()
-    return run.write(latents, output)
+    samples = run.write(latents, output) if latents and options.part.writes else []
+    run.failures.end(len(samples), len(mine))
+    return samples
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    requests: tuple[SampleRequest, ...]
+    requests: dict[int, SampleRequest]
     variant: Variant
     loaders: SampleLoaders
     options: SampleOptions
-    evaluations: list[Evaluations] = field(default_factory=list)
+    failures: Failures
+    evaluations: dict[int, Evaluations] = field(default_factory=dict)
     """Of each request that was drawn."""
 
     def encode_texts(self) -> dict[str, Tensor]:
         self._report("texts", 0)
-        encoder = self.loaders.text_encoder()
-        contexts = encode_texts(encoder, self.requests)
+        with in_phase("texts"):
+            encoder = self.loaders.text_encoder()
+            contexts = encode_texts(encoder, self.requests.values())
         del encoder
         self.release()
         return contexts
 
-    def encode_inputs(self) -> list[Conditions]:
-        if not any(request.files for request in self.requests):
-            return [Conditions()] * len(self.requests)
+    def encode_inputs(self) -> dict[int, Conditions]:
+        requests = self.requests
+        if not any(one.files for one in requests.values()):
+            return dict.fromkeys(requests, Conditions())
         self._report("inputs", 0)
-        vae, image_encoder = self.loaders.vae(), self._image_encoder()
-        device = self.options.device
-        conditions = []
-        for request in self.requests:
-            encoded = encode_files(request, self.variant, vae, image_encoder, device)
-            conditions.append(encoded.to("cpu"))
-            self._report("inputs", len(conditions))
+        conditions = {}
+        with in_phase("inputs"):
+            vae, image_encoder = self.loaders.vae(), self._image_encoder()
+            for index, request in requests.items():
+                encoded = encode_files(
+                    request, self.variant, vae, image_encoder, self.options.device
+                )
+                conditions[index] = encoded.to("cpu")
+                self._report("inputs", len(conditions))
         del vae, image_encoder
         self.release()
         return conditions
 
-    def draw(self, contexts: dict[str, Tensor], conditions: list[Conditions]) -> list[Tensor]:
-        switch = ExpertSwitch(self.loaders.transformer, self.options.device)
-        loras = LoRASwitch(self.options.loras, has_experts=self.variant.experts)
+    def draw(
+        self, contexts: dict[str, Tensor], conditions: dict[int, Conditions]
+    ) -> dict[int, Tensor]:
+        """Return the latents of every sample that could be drawn, on the CPU."""
+        options = self.options
+        switch = ExpertSwitch(self.loaders.transformer, options.device)
+        loras = LoRASwitch(
+            options.loras,
+            has_experts=self.variant.experts,
+            merges=options.merge_loras,
+            on_merge=options.on_merge,
+        )
         models = SamplingModels(
             variant=self.variant,
             transformer=lambda expert: loras.ready(switch(expert), expert),
             contexts=contexts,
-            device=self.options.device,
-            step_cache=self.options.step_cache,
+            device=options.device,
+            step_cache=options.step_cache,
         )
-        evaluations = [walk_of(request).num_steps for request in self.requests]
-        latents: list[Tensor] = []
-        for index, (request, condition) in enumerate(zip(self.requests, conditions, strict=True)):
-            before = sum(evaluations[:index])
+        evaluations = {i: walk_of(one).num_steps for i, one in self.requests.items()}
+        latents: dict[int, Tensor] = {}
+        before = 0
+        with suppress(StopDrawing):
+            for index, request in self.requests.items():
 
-            def on_step(done: int, steps: int, before: int = before) -> None:
-                loras.on_step(done, steps)
-                self.options.progress("steps", before + done, sum(evaluations))
+                def on_step(done: int, steps: int, before: int = before) -> None:
+                    loras.on_step(done, steps)
+                    options.progress("steps", before + done, sum(evaluations.values()))
 
-            loras.begin(request)
-            result = generate(
-                models,
-                request,
-                conditions=condition,
-                on_step=on_step,
-                observer=self.options.observer,
-                on_end=self.evaluations.append,
-            )
-            latents.append(result.cpu())
+                def on_end(made: Evaluations, index: int = index) -> None:
+                    self.evaluations[index] = made
+
+                loras.begin(request)
+                # Processes that share a video wait for each other in every layer.
+                with (
+                    self.failures.noted(spares_others=not options.part.is_shared),
+                    in_phase("steps", subject_of(index, request)),
+                ):
+                    result = generate(
+                        models,
+                        request,
+                        conditions=conditions[index],
+                        on_step=on_step,
+                        observer=options.observer,
+                        on_end=on_end,
+                    )
+                    latents[index] = result.cpu()
+                if index not in latents:
+                    self.release()
+                before += evaluations[index]
         return latents
 
-    def write(self, latents: list[Tensor], output: Path) -> list[Sample]:
-        vae = self.loaders.vae()
+    def write(self, latents: dict[int, Tensor], output: Path) -> list[Sample]:
         samples: list[Sample] = []
-        for index, (request, result) in enumerate(zip(self.requests, latents, strict=True)):
-            frames = decode_frames(vae, result.to(self.options.device), tile=self.options.tile)
-            name = f"{request.name or self.options.name}_{index:02d}"
-            path = write_sample(
-                output,
-                name,
-                request,
-                frames,
-                metadata=self._metadata(request, self.evaluations[index]),
-                kind=self.options.kind,
-            )
-            samples.append(Sample(path, request, self.evaluations[index]))
-            self.options.on_sample(samples[-1])
-            self._report("decode", len(samples))
+        with suppress(StopDrawing):
+            with self.failures.noted(spares_others=False), in_phase("decode"):
+                vae = self.loaders.vae()
+            for index, result in latents.items():
+                request = self.requests[index]
+                subject = subject_of(index, request)
+                with (
+                    self.failures.noted(spares_others=True),
+                    in_phase("decode", subject),
+                ):
+                    samples.append(self._write(index, vae, result, output))
+                    self.options.on_sample(samples[-1])
+                self.release()
+                self._report("decode", len(samples))
         return samples
+
+    def _write(self, index: int, vae: Vae, result: Tensor, output: Path) -> Sample:
+        request, options = self.requests[index], self.options
+        path = write_sample(
+            output,
+            f"{request.name or options.name}_{index:02d}",
+            request,
+            decode_frames(vae, result.to(options.device), tile=options.tile),
+            metadata=self._metadata(request, self.evaluations[index]),
+            kind=options.kind,
+        )
+        return Sample(path, request, self.evaluations[index], index)
 
     def _image_encoder(self) -> ImageEncoder | None:
         if self.variant.transformer.image_dim is None or self.loaders.image_encoder is None:

@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
 from trainer.adapters import load_adapter
-from trainer.adapters.apply import Attachment, attach
+from trainer.adapters.apply import Attachment, attach, merge_several
 from trainer.adapters.base import AdapterFile
 from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Expert
-from trainer.jobs.lora_files import check_same_expert, experts_of
+from trainer.jobs.lora_files import experts_of
+from trainer.jobs.merge_weights import Rounding
 from trainer.sampling.requests import SampleRequest
+
+OnMerge = Callable[[Expert, Rounding], None]
 
 
 class LoRASwitch:
     """Puts LoRAs beside a transformer's layers, sets their strengths, and takes them off again.
 
+    Or adds them to its weights, for good.
+
     The base is loaded once, whatever LoRAs and strengths follow each other. A LoRA that a sample
     does not use is not on the transformer and takes neither time nor device memory.
     """
 
-    def __init__(self, uses: Sequence[LoRAUse], *, has_experts: bool) -> None:
+    def __init__(
+        self,
+        uses: Sequence[LoRAUse],
+        *,
+        has_experts: bool,
+        merges: bool = False,
+        on_merge: OnMerge = lambda _expert, _rounding: None,
+    ) -> None:
         """Prepare; no file is read yet.
 
         Args:
             uses: the run's LoRAs, in the order of `SampleRequest.lora_strengths`.
             has_experts: the model has two transformers; a LoRA may be for one of them.
+            merges: add them to the weights instead, once, with the strengths of the first step;
+                `check_merge` has seen that they never change.
+            on_merge: told of what rounding the sums has cost.
         """
         self._uses = tuple(uses)
         self._has_experts = has_experts
@@ -36,6 +51,9 @@ class LoRASwitch:
         self._worn: dict[Expert, dict[int, Attachment]] = {}
         self._current = self._uses
         self._share = 0.0
+        self._merges = merges
+        self._on_merge = on_merge
+        self._merged: set[Expert] = set()
 
     def begin(self, request: SampleRequest) -> None:
         """Turn to the next sample."""
@@ -55,6 +73,11 @@ class LoRASwitch:
         high = self._has_experts and expert == "high_noise"
         files = self._files_of(expert)
         acting = [index for index in files if self._current[index].acts(high_noise=high)]
+        if self._merges:
+            if expert not in self._merged:
+                strengths = self._strengths(acting, high_noise=high)
+                self._merge(transformer, expert, [(files[i], strengths[i]) for i in acting])
+            return transformer
         worn = self._worn.setdefault(expert, {})
         if list(worn) != acting:
             for attachment in reversed(worn.values()):
@@ -62,10 +85,25 @@ class LoRASwitch:
             worn.clear()
             # In the order they are given: a DoRA measures the weights with what is under it.
             worn.update((index, attach(transformer, files[index])) for index in acting)
-        for index, attachment in worn.items():
-            use = self._current[index]
-            attachment.set_strength(use.strength_at(high_noise=high, share=self._share))
+        for index, strength in self._strengths(acting, high_noise=high).items():
+            worn[index].set_strength(strength)
         return transformer
+
+    def _strengths(self, acting: Sequence[int], *, high_noise: bool) -> dict[int, float]:
+        uses = {index: self._current[index] for index in acting}
+        return {
+            index: use.strength_at(high_noise=high_noise, share=self._share)
+            for index, use in uses.items()
+        }
+
+    def _merge(
+        self, transformer: nn.Module, expert: Expert, parts: Sequence[tuple[AdapterFile, float]]
+    ) -> None:
+        rounding = Rounding()
+        merge_several(transformer, parts, on_merged=rounding.add)
+        self._merged.add(expert)
+        if parts:
+            self._on_merge(expert, rounding)
 
     def _files_of(self, expert: Expert) -> dict[int, AdapterFile]:
         if expert not in self._files:
@@ -94,11 +132,9 @@ def open_for(uses: Sequence[LoRAUse], expert: Expert | None) -> dict[int, Adapte
     words `high` or `low` in its name; one that says nothing is for both.
 
     Raises:
-        ModelFileError: a file cannot be read, or LoRAs of both experts are for one.
+        ModelFileError: a file cannot be read.
     """
     adapters = [load_adapter(use.path, expert=expert or use.expert) for use in uses]
-    if expert is None:
-        check_same_expert(uses, adapters)
     return {
         index: adapter
         for index, (use, adapter) in enumerate(zip(uses, adapters, strict=True))
@@ -110,7 +146,7 @@ def attach_loras(transformer: nn.Module, loras: Sequence[LoRAUse], expert: Exper
     """Attach the LoRAs that are for `expert`, for good; None: of a model with one transformer.
 
     Raises:
-        ModelFileError: a LoRA is for another model, or LoRAs of both experts are for one.
+        ModelFileError: a LoRA is for another model.
     """
     for index, adapter in open_for(loras, expert).items():
         attach(transformer, adapter, loras[index].strength)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from trainer.attention.sequence import SequenceGroup
 from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.errors import ConfigError
 from trainer.contract.experts import SHARED, trained_experts
@@ -16,9 +17,13 @@ from trainer.contract.lora_use import LoRAUse
 from trainer.contract.prompts import read_prompts
 from trainer.contract.run_dir import RunDir
 from trainer.contract.variants import Expert, Variant
+from trainer.engine import process_group
+from trainer.engine.failures import failing_together
+from trainer.engine.process_group import World
+from trainer.engine.sequence import sharing_clips
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.automatic_memory import clip_of, resolve_for_forwards
-from trainer.jobs.base import Emit
+from trainer.jobs.base import Emit, explain
 from trainer.jobs.build import freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
 from trainer.jobs.components import (
@@ -29,16 +34,39 @@ from trainer.jobs.components import (
 )
 from trainer.jobs.config_job import read_config
 from trainer.jobs.loraid_files import is_of_slots, resolve_loraids
+from trainer.jobs.merge_weights import Rounding
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
+from trainer.jobs.sample_lora_checks import check_loras, check_merge
+from trainer.jobs.sample_loras import OnMerge
+from trainer.jobs.sample_ranks import (
+    SampleRanks,
+    in_words,
+    num_sampling_processes,
+    run_in_processes,
+)
 from trainer.jobs.step_cache_values import (
     requests_to_calibrate,
     step_cache_values,
     write_measured,
 )
-from trainer.sampling.requests import requests_of
+from trainer.sampling.inputs import check_inputs
+from trainer.sampling.requests import SampleRequest, requests_of
 from trainer.sampling.step_cache.recorder import Recorder
 
 TransformerFiles = dict[Expert, Path]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What is to be made, all checked; nothing is loaded."""
+
+    config: RunConfig
+    variant: Variant
+    requests: tuple[SampleRequest, ...]
+    files: TransformerFiles
+    loras: tuple[LoRAUse, ...]
+    notes: tuple[str, ...]
+    input_notes: tuple[str, ...]
 
 
 def run(request: SampleJobRequest, emit: Emit) -> None:
@@ -47,26 +75,64 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     Raises:
         MenmaError: see `sample.run_sample`.
     """
+    plan = _plan(request)
+    distributed = plan.config.distributed
+    if not process_group.in_group():
+        processes = 1  # a calibration is of all steps of all prompts, seen by one process
+        if not request.calibrate:
+            processes = num_sampling_processes(plan.config, len(plan.requests))
+        if processes > 1:
+            run_in_processes(processes)
+            return
+        _make(request, plan, World.alone(pick_device(plan.config)), emit)
+        return
+    device = pick_device(plan.config)
+    with (
+        process_group.joined(device.type, distributed.timeout_s) as place,
+        failing_together(place, explain),
+    ):
+        world = sharing_clips(place, distributed.sequence_parallel, distributed.timeout_s)
+        _make(request, plan, world, emit)
+
+
+def _plan(request: SampleJobRequest) -> _Plan:
     config = read_config(request, "sample")
     variant = settle_variant(config)
-    prompts = _prompts(request, config)
-    device = pick_device(config)
-    requests = requests_of(prompts, variant, config.sampling)
-    clips = [clip_of(request) for request in requests]
-    config = resolve_for_forwards(config, variant, device, clips, emit)
+    requests = requests_of(prompts_of(request, config), variant, config.sampling)
+    input_notes = check_inputs(requests, multiple=variant.pixel_multiple)
     files = transformer_files(config, variant)
-    slots = resolve_loraids(request.loraids, request.loraid_from, both_experts=variant.experts)
-    loras = [*request.loras, *slots]
-    if request.run_dir is not None:
-        _use_run(request.run_dir, config, files, loras, request.loraids)
+    loras = loras_of(request, config, variant, files)
+    notes = check_loras(loras, variant, files)
+    if request.merge_loras:
+        check_merge(loras, requests, config)
+    return _Plan(
+        config=config,
+        variant=variant,
+        requests=requests,
+        files=files,
+        loras=tuple(loras),
+        notes=tuple(notes),
+        input_notes=tuple(input_notes),
+    )
+
+
+def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> None:
+    """Make this process's samples, and wait for those of the others."""
+    ranks = SampleRanks(world, emit, progress_events(emit))
+    for note in plan.notes:
+        ranks.emit_first("warning", message=note)
+    for note in plan.input_notes:
+        ranks.emit_first("log", message=note)
+    clips = [clip_of(one) for one in plan.requests]
+    config = resolve_for_forwards(plan.config, plan.variant, world.device, clips, ranks.emit_first)
     tile = config.memory.vae_tile
-    recorder = None
+    requests, recorder = plan.requests, None
     if request.calibrate:
         requests, recorder = requests_to_calibrate(requests), Recorder()
-    step_cache = step_cache_values(config, variant, lambda: files, requests)
+    step_cache = step_cache_values(config, plan.variant, lambda: plan.files, requests)
 
     def on_sample(sample: Sample) -> None:
-        emit(
+        ranks.emit(
             "sample",
             path=str(sample.path),
             prompt=sample.request.prompt[:2000],
@@ -74,26 +140,41 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
             evaluations=asdict(sample.evaluations),
         )
 
-    samples = run_sample(
-        requests,
-        variant,
-        _loaders(config, variant, files, device),
-        request.output,
-        SampleOptions(
-            name=config.name,
-            loras=tuple(loras),
-            device=device,
-            tile=(tile, tile) if tile else None,
-            progress=progress_events(emit),
-            on_sample=on_sample,
-            step_cache=step_cache,
-            observer=recorder,
-        ),
-    )
+    samples: list[Sample] = []
+    try:
+        samples = run_sample(
+            requests,
+            plan.variant,
+            loaders_of(config, plan.variant, plan.files, world.device, world.sequence),
+            request.output,
+            SampleOptions(
+                name=config.name,
+                loras=plan.loras,
+                merge_loras=request.merge_loras,
+                on_merge=merge_events(ranks.emit_first),
+                part=ranks.part,
+                device=world.device,
+                tile=(tile, tile) if tile else None,
+                progress=ranks.progress,
+                on_sample=on_sample,
+                step_cache=step_cache,
+                observer=recorder,
+                on_failure=lambda words: ranks.emit("warning", message=words),
+            ),
+        )
+    except BaseException as error:
+        if world.sequence is None:  # else others may wait for this one in the middle of a layer
+            ranks.end(samples, requests, in_words(error, explain))
+        raise
+    samples = ranks.end(samples, requests)
     if recorder is not None:
-        path = write_measured(recorder, requests, config, variant, files)
+        path = write_measured(recorder, requests, config, plan.variant, plan.files)
         emit("output", path=str(path), what="calibration of step caches")
-    emit("end", reason="done", num_samples=len(samples), **_evaluations(samples))
+    passes = _evaluations(samples)
+    if spared := passes["reused_evaluations"]:
+        whole = spared + passes["evaluations"]
+        ranks.emit_first("log", message=f"the step cache spared {spared} of {whole} evaluations")
+    ranks.emit_first("end", reason="done", num_samples=len(samples), **passes)
 
 
 def _evaluations(samples: Sequence[Sample]) -> dict[str, int]:
@@ -102,6 +183,33 @@ def _evaluations(samples: Sequence[Sample]) -> dict[str, int]:
         "evaluations": sum(sample.evaluations.computed for sample in samples),
         "reused_evaluations": sum(sample.evaluations.reused for sample in samples),
     }
+
+
+def loras_of(
+    request: SampleJobRequest,
+    config: RunConfig,
+    variant: Variant,
+    files: TransformerFiles,
+    *,
+    use_run: bool = True,
+) -> list[LoRAUse]:
+    """Return the LoRAs of a request: named, by their slots, and the newest of its run.
+
+    Args:
+        request: names them.
+        config: of the run, too.
+        variant: the model.
+        files: gets the newest transformers of a run that is a full fine-tune.
+        use_run: False: leave the run's newest output out.
+
+    Raises:
+        ConfigError: a slot has no file, or the run has no output yet.
+    """
+    slots = resolve_loraids(request.loraids, request.loraid_from, both_experts=variant.experts)
+    loras: list[LoRAUse] = [*request.loras, *slots]
+    if use_run and request.run_dir is not None:
+        _use_run(request.run_dir, config, files, loras, request.loraids)
+    return loras
 
 
 def transformer_files(config: RunConfig, variant: Variant) -> TransformerFiles:
@@ -165,7 +273,29 @@ def newest_outputs(run: RunDir, config: RunConfig) -> dict[Expert | None, Path]:
     return {expert: path for expert, path in found.items() if path is not None}
 
 
-def _prompts(request: SampleJobRequest, config: RunConfig) -> tuple[Prompt, ...]:
+def merge_events(emit: Emit) -> OnMerge:
+    """Return a callback that says what merging into the weights' precision has cost."""
+
+    def on_merge(expert: Expert, rounding: Rounding) -> None:
+        emit(
+            "log",
+            message=f"LoRAs merged into the {expert.replace('_', '-')} transformer: rounding moves "
+            f"its weights by {100 * rounding.of_update:.2g} % of what was added",
+            expert=expert,
+            rounding=rounding.fields(),
+        )
+        if rounding.warning():
+            emit("warning", message=rounding.warning() + "; without --merge nothing is rounded")
+
+    return on_merge
+
+
+def prompts_of(request: SampleJobRequest, config: RunConfig) -> tuple[Prompt, ...]:
+    """Return the prompts of a request, else those of the config.
+
+    Raises:
+        ConfigError: there is none, or there are two lists of them.
+    """
     if request.prompts and request.prompts_file is not None:
         raise ConfigError("prompts and a prompt file at once", hint="give one of the two")
     if request.prompts:
@@ -200,13 +330,33 @@ def _use_run(
             loras.append(LoRAUse(path=path, expert=expert))
 
 
-def _loaders(
-    config: RunConfig, variant: Variant, files: TransformerFiles, device: torch.device
+def loaders_of(
+    config: RunConfig,
+    variant: Variant,
+    files: TransformerFiles,
+    device: torch.device,
+    shared: SequenceGroup | None = None,
 ) -> SampleLoaders:
+    """Return how to load the models of a config; what is no such model is refused now.
+
+    Args:
+        config: says how.
+        variant: the model.
+        files: the transformers' weights.
+        device: where they work.
+        shared: processes that make each video together.
+
+    Raises:
+        ConfigError: one is not given.
+        ModelFileError: one cannot be read, or is another model.
+    """
     image_encoder = lazy_image_encoder(config, device)
 
     def transformer(expert: Expert) -> torch.nn.Module:
-        return freeze(load_base(config, files[expert], expert=expert, device=device))
+        loaded = load_base(config, files[expert], expert=expert, device=device)
+        if shared is not None:
+            loaded.share_tokens(shared)
+        return freeze(loaded)
 
     return SampleLoaders(
         text_encoder=lazy_text_encoder(config, device).load,

@@ -17,7 +17,15 @@ from trainer.contract.experts import single_expert
 from trainer.contract.intervals import Repeated
 from trainer.contract.metadata import TrainingFacts, training_metadata
 from trainer.contract.variants import Variant
-from trainer.core.seams import Adapter, BuildContext, Engine, OptimizerFactory, Technique
+from trainer.core.seams import (
+    Adapter,
+    BuildContext,
+    Engine,
+    LossSchedule,
+    LRSchedule,
+    OptimizerFactory,
+    Technique,
+)
 from trainer.data.items import CachedDataset, TrainingItem
 from trainer.data.loader import TrainingSteps
 from trainer.data.order import BatchOrder, require_full_step
@@ -43,7 +51,7 @@ from trainer.jobs.neighbours import neighbours
 from trainer.jobs.run_items import load_run_items, validation_settings
 from trainer.loop import Interval, Plan
 from trainer.models.wan.transformer import WanTransformer
-from trainer.training.lr import LearningRate
+from trainer.training.lr import LearningRate, LossWatch
 from trainer.training.step import TrainStep, TurningStep
 from trainer.training.validation import Validator
 
@@ -342,15 +350,40 @@ def validation_notes(
         )
 
 
+def lr_schedule(config: RunConfig, build: BuildContext) -> LRSchedule:
+    """Make the schedule of the learning rate."""
+    schedule: LRSchedule = build_plugin(config.lr_schedule, "kind", build, where="lr_schedule")
+    return schedule
+
+
+def loss_watch(config: RunConfig, build: BuildContext, schedule: LRSchedule) -> LossWatch | None:
+    """Return what tells a schedule of the losses; None: it does not go by them."""
+    if not isinstance(schedule, LossSchedule):
+        return None
+    return LossWatch(
+        schedule=schedule, warmup_steps=config.lr_schedule.warmup_of(build.total_steps)
+    )
+
+
 def learning_rate(
-    config: RunConfig, build: BuildContext, techniques: Sequence[Technique] = ()
+    config: RunConfig,
+    build: BuildContext,
+    techniques: Sequence[Technique] = (),
+    schedule: LRSchedule | None = None,
 ) -> Callable[[int], float]:
-    """Return the learning rate as a function of the step, with what techniques make of it."""
+    """Return the learning rate as a function of the step, with what techniques make of it.
+
+    Args:
+        config: of what is trained.
+        build: for the schedule.
+        techniques: that may have a say.
+        schedule: of the rate; None: made anew.
+    """
     course = LearningRate(
         base=config.optimizer.learning_rate,
         warmup_steps=config.lr_schedule.warmup_of(build.total_steps),
         total_steps=build.total_steps,
-        schedule=build_plugin(config.lr_schedule, "kind", build, where="lr_schedule"),
+        schedule=lr_schedule(config, build) if schedule is None else schedule,
     )
     having_a_say = [t for t in techniques if type(t).lr_factor is not Technique.lr_factor]
     if not having_a_say:
@@ -358,13 +391,19 @@ def learning_rate(
     return lambda step: course(step) * math.prod(t.lr_factor(step) for t in having_a_say)
 
 
-def plan(config: RunConfig, total_steps: int, epoch_after: Callable[[int], float]) -> Plan:
+def plan(
+    config: RunConfig,
+    total_steps: int,
+    epoch_after: Callable[[int], float],
+    watch: LossWatch | None = None,
+) -> Plan:
     """Return at which steps something is due.
 
     Args:
         config: of the run.
         total_steps: of the run.
         epoch_after: gives the epochs that were seen after a step.
+        watch: what the learning rate goes by.
     """
 
     def interval(section: Repeated) -> Interval:
@@ -377,6 +416,7 @@ def plan(config: RunConfig, total_steps: int, epoch_after: Callable[[int], float
         checkpoint=interval(config.checkpoint),
         output=interval(config.output),
         validation=interval(config.validation),
+        validate_first=watch is not None and watch.of_validation,
         validate_at_start=config.validation.repeats and config.validation.at_start,
         sample=interval(config.sampling),
         sample_at_start=config.sampling.at_start,

@@ -22,6 +22,7 @@ from trainer.jobs.step_cache_values import step_cache_values
 from trainer.models.wan.transformer import WanTransformer
 from trainer.models.wan.vae import WanVAE
 from trainer.sampling.conditions import Conditions, encode_files, encode_texts
+from trainer.sampling.inputs import check_inputs
 from trainer.sampling.pipeline import SamplingModels, decode_frames, generate
 from trainer.sampling.requests import SampleRequest, requests_of
 from trainer.sampling.results import FinishedSample, write_sample
@@ -62,6 +63,9 @@ class TrainingSamples:
         self._step_cache = step_cache_values(
             config, variant, lambda: transformer_files(config, variant), self._requests
         )
+        notes = check_inputs(self._requests, multiple=variant.pixel_multiple)
+        for note in notes if world.rank == 0 else ():
+            warn(f"samples: {note}")
         self._together = config.distributed.zero_stage == 3
         self._trained: Callable[[Expert], WanTransformer | None] | None = None
         self._other: nn.Module | None = None
@@ -181,7 +185,9 @@ class TrainingSamples:
         del text_encoder
         self._vae: WanVAE = lazy_vae(self._config, self._variant, device).load()
         lazy = lazy_image_encoder(self._config, device)
-        sees_pictures = any(request.image or request.control for request in self._requests)
+        sees_pictures = any(
+            request.image or request.control or request.control_images for request in self._requests
+        )
         image_encoder = lazy.load() if lazy is not None and sees_pictures else None
         self._conditions: list[Conditions] = [
             encode_files(request, self._variant, self._vae, image_encoder, device).to("cpu")

@@ -72,7 +72,7 @@ class _Group:
     stands_in: bool
 
 
-class Denoiser:
+class VelocityPredictor:
     """Predicts the velocities of one video."""
 
     def __init__(
@@ -198,6 +198,8 @@ class Denoiser:
             self._computed += num
         if num not in self._images:  # the same object in every step is embedded once
             self._images[num] = _times(self._conditions.image_context_BTD, num)
+        positions = self._conditions.frame_positions
+        placed = {} if positions is None else {"frame_positions": positions}
         with self._blocks_of(transformer, step, group):
             velocity: Tensor = transformer(
                 _times(latents_BCFHW, num),
@@ -205,6 +207,7 @@ class Denoiser:
                 [self._contexts[what.text] for what in group.passes.values()],
                 extra_channels=_times(self._conditions.extra_channels_BCFHW, num),
                 image_context=self._images[num],
+                **placed,
             )
         return dict(zip(group.passes, velocity.float().chunk(num), strict=True))
 

@@ -20,9 +20,9 @@ from trainer.core.flow import add_noise, clean_estimate
 from trainer.models.wan.conditioning import keep_first_frame
 from trainer.sampling.conditions import Conditions, encode_files
 from trainer.sampling.denoise import (
-    Denoiser,
     Evaluations,
     SamplingModels,
+    VelocityPredictor,
     evaluating,
     expert_at,
 )
@@ -110,14 +110,14 @@ def generate(
         noise = add_noise(conditions.start_latents_BCFHW.float(), noise, sigma)
     latents = _hold(noise, conditions)
     timesteps = schedule.timesteps.tolist()
-    with torch.no_grad(), Denoiser(models, request, conditions, timesteps, observer) as denoiser:
+    working = VelocityPredictor(models, request, conditions, timesteps, observer)
+    with torch.no_grad(), working as predictor:
         for index in range(schedule.num_steps):
-            velocity = denoiser.velocity(index, latents)
+            velocity = predictor.velocity(index, latents)
             if on_estimate is not None:
                 sigma_B = schedule.sigmas[index].to(latents).expand(len(latents))
-                on_estimate(
-                    index + 1, _hold(clean_estimate(latents, velocity, sigma_B), conditions)
-                )
+                estimate = _hold(clean_estimate(latents, velocity, sigma_B), conditions)
+                on_estimate(index + 1, _shown(estimate, request))
             latents = _hold(solver.step(index, latents, velocity), conditions)
             if on_step is not None:
                 on_step(index + 1, schedule.num_steps)
@@ -127,8 +127,8 @@ def generate(
             hint="lower guidance_scale or the LoRA's strength, or sample in fp32",
         )
     if on_end is not None:
-        on_end(denoiser.evaluations)
-    return latents
+        on_end(predictor.evaluations)
+    return _shown(latents, request)
 
 
 def initial_noise(
@@ -146,7 +146,7 @@ def initial_noise(
     """
     frames, height, width = variant.vae_stride
     size = (
-        (request.num_frames - 1) // frames + 1,
+        (request.num_walked_frames - 1) // frames + 1,
         request.height // height,
         request.width // width,
     )
@@ -189,6 +189,14 @@ def decode_frames(
 
 def _tiled(vae: VideoDecoder, latents_BCFHW: Tensor, tile: tuple[int, int]) -> Iterator[Tensor]:
     yield vae.decode(latents_BCFHW, tile=tile)
+
+
+def _shown(latents_BCFHW: Tensor, request: SampleRequest) -> Tensor:
+    """Return what is kept: in one-frame mode the frame that was asked for, else everything."""
+    moments = request.moments
+    if moments is None:
+        return latents_BCFHW
+    return latents_BCFHW[:, :, moments.target : moments.target + 1]
 
 
 def _hold(latents_BCFHW: Tensor, conditions: Conditions) -> Tensor:

@@ -11,6 +11,7 @@ from trainer.contract.config import Prompt, SamplingSection
 from trainer.contract.denoising_options import DenoisingOptions, denoising_of
 from trainer.contract.denoising_rules import denoising_problems
 from trainer.contract.errors import ConfigError, Problem
+from trainer.contract.one_frame import OneFrame
 from trainer.contract.variants import Variant
 from trainer.contract.walk import DEFAULT_STRENGTH, steps_walked, walk_problems
 from trainer.contract.wildcards import Wildcards
@@ -63,6 +64,10 @@ class SampleRequest:
     """Share of the steps that is walked from `video`; None without one."""
     denoising: DenoisingOptions = field(default_factory=DenoisingOptions)
     """How the velocities are found: methods of guidance, step cache."""
+    one_frame: str | None = None
+    """One-frame mode: the moment to make, and those of `control_images`; see `OneFrame.parse`."""
+    control_images: tuple[Path, ...] | None = None
+    """One-frame mode: the pictures that are given."""
 
     @classmethod
     def of(
@@ -108,7 +113,9 @@ class SampleRequest:
             name=prompt.name,
             width=pick("width", variant.width),
             height=pick("height", variant.height),
-            num_frames=pick("num_frames", variant.num_frames),
+            num_frames=pick("num_frames", variant.num_frames)
+            if prompt.num_frames or not prompt.one_frame
+            else 1,
             num_steps=pick("num_steps", variant.num_steps),
             guidance_scale=_guidance(prompt, section, variant),
             flow_shift=pick(
@@ -125,13 +132,32 @@ class SampleRequest:
             video=prompt.video,
             strength=prompt.strength or (DEFAULT_STRENGTH if prompt.video else None),
             denoising=denoising_of(section, prompt),
+            one_frame=prompt.one_frame,
+            control_images=prompt.control_images,
         )
 
     @property
     def files(self) -> dict[str, Path]:
         """What has to be encoded, by key: images and videos."""
         named = {key: getattr(self, key) for key in _INPUT_NAMES}
-        return {key: path for key, path in named.items() if path is not None}
+        images = enumerate(self.control_images or ())
+        return {key: path for key, path in named.items() if path is not None} | {
+            f"control_images[{index}]": path for index, path in images
+        }
+
+    @property
+    def moments(self) -> OneFrame | None:
+        """What `one_frame` says.
+
+        Raises:
+            ConfigError: it is of another form.
+        """
+        return None if self.one_frame is None else OneFrame.parse(self.one_frame)
+
+    @property
+    def num_walked_frames(self) -> int:
+        """Pixel frames of the latents that are walked: more than are kept in one-frame mode."""
+        return self.num_frames + 4 * len(self.control_images or ())
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -154,12 +180,12 @@ class SampleRequest:
             *_size_problems(self, variant, pixel_multiple or variant.pixel_multiple),
             *_number_problems(self),
             *_walk_problems(self),
-            *_file_problems(self, variant),
             *denoising_problems(
                 self.denoising,
                 variant.transformer.num_layers,
                 guided=any(map(needs_negative, self.guidance_scale)),
             ),
+            *(_file_problems if self.one_frame is None else _one_frame_problems)(self, variant),
         ]
         if problems:
             raise ConfigError(problems=problems)
@@ -259,13 +285,51 @@ def _walk_problems(request: SampleRequest) -> Iterator[Problem]:
         )
 
 
+def _one_frame_problems(request: SampleRequest, variant: Variant) -> Iterator[Problem]:
+    """Yield what is wrong with a request in one-frame mode."""
+    if variant.conditioning not in {"first_frame", "first_last_frame"}:
+        yield Problem(
+            f"{variant.name} is not given pictures by latent frame",
+            key="one_frame",
+            hint="choose an image-to-video or first-last-frame model",
+        )
+    if request.num_frames != 1:
+        yield Problem("one-frame mode makes one frame", key="num_frames", hint="1")
+    for key in request.files.keys() & _INPUT_NAMES.keys():
+        yield Problem(f"{_INPUT_NAMES[key]} in one-frame mode", key=key, hint="use control_images")
+    for key, path in request.files.items():
+        if not path.exists():
+            yield Problem(f"{path} does not exist", key=key)
+    try:
+        moments = request.moments
+    except ConfigError as error:
+        yield from error.problems
+        return
+    given, needed = (
+        len(request.control_images or ()),
+        len(moments.control_indices) if moments else 0,
+    )
+    if given != needed:
+        yield Problem(
+            f"{given} control images for {needed} control indices",
+            key="control_images",
+            hint="one for each, in the same order",
+        )
+    if variant.conditioning == "first_last_frame" and needed < 2:
+        yield Problem(
+            f"{variant.name} needs two control images", key="one_frame", hint="control_index=0;2"
+        )
+
+
 def _file_problems(request: SampleRequest, variant: Variant) -> Iterator[Problem]:
     required, allowed = _inputs(variant)
     given = request.files
     for key in sorted(required - given.keys()):
         yield Problem(f"{variant.name} needs {_INPUT_NAMES[key]}", key=key, hint=f"set {key}")
     for key, path in given.items():
-        if key not in allowed:
+        if key not in _INPUT_NAMES:
+            yield Problem("control images without one_frame", key=key, hint="set one_frame")
+        elif key not in allowed:
             yield Problem(
                 f"{variant.name} cannot use {_INPUT_NAMES[key]}",
                 key=key,

@@ -75,8 +75,8 @@ class ImmiscibleNoise(Technique):
 
     def _choose(self, latents_CFHW: Tensor, noise_CFHW: Tensor, item_seed: int) -> Tensor:
         best, largest = noise_CFHW, (latents_CFHW * noise_CFHW).sum()
-        for other in self._others(noise_CFHW, item_seed):
-            other = other.to(noise_CFHW.device)
+        for drawn in self._others(noise_CFHW, item_seed):
+            other = drawn.to(noise_CFHW.device)
             product = (latents_CFHW * other).sum()
             # Chosen on the device: asking which is larger would wait for it.
             nearer = product > largest

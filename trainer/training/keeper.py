@@ -18,10 +18,12 @@ from trainer.io.atomic_save import save_safetensors
 from trainer.io.mapped_load import open_weights
 from trainer.sampling.results import FinishedSample
 from trainer.training.checkpoints import Checkpoint, CheckpointStore
+from trainer.training.lr import LossWatch
 from trainer.training.reporter import EventLog, RunReporter, write_peaks
 from trainer.training.validation import ValidationResult
 
 _TECHNIQUES = "techniques.safetensors"
+_SCHEDULE = "lr_schedule"
 _MUST_AGREE = {
     "variant": "model",
     "expert": "expert",
@@ -130,6 +132,7 @@ class RunKeeper:
         validator: Validation | None,
         average_use: AverageUse | None = None,
         keep_outputs: int | None = None,
+        watch: LossWatch | None = None,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -144,6 +147,7 @@ class RunKeeper:
         self._validator = validator
         self._average_use = average_use or AverageUse()
         self._keep_outputs = keep_outputs
+        self._watch = watch
         self._saved_at = -1
 
     def restore(self) -> int:
@@ -159,9 +163,23 @@ class RunKeeper:
         self._warn_of_changes(checkpoint)
         self._engine.load_state(checkpoint.path)
         self._load_techniques(checkpoint.path)
+        self._load_schedule(checkpoint)
         self._emit("log", message=f"resumed from {checkpoint.path} at step {checkpoint.step}")
         self._saved_at = checkpoint.step
         return checkpoint.step
+
+    def _load_schedule(self, checkpoint: Checkpoint) -> None:
+        if self._watch is None:
+            return
+        state = checkpoint.progress.get(_SCHEDULE)
+        if state is not None:
+            self._watch.schedule.load_state(state)
+            return
+        self._emit(
+            "warning",
+            message=f"{checkpoint.path.name} does not know what the learning rate goes by: it is "
+            "the full one again, and the losses are watched from here",
+        )
 
     def checkpoint(self, step: int) -> None:
         """Save the full training state."""
@@ -169,6 +187,8 @@ class RunKeeper:
             return
         with self._reporter.paused():
             progress = {**self._facts(), "step": step}
+            if self._watch is not None:
+                progress[_SCHEDULE] = self._watch.schedule.state()
             saved = self._store.save(step, self._save_techniques, progress, self._engine)
         self._saved_at = step
         self._emit("checkpoint", step=step, path=str(saved.path))
@@ -246,6 +266,8 @@ class RunKeeper:
             except NonFiniteError as error:
                 self._emit("warning", message=f"step {step}: {error.message}", hint=error.hint)
                 return
+        if self._watch is not None:
+            self._watch.validated(step, result.loss)
         self._emit(
             "validation",
             step=step,

@@ -74,7 +74,7 @@ class TrainStep(nn.Module):
             parts are drawn independently, like those of different tokens.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what surrounds the transformer, by name
         self,
         transformer: nn.Module,
         objective: Objective,

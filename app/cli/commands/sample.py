@@ -15,7 +15,7 @@ from app.cli.loraid_options import (
     LoraidStrengths,
     loraid_fields,
 )
-from app.cli.options import Json, Loras, Overrides, command_app, lora_use
+from app.cli.options import Json, Overrides, command_app
 from app.cli.sample_guidance_options import (
     Calibrate,
     CFGApplyRatio,
@@ -37,7 +37,28 @@ from app.cli.sample_guidance_options import (
     StepCacheThreshold,
     slg_settings,
 )
-from app.cli.sample_start_options import Schedule, Solver, Strength, Video
+from app.cli.sample_lora_options import MergeLoras, SampleLoras, sample_lora
+from app.cli.sample_sheet_options import (
+    Columns,
+    Interactive,
+    MatrixFile,
+    UseWildcards,
+    Vary,
+    WildcardsFolder,
+    refuse_with_session,
+    sheet_fields,
+    sheet_folder,
+    varies_prompts,
+    wildcard_settings,
+)
+from app.cli.sample_start_options import (
+    ControlImages,
+    OneFrame,
+    Schedule,
+    Solver,
+    Strength,
+    Video,
+)
 from trainer.contract.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +88,8 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
             "--prompts-file", help="Prompts in a .txt (musubi-tuner's flags), .toml or .json file."
         ),
     ] = None,
-    loras: Loras = None,
+    loras: SampleLoras = None,
+    merge_loras: MergeLoras = False,
     loraids: Loraids = None,
     loraid_strengths: LoraidStrengths = None,
     loraid_from: LoraidFrom = None,
@@ -125,6 +147,8 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     ] = None,
     video: Video = None,
     strength: Strength = None,
+    one_frame: OneFrame = None,
+    control_images: ControlImages = None,
     target: Annotated[
         Path | None,
         typer.Option(
@@ -133,6 +157,12 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
             help="Folder of the results. Default: samples/, or the run's samples folder.",
         ),
     ] = None,
+    vary: Vary = None,
+    matrix: MatrixFile = None,
+    columns: Columns = None,
+    wildcards: UseWildcards = None,
+    wildcards_folder: WildcardsFolder = None,
+    interactive: Interactive = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -175,25 +205,45 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "schedule": schedule,
         "seed": seed,
         "fps": fps,
+        **wildcard_settings(wildcards, wildcards_folder),
     }
     files = {"image": image, "last_image": last_image, "control": control, "video": video}
+    of_prompts = {
+        "strength": strength,
+        "one_frame": one_frame,
+        "control_images": [str(path) for path in control_images or ()] or None,
+    }
     request: dict[str, Any] = {
         "config": str(config),
         "set": [*(overrides or ()), *_overrides(settings)],
-        "loras": [lora_use(text) for text in loras or ()],
+        "loras": [sample_lora(text) for text in loras or ()],
+        "merge_loras": merge_loras,
         **loraid_fields(loraids, loraid_strengths, loraid_from),
-        "prompts": _prompts(prompts or [], files, prompts_file, {"strength": strength}),
+        "prompts": _prompts(prompts or [], files, prompts_file, of_prompts),
         "prompts_file": _text(prompts_file),
         "output": str(target or (run_dir / "samples" if run_dir else "samples")),
         "run_dir": _text(run_dir),
         "calibrate": calibrate,
     }
-    _say_duration(_check(config, request), request)
-    result = jobs.run_or_leave("sample", request)
+    sheet = sheet_fields(request, vary, matrix, columns)
+    if interactive:
+        from app.cli.sample_session import run_session
+
+        refuse_with_session(request, sheet)
+        _check(config, request, needs_prompts=False)
+        run_session(request, as_json=as_json)
+        return
+    if sheet:
+        request |= sheet
+        request["output"] = str(sheet_folder(request, target))
+    loaded = _check(config, request, needs_prompts=not varies_prompts(sheet))
+    if not sheet:
+        _say_duration(loaded, request)
+    result = jobs.run_or_leave("sample_matrix" if sheet else "sample", request)
     if as_json:
         output.json_data(result.all("sample"))
         return
-    for path in result.paths:
+    for path in result.paths_of({"output"} if sheet else {"output", "sample"}):
         output.data(path)
 
 
@@ -225,13 +275,13 @@ def _prompts(
     return [{"prompt": text, **given} for text in texts]
 
 
-def _check(config: Path, request: dict[str, Any]) -> RunConfig:
+def _check(config: Path, request: dict[str, Any], *, needs_prompts: bool) -> RunConfig:
     """Find what is wrong before torch is loaded; return the config."""
     from app.domain.complete import complete_config
 
     loaded = complete_config(config, request["set"], "sample")
     has_prompts = loaded.sampling.prompts or loaded.sampling.prompts_file
-    if not (request["prompts"] or request["prompts_file"] or has_prompts):
+    if needs_prompts and not (request["prompts"] or request["prompts_file"] or has_prompts):
         raise UserError("there is no prompt", hint='add --prompt "..." or --prompts-file FILE')
     return loaded
 

@@ -8,6 +8,8 @@ from typing import Any
 from app.domain.importing import values as v
 from app.domain.importing.kinds import (
     CUSTOM,
+    RELATIVE_STEPS,
+    STEP_SIZE,
     has_option,
     put_argument,
     put_class_argument,
@@ -146,9 +148,17 @@ def optimizer(keys: Keys) -> None:
         else:
             value = keys.read(key, v.literal)
             put_argument(keys, key, key.partition(".")[2], value)
+    adafactor = keys.draft.chosen("optimizer.kind") == "adafactor"
+    if adafactor and "optimizer_args.relative_step" not in keys:
+        size = RELATIVE_STEPS["relative_step"]
+        if keys.draft.chosen(STEP_SIZE) not in RELATIVE_STEPS.values():
+            keys.put("optimizer_type: relative_step", STEP_SIZE, size)
     rate_default = keys.default("learning_rate", 2e-6)
     rate = keys.read("learning_rate", v.number, rate_default)
-    if takes_rate:
+    if adafactor and keys.draft.chosen(STEP_SIZE) in RELATIVE_STEPS.values():
+        keys.put("learning_rate", "optimizer.learning_rate", 1.0,
+                 note="ignored there with a relative step, a factor of it here")  # fmt: skip
+    elif takes_rate:
         keys.put("learning_rate", "optimizer.learning_rate", rate)
     else:
         keys.lacks("learning_rate", "a rate of the optimizer that Menma lacks")
@@ -426,7 +436,7 @@ def sampling(keys: Keys) -> None:
 
 def epoch_interval(keys: Keys, key: str, section: str, note: str = "") -> int | None:
     """Carry over an interval in epochs; return it."""
-    count = keys.read(key, v.positive)
+    count: int | None = keys.read(key, v.positive)
     if count:
         keys.put(key, f"{section}.every_epochs", count, note=note)
     return count

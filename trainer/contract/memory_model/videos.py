@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from trainer.contract.config import Prompt, SamplingSection
@@ -61,7 +62,7 @@ def _video(prompt: Prompt | None, sampling: SamplingSection, variant: Variant) -
     clip = Clip(
         width=pick("width", variant.width),
         height=pick("height", variant.height),
-        num_frames=pick("num_frames", variant.num_frames),
+        num_frames=_walked_frames(prompt, pick("num_frames", variant.num_frames)),
     )
     timesteps = planned_timesteps(
         pick("num_steps", variant.num_steps),
@@ -81,7 +82,9 @@ def _video(prompt: Prompt | None, sampling: SamplingSection, variant: Variant) -
     texts = ["" if prompt is None else prompt.prompt]
     if low_scale != 1 or high_scale != 1:
         texts.append(pick("negative_prompt", variant.negative_prompt))
-    given = () if prompt is None else (prompt.image, prompt.last_image)
+    given: tuple[Path | None, ...] = ()
+    if prompt is not None:
+        given = (prompt.image, prompt.last_image, *(prompt.control_images or ()))
     needed = {"first_frame": 1, "first_last_frame": 2}.get(variant.conditioning, 0)
     return Video(
         clip=clip,
@@ -92,6 +95,13 @@ def _video(prompt: Prompt | None, sampling: SamplingSection, variant: Variant) -
         control=variant.conditioning == "control",
         starts_from_video=prompt is not None and prompt.video is not None,
     )
+
+
+def _walked_frames(prompt: Prompt | None, num_frames: int) -> int:
+    """Return the frames of the latents that are walked."""
+    if prompt is None or prompt.one_frame is None:
+        return num_frames
+    return (prompt.num_frames or 1) + 4 * len(prompt.control_images or ())
 
 
 def _strength(prompt: Prompt | None) -> float:

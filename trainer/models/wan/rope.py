@@ -24,7 +24,11 @@ def axis_sizes(head_dim: int) -> tuple[int, int, int]:
 
 
 def rope_table(
-    grid: tuple[int, int, int], head_dim: int, theta: float, device: torch.device
+    grid: tuple[int, int, int],
+    head_dim: int,
+    theta: float,
+    device: torch.device,
+    frames: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Return cos and sin of every token's angles, pairwise: (L, K) float32.
 
@@ -36,17 +40,23 @@ def rope_table(
         head_dim: K, even.
         theta: base of the frequencies.
         device: where the table shall be.
+        frames: position of each frame; None: 0, 1, 2, …
     """
     # A sampler may ask first, in inference mode; the table must serve training as well.
     with torch.inference_mode(False):
-        return _rope_table(grid, head_dim, theta).to(device)
+        return _rope_table(grid, head_dim, theta, frames).to(device)
 
 
-def _rope_table(grid: tuple[int, int, int], head_dim: int, theta: float) -> Tensor:
+def _rope_table(
+    grid: tuple[int, int, int], head_dim: int, theta: float, frames: tuple[int, ...] | None
+) -> Tensor:
     angles = []
     for axis, (positions, size) in enumerate(zip(grid, axis_sizes(head_dim), strict=True)):
         exponents = torch.arange(0, size, 2, dtype=torch.float64) / max(size, 1)
-        angle = torch.outer(torch.arange(positions, dtype=torch.float64), theta**-exponents)
+        places = torch.arange(positions, dtype=torch.float64)
+        if axis == 0 and frames is not None:
+            places = torch.tensor(frames, dtype=torch.float64)
+        angle = torch.outer(places, theta**-exponents)
         shape = [1, 1, 1, angle.shape[1]]
         shape[axis] = positions
         angles.append(angle.view(shape).expand(*grid, -1))

@@ -192,6 +192,7 @@ class WanTransformer(nn.Module):
         extra_channels: Tensor | None = None,
         image_context: Tensor | None = None,
         reference: Tensor | None = None,
+        frame_positions: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Return the velocity, shaped as the latents and in their dtype.
 
@@ -203,6 +204,7 @@ class WanTransformer(nn.Module):
             extra_channels: (B, C', F, H, W), put behind the latents on the channel axis.
             image_context: CLIP features (B, S, image_dim), S = 257; FLF2V 514, first then last.
             reference: latents (B, C, H, W) of a reference picture, for models with `ref_conv`.
+            frame_positions: place in time of each patch of latent frames; None: 0, 1, 2, …
 
         Raises:
             DataError: something is missing, superfluous or of a shape that does not fit.
@@ -224,9 +226,7 @@ class WanTransformer(nn.Module):
         context_BTD, bias_BT = self._embed_text(context, kept)
         given = BlockInputs(
             time=time_blocks,
-            rope_LK=self._rope_table(
-                (f, h, w), self.config.head_dim, self.config.rope_theta, latents_BCFHW.device
-            ),
+            rope_LK=self._rope((f, h, w), frame_positions, latents_BCFHW.device),
             context_BTD=context_BTD,
             context_bias_BT=bias_BT,
             image_BSD=None if image_context is None else self._embed_image(image_context, kept),
@@ -250,6 +250,13 @@ class WanTransformer(nn.Module):
         """Return what the head (B, D) and the blocks (B, 6·D) are given of each timestep."""
         head, blocks = self._embed_time(timestep_B)
         return head.rows_UPD.flatten(1), blocks.rows_UPD.flatten(1)
+
+    def _rope(
+        self, grid: tuple[int, int, int], frames: tuple[int, ...] | None, device: torch.device
+    ) -> Tensor:
+        if frames is not None and len(frames) != grid[0]:
+            raise DataError(f"{len(frames)} frame positions for {grid[0]} frames")
+        return self._rope_table(grid, self.config.head_dim, self.config.rope_theta, device, frames)
 
     def _own_part(
         self,
