@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from trainer.contract.denoising_options import DenoisingOptions
 from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Expert, Variant
 from trainer.jobs.sample import SampleLoaders
@@ -20,6 +21,7 @@ from trainer.sampling.conditions import Conditions, encode_files, encode_texts
 from trainer.sampling.experts import ExpertSwitch
 from trainer.sampling.pipeline import OnStep, SamplingModels, decode_frames, generate
 from trainer.sampling.requests import SampleRequest
+from trainer.sampling.step_cache.values import StepCacheValues
 from trainer.sampling.video_io import Frame
 
 M = TypeVar("M")
@@ -79,7 +81,7 @@ class Studio:
         key = _seen(request)
         if key in self._conditions:
             return
-        if not _sees_files(request):
+        if not request.files:
             self._conditions[key] = Conditions()
             return
         with (
@@ -97,8 +99,13 @@ class Studio:
         self._loras = self._new_loras()
         release(self._options.device)
 
-    def draw(self, request: SampleRequest, on_step: OnStep) -> Tensor:
+    def draw(self, request: SampleRequest, on_step: OnStep, step_cache: StepCacheValues) -> Tensor:
         """Return the latents of a request that is encoded, (1, C, F, H, W), float32 on the CPU.
+
+        Args:
+            request: what to draw.
+            on_step: told of each evaluation; may raise to stop.
+            step_cache: what step caches know of the transformers.
 
         Raises:
             NonFiniteError: they became NaN or infinite.
@@ -109,6 +116,7 @@ class Studio:
             transformer=lambda expert: self._loras.ready(self._switch(expert), expert),
             contexts=self._texts,
             device=self._options.device,
+            step_cache=step_cache,
         )
 
         def step_done(done: int, steps: int) -> None:
@@ -187,10 +195,6 @@ def _move(model: Any, device: torch.device) -> None:
         model.to(device)
 
 
-def _sees_files(request: SampleRequest) -> bool:
-    return request.image is not None or request.control is not None
-
-
 def _seen(request: SampleRequest) -> SampleRequest:
     """Return what two requests have in common whose files are encoded alike."""
     return replace(
@@ -205,6 +209,8 @@ def _seen(request: SampleRequest) -> SampleRequest:
         guidance_scale=(1.0, 1.0),
         flow_shift=1.0,
         solver="",
+        schedule="",
+        denoising=DenoisingOptions(),
         fps=1,
         lora_strengths=None,
     )
