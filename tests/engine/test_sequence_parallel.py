@@ -155,3 +155,10 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
         assert "distributed.sequence_parallel" in seen["heads"]
         assert "3 attention heads" in seen["heads"]
         assert "one of 1, 3" in seen["heads"]
+
+
+def test_a_step_cache_keeps_each_processs_own_tokens(tmp_path):
+    for seen in results("sample", 2, 2, tmp_path):
+        for method in ("teacache", "magcache"):
+            assert seen[method]["distance"] <= 1e-4
+            assert seen[method]["shared"] == seen[method]["alone"] > 0

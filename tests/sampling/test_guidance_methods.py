@@ -215,7 +215,7 @@ def velocity_of(model: WanTransformer) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("skipped", [{1}, {0, 3}, {0, 1, 2, 3}])
+@pytest.mark.parametrize("skipped", [{1}, {0, 3}, {0, 1, 2}])
 @pytest.mark.parametrize("swapped", [0, 2, 4])
 def test_leaving_blocks_out_is_a_model_without_them(skipped: set[int], swapped: int) -> None:
     expected = velocity_of(without_blocks(tiny_model(), skipped))

@@ -47,7 +47,10 @@ seed = 5
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+def write_models(folder: Path) -> Path:
     write_tiny_vae(folder / "vae.safetensors")
     write_tiny_text_encoder(folder / "text.safetensors", ["a cat", "a dog on a mat"], text_dim=32)
     shape = TransformerConfig(

@@ -81,7 +81,7 @@ def test_kill_loop(tmp_path):
         time.sleep(chance.uniform(0, 0.12))
         process.send_signal(signal.SIGKILL)
         rest = process.stdout.read()
-        process.wait(20)
+        process.wait(120)
         announced = max(announced, *(int(word) for word in (line + rest).split() if word))
 
         warned: list[str] = []

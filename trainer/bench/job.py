@@ -27,6 +27,7 @@ BENCHMARKS: Registry[Any] = Registry(
         "the same of a 14B model (writes 13.5 GiB)",
     ),
     Entry("loraid", "trainer.bench.loraid", "what merged LoRAs keep: slots or not (minutes)"),
+    Entry("sample_cache", "trainer.bench.sample_cache", "sampling with a step cache"),
     Entry("help", "trainer.bench.help", "time of menma --help"),
     Entry("estimate", "trainer.bench.estimate", "time of one estimate"),
 )

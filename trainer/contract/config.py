@@ -284,6 +284,9 @@ class CheckpointSection(Repeated):
     """Steps between checkpoints; 0: only at the end and when asked."""
     every_epochs: int = Field(0, ge=0)
     """Epochs between checkpoints, beside those of `every_steps`; 0: epochs do not count."""
+    every_minutes: float = Field(0, ge=0)
+    """Minutes after which the next step is followed by one, beside the others; 0: time does not
+    count."""
     keep_last: int = Field(3, ge=1)
     """How many checkpoints stay on disk."""
 

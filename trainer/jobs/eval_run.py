@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,7 @@ def run(request: EvalRequest, emit: Emit) -> None:
     clips = _clips(config, validation, shots)
     config = resolve_for_forwards(config, variant, device, clips, emit) if clips else config
     tile = config.memory.vae_tile
-    step_cache = step_cache_values(
-        config, variant, lambda: transformer_files(config, variant), shots
-    )
+    files = partial(transformer_files, config, variant)
     measured = measure(
         EvalParts(
             variant=variant,
@@ -82,7 +81,7 @@ def run(request: EvalRequest, emit: Emit) -> None:
             device=device,
             tile=(tile, tile) if tile else None,
             progress=progress_events(emit),
-            step_cache=step_cache,
+            step_cache=step_cache_values(config, variant, files, shots),
         )
     )
     figures = probe.judge(measured.videos) if shots else {}

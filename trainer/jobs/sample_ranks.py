@@ -184,11 +184,10 @@ class SampleRanks:
 def in_words(error: BaseException, explain: Callable[[BaseException], MenmaError | None]) -> str:
     """Return what the first process needs to raise another's error."""
     known = explain(error)
-    told = known or error
     return json.dumps(
         {
             "kind": "" if known is None else type(known).__name__,
-            "message": f"{type(error).__name__}: {error}" if known is None else told.message,
+            "message": f"{type(error).__name__}: {error}" if known is None else known.message,
             "hint": "" if known is None else known.hint,
             "interrupted": isinstance(error, KeyboardInterrupt),
         }

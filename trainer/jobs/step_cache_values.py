@@ -51,14 +51,25 @@ def step_cache_values(
     """
     if all(request.denoising.step_cache == "none" for request in requests):
         return StepCacheValues()
-    weights = files()
-    known = StepCacheValues(
-        measured=_measured(config, variant, weights),
-        published=all(_is_released(config, variant, path) for path in weights.values()),
-    )
+    known = known_values(config, variant, files())
     for request in requests:
         step_cache_of(request, variant, known)
     return known
+
+
+def known_values(
+    config: RunConfig, variant: Variant, files: Mapping[Expert, Path]
+) -> StepCacheValues:
+    """Return what is known of the transformers in `files`, for requests that come later.
+
+    Raises:
+        ConfigError: the file that is named is no calibration of this variant.
+        ModelFileError: the weights cannot be read.
+    """
+    return StepCacheValues(
+        measured=_measured(config, variant, files),
+        published=all(_is_released(config, variant, path) for path in files.values()),
+    )
 
 
 def requests_to_calibrate(requests: Sequence[SampleRequest]) -> tuple[SampleRequest, ...]:

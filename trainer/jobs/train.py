@@ -153,10 +153,7 @@ class TrainingRun:
         reporter = self._reporter(data, losses, engine)
         with ExitStack() as stack:
             stack.callback(engine.close)
-            refused: dict[Request, str] = {}
-            if samples is None:
-                refused["sample"] = "this run has no prompts to sample, or lacks what they need"
-            requests = stack.enter_context(Requests(self.run_dir, engine, self.emit, refused))
+            requests = stack.enter_context(self._requests(engine, samples))
             keeper = self._keeper(trainee, data, store, resume, reporter, samples, build)
             end = run_loop(
                 Run(
@@ -174,6 +171,13 @@ class TrainingRun:
             if world.rank == 0:
                 write_peaks(self.run_dir.peaks, world.device)
         return end
+
+    def _requests(self, engine: Engine, samples: TrainingSamples | None) -> Requests:
+        refused: dict[Request, str] = {}
+        if samples is None:
+            refused["sample"] = "this run has no prompts to sample, or lacks what they need"
+        every_s = 60 * self.config.checkpoint.every_minutes
+        return Requests(self.run_dir, engine, self.emit, refused, save_every_s=every_s)
 
     def _reporter(self, data: TrainingData, losses: LossDetails, engine: Engine) -> RunReporter:
         norms = partial(

@@ -72,7 +72,7 @@ class _Group:
     stands_in: bool
 
 
-class Denoiser:
+class VelocityPredictor:
     """Predicts the velocities of one video."""
 
     def __init__(

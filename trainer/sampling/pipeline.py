@@ -20,9 +20,9 @@ from trainer.core.flow import add_noise, clean_estimate
 from trainer.models.wan.conditioning import keep_first_frame
 from trainer.sampling.conditions import Conditions, encode_files
 from trainer.sampling.denoise import (
-    Denoiser,
     Evaluations,
     SamplingModels,
+    VelocityPredictor,
     evaluating,
     expert_at,
 )
@@ -110,9 +110,10 @@ def generate(
         noise = add_noise(conditions.start_latents_BCFHW.float(), noise, sigma)
     latents = _hold(noise, conditions)
     timesteps = schedule.timesteps.tolist()
-    with torch.no_grad(), Denoiser(models, request, conditions, timesteps, observer) as denoiser:
+    working = VelocityPredictor(models, request, conditions, timesteps, observer)
+    with torch.no_grad(), working as predictor:
         for index in range(schedule.num_steps):
-            velocity = denoiser.velocity(index, latents)
+            velocity = predictor.velocity(index, latents)
             if on_estimate is not None:
                 sigma_B = schedule.sigmas[index].to(latents).expand(len(latents))
                 estimate = _hold(clean_estimate(latents, velocity, sigma_B), conditions)
@@ -126,7 +127,7 @@ def generate(
             hint="lower guidance_scale or the LoRA's strength, or sample in fp32",
         )
     if on_end is not None:
-        on_end(denoiser.evaluations)
+        on_end(predictor.evaluations)
     return _shown(latents, request)
 
 

@@ -244,10 +244,11 @@ def saving(keys: Keys) -> None:
         keys.put("checkpoint_every_n_steps", "checkpoint.every_steps", checkpoints)
     epoch_interval(keys, "save_every_n_epochs", "output")
     epoch_interval(keys, "checkpoint_every_n_epochs", "checkpoint")
-    for key, section in (("save_every_n_examples", "output"),
-                         ("checkpoint_every_n_minutes", "checkpoint")):  # fmt: skip
-        if keys.read(key, v.positive):
-            keys.lacks(key, EPOCHS_HINT, f"set {section}.every_steps")
+    minutes = keys.read("checkpoint_every_n_minutes", v.number)
+    if minutes:
+        keys.put("checkpoint_every_n_minutes", "checkpoint.every_minutes", minutes)
+    if keys.read("save_every_n_examples", v.positive):
+        keys.lacks("save_every_n_examples", EPOCHS_HINT, "set output.every_steps")
     has_eval = any(key.startswith("eval_directory[") for key in keys.values)
     for unit in ("steps", "epochs"):
         key = f"eval_every_n_{unit}"

@@ -268,6 +268,20 @@ def logs(keys: Keys) -> None:
         keys.lacks("report_to", f"Menma does not log to {tool}")
 
 
+def noise(keys: Keys) -> None:
+    """An offset of the noise, which stays of variance 1 here."""
+    if not v.is_on(keys.get("offset_noise")):
+        for key in ("offset_noise", "noise_offset", "noise_offset_probability"):
+            keys.same(key, "offset_noise is off")
+        return
+    strength = keys.read("noise_offset", v.number, 0.1)
+    keys.draft.values["techniques"] = [{"name": "noise_offset", "strength": strength}]
+    note = "[[techniques]] noise_offset, of variance 1; each item has it, there a share of them"
+    keys.done("offset_noise", note, "techniques")
+    keys.done("noise_offset", "its strength", "techniques")
+    keys.lacks("noise_offset_probability", "every item has the offset", "lower its strength")
+
+
 def samples(keys: Keys) -> None:
     """Validation images there are samples here."""
     base: dict[str, Any] = {

@@ -17,7 +17,7 @@ from trainer.sampling.guidance import NEGATIVE, POSITIVE
 from trainer.sampling.step_cache.drift import Drift, first_step
 from trainer.sampling.step_cache.values import ExpertValues
 
-THRESHOLD: Final = 0.06
+THRESHOLD: Final = 0.12
 MAX_SKIPS: Final = 2
 _RETAINED: Final = 0.2
 
