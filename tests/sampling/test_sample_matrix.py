@@ -276,7 +276,7 @@ def test_mistakes_are_told_before_anything_is_loaded(
         ("strength for each expert", [parse_vary("lora=0,1")], {"loras": (both,)}),
         ("nothing varies 'steps'", [parse_vary("seed=1,2")], {"columns": "steps"}),
         ("given and varied", [parse_vary("prompt=a,b")], {}),
-        ("attaches its LoRAs", [parse_vary("seed=1,2")], {"merge_loras": True}),
+        ("merges no LoRAs", [parse_vary("seed=1,2")], {"merge_loras": True}),
     ):
         with pytest.raises(ConfigError, match=words):
             make(config, *axes, **fields)

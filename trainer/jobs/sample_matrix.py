@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +41,7 @@ from trainer.jobs.step_cache_values import step_cache_values
 from trainer.sampling.inputs import check_inputs
 from trainer.sampling.matrix import Cell, build_sheet
 from trainer.sampling.schedule import walk_of
-
-BaseLoader = Callable[[tuple[Path, ...]], Callable[[Expert], nn.Module] | None]
+from trainer.sampling.step_cache.values import StepCacheValues
 
 
 def run(request: SampleMatrixRequest, emit: Emit) -> None:
@@ -56,10 +55,10 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
         RunError: a sample failed; after all others were made.
         MenmaError: no sample can be made, or nothing can be written.
     """
+    if request.merge_loras or request.calibrate:
+        raise ConfigError("a sheet merges no LoRAs and calibrates nothing", hint="do it without")
     config = read_config(request, "sample")
     variant = settle_variant(config)
-    if request.merge_loras:
-        raise ConfigError("a sheet attaches its LoRAs", hint="leave out merging them")
     prompts, axes = _prompts_and_axes(request, config)
     check_axes(axes, len(prompts))
     files = transformer_files(config, variant)
@@ -86,13 +85,14 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
         loras=sheet.loras,
         device=device,
         tile=(tile, tile) if tile else None,
-        step_cache=step_cache_values(
-            config, variant, lambda: files, [cell.request for cell in sheet.cells]
-        ),
         warn=lambda words: emit("warning", message=words),
     )
     studio = Studio(variant, loaders_of(config, variant, files, device), options)
-    making = _Making(folder, studio, _base_loader(config, variant, files, device), emit)
+    bases = {
+        base: _Base.of(base, config, variant, files, sheet.cells)
+        for base in dict.fromkeys(cell.base for cell in sheet.cells)
+    }
+    making = _Making(config, device, folder, studio, bases, emit)
     try:
         making.draw(missing)
         making.decode(missing)
@@ -117,20 +117,27 @@ def _prompts_and_axes(
     return prompts, [axis for axis in request.axes if axis.key != PROMPT]
 
 
-def _base_loader(
-    config: RunConfig, variant: Variant, files: TransformerFiles, device: torch.device
-) -> BaseLoader:
-    """Return what gives the loader of a cell's own transformers."""
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """The transformers of some cells, and what step caches know of them."""
 
-    def loader(base: tuple[Path, ...]) -> Callable[[Expert], nn.Module] | None:
-        if not base:
-            return None
+    files: TransformerFiles
+    step_cache: StepCacheValues
+
+    @classmethod
+    def of(
+        cls,
+        base: tuple[Path, ...],
+        config: RunConfig,
+        variant: Variant,
+        files: TransformerFiles,
+        cells: Sequence[Cell],
+    ) -> _Base:
         own = dict(files)
         for path in base:
             own[_expert_of(path) if variant.experts else "low_noise"] = path
-        return lambda expert: freeze(load_base(config, own[expert], expert=expert, device=device))
-
-    return loader
+        requests = [cell.request for cell in cells if cell.base == base]
+        return cls(own, step_cache_values(config, variant, lambda: own, requests))
 
 
 def _expert_of(path: Path) -> Expert:
@@ -145,9 +152,11 @@ def _expert_of(path: Path) -> Expert:
 class _Making:
     """The samples of one start of the job."""
 
+    config: RunConfig
+    device: torch.device
     folder: SheetFolder
     studio: Studio
-    base_loader: BaseLoader
+    bases: Mapping[tuple[Path, ...], _Base]
     emit: Emit
     failures: dict[str, str] = field(default_factory=dict)
     """Identity of a cell -> what went wrong."""
@@ -176,8 +185,10 @@ class _Making:
             with self._failure_of(cell):
                 if cell.base != base:
                     base = cell.base
-                    self.studio.change_base(self.base_loader(base))
-                self.folder.keep_latents(cell, self.studio.draw(cell.request, on_step))
+                    self.studio.change_base(self._loader(base))
+                step_cache = self.bases[base].step_cache
+                latents = self.studio.draw(cell.request, on_step, step_cache)
+                self.folder.keep_latents(cell, latents)
             done += walk_of(cell.request).num_steps
         self.studio.change_base(None)
 
@@ -210,6 +221,15 @@ class _Making:
                 hint=f"see {self.folder.page}; the same command tries these again",
             )
         self.emit("end", reason="done", num_samples=num_cells, page=str(self.folder.page))
+
+    def _loader(self, base: tuple[Path, ...]) -> Callable[[Expert], nn.Module]:
+        files = self.bases[base].files
+
+        def load(expert: Expert) -> nn.Module:
+            path = files[expert]
+            return freeze(load_base(self.config, path, expert=expert, device=self.device))
+
+        return load
 
     @contextmanager
     def _failure_of(self, cell: Cell) -> Iterator[None]:
