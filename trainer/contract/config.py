@@ -330,6 +330,9 @@ class SamplingSection(Options):
     """`[[sampling.prompts]]`: what to sample."""
     prompts_file: Path | None = None
     """Prompts in a .txt (musubi-tuner's flags), .toml or .json file instead."""
+    text_cache: Path | None = None
+    """Folder where encoded prompts are kept, so that the text encoder is not loaded for a text
+    that it has encoded before; empty: nothing is kept."""
     negative_prompt: str | None = None
     """Default of the prompts; empty: the official negative prompt."""
     width: int | None = Field(None, ge=16)

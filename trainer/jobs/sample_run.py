@@ -27,7 +27,6 @@ from trainer.jobs.build import freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
 from trainer.jobs.components import (
     lazy_image_encoder,
-    lazy_text_encoder,
     lazy_vae,
     settle_variant,
 )
@@ -43,6 +42,7 @@ from trainer.jobs.sample_ranks import (
     num_sampling_processes,
     run_in_processes,
 )
+from trainer.jobs.text_recall import prompt_encoder
 from trainer.sampling.requests import SampleRequest, requests_of
 
 TransformerFiles = dict[Expert, Path]
@@ -275,7 +275,7 @@ def _loaders(config: RunConfig, plan: _Plan, world: World) -> SampleLoaders:
         return freeze(loaded)
 
     return SampleLoaders(
-        text_encoder=lazy_text_encoder(config, device).load,
+        text_encoder=lambda: prompt_encoder(config, device),
         transformer=transformer,
         vae=lazy_vae(config, plan.variant, device).load,
         image_encoder=None if image_encoder is None else image_encoder.load,
