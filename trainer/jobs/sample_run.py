@@ -34,7 +34,7 @@ from trainer.jobs.config_job import read_config
 from trainer.jobs.loraid_files import is_of_slots, resolve_loraids
 from trainer.jobs.merge_weights import Rounding
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
-from trainer.jobs.sample_lora_checks import check_loras, check_merge
+from trainer.jobs.sample_lora_checks import check_compiled, check_loras, check_merge
 from trainer.jobs.sample_loras import OnMerge
 from trainer.jobs.sample_ranks import (
     SampleRanks,
@@ -96,6 +96,8 @@ def _plan(request: SampleJobRequest) -> _Plan:
     notes = check_loras(loras, variant, files)
     if request.merge_loras:
         check_merge(loras, requests, config)
+    else:
+        check_compiled(loras, requests, variant, config)
     return _Plan(
         config=config,
         variant=variant,
