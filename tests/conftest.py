@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 
 # With other load on two cores, two torch threads are many times slower than one; and a float
 # reduction's order, so a bit-for-bit comparison, depends on their number.
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.warm import start as warm
 from trainer.engine.process_group import join, leave
 
 # A slow machine is not a failing property.
@@ -46,6 +48,12 @@ def signals_stay():
     for number, handler in zip(numbers, before, strict=True):
         if signal.getsignal(number) is not handler:
             signal.signal(number, handler)
+
+
+@pytest.fixture
+def warm_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let processes of this interpreter begin with everything imported, at any depth."""
+    monkeypatch.setattr(subprocess, "Popen", warm.Popen)
 
 
 @pytest.fixture

@@ -63,23 +63,55 @@ class Keeper(Protocol):
         ...
 
 
+class Watch(Protocol):
+    """Whoever wants to know of the training loss."""
+
+    def trained(self, step: int, loss: float) -> None:
+        """Take the loss of a step."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """How often something is due; 0 means never."""
+
+    steps: int = 0
+    epochs: int = 0
+    """It is due at the step that ends so many, or that is the first one after their end."""
+    epoch_after: Callable[[int], float] = float
+    """Gives the epochs that were seen after a step."""
+
+    def __bool__(self) -> bool:
+        """Return whether it is ever due."""
+        return self.steps > 0 or self.epochs > 0
+
+    def due(self, step: int) -> bool:
+        """Return whether it is due after this step, counted from 1."""
+        if self.steps and step % self.steps == 0:
+            return True
+        if not self.epochs:
+            return False
+        before, now = self.epoch_after(step - 1), self.epoch_after(step)
+        return now // self.epochs > before // self.epochs
+
+
+NEVER = Interval()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """At which steps something is due; 0 means never."""
+    """At which steps something is due."""
 
     total_steps: int
-    checkpoint_every: int = 0
-    output_every: int = 0
-    validate_every: int = 0
-    """Where there is some validation, the last step is followed by one, too."""
+    checkpoint: Interval = NEVER
+    output: Interval = NEVER
+    validation: Interval = NEVER
+    """Where there is some, the last step is followed by one, too."""
+    validate_first: bool = False
+    """Measure before saving, so that what is saved knows of it."""
     validate_at_start: bool = False
-    sample_every: int = 0
+    sample: Interval = NEVER
     sample_at_start: bool = False
-
-    @staticmethod
-    def due(step: int, every: int) -> bool:
-        """Return whether `step` is a multiple of `every`."""
-        return every > 0 and step % every == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +126,7 @@ class Run:
     keeper: Keeper
     reporter: Reporter
     requests: Requests
+    watch: Watch | None = None
 
 
 def train(run: Run) -> End:
@@ -113,17 +146,23 @@ def train(run: Run) -> End:
         update = run.engine.update(run.lr_at(step))
         for technique in run.techniques:
             technique.after_step(step)
-        run.reporter.step(step, StepResult(terms=terms, grad_norm=update.grad_norm, lr=update.lr))
+        result = StepResult(terms=terms, grad_norm=update.grad_norm, lr=update.lr)
+        run.reporter.step(step, result)
+        if run.watch is not None:
+            run.watch.trained(step, result.loss)
 
         requested = run.requests.poll()
         last = step == plan.total_steps
-        if last or requested.stop or requested.save or plan.due(step, plan.checkpoint_every):
-            keeper.checkpoint(step)
-        if plan.due(step, plan.output_every) and not last:
-            keeper.output(step, final=False)
-        if plan.due(step, plan.validate_every) or (last and plan.validate_every):
+        measures = plan.validation.due(step) or bool(last and plan.validation)
+        if measures and plan.validate_first:
             keeper.validate(step)
-        if requested.sample or plan.due(step, plan.sample_every):
+        if last or requested.stop or requested.save or plan.checkpoint.due(step):
+            keeper.checkpoint(step)
+        if plan.output.due(step) and not last:
+            keeper.output(step, final=False)
+        if measures and not plan.validate_first:
+            keeper.validate(step)
+        if requested.sample or plan.sample.due(step):
             keeper.sample(step)
         run.requests.answer(step)
         if requested.stop and not last:

@@ -35,10 +35,14 @@ class JobResult:
     @property
     def paths(self) -> list[str]:
         """Files that were written."""
+        return self.paths_of({"output", "sample"})
+
+    def paths_of(self, kinds: set[str]) -> list[str]:
+        """Return the files that events of some types name."""
         return [
             str(event["path"])
             for event in self.events
-            if event["type"] in {"output", "sample"} and "path" in event
+            if event["type"] in kinds and "path" in event
         ]
 
 

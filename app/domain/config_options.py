@@ -15,7 +15,7 @@ from app.domain.config_document import ConfigDocument
 from app.domain.presets import all_presets, flatten, read_preset
 from app.domain.toml_edits import check_value
 from app.domain.toml_text import toml_value
-from trainer.contract.catalog import PLUGIN_KINDS, SOLVERS
+from trainer.contract.catalog import PLUGIN_KINDS, SCHEDULES, SOLVERS
 from trainer.contract.config import Prompt, RunConfig, TechniqueSection
 from trainer.contract.dataset_config import GeneralOptions, SourceOptions
 from trainer.contract.errors import ConfigError, UserError
@@ -208,6 +208,8 @@ def _names(key: str) -> tuple[str, ...]:
     name = key.rpartition(".")[2]
     if name == "solver":
         return tuple(SOLVERS.names)
+    if name == "schedule":
+        return tuple(SCHEDULES.names)
     if key == "model.variant":
         return ("auto", *VARIANTS)
     if key == "preset":

@@ -28,7 +28,7 @@ SAME_VALIDATION = ("model.variant", "dataset", "validation")
 """The same for validation losses."""
 HARMLESS = frozenset({"num_repeats", "cache_directory", "strict", "batch_size"})
 """Keys of these sections that change neither loss."""
-HARMLESS_TO_VALIDATION = HARMLESS | {"every_steps", "at_start"}
+HARMLESS_TO_VALIDATION = HARMLESS | {"every_steps", "every_epochs", "at_start"}
 MIB = 2**20
 
 

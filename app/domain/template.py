@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from app.domain.presets import Preset
 from app.domain.toml_text import toml_value
-from trainer.contract.catalog import PLUGIN_KINDS, SOLVERS
+from trainer.contract.catalog import PLUGIN_KINDS, SCHEDULES, SOLVERS
 from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.dataset_config import MEDIA_KEYS, SourceOptions
 from trainer.contract.options import Options
@@ -241,6 +241,8 @@ def _comment(text: str) -> Iterator[str]:
 def _choices(key: str, annotation: Any) -> tuple[str, ...]:
     if key == "solver":
         return SOLVERS.names
+    if key == "schedule":
+        return SCHEDULES.names
     if key == "variant":
         return ("auto", *VARIANTS)
     parts = (annotation, *get_args(annotation))

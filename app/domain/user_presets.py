@@ -57,9 +57,9 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump(mode="python", exclude_none=True)
     found = _changed(values, _defaults(values), "")
     if "sampling" in found:
-        found["sampling"] = _without(found["sampling"], "every_steps", "at_start")
+        found["sampling"] = _without(found["sampling"], "every_steps", "every_epochs", "at_start")
     if not config.validation.split and "validation" in found:
-        found["validation"] = _without(found["validation"], "every_steps")
+        found["validation"] = _without(found["validation"], "every_steps", "every_epochs")
     if found.get("adapter", {}).get("rank") == "from_weights":  # of a file that is left out
         found["adapter"] = _without(found["adapter"], "rank")
     return {key: value for key, value in found.items() if value not in ({}, [])}

@@ -110,7 +110,7 @@ def _pass_on(
 ) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        event = _event(line)
+        event = parse_event(line)
         if event is not None:
             on_event(event)
         elif line.strip():
@@ -165,7 +165,8 @@ def _ended_when(
         watcher.join()
 
 
-def _event(line: str) -> Event | None:
+def parse_event(line: str) -> Event | None:
+    """Return the event that a line of a job's stdout is; None: it is something else."""
     try:
         content = json.loads(line)
     except ValueError:

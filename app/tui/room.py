@@ -38,8 +38,9 @@ class TooSmall(ModalScreen[None]):
         """Whatever was shown over it is gone: the app is to look again."""
 
     def on_mount(self) -> None:
-        """Say it."""
+        """Say it, and again: what is painted while the app starts may never be seen."""
         self.on_resize()
+        self.set_interval(1.0, self.on_resize)
 
     def on_resize(self) -> None:
         """Say it for the new size."""

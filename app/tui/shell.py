@@ -77,7 +77,10 @@ class Shell(App[None]):
         self.call_later(self.look_at_room)
 
     def look_at_room(self) -> None:
-        """Cover the screen with words where there is too little room, and uncover it again."""
+        """Cover the screen with words where there is too little room, and uncover it again.
+
+        A screen that missed a change of the window learns of it here.
+        """
         if not self._has_begun:
             return
         covered = any(isinstance(screen, TooSmall) for screen in self.screen_stack)
@@ -85,6 +88,8 @@ class Shell(App[None]):
             self.push_screen(TooSmall())
         elif not is_too_small(self.size) and isinstance(self.screen, TooSmall):
             self.pop_screen()
+        elif self.screen.size != self.size:  # it was not told, and would stay torn
+            self.screen.post_message(events.Resize(self.size, self.size))
 
     async def run_action(
         self,

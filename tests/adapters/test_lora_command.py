@@ -12,6 +12,7 @@ import torch
 from .lora_tool_runs import effect, lora
 
 
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.slow
 def test_menma_lora_merge(tmp_path):
     one, two, output = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "out"))

@@ -189,6 +189,54 @@ def test_sample_hands_over_what_was_typed(menma, config, monkeypatch):
     assert json.loads(menma("sample", config, "-p", "x", "--json").out)[0]["seed"] == 5
 
 
+def test_sample_hands_over_guidance_and_step_cache(menma, config):
+    guidance = ["--cfg-skip", "late", "--cfg-apply-ratio", "0.6", "--cfg-zero-star", "--cfg-batch"]
+    more = ["--cfg-zero-init-steps", "2", "--guidance-rescale", "0.5", "--slg-layers", "9,10"]
+    slg = ["--slg-scale", "2", "--slg-start", "0.1", "--slg-end", "0.4"]
+    cache = ["--step-cache", "teacache", "--step-cache-threshold", "0.1", "--step-cache-retention"]
+    limits = ["--step-cache-start", "0.2", "--step-cache-max-skips", "3"]
+    words = [*guidance, *more, *slg, *cache, *limits, "--step-cache-file", "m.json"]
+    assert menma("sample", config, "-p", "x", *words).code == 0
+    request = recorded("sample")
+    assert not request.calibrate
+    sampling = load_config(request.config, request.set).sampling
+    found = sampling.model_dump(exclude_unset=True)
+    expected = {
+        "cfg_skip_mode": "late",
+        "cfg_apply_ratio": 0.6,
+        "cfg_zero_star": True,
+        "cfg_zero_init_steps": 2,
+        "guidance_rescale": 0.5,
+        "slg_mode": "original",
+        "slg_layers": (9, 10),
+        "slg_scale": 2.0,
+        "slg_start": 0.1,
+        "slg_end": 0.4,
+        "cfg_batch": True,
+        "step_cache": "teacache",
+        "step_cache_threshold": 0.1,
+        "step_cache_start": 0.2,
+        "step_cache_max_skips": 3,
+        "step_cache_retention": True,
+        "step_cache_file": Path("m.json"),
+    }
+    assert {key: found[key] for key in expected} == expected
+    assert menma("sample", config, "-p", "x", "--calibrate").code == 0
+    assert recorded("sample").calibrate
+
+
+def test_sample_refuses_wrong_guidance_before_anything_starts(menma, config):
+    for words, problem in (
+        (["--slg-layers", "nine"], "--slg-layers"),
+        (["--slg-layers", "99"], "there is no block 99"),
+        (["--step-cache", "tea"], "did you mean 'teacache'"),
+        (["--cfg-skip", "sometimes"], "sampling.cfg_skip_mode"),
+    ):
+        answer = menma("sample", config, "-p", "x", *words)
+        assert answer.code == 2
+        assert problem in answer.err
+
+
 def test_sample_without_a_prompt_is_a_mistake(menma, config):
     assert "there is no prompt" in menma("sample", config).err
     assert menma("sample", config, "--image", "a.png").code == 2

@@ -242,6 +242,63 @@ def test_diffusion_pipe_cuts_the_density_at_the_range(tmp_path):
     assert rows_of(imported)["epochs"].status == "different"
 
 
+@pytest.mark.parametrize(
+    ("trainer", "values", "expected"),
+    [
+        ("musubi", {"save_every_n_epochs": 2, "save_state": True, "save_last_n_epochs": 3},
+         {"output.every_epochs": 2, "checkpoint.every_epochs": 2, "output.keep_last": 3}),
+        ("musubi", {"save_every_n_steps": 100, "save_last_n_steps": 250},
+         {"output.every_steps": 100, "output.keep_last": 3}),
+        ("takenoko", {"save_every_n_epochs": 1, "save_state": True},
+         {"output.every_epochs": 1, "output.every_steps": 1000, "checkpoint.every_epochs": 1}),
+        ("diffusion-pipe", {"save_every_n_epochs": 2, "checkpoint_every_n_epochs": 1,
+                            "checkpoint_every_n_minutes": 120},
+         {"output.every_epochs": 2, "checkpoint.every_epochs": 1,
+          "checkpoint.every_minutes": 120}),
+        ("simpletuner", {"checkpoint_epoch_interval": 1, "validation_epoch_interval": 2,
+                         "validation_prompt": "a cat"},
+         {"output.every_epochs": 1, "checkpoint.every_epochs": 1, "sampling.every_epochs": 2}),
+    ],
+)  # fmt: skip
+def test_intervals_in_epochs_stay_in_epochs(trainer, values, expected, tmp_path):
+    imported = convert(Input(trainer, values))
+    config = loaded(imported, tmp_path)
+    for key, value in expected.items():
+        section, _, name = key.partition(".")
+        assert getattr(getattr(config, section), name) == value, key
+    assert not [row.key for row in rows_of(imported).values() if row.is_lost and row.key in values]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "step_size", "rate"),
+    [
+        ({}, "relative", 1.0),  # its default
+        ({"relative_step": "False", "scale_parameter": "False", "warmup_init": "False"},
+         "fixed", 1e-4),
+        ({"relative_step": "True", "warmup_init": "True"}, "relative_warmup", 1.0),
+        ({"warmup_init": "True", "relative_step": "True"}, "relative_warmup", 1.0),
+    ],
+)  # fmt: skip
+def test_adafactors_relative_step_is_what_musubi_does(arguments, step_size, rate, tmp_path):
+    values = {"optimizer_type": "Adafactor", "learning_rate": 1e-4}
+    values |= {f"optimizer_args.{key}": value for key, value in arguments.items()}
+    imported = convert(Input("musubi", values))
+    config = loaded(imported, tmp_path)
+    assert config.optimizer.options("kind").get("step_size", "fixed") == step_size
+    assert config.optimizer.learning_rate == rate
+    assert not [row.key for row in rows_of(imported).values() if row.is_lost and row.key in values]
+
+
+def test_simpletuners_offset_noise_is_a_technique(tmp_path):
+    imported = convert(Input("simpletuner", {"offset_noise": True, "noise_offset": 0.2}))
+    (technique,) = loaded(imported, tmp_path).techniques
+    assert technique.name == "noise_offset"
+    assert technique.options("name")["strength"] == 0.2
+    off = convert(Input("simpletuner", {"offset_noise": False, "noise_offset": 0.2}))
+    assert loaded(off, tmp_path).techniques == ()
+    assert not rows_of(off)["noise_offset"].is_lost
+
+
 def test_keys_of_services_are_never_repeated(tmp_path):
     for name in ("diffusion_pipe/full.toml", "simpletuner/config.json"):
         imported, _ = imported_from(name, tmp_path)

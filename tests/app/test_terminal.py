@@ -113,7 +113,6 @@ def test_a_crash_where_nothing_can_be_kept_shows_its_details(start):
     assert "could not be kept" in " ".join(terminal.output.split())
 
 
-@pytest.mark.long  # failed twice beside a loaded suite, for a reason that is not known yet
 def test_a_window_that_is_too_small_gets_words_and_the_list_when_it_grows(start):
     terminal = start(size=(40, 10))
     wait_for(lambda: "is too small" in terminal.output, PATIENCE_S)

@@ -61,6 +61,15 @@ async def seen(pilot: Pilot, app: MenmaApp, words: str) -> str:
     raise AssertionError(f"{words!r} does not come:\n{text}")
 
 
+async def true(pilot: Pilot, what: Callable[[], object]) -> None:
+    """Wait until something is so."""
+    for _ in range(1200):
+        if what():
+            return
+        await pilot.pause(0.05)
+    raise AssertionError("waited in vain")
+
+
 def finished_run(folder: Path, name: str = "fish", steps: int = 50) -> RunDir:
     run = RunDir(folder / name)
     emit = EventWriter(run.events)
@@ -177,11 +186,7 @@ def test_a_living_run_is_shown_and_stopped_by_keys(folders, runs: Runs):
         await pilot.press("enter")
         await seen(pilot, app, "> running")
         await pilot.press("b")
-        for _ in range(100):
-            await pilot.pause(0.05)
-            if run.control.is_dir() and any(run.control.iterdir()):
-                break
-        assert list(run.control.iterdir())
+        await true(pilot, lambda: run.control.is_dir() and any(run.control.iterdir()))
         await pilot.press("S")
         await seen(pilot, app, "save a checkpoint")
         await pilot.press("escape")
@@ -201,10 +206,9 @@ def test_jobs_are_moved_cancelled_and_queued_again(folders):
     async def steps(pilot, app):
         await seen(pilot, app, "queued")
         await pilot.press("J")
-        await pilot.pause(0.3)
-        assert names(folders) == ["b", "a", "c"]
+        await true(pilot, lambda: names(folders) == ["b", "a", "c"])
         await pilot.press("G", "K")
-        await pilot.pause(0.3)
+        await true(pilot, lambda: names(folders) != ["b", "a", "c"])
         await pilot.press("P")
         await seen(pilot, app, "queue paused")
         await pilot.press("g", "x")
@@ -212,7 +216,7 @@ def test_jobs_are_moved_cancelled_and_queued_again(folders):
         await pilot.press("y")
         await seen(pilot, app, "- cancelled")
         await pilot.press("G", "r")
-        await pilot.pause(0.3)
+        await true(pilot, lambda: len(folders.overview().entries) == 4)
 
     drive(folders, steps)
     states = [entry.state for entry in folders.overview().entries]

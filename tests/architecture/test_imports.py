@@ -8,6 +8,7 @@ import sys
 import pytest
 
 HEAVY = ("torch", "numpy", "transformers", "deepspeed", "safetensors", "av", "PIL", "textual")
+JOBS = "from trainer.contract.jobs import JOBS; [JOBS.load(name) for name in JOBS.names]"
 
 
 def modules_after(statement: str) -> set[str]:
@@ -50,8 +51,11 @@ def test_a_heavy_import_would_be_seen():
     assert "numpy" in modules_after("import numpy")
 
 
-def test_training_jobs_do_not_load_deepspeed_before_an_engine_is_chosen():
-    assert "deepspeed" not in modules_after("import trainer.jobs.train")
+def test_jobs_load_no_more_than_torch_before_they_begin():
+    """DeepSpeed is for whoever trains with it, transformers for who reads text, and the compiler
+    of torch, a second by itself, for who compiles."""
+    compiler = "assert 'torch' in sys.modules and 'torch._dynamo' not in sys.modules"
+    assert not modules_after(f"{JOBS}; import sys; {compiler}") & {"deepspeed", "transformers"}
 
 
 def test_jobs_load_where_there_is_no_unix():
@@ -59,6 +63,5 @@ def test_jobs_load_where_there_is_no_unix():
     missing = ("fcntl", "resource", "termios", "pwd", "grp")
     # None in its place makes an import fail. torch and its company may have looked before.
     hide = f"import torch, psutil, sys; sys.modules.update(dict.fromkeys({missing!r}))"
-    jobs = "from trainer.contract.jobs import JOBS; [JOBS.load(name) for name in JOBS.names]"
-    loaded = modules_after(f"{hide}; {jobs}")
+    loaded = modules_after(f"{hide}; {JOBS}")
     assert {"trainer", "safetensors"} <= loaded

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.warm import start as warm
 from trainer.bench import job, load, load_fp8, load_fp8_14b, step
 from trainer.bench.result import Measurement, timed_in_turns
 from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.jobs import BenchRequest
 from trainer.contract.variants import VARIANTS, TransformerConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 class Events:
@@ -53,8 +56,8 @@ def test_the_engine_does_the_same_as_the_plain_loop(name):
     if name == "deepspeed":
         pytest.importorskip("deepspeed")
     # DeepSpeed remembers the first process group of a process: other tests must not inherit it.
-    script = f"from trainer.bench.engine import measure; print(measure(pairs=2, engine={name!r}))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.bench.engine_turns", name]
+    done = warm.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "'max_loss_difference': 0.0" in done.stdout
 

@@ -288,6 +288,7 @@ def test_a_weight_file_that_is_damaged_is_told(config, tmp_path):
         measure(config, LOCAL, 'model.transformer="broken.safetensors"')
 
 
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 def test_several_processes_are_measured_together(config, stage):
@@ -304,6 +305,7 @@ def test_several_processes_are_measured_together(config, stage):
     assert end["step_s"]["median"] > 0
 
 
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.slow
 def test_the_command_from_config_to_table(config):
     def menma(*arguments):

@@ -147,6 +147,7 @@ def test_rows_are_chosen_by_words():
     assert TINY[0].name in caught.value.hint
 
 
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.slow
 def test_the_grid_of_a_machine_without_a_gpu_runs(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

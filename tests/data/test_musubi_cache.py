@@ -30,6 +30,7 @@ from trainer.jobs.cache import CacheOptions
 
 I2V = VARIANTS["wan2.2-i2v-a14b"]
 I2V_21 = VARIANTS["wan2.1-i2v-14b"]
+CONTROL = VARIANTS["wan2.1-fun-control-1.3b"]
 
 
 @pytest.fixture(autouse=True)
@@ -334,6 +335,114 @@ def test_two_clips_of_one_name_cannot_be_written(clips, models, tmp_path):
     write_video(clips / "a.mkv", 12)
     with pytest.raises(DataError, match="one cache file"):
         models.cache(dataset_of(clips), options=CacheOptions(write_musubi=tmp_path / "out"))
+
+
+@pytest.fixture
+def controlled(clips):
+    """The clips, each with a control video of other numbers."""
+    for number, name in enumerate(("a", "b")):
+        write_video(clips.parent / "control" / f"{name}.mp4", 12, first_number=60 + 20 * number)
+    return {"control_directory": str(clips.parent / "control")}
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_control_latents_are_taken_as_musubi_trains_on_them(clips, models, controlled, first):
+    """Control, then the image latents' first frame without their mask, or zeros."""
+    control = nearly(latents_of(models, clips.parent / "control" / "a.mp4"))
+    latents, image = conditioned(models, clips / "a.mp4", I2V)
+    features = torch.full((257, 1280), 0.5)
+    tensors = {"latents_control_{size}_{word}": control}
+    if first:
+        tensors |= {"latents_image_{size}_{word}": image, "clip_{word}": features}
+    write_theirs(clips, "a", latents, tensors=tensors)
+    dataset = dataset_of(clips, **controlled, control_first_frame=first)
+    report = models.cache(dataset, variant=CONTROL, options=adopting())
+    assert (report.adopted, report.encoded) == (1, 1)
+    cached = load_cached_dataset(dataset, models.settings(CONTROL))
+    with safe_open(cached.items[0].latents, "pt") as entry:
+        channels = entry.get_tensor("extra_channels")
+        assert torch.equal(channels[:16], control)
+        if first:
+            assert torch.equal(channels[16:, :1], image[4:, :1])
+            assert torch.equal(entry.get_tensor("image_context"), features)
+        else:
+            assert not entry.get_tensor("image_context").any()
+        assert not channels[16:, 1 if first else 0 :].any()
+
+
+def test_control_latents_of_something_else_are_not_taken(clips, models, controlled):
+    latents = latents_of(models, clips / "a.mp4")
+    other = {"latents_control_{size}_{word}": latents_of(models, clips / "b.mp4") * 2}
+    dataset = dataset_of(clips, **controlled)
+    path = write_theirs(clips, "a", latents, tensors=other)
+    assert "another model" in reason_of(models, dataset, path.name, variant=CONTROL)
+    (clips / "menma_cache").rename(clips.parent / "old")
+    write_theirs(clips, "a", latents)
+    assert "0 tensors" in reason_of(models, dataset, path.name, variant=CONTROL)
+    (clips / "menma_cache").rename(clips.parent / "older")
+    control = {"latents_control_{size}_{word}": latents_of(models, clips.parent / "control/a.mp4")}
+    write_theirs(clips, "a", latents, tensors=control)
+    os.utime(path, (1, 1))
+    os.utime(clips / "a.mp4", (1, 1))
+    assert "a.mp4 has changed" in reason_of(models, dataset, path.name, variant=CONTROL)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_control_latents_are_written_and_taken_again(clips, models, controlled, tmp_path, first):
+    out = tmp_path / "out"
+    given = dataset_of(clips, **controlled, control_first_frame=first)
+    models.cache(given, variant=CONTROL, options=CacheOptions(dtype="fp32", write_musubi=out))
+    with safe_open(out / "01-clips/a_00000-005_0128x0064_wan.safetensors", "pt") as file:
+        names = {"latents_2x4x8_float32", "latents_control_2x4x8_float32"}
+        if first:
+            names |= {"latents_image_2x4x8_float32", "clip_float32"}
+            mask = file.get_tensor("latents_image_2x4x8_float32")[:4]
+            assert mask[:, 0].eq(1).all()
+            assert not mask[:, 1:].any()
+        assert set(file.offset_keys()) == names
+        control = file.get_tensor("latents_control_2x4x8_float32")
+    assert torch.equal(control, latents_of(models, clips.parent / "control" / "a.mp4"))
+    written = load_dataset_file(out / "dataset.toml")
+    assert written.sources[0].control_directory == clips.parent / "control"
+    if not first:  # the fake's image features are of no width that is taken
+        assert models.cache(written, variant=CONTROL, options=adopting()).adopted == 2
+
+
+@pytest.mark.parametrize("kind", ["file", "alpha"])
+def test_masks_are_read_where_the_latents_are_taken(tmp_path, models, kind):
+    """Musubi-tuner has none; Menma's stand beside the latents in its entry."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    picture = Image.fromarray(numbered_frame(3))
+    half = Image.new("L", picture.size)
+    half.paste(255, (0, 0, picture.width // 2, picture.height))
+    if kind == "alpha":
+        picture.putalpha(half)
+        keys = {"alpha_mask": True}
+    else:
+        (tmp_path / "masks").mkdir()
+        half.save(tmp_path / "masks" / "a.png")
+        keys = {"mask_directory": str(tmp_path / "masks")}
+    picture.save(folder / "a.png")
+    write_caption(folder / "a.png", "a picture")
+    source = {"image_directory": str(folder), "resolution": [64, 32], **keys}
+    dataset = parse_dataset({"datasets": [source]})
+    encoded = models.cache(dataset, options=CacheOptions(dtype="fp32"))
+    assert encoded.encoded == 1
+    (item,) = load_cached_dataset(dataset, models.settings()).items
+    with safe_open(item.latents, "pt") as entry:
+        latents, mask = entry.get_tensor("latents"), entry.get_tensor("mask")
+    assert 0 < mask.mean() < 1
+    (folder / "menma_cache").rename(tmp_path / "old")
+    mine = nearly(latents)
+    theirs = write_theirs(folder, "a", mine, size=picture.size)
+    theirs.rename(folder / f"a_{picture.width:04d}x{picture.height:04d}_wan.safetensors")
+    report = models.cache(dataset, options=adopting())
+    assert (report.adopted, report.encoded) == (1, 0)
+    (item,) = load_cached_dataset(dataset, models.settings()).items
+    with safe_open(item.latents, "pt") as entry:
+        assert torch.equal(entry.get_tensor("latents"), mine)
+        assert torch.equal(entry.get_tensor("mask"), mask)
 
 
 def test_models_that_musubi_has_not_are_refused(clips, models, tmp_path):

@@ -149,12 +149,16 @@ def test_frames_for_the_terminal_are_first_to_last(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(paths[-1])), video[-1])
 
 
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.slow
-def test_the_whole_demo(tmp_path):
+@pytest.mark.parametrize(
+    "plan", [DemoPlan(num_shots=12), pytest.param(DemoPlan(), marks=pytest.mark.long)]
+)
+def test_the_whole_demo(tmp_path, plan):
     """The thresholds of the demo are those of its report; the figures are checked anew here."""
     events = []
     root = tmp_path / "demo"
-    report = run_demo(root, lambda kind, /, **fields: events.append((kind, fields)))
+    report = run_demo(root, lambda kind, /, **fields: events.append((kind, fields)), plan)
     assert report.failures == []
     assert report.before["concept_with_trigger"] <= 0.1
 
@@ -162,7 +166,7 @@ def test_the_whole_demo(tmp_path):
         videos = sorted((root / "samples" / folder).glob("*.mp4"))[first:last]
         return np.mean([shows_ground(read_video(video).frames) for video in videos])
 
-    num_shots = DemoPlan().num_shots
+    num_shots = plan.num_shots
     assert share("after", 0, num_shots) >= 0.7
     assert share("after", num_shots, None) <= 0.1
     assert share("before", 0, num_shots) <= 0.1

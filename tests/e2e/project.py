@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.warm import start as warm
 from trainer.contract.events import EventReader
 from trainer.contract.run_dir import RunDir
 from trainer.contract.variants import TransformerConfig
@@ -117,7 +118,7 @@ class Project:
 
     def menma(self, *arguments: str | Path, timeout_s: float = 240) -> Outcome:
         """Run the command to its end."""
-        done = subprocess.run(
+        done = warm.run(
             command(arguments),
             cwd=self.folder,
             env=environment(),
@@ -136,7 +137,7 @@ class Project:
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
         """Start the command and return at once."""
-        return subprocess.Popen(
+        return warm.Popen(
             command(arguments),
             cwd=self.folder,
             env=environment(),

@@ -53,6 +53,11 @@ def replace_line(key: str, value: str) -> Callable[[Project], None]:
     return lambda project: project.set(**{key: value})
 
 
+def sample(name: str, *words: str, **prompt: Any) -> Case:
+    request = {"config": "tiny.toml", "prompts": [{"prompt": "a", **prompt}], "output": "out"}
+    return Case(name, lambda project: None, "sample", words, request)
+
+
 def append(text: str) -> Callable[[Project], None]:
     def make(project: Project) -> None:
         project.config.write_text(project.config.read_text() + text)
@@ -151,6 +156,19 @@ CASES = [
     Case("VAE as text encoder", lambda project: None, "cache",
          ("vae.safetensors", "is not a umT5 encoder"),
          {"config": "tiny.toml", "set": ["model.text_encoder=models/vae.safetensors"]}),
+    sample("frames that are not 4n + 1", "num_frames is 6", "nearest: 5", num_frames=6),
+    sample("width that the VAE cannot tile", "width is 40", "nearest: 32", width=40),
+    sample("image that is not there", "prompts[0].video", "gone.png does not exist",
+           video="gone.png"),
+    sample("clip that is too short", "prompts[0].video", "clips/0.mp4 has 5 frames",
+           "set num_frames to 5", num_frames=9, video="clips/0.mp4"),
+    sample("image for a text model", "prompts[0].image", "cannot use a first frame",
+           image="clips/0.mp4"),
+    sample("strength without a video", "prompts[0].strength", "set video", strength=0.5),
+    sample("less than one step", "prompts[0].strength", "0.5 or more", video="clips/0.mp4",
+           strength=0.2),
+    sample("solver and schedule apart", "prompts[0].schedule", "sigma 1", "dpm++",
+           schedule="full_range"),
     Case("hostile header", hostile_header, "train", ("transformer.safetensors",)),
     Case("weights of another variant", other_variant, "train",
          ("tiny.toml:5", "model.transformer", "wan2.2-ti2v-5b")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tests.e2e.project import command, environment
 from tests.e2e.variant_project import (
     HEADS,
     Done,
@@ -21,6 +23,7 @@ from tests.e2e.variant_project import (
 )
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import attach
+from trainer.contract.events import EventReader
 from trainer.models import load_transformer
 
 pytestmark = pytest.mark.slow
@@ -160,6 +163,38 @@ def test_a_black_mask_with_a_prior_changes_nothing(
     done = project.train(name, **dataset, **sections, **technique(prior_weight=1.0))
     assert [event["loss"] for event in done.of("step")] == [0, 0]
     assert all(not pair.up_OR.any() for pair in load_adapter(project.output(name)).values())
+
+
+def test_processes_that_share_weights_run_as_many_forwards(project: VariantProject) -> None:
+    """The untrained model is asked for clips with masks and chosen items alone: ZeRO-3 is ZeRO-0.
+
+    The two processes have different batches in each step, of which often one asks and one does not.
+    """
+    techniques = [
+        {"name": "masked_loss", "prior_weight": 2.0},
+        {"name": "blank_prompt_preservation", "blank_share": 0.5},
+        {"name": "output_preservation", "trigger": "red", "class_word": "a", "class_share": 0.5},
+    ]
+    options = {"techniques": techniques, "training__max_steps": 8}
+    options |= {"distributed__engine": "deepspeed", "distributed__num_processes": 2}
+    project.cache(techniques=techniques)
+    losses = []
+    for stage in (0, 3):
+        name = f"share{stage}"
+        config = project.write(f"{name}.toml", name=name, distributed__zero_stage=stage, **options)
+        done = subprocess.run(
+            command(["train", config]),
+            cwd=project.folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        events = EventReader(project.run(name).events).read()
+        losses.append([event["loss"] for event in events if event["type"] == "step"])
+    assert len(losses[0]) == 8
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_masks_that_nothing_uses_and_techniques_without_masks_are_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.e2e.variant_project import (
 )
 from trainer.adapters import load_adapter
 from trainer.adapters.base import AdapterFile
+from trainer.contract import events as events_page
 from trainer.models import load_transformer, load_vae
 from trainer.models.wan.transformer import FLOAT32_MODULES
 
@@ -233,6 +235,50 @@ def test_dropout_resumes_bit_for_bit_and_samples_disturb_nothing(project, plain)
     assert any(not torch.equal(t, whole[n]) for n, t in trained(project, "plain").items())
 
 
+@pytest.mark.parametrize("watch", ["training", "validation"])
+def test_a_rate_that_goes_by_the_losses_resumes_bit_for_bit(project, watch):
+    """No loss falls by half at once, so the rate is halved at each measurement but the first."""
+    options = {
+        "lr_schedule": {"kind": "plateau", "watch": watch, "patience": 0, "threshold": 0.5},
+        "training__max_steps": 6,
+        "distributed__engine": "local",
+    }
+    if watch == "training":
+        options["lr_schedule"]["window_steps"] = 2
+        expected = [1, 1, 1, 1, 0.5, 0.5]
+    else:
+        options |= {"validation__every_steps": 1, "validation__split": 0.4}
+        expected = [0.5**n for n in range(6)]
+    whole = project.train(f"plateau-{watch}", **options)
+    rates = [event["lr"] for event in whole.of("step")]
+    assert rates == [0.02 * factor for factor in expected]
+    stop_after_one_step(project, f"plateau-parts-{watch}", **options)
+    done = project.train(f"plateau-parts-{watch}", **options)
+    assert [event["lr"] for event in done.of("step")][-5:] == rates[1:]
+    assert_same(trained(project, f"plateau-parts-{watch}"), trained(project, f"plateau-{watch}"))
+
+
+def test_epochs_are_intervals(project):
+    """Three clips in batches of one: an epoch is 3 steps, or 2 and a half with accumulation."""
+    prompts = [{"prompt": "a red field"}]
+    options = {
+        "training__max_steps": 6, "sampling__prompts": prompts, "sampling__every_epochs": 2,
+        "output__every_epochs": 1, "output__keep_last": 2, "checkpoint__every_steps": 0,
+        "checkpoint__every_epochs": 1, "validation__split": 0.4, "validation__every_epochs": 2,
+    }  # fmt: skip
+    done = project.train("every-epochs", **options)
+    (epochs,) = {round(event["step"] / event["epoch"]) for event in done.of("step")[2:]}
+
+    def steps(kind):
+        return [event["step"] for event in done.of(kind)]
+
+    ends = list(range(epochs, 7, epochs))
+    assert steps("checkpoint") == sorted({*ends, 6})
+    assert steps("output") == [*(end for end in ends if end < 6), 6]
+    assert steps("sample") == ends[1::2]
+    assert steps("validation") == sorted({0, *ends[1::2], 6})
+
+
 def test_zero_3_trains_and_samples_like_stage_0(project, plain):
     prompts = [{"prompt": "a red field"}]
     wanted = {"sampling__prompts": prompts, "sampling__at_start": True, "sampling__every_steps": 2}
@@ -296,6 +342,16 @@ def test_losses_by_source_and_timestep_and_norms_are_told_when_asked(project):
     assert mean == pytest.approx((first["loss"] + second["loss"]) / 2, rel=1e-4)
     assert all(0 < loss < 100 for loss in fourth["by_timestep"].values())
     assert fourth["weight_norm"]["total"] > fourth["weight_norm"]["largest"] > 0
+
+
+def test_the_page_of_events_knows_all_fields_of_a_step(project):
+    done = project.train(
+        "fields", logging__details_every_steps=1, logging__weight_norms_every_steps=1
+    )
+    described = events_page.__doc__ or ""
+    step = described[described.index("    step ") : described.index("    sample ")]
+    for key in done.of("step")[0].keys() - {"v", "time", "type"}:
+        assert re.search(rf"\b{key}\b", step), key
 
 
 def test_files_on_the_way_are_those_of_their_steps(project):

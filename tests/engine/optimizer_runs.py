@@ -34,6 +34,11 @@ IN_FLOAT32 = [name for name in OPTIMIZERS.names if not traits_of(name).bf16_only
 QUICK = [name for name in IN_FLOAT32 if name != "deepspeed_cpu_adam"]
 """Without the one that has to be compiled."""
 
+RANK_CELLS = [
+    (kind, stage) for kind in QUICK for stage in ((0, 2) if traits_of(kind).elementwise else (0,))
+]
+"""Kind and ZeRO stage of what several processes may train with."""
+
 
 def factory_of(kind: str, **options: Any) -> OptimizerFactory:
     """Return the plug-in with the options that the toy needs, and these."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tests.engine.test_nvme import async_io_is_built
+from tests.engine.compiled_ops import is_built
 from tests.engine.toy import (
     AdamWFactory,
     FullStep,
@@ -53,12 +53,12 @@ def build(
     )
 
 
-def train(engine: Any, steps: range, accumulation: int = 1) -> list[float]:
+def train(engine: Any, steps: range, accumulation: int = 1, lr: float = LR) -> list[float]:
     losses = []
     for step in steps:
         batches = batches_of_step(step, engine.rank, engine.world_size, accumulation)
         losses.append(engine.forward_backward(batches)["loss"])
-        engine.update(LR)
+        engine.update(lr)
     return losses
 
 
@@ -148,7 +148,7 @@ def case_offload(world: World, folder: Path) -> dict[str, Any]:
         ("full3", 3, lambda: FullStep(torch.bfloat16), True, both),
         *(
             [("files3", 3, lambda: WideStep(torch.bfloat16, 3, 1536), True, files)]
-            if async_io_is_built()
+            if is_built("async_io")
             else []
         ),
     ]:
@@ -254,7 +254,38 @@ def engine_means(world: World, own: torch.Tensor) -> list[float]:
     return means
 
 
+def case_optimizers(world: World, folder: Path) -> dict[str, Any]:
+    """6 steps, and 3 + 3 with a state between, of each optimizer where ZeRO allows it."""
+    from tests.engine.optimizer_runs import RANK_CELLS, factory_of, rate_of
+
+    seen: dict[str, Any] = {}
+    for kind, stage in RANK_CELLS:
+        saved = folder / f"{kind}{stage}"
+        saved.mkdir(exist_ok=True)
+        lr = rate_of(kind)
+        first, second = (build(world, stage, factory=factory_of(kind)) for _ in range(2))
+        losses = train(first, range(3), lr=lr)
+        first.save_state(saved)
+        losses += train(first, range(3, 6), lr=lr)
+        world.barrier()
+        second.load_state(saved)
+        resumed = train(second, range(3, 6), lr=lr)
+        weights = [engine.full_parameters() for engine in (first, second)]
+        if world.rank == 0:
+            torch.save(weights[0], folder / f"{kind}{stage}.pt")
+        seen[f"{kind}{stage}"] = {
+            "losses": losses,
+            "resumed_losses": resumed,
+            "weights": [digest(held) for held in weights],
+            "on_rank": [digest(engine._trainable) for engine in (first, second)],
+        }
+        first.close()
+        second.close()
+    return seen
+
+
 CASES = {
+    "optimizers": case_optimizers,
     "train": case_train,
     "foreign": case_foreign,
     "offload": case_offload,

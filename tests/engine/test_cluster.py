@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.fake_ssh import write_fake_ssh
-from tests.engine.test_launch import all_gone
+from tests.engine.test_launch import all_gone, send_and_wait
 from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.hostfile import Host
 from trainer.engine import addresses, node
@@ -106,7 +106,7 @@ def job_in(folder: str, needed: str) -> node.NodeJob:
 
 def start(folder: Path, mode: str, **options):
     process = launch(folder, mode, **options)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not all((folder / f"{rank}.json").exists() for rank in range(4)):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[1]
@@ -124,7 +124,7 @@ def nobody_is_left(folder: Path) -> bool:
 
 
 def end(process) -> tuple[int, str]:
-    words = process.communicate(timeout=60)[1]
+    words = process.communicate(timeout=120)[1]
     return process.returncode, words
 
 
@@ -181,18 +181,17 @@ def test_a_signal_reaches_every_machine_once(tmp_path, number):
 
 def test_the_second_signal_is_passed_on_too(tmp_path):
     process = start(tmp_path, "second")
-    for _ in range(2):
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
+    send_and_wait(process, lambda: seen(tmp_path))
+    process.send_signal(signal.SIGTERM)
     assert end(process)[0] == 130
     assert [s["signals"] for s in seen(tmp_path)] == [[signal.SIGTERM] * 2] * 4
 
 
 def test_the_third_signal_kills_everywhere(tmp_path):
     process = start(tmp_path, "deaf")
-    for _ in range(3):
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+    for _ in range(2):
+        send_and_wait(process, lambda: seen(tmp_path))
+    process.send_signal(signal.SIGTERM)
     assert end(process)[0] == 130
     assert nobody_is_left(tmp_path)
 

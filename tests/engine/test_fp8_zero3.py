@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from tests.engine.fp8_ranks import ROWS, base_of, held_bytes
+from tests.warm import start as warm
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-m", "tests.engine.fp8_ranks", str(folder)],
         cwd=ROOT,
         env=environment,

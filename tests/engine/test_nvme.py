@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.engine.compiled_ops import is_built
 from tests.engine.toy import (
     AdamWFactory,
     LoraStep,
@@ -26,23 +27,8 @@ CPU = torch.device("cpu")
 WIDTH = 768
 
 
-def async_io_is_built() -> bool:
-    """Tell whether the module is compiled from this environment's DeepSpeed: else it is again."""
-    import deepspeed
-    from torch.utils import cpp_extension
-
-    folder = Path(cpp_extension._get_build_directory("async_io", verbose=False))
-    recipe = folder / "build.ninja"
-    sources = Path(deepspeed.__file__).parent
-    return (
-        (folder / "async_io.so").is_file()
-        and recipe.is_file()
-        and str(sources) in recipe.read_text(encoding="utf-8")
-    )
-
-
 needs_files = pytest.mark.skipif(
-    not async_io_is_built(), reason="DeepSpeed's async_io is not compiled on this machine"
+    not is_built("async_io"), reason="DeepSpeed's async_io is not compiled on this machine"
 )
 
 

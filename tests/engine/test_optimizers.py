@@ -192,6 +192,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "beta1": None,
         "weight_decay": 0.9,
         "scale_parameter": True,
+        "step_size": "relative",
     },
     "came": {
         "betas": (0.5, 0.6, 0.7),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from tests.engine.sequence_ranks import make_step, rows, train, validate
 from tests.engine.toy import AdamWFactory
+from tests.warm import start as warm
 from trainer.engine.local import LocalEngine
 from trainer.engine.process_group import World
 
@@ -27,7 +27,7 @@ def results(case: str, num: int, size: int, folder: Path) -> list[dict[str, Any]
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
     arguments = (case, str(num), str(size), str(folder))
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-m", "tests.engine.sequence_ranks", *arguments],
         cwd=ROOT,
         env=environment,
@@ -155,3 +155,10 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
         assert "distributed.sequence_parallel" in seen["heads"]
         assert "3 attention heads" in seen["heads"]
         assert "one of 1, 3" in seen["heads"]
+
+
+def test_a_step_cache_keeps_each_processs_own_tokens(tmp_path):
+    for seen in results("sample", 2, 2, tmp_path):
+        for method in ("teacache", "magcache"):
+            assert seen[method]["distance"] <= 1e-4
+            assert seen[method]["shared"] == seen[method]["alone"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_configs import make_config
 
-from trainer.contract.catalog import SOLVERS
-from trainer.contract.config import RunConfig, SamplingSection
+from trainer.contract.catalog import SCHEDULES, SOLVERS
+from trainer.contract.config import Prompt, RunConfig, SamplingSection
 from trainer.contract.memory_model import (
     Circumstances,
     Clip,
@@ -26,13 +27,14 @@ from trainer.contract.memory_model.costs import JobCost
 from trainer.contract.memory_model.flops import step_flops
 from trainer.contract.memory_model.forwards import CONVOLUTIONS, forward_flops, forward_seconds
 from trainer.contract.memory_model.vae_flops import vae_flops
-from trainer.contract.memory_model.videos import high_noise_steps, planned_videos, turns
+from trainer.contract.memory_model.videos import planned_videos, turns
 from trainer.contract.memory_model.workload import workload_of
 from trainer.contract.variants import VARIANTS, get_variant
-from trainer.core.flow import to_timestep
+from trainer.contract.walk import planned_timesteps
 from trainer.sampling.guidance import needs_negative
 from trainer.sampling.pipeline import expert_at
 from trainer.sampling.requests import SampleRequest
+from trainer.sampling.schedule import walk_of
 
 GIB = 2**30
 A14B, FOURTEEN = "wan2.2-t2v-a14b", "wan2.1-t2v-14b"
@@ -48,18 +50,22 @@ def job(name: str, variant: str = FOURTEEN, *, gpu: str = "H200", **setting: Any
 
 @given(
     st.sampled_from(SOLVERS.names),
+    st.sampled_from(("", *SCHEDULES.names)),
     st.integers(1, 60),
     st.floats(0.5, 20),
-    st.sampled_from([0.875, 0.9, 0.5]),
+    st.sampled_from([None, 0.03, 0.3, 0.58, 0.8, 1.0]),
 )
-def test_steps_of_the_high_noise_expert_are_the_solver_s(
-    solver: str, steps: int, shift: float, boundary: float
+def test_timesteps_are_the_solver_s(
+    solver: str, schedule: str, steps: int, shift: float, strength: float | None
 ) -> None:
-    timesteps = SOLVERS.load(solver).schedule(steps, shift).timesteps.tolist()
-    expected = sum(timestep >= to_timestep(boundary) for timestep in timesteps)
-    # One that lies on the boundary may fall on either side: the solver rounds to float32.
-    near = sum(abs(timestep - to_timestep(boundary)) < 1e-3 for timestep in timesteps)
-    assert abs(high_noise_steps(steps, shift, boundary, solver) - expected) <= near
+    settings = {"solver": solver, "schedule": schedule, "num_steps": steps, "flow_shift": shift}
+    request = SampleRequest.of(Prompt(prompt="a", **settings), get_variant(FOURTEEN))
+    walk = walk_of(replace(request, strength=strength))
+    planned = planned_timesteps(
+        steps, shift, solver, schedule=schedule, strength=1.0 if strength is None else strength
+    )
+    assert planned == pytest.approx(walk.timesteps.tolist(), abs=1e-6)
+    assert len(walk.sigmas) == len(planned) + 1
 
 
 PROMPTS: list[dict[str, Any]] = [
@@ -68,6 +74,10 @@ PROMPTS: list[dict[str, Any]] = [
     {"prompt": "c", "guidance_scale": 1.0, "negative_prompt": ""},
     {"prompt": "d", "guidance_scale": 1.0, "guidance_scale_high_noise": 2.0, "solver": "euler"},
     {"prompt": "e", "flow_shift": 1.5, "negative_prompt": "n"},
+    {"prompt": "f", "solver": "heun", "schedule": "beta", "num_steps": 9},
+    {"prompt": "g", "solver": "dpm++", "video": "v.mp4", "strength": 0.6},
+    {"prompt": "h", "video": "v.mp4"},
+    {"prompt": "i", "one_frame": "target_index=1,control_index=0;2", "control_images": ["a", "b"]},
 ]
 
 
@@ -80,13 +90,14 @@ def test_videos_are_planned_as_requests_are_filled_in(name: str, section: dict[s
     sampling = SamplingSection.model_validate({**section, "prompts": PROMPTS})
     for video, prompt in zip(planned_videos(sampling, variant), sampling.prompts, strict=True):
         request = SampleRequest.of(prompt, variant, sampling)
-        size = (request.width, request.height, request.num_frames)
+        size = (request.width, request.height, request.num_walked_frames)
         assert (video.clip.width, video.clip.height, video.clip.num_frames) == size
-        assert video.num_steps == request.num_steps
+        walk = walk_of(request)
+        assert video.num_steps == walk.num_steps
+        assert video.starts_from_video is (request.video is not None)
         assert set(video.texts) == set(request.texts)
-        schedule = SOLVERS.load(request.solver).schedule(request.num_steps, request.flow_shift)
         passes = {"high_noise": 0, "low_noise": 0}
-        for timestep in schedule.timesteps.tolist():
+        for timestep in walk.timesteps.tolist():
             expert = expert_at(timestep, variant)
             scale = request.guidance_scale[expert == "high_noise"]
             passes[expert] += 2 if needs_negative(scale) else 1

@@ -30,6 +30,9 @@ from trainer.nano.files import ASSETS, FILES, MAX_BYTES, QUALITY, asset
 from trainer.nano.quality import IMAGE_GUIDANCE_SCALE, Studio, held_out_scenes
 
 NUM = 50
+"""Videos that the told figures are of."""
+FEW = 20
+"""The first of them; all are seen to with `-m long`."""
 ROOT = Path(__file__).parents[2]
 ATTRIBUTES = ("colour", "shape", "direction")
 VARIANTS = {
@@ -38,8 +41,9 @@ VARIANTS = {
     "high_noise": "wan2.2-t2v-a14b",
     "i2v": "wan2.1-fun-inp-1.3b",
 }
-SHARE_SLACK = 0.08
-"""Four of fifty videos: another machine rounds otherwise, and a doubtful shape falls over."""
+SHARE_SLACK = {NUM: 0.08, FEW: 0.15}
+"""Four of fifty videos: another machine rounds otherwise, and a doubtful shape falls over; three
+of twenty, which are not quite like all fifty either."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,9 @@ class Shot:
         }
 
 
-@pytest.fixture(scope="module")
-def scenes() -> list[Scene]:
-    return held_out_scenes(NUM)
+@pytest.fixture(scope="module", params=[FEW, pytest.param(NUM, marks=pytest.mark.long)])
+def scenes(request: pytest.FixtureRequest) -> list[Scene]:
+    return held_out_scenes(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -194,18 +198,21 @@ def test_the_vae_gives_back_what_it_was_given(scenes, encoders, told):
         assert look(((back + 0.5) * 255).round().clip(0, 255).astype(np.uint8)).shape == scene.shape
     measured = float(-10 * np.log10(np.mean(errors)))
     assert measured >= 25
-    assert told["figures"]["vae_psnr_db"] == pytest.approx(measured, abs=0.2)
+    slack = 0.2 if len(scenes) == NUM else 1.0
+    assert told["figures"]["vae_psnr_db"] == pytest.approx(measured, abs=slack)
 
 
-def check(shares: Mapping[str, float], figures: Mapping[str, float], name: str) -> None:
+def check(shot: Shot, figures: Mapping[str, float], name: str) -> None:
+    shares = shot.shares()
     assert min(shares.values()) >= 0.8, shares
     for attribute, share in shares.items():
-        assert figures[f"{name}_{attribute}"] == pytest.approx(share, abs=SHARE_SLACK)
+        slack = SHARE_SLACK[len(shot.videos)]
+        assert figures[f"{name}_{attribute}"] == pytest.approx(share, abs=slack)
 
 
 @pytest.mark.slow
 def test_t2v_makes_what_it_was_never_shown(t2v, told):
-    check(t2v.shares(), told["figures"], "t2v")
+    check(t2v, told["figures"], "t2v")
 
 
 @pytest.mark.slow
@@ -213,25 +220,29 @@ def test_the_experts_make_it_together(experts, told):
     shot, asked = experts
     assert get_variant(VARIANTS["low_noise"]).expert_boundary == 0.875
     assert min(asked["high_noise"]) >= 875 > max(asked["low_noise"])
-    check(shot.shares(), told["figures"], "t2v_experts")
+    check(shot, told["figures"], "t2v_experts")
 
 
 @pytest.mark.slow
 def test_i2v_starts_with_the_image_and_goes_on_with_the_caption(i2v, told):
     figures = told["figures"]
-    check(i2v.shares(), figures, "i2v")
+    check(i2v, figures, "i2v")
     images = [draw(scene)[0] for scene in i2v.scenes]
     ratios = [
         psnr_db(video[0], image, 255) for video, image in zip(i2v.videos, images, strict=True)
     ]
     assert min(ratios) >= 20
-    assert figures["i2v_first_frame_psnr_db"] == pytest.approx(np.mean(ratios), abs=0.5)
-    assert figures["i2v_first_frame_psnr_least_db"] == pytest.approx(min(ratios), abs=0.5)
+    whole = len(ratios) == NUM
+    slack = 0.5 if whole else 1.0
+    assert figures["i2v_first_frame_psnr_db"] == pytest.approx(np.mean(ratios), abs=slack)
+    least = figures["i2v_first_frame_psnr_least_db"]
+    assert min(ratios) >= least - 0.5
+    assert min(ratios) <= least + 0.5 or not whole
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t2v", "i2v"])
-def test_samples_are_videos_of_one_shape_over_a_calm_ground(request, name):
+def test_samples_are_videos_of_one_shape_over_a_calm_ground(request, scenes, name):
     for video in request.getfixturevalue(name).videos:
         assert video.shape == (17, 64, 64, 3)
         assert video.dtype == np.uint8

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,14 @@ import torch
 from torch import Tensor
 
 from trainer.contract.catalog import TECHNIQUES
-from trainer.contract.config import load_config
+from trainer.contract.config import RunConfig, load_config
 from trainer.contract.errors import ConfigError
+from trainer.contract.objective_rules import noise_rule
 from trainer.contract.variants import VARIANTS
 from trainer.core.rng import generator
 from trainer.core.seams import BuildContext, Technique
 from trainer.core.types import Batch, NoisyInput
+from trainer.jobs.build import technique_problems
 
 NAMES = ("immiscible_noise", "noise_offset", "pyramid_noise")
 
@@ -143,6 +147,57 @@ def test_more_candidates_lie_nearer_and_keep_their_length() -> None:
         means[num] = along.mean().item()
     # The largest of k standard normals, on average.
     assert means == pytest.approx({2: 0.5642, 4: 1.0294, 16: 1.7660}, abs=0.12)
+
+
+def noises_of(batch: Batch, noisy: NoisyInput, num: int) -> list[Tensor]:
+    """Return the noises that a batch chooses from."""
+    found = list(noisy.noise_BCFHW)
+    for seed in batch.item_seeds:
+        random = generator(7, "immiscible noise", seed)
+        shape = noisy.noise_BCFHW.shape[1:]
+        found += [torch.randn(shape, generator=random) for _ in range(num - 1)]
+    return found
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_the_noises_of_a_batch_are_dealt_out_at_the_least_distance(num: int) -> None:
+    batch, noisy = batch_of(5, 6, 8, 9)
+    technique = make("immiscible_noise", assignment="batch", num_candidates=num)
+    found = edited(technique, batch, noisy)
+    candidates = noises_of(batch, noisy, num)
+
+    def total(chosen: Sequence[int]) -> float:
+        pairs = zip(batch.latents_BCFHW, chosen, strict=True)
+        return sum((latents.double() * candidates[c]).sum().item() for latents, c in pairs)
+
+    best = max(itertools.permutations(range(len(candidates)), 4), key=total)
+    for row, place in enumerate(best):
+        assert torch.equal(found.noise_BCFHW[row], candidates[place])
+    assert torch.equal(
+        found.noisy_latents_BCFHW,
+        NoisyInput.mix(batch.latents_BCFHW, found.noise_BCFHW, noisy.sigma_B).noisy_latents_BCFHW,
+    )
+    if num == 1:  # the paper's distance says the same
+
+        def distance(chosen: Sequence[int]) -> float:
+            pairs = zip(batch.latents_BCFHW, chosen, strict=True)
+            return sum((x.double() - candidates[c]).square().sum().item() for x, c in pairs)
+
+        assert min(itertools.permutations(range(4)), key=distance) == best
+        assert not torch.equal(found.noise_BCFHW, noisy.noise_BCFHW)
+
+
+def test_one_noise_each_needs_a_batch() -> None:
+    section = {"name": "immiscible_noise", "num_candidates": 1}
+    alone = RunConfig.model_validate({"techniques": [section]})
+    (problem,) = noise_rule(alone)
+    assert problem.key == "techniques[0].num_candidates"
+    assert "nothing to choose from" in problem.message
+    config = RunConfig.model_validate({"techniques": [{**section, "assignment": "batch"}]})
+    (problem,) = technique_problems(config, 1)
+    assert "every batch has one" in problem.message
+    assert not technique_problems(config, 2)
+    assert not list(noise_rule(config))
 
 
 def test_bf16_latents_and_small_frames_are_fine() -> None:

@@ -195,6 +195,40 @@ def test_second_moments_are_kept_as_rows_and_columns(kind):
     torch.testing.assert_close(moved, -0.01 * update, rtol=1e-2, atol=1e-3 * update.abs().max())
 
 
+@pytest.mark.parametrize(
+    ("step_size", "step"),
+    [
+        ("relative", lambda t: min(1e-2, t**-0.5)),
+        ("relative_warmup", lambda t: min(1e-6 * t, t**-0.5)),
+    ],
+)
+def test_the_relative_step_is_the_papers_times_the_rate(step_size, step):
+    """Of arXiv:1804.04235, section 8, as a plain rate; and as transformers has it at rate 1."""
+    from transformers.optimization import Adafactor
+
+    weights = [torch.nn.Parameter(start()) for _ in range(4)]
+    full, half, plain, theirs = weights
+    makers = [factory_of("adafactor", step_size=step_size, beta1=None) for _ in range(2)]
+    makers.append(factory_of("adafactor", beta1=None))
+    optimizers = [
+        make.build([{"params": [weight]}], lr=0.0)
+        for make, weight in zip(makers, weights[:3], strict=True)
+    ]
+    warmup = step_size == "relative_warmup"
+    reference = Adafactor([theirs], scale_parameter=False, warmup_init=warmup)
+    for number, gradient in enumerate(gradients(), start=1):
+        for optimizer, rate in zip(optimizers, (1.0, 0.5, step(number)), strict=True):
+            optimizer.param_groups[0]["lr"] = rate
+        for weight, optimizer in zip(weights, (*optimizers, reference), strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    assert not torch.equal(full, start())
+    assert torch.equal(full, theirs)
+    torch.testing.assert_close(full, plain, rtol=1e-6, atol=1e-9)
+    moved, other = full.detach() - start(), half.detach() - start()
+    torch.testing.assert_close(other, moved / 2, rtol=1e-2, atol=1e-6)
+
+
 def test_soap_without_rotation_is_adam_from_the_second_step():
     weight, other = (torch.nn.Parameter(start()) for _ in range(2))
     options = {"betas": (0.9, 0.95), "max_precondition_dim": 1, "weight_decay": 0.1}

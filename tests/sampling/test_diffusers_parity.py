@@ -18,6 +18,7 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVideoToVideoPipeline,
 )
 from PIL import Image
 from torch import Tensor
@@ -30,6 +31,7 @@ from trainer.models.wan.vae import WanVAE, load_vae
 from trainer.models.wan.vae_config import MEAN_22, STD_22
 from trainer.sampling.pipeline import SamplingModels, decode_frames, generate
 from trainer.sampling.requests import SampleRequest
+from trainer.sampling.video_io import write_frames
 
 LIMIT = 2e-5
 TEXT_DIM, TEXT_TOKENS = 32, 5
@@ -202,10 +204,11 @@ def theirs(pipe_class: Any, request: SampleRequest, parts: dict[str, Any], **cal
         call |= {"guidance_scale": high, "guidance_scale_2": low}
     else:
         call |= {"guidance_scale": low}
+    if "video" not in call:
+        call["num_frames"] = request.num_frames
     return pipe(
         height=request.height,
         width=request.width,
-        num_frames=request.num_frames,
         num_inference_steps=request.num_steps,
         generator=torch.Generator("cpu").manual_seed(request.seed),
         output_type="latent",
@@ -308,6 +311,27 @@ def test_first_and_last_frame(tmp_path: Path, images: list[Path]) -> None:
     )
     mine_latents = ours(request, name, lambda _: mine, vae=my_vae, image_encoder=clip_tokens)
     compare(mine_latents, reference)
+
+
+@pytest.mark.parametrize(
+    ("solver", "strength"), [("unipc", 0.8), ("unipc", 1.0), ("euler", 0.5), ("euler", 0.29)]
+)
+def test_video_to_video(tmp_path: Path, solver: str, strength: float) -> None:
+    name = "wan2.1-t2v-1.3b"
+    clip = tmp_path / "clip"
+    pixels = np.random.default_rng(5).integers(0, 256, (9, 32, 64, 3), dtype=np.uint8)
+    write_frames(clip, pixels)
+    request = request_for(name, solver=solver, num_steps=8, video=clip, strength=strength)
+    transformer, mine = transformer_pair(0)
+    vae, my_vae = vae_pair(tmp_path, "2.1")
+    reference = theirs(
+        WanVideoToVideoPipeline,
+        request,
+        {"transformer": transformer, "vae": vae},
+        video=[Image.fromarray(frame) for frame in pixels],
+        strength=strength,
+    )
+    compare(ours(request, name, lambda _: mine, vae=my_vae), reference)
 
 
 @pytest.mark.parametrize("with_image", [False, True])

@@ -52,6 +52,17 @@ def test_unreadable_images_are_data_errors(tmp_path: Path) -> None:
         load_image(tmp_path / "bad.png", 8, 8)
 
 
+def test_transparent_parts_are_white_and_shrinking_averages_as_in_training(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (load_image(tmp_path / "clear.png", 8, 8) == 1).all()
+    stripes = np.zeros((32, 32, 3), np.uint8)
+    stripes[:, ::2] = 200
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    assert load_image(tmp_path / "stripes.png", 16, 16).unique().tolist() == [
+        pytest.approx(100 / 127.5 - 1)
+    ]
+
+
 def grey(values: list[int]) -> np.ndarray:
     return np.stack([np.full((16, 16, 3), value, dtype=np.uint8) for value in values])
 

@@ -263,6 +263,34 @@ def test_progress_and_stopping() -> None:
     assert transformer.training
 
 
+def test_the_estimate_is_what_the_velocity_points_at_and_changes_no_bit() -> None:
+    request = small_request(solver="euler")
+    seen: list[tuple[int, torch.Tensor]] = []
+    latents = generate(models_for(), request, on_estimate=lambda *step: seen.append(step))
+    assert torch.equal(latents, generate(models_for(), request))
+    assert [done for done, _ in seen] == [1, 2, 3]
+    # Euler's last step goes all the way to sigma = 0 along the velocity.
+    torch.testing.assert_close(seen[-1][1], latents, rtol=0, atol=1e-5)
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_the_estimate_holds_the_first_frame(picture: Path) -> None:
+    name = "wan2.2-ti2v-5b"
+    seen: list[torch.Tensor] = []
+    request = small_request(name, image=picture)
+    latents = generate(models_for(name), request, on_estimate=lambda _, it: seen.append(it))
+    assert torch.equal(seen[0][:, :, :1], latents[:, :, :1])
+
+
+def test_sixteen_bits_are_decoded_as_finely() -> None:
+    latents = torch.linspace(-1.5, 1.5, 5).view(1, 1, 5, 1, 1).expand(1, 16, 5, 2, 2)
+    fine = np.stack(list(decode_frames(FakeVae(), latents, bits=16)))
+    coarse = np.stack(list(decode_frames(FakeVae(), latents)))
+    assert fine.dtype == np.uint16
+    assert (fine.min(), fine.max()) == (0, 65535)
+    assert np.abs(fine / 257 - coarse).max() <= 0.5
+
+
 def test_one_frame_makes_an_image() -> None:
     assert generate(models_for(), small_request(num_frames=1)).shape == (1, 16, 1, 4, 4)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,16 @@ from hypothesis import strategies as st
 
 from trainer.contract.config import Prompt
 from trainer.contract.errors import ConfigError
-from trainer.contract.prompts import FLAGS, parse_prompt_line, read_prompts
+from trainer.contract.prompt_keys import (
+    FLAGS,
+    FOREIGN,
+    INFERENCE_FLAGS,
+    SPELLINGS,
+    key_of,
+    key_of_flag,
+    parse_value,
+)
+from trainer.contract.prompts import parse_prompt_line, read_prompts
 
 
 def write(path: Path, text: str) -> Path:
@@ -54,7 +65,13 @@ def test_an_empty_negative_prompt_is_kept() -> None:
     [
         ("a cat --x 3", ["unknown flag", "--x"]),
         ("a cat --heigth 3", ["unknown flag", "--heigth"]),
-        ("a cat --g 3", ["--g", "--l"]),
+        ("a cat --l 4 --g 3", ["--g", "twice", "--l is the same"]),
+        ("a cat --num-step 3", ["unknown flag", "'--num-steps'"]),
+        ("a cat --cfg-scal 3", ["unknown flag", "'--cfg-scale'"]),
+        ("a cat --prompt a dog", ["--prompt", "write the text first"]),
+        ("a cat --cim mask.png", ["--cim", "masks"]),
+        ("a cat --guidance-high-noise much", ["--guidance-high-noise", "much"]),
+        ("a cat --solver", ["--solver", "no value"]),
         ("a cat --w wide", ["--w", "wide"]),
         ("a cat --w 832 --w 480", ["--w", "twice"]),
         ("a cat --w --h 480", ["--w", "no value"]),
@@ -68,6 +85,55 @@ def test_mistakes_name_file_and_line(tmp_path: Path, line: str, words: list[str]
         read_prompts(path)
     for word in [f"{path}:3", *words]:
         assert word in str(caught.value)
+
+
+def test_g_and_l_are_both_guidance() -> None:
+    """musubi-tuner's inference takes either for classifier-free guidance of Wan."""
+    assert parse_prompt_line("a cat --g 3") == parse_prompt_line("a cat --l 3")
+    assert parse_prompt_line("a cat --g 3").guidance_scale == 3
+
+
+def test_every_key_of_a_prompt_has_a_long_flag() -> None:
+    written = {
+        "negative_prompt": "bad, blurry", "width": "64", "height": "48", "num_frames": "9",
+        "num_steps": "3", "guidance_scale": "2.5", "guidance_scale_high_noise": "1.5",
+        "flow_shift": "2", "solver": "euler", "seed": "4", "image": "a b.png", "last_image": "c",
+        "control": "d.mp4", "fps": "12", "name": "cat",
+    }  # fmt: skip
+    expected = Prompt.model_validate({"prompt": "a cat", **written})
+    unset = {key for key, value in expected.model_dump().items() if value is None}
+    assert unset == set(Prompt.model_fields) - {"prompt", *written}
+    for separator in "-_":
+        flags = [f"--{key.replace('_', separator)} {value}" for key, value in written.items()]
+        assert parse_prompt_line(" ".join(["a cat", *flags])) == expected
+
+
+@pytest.mark.parametrize("key", [key for key in Prompt.model_fields if key != "prompt"])
+def test_no_key_is_left_without_a_flag(key: str) -> None:
+    assert key_of_flag(key.replace("_", "-")) == key
+
+
+@pytest.mark.parametrize(("other", "key"), SPELLINGS.items())
+def test_other_names_mean_a_key_that_exists(other: str, key: str) -> None:
+    assert key in Prompt.model_fields
+    assert other not in Prompt.model_fields
+    assert key_of(other) == key
+    assert other not in {**FLAGS, **INFERENCE_FLAGS, **FOREIGN}
+
+
+@pytest.mark.parametrize(
+    ("annotation", "text", "value"),
+    [
+        (tuple[int, ...] | None, "1, 2,3", ["1", "2", "3"]),
+        (tuple[float, ...], "", []),
+        (bool | None, "", True),
+        (bool | None, "false", "false"),
+        (int | None, "7", "7"),
+        (str, "a, b", "a, b"),
+    ],
+)
+def test_values_by_the_type_of_their_key(annotation: Any, text: str, value: object) -> None:
+    assert parse_value(annotation, text) == value
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
@@ -88,6 +154,41 @@ def test_toml(tmp_path: Path) -> None:
     )
 
 
+def test_takenokos_toml(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "p.toml",
+        '[[sample_prompts]]\ntext = "a"\nwidth = 64\nheight = 48\nframes = 9\nseed = 3\n'
+        'step = 4\ncfg_scale = 2.5\n[[sample_prompts]]\ntext = "b"\nframes = 0\n',
+    )
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(path))}:11: .*\[1\]\.frames: "):
+        read_prompts(path)
+    write(path, path.read_text().replace("frames = 0", "frames = 5"))
+    assert read_prompts(path) == (
+        Prompt(
+            prompt="a", width=64, height=48, num_frames=9, seed=3, num_steps=4, guidance_scale=2.5
+        ),
+        Prompt(prompt="b", num_frames=5),
+    )
+
+
+def test_musubis_toml_has_common_values(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "p.toml",
+        "[prompt]\nwidth = 64\ncfg_scale = 2\n"
+        '[[prompt.subset]]\nprompt = "a"\n[[prompt.subset]]\nprompt = "b"\nwidth = 32\n',
+    )
+    assert read_prompts(path) == (
+        Prompt(prompt="a", width=64, guidance_scale=2.0),
+        Prompt(prompt="b", width=32, guidance_scale=2.0),
+    )
+
+
+def test_two_names_for_one_key_are_a_mistake(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.toml", '[[prompts]]\nprompt = "a"\nframes = 5\nnum_frames = 9\n')
+    with pytest.raises(ConfigError, match=r"p\.toml:4: .*given twice \(frames is the same\)"):
+        read_prompts(path)
+
+
 def test_toml_mistakes_name_the_line_and_the_nearest_key(tmp_path: Path) -> None:
     path = write(tmp_path / "p.toml", '[[prompts]]\nprompt = "a"\n\nwidht = 64\n')
     with pytest.raises(ConfigError) as caught:
@@ -95,7 +196,7 @@ def test_toml_mistakes_name_the_line_and_the_nearest_key(tmp_path: Path) -> None
     message = str(caught.value)
     assert f"{path}:4" in message
     assert "'width'" in message
-    path = write(tmp_path / "q.toml", '[[prompt]]\nprompt = "a"\n')
+    path = write(tmp_path / "q.toml", '[[promts]]\nprompt = "a"\n')
     with pytest.raises(ConfigError, match="'prompts'"):
         read_prompts(path)
     path = write(tmp_path / "r.toml", "[[prompts]\n")
@@ -109,8 +210,26 @@ def test_json(tmp_path: Path) -> None:
     assert read_prompts(path) == (Prompt(prompt="a"), Prompt(prompt="b", seed=3))
 
 
+def test_a_library_of_prompts_has_nicknames(tmp_path: Path) -> None:
+    library = {"tom": "a cat", "rex": {"prompt": "a dog", "seed": 3}}
+    path = write(tmp_path / "p.json", json.dumps(library))
+    assert read_prompts(path) == (
+        Prompt(prompt="a cat", name="tom"),
+        Prompt(prompt="a dog", seed=3, name="rex"),
+    )
+
+
 @pytest.mark.parametrize(
-    "text", ['{"prompts": []}', "[3]", '[{"prompt": "a", "wid": 1}]', "[", "[]"]
+    "text",
+    [
+        '{"prompts": []}',
+        '{"a": 3}',
+        '{"a": {"seed": 3}}',
+        "[3]",
+        '[{"prompt": "a", "wid": 1}]',
+        "[",
+        "[]",
+    ],
 )
 def test_json_mistakes(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"p\.json"):

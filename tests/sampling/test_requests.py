@@ -45,8 +45,43 @@ def test_the_variants_defaults_are_accepted(name: str, picture: Path) -> None:
     request.check(variant)
     assert request.guidance_scale == variant.guidance_scale
     assert request.negative_prompt == variant.negative_prompt
-    assert (request.num_steps, request.flow_shift) == (variant.num_steps, variant.flow_shift)
+    shift = 3.0 if name == "wan2.1-i2v-14b" else variant.flow_shift  # its authors' at 480p
+    assert (request.num_steps, request.flow_shift) == (variant.num_steps, shift)
     assert (request.width, request.height) == (variant.width, variant.height)
+
+
+PUBLISHED = {
+    # steps, shift at 832x480 and 1280x720, guidance (low, high), frames, fps, size
+    "wan2.1-t2v-1.3b": (50, 5, 5, (5, 5), 81, 16, (832, 480)),
+    "wan2.1-t2v-14b": (50, 5, 5, (5, 5), 81, 16, (832, 480)),
+    "wan2.1-i2v-14b": (40, 3, 5, (5, 5), 81, 16, (832, 480)),
+    "wan2.1-flf2v-14b": (50, 16, 16, (5, 5), 81, 16, (832, 480)),
+    "wan2.2-t2v-a14b": (40, 12, 12, (3, 4), 81, 16, (832, 480)),
+    "wan2.2-i2v-a14b": (40, 5, 5, (3.5, 3.5), 81, 16, (832, 480)),
+    "wan2.2-ti2v-5b": (50, 5, 5, (5, 5), 121, 24, (1280, 704)),
+}
+"""The configs of the Wan repositories, and generate.py's own shift for I2V at 480p."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_defaults_are_the_authors(name: str) -> None:
+    variant = get_variant(name)
+    small, large = (
+        SampleRequest.of(Prompt(prompt="a", width=width, height=height), variant)
+        for width, height in ((480, 832), (1280, 704))
+    )
+    own = SampleRequest.of("a", variant)
+    assert PUBLISHED[name] == (
+        own.num_steps, small.flow_shift, large.flow_shift, own.guidance_scale, own.num_frames,
+        own.fps, (own.width, own.height),
+    )  # fmt: skip
+    shifted = SampleRequest.of("a", variant, SamplingSection(flow_shift=7.0))
+    assert shifted.flow_shift == 7
+    assert variant.negative_prompt.startswith(
+        {"first_frame": "镜头晃动，", "first_last_frame": "镜头切换，镜头晃动，"}.get(
+            variant.conditioning if name.startswith("wan2.1") else "", "色调艳丽"
+        )
+    )
 
 
 def test_prompt_wins_over_section_wins_over_variant() -> None:
@@ -90,7 +125,14 @@ def test_no_guidance_needs_no_negative_text() -> None:
         ({"flow_shift": 0.0}, "flow_shift", "above 0"),
         ({"flow_shift": float("nan")}, "flow_shift", "above 0"),
         ({"fps": 0}, "fps", "1 or more"),
-        ({"solver": "heun"}, "solver", "euler"),
+        ({"solver": "eular"}, "solver", "euler"),
+        ({"solver": "ddim"}, "solver", "known: dpm++, euler, heun, lcm, unipc"),
+        ({"schedule": "betta"}, "schedule", "beta"),
+        ({"schedule": "beta"}, "schedule", "unipc cannot start at sigma 1"),
+        ({"strength": 0.5}, "strength", "set video"),
+        ({"video": Path("none.mp4")}, "video", "none.mp4 does not exist"),
+        ({"video": Path(), "strength": 1.5}, "strength", "at most 1"),
+        ({"video": Path(), "strength": 0.001}, "strength", "0.02 or more"),
         ({"image": Path("picture.png")}, "image", "cannot use a first frame"),
         ({"control": Path("picture.png")}, "control", "cannot use a control video"),
     ],

@@ -17,12 +17,16 @@ from trainer.engine.process_group import World
 from trainer.jobs.base import explain
 from trainer.jobs.sample import Part, Sample
 from trainer.jobs.sample_ranks import SampleRanks, in_words, num_sampling_processes
+from trainer.sampling.pipeline import Evaluations
 from trainer.sampling.requests import SampleRequest
 
 REQUESTS = tuple(
     SampleRequest.of(text, get_variant("wan2.1-t2v-1.3b"), index=index)
     for index, text in enumerate(("one", "two", "three"))
 )
+
+
+EVALUATIONS = Evaluations(computed=4, reused=1)
 
 
 class Talk:
@@ -45,11 +49,14 @@ class Talk:
     def end(self, error: BaseException | None = None) -> list[Sample]:
         """Let both end, the second with an error; return what the first knows then."""
         words = in_words(error, explain) if error is not None else ""
-        mine = [Sample(Path("b"), REQUESTS[1], 1)]
+        mine = [Sample(Path("b"), REQUESTS[1], EVALUATIONS, 1)]
         other = threading.Thread(target=self.second.end, args=(mine, REQUESTS, words))
         other.start()
         try:
-            own = [Sample(Path("a"), REQUESTS[0], 0), Sample(Path("c"), REQUESTS[2], 2)]
+            own = [
+                Sample(Path("a"), REQUESTS[0], EVALUATIONS, 0),
+                Sample(Path("c"), REQUESTS[2], EVALUATIONS, 2),
+            ]
             return self.first.end(own, REQUESTS)
         finally:
             other.join(timeout=60)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from tests.swap.shared_ranks import FORMATS, SWAPPED
 from tests.swap.swapped_models import CONFIG, assert_equal, make_model, train
+from tests.warm import start as warm
 from trainer.engine.process_group import World
 from trainer.jobs.neighbours import neighbours
 from trainer.memory.block_swap import BlockSwap
@@ -36,7 +36,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-m", "tests.swap.shared_ranks", str(folder)],
         cwd=ROOT,
         env=environment,

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.toy import AdamWFactory, LoraStep, batches_of_step
+from tests.warm import start as warm
 from trainer.engine.local import LocalEngine
 from trainer.training.checkpoints import CheckpointStore
 
@@ -67,7 +68,7 @@ def test_kill_loop(tmp_path):
     chance = random.Random(5)
     announced = 0
     for _ in range(ROUNDS):
-        process = subprocess.Popen(
+        process = warm.Popen(
             [sys.executable, "-m", "tests.training.test_checkpoints_kill", str(tmp_path / "run")],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -80,7 +81,7 @@ def test_kill_loop(tmp_path):
         time.sleep(chance.uniform(0, 0.12))
         process.send_signal(signal.SIGKILL)
         rest = process.stdout.read()
-        process.wait(20)
+        process.wait(120)
         announced = max(announced, *(int(word) for word in (line + rest).split() if word))
 
         warned: list[str] = []

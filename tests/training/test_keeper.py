@@ -84,6 +84,7 @@ class Bench:
         resume: bool = False,
         samples: Any = None,
         validator: Any = None,
+        keep_outputs: int | None = None,
     ) -> RunKeeper:
         module = LoraStep(blocks=1)
         self.engine = LocalEngine(
@@ -116,6 +117,7 @@ class Bench:
             resume=store.latest() if resume else None,
             make_samples=samples,
             validator=validator,
+            keep_outputs=keep_outputs,
         )
 
     def said(self, kind: str) -> list[str]:
@@ -228,6 +230,20 @@ def test_outputs_hold_the_weights_under_their_names(bench: Bench) -> None:
             state, metadata = torch.load(file)
         assert metadata == {"step": step}
         assert all(torch.equal(state[key], weights[key]) for key in weights)
+
+
+def test_the_newest_output_files_stay(bench: Bench) -> None:
+    keeper = bench.keeper(keep_outputs=2)
+    folder = bench.run_dir.output
+    folder.mkdir(parents=True)
+    others = {"x-notes.txt", "y-step00000001.safetensors", "x-step00000009.safetensors"}
+    for name in others:  # not ours, of another output, of a later step that is to come again
+        (folder / name).touch()
+    for step in (2, 4, 6):
+        keeper.output(step, final=False)
+    keeper.output(7, final=True)
+    written = {"x-step00000004.safetensors", "x-step00000006.safetensors", "x.safetensors"}
+    assert {path.name for path in folder.iterdir()} == written | others
 
 
 def test_a_run_without_prompts_makes_no_samples(bench: Bench) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from trainer.core.seams import Technique
 from trainer.core.types import StepResult
-from trainer.loop import End, Plan, Run, train
+from trainer.loop import End, Interval, Plan, Run, train
 from trainer.training.requests import Requested
 
 
@@ -68,6 +68,10 @@ class Recorder:
             self.log.append(f"answer {step}")
 
 
+def every(steps: int) -> Interval:
+    return Interval(steps=steps)
+
+
 def run(recorder: Recorder, **plan: Any) -> tuple[End, list[str]]:
     parts: Any = recorder
     end = train(
@@ -89,9 +93,9 @@ def test_everything_is_due_when_the_plan_says() -> None:
     end, log = run(
         Recorder(),
         total_steps=4,
-        checkpoint_every=2,
-        output_every=3,
-        sample_every=2,
+        checkpoint=every(2),
+        output=every(3),
+        sample=every(2),
         sample_at_start=True,
     )
     assert end is End.DONE
@@ -106,8 +110,13 @@ def test_everything_is_due_when_the_plan_says() -> None:
 
 
 def test_validation_follows_saving_and_the_last_step_in_any_case() -> None:
-    plan = {"total_steps": 5, "validate_every": 2, "validate_at_start": True, "checkpoint_every": 2}
-    _, log = run(Recorder(), **plan, sample_every=2)
+    plan = {
+        "total_steps": 5,
+        "validation": every(2),
+        "validate_at_start": True,
+        "checkpoint": every(2),
+    }
+    _, log = run(Recorder(), **plan, sample=every(2))
     assert [entry for entry in log if not entry.startswith("train")] == [
         "start 0/5", "validate 0",
         "checkpoint 2", "validate 2", "sample 2",
@@ -120,8 +129,39 @@ def test_validation_follows_saving_and_the_last_step_in_any_case() -> None:
     assert "validate 2" not in without
 
 
+def test_epochs_end_at_the_first_step_after_them() -> None:
+    """Of 5 microbatches, 2 a step: epochs end within steps 3, 5, 8, 10, 13, 15."""
+    epochs = {
+        "output": Interval(epochs=1, epoch_after=lambda step: 2 * step / 5),
+        "sample": Interval(steps=4, epochs=2, epoch_after=lambda step: 2 * step / 5),
+    }
+    _, log = run(Recorder(), total_steps=16, **epochs)
+    written = [int(entry.split()[1]) for entry in log if entry.startswith("output")]
+    assert written == [3, 5, 8, 10, 13, 15, 16]
+    assert [entry for entry in log if entry.startswith("sample")] == [
+        f"sample {step}" for step in (4, 5, 8, 10, 12, 15, 16)
+    ]
+    _, resumed = run(Recorder(resume_at=8), total_steps=16, **epochs)
+    assert resumed[1:] == log[log.index("train 9") :]
+    # Several epochs in one step are one occasion.
+    _, short = run(
+        Recorder(), total_steps=3, output=Interval(epochs=2, epoch_after=lambda s: 5 * s)
+    )
+    assert [entry for entry in short if entry.startswith("output")] == [
+        "output 1", "output 2", "output 3 final",
+    ]  # fmt: skip
+
+
+def test_what_the_rate_goes_by_is_measured_before_it_is_saved() -> None:
+    plan = {"total_steps": 3, "validation": every(2), "checkpoint": every(2)}
+    _, log = run(Recorder(), **plan, validate_first=True)
+    assert [entry for entry in log if not entry.startswith("train")] == [
+        "start 0/3", "validate 2", "checkpoint 2", "validate 3", "checkpoint 3", "output 3 final",
+    ]  # fmt: skip
+
+
 def test_the_last_step_writes_one_output() -> None:
-    _, log = run(Recorder(), total_steps=4, output_every=2)
+    _, log = run(Recorder(), total_steps=4, output=every(2))
     assert [entry for entry in log if entry.startswith("output")] == ["output 2", "output 4 final"]
 
 

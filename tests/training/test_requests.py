@@ -4,11 +4,13 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from trainer.contract.run_dir import RunDir
+from trainer.training import requests as module
 from trainer.training.requests import Requested, Requests
 
 
@@ -41,6 +43,22 @@ def test_request_files_are_seen_once_and_answered_beside_themselves(tmp_path: Pa
     assert json.loads(path.with_suffix(".done").read_text())["step"] == 7
     assert not path.exists()
     assert said == ["request 'save' done at step 7", "request 'sample' done at step 7"]
+
+
+def test_a_save_is_asked_for_when_its_time_has_come(tmp_path: Path, monkeypatch: Any) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    engine: Any = OneRank()
+    requests = Requests(RunDir(tmp_path), engine, lambda kind, **fields: None, save_every_s=60.0)
+    seen = []
+    for seconds in (50.0, 20.0, 30.0, 45.0, 200.0, 1.0):  # at 50, 70, 100, 145, 345, 346
+        now[0] += seconds
+        seen.append(requests.poll().save)
+        requests.answer(1)
+    assert seen == [False, True, False, True, True, False]
+    engine.rank = 1  # whose clock does not count
+    now[0] += 1000.0
+    assert not requests.poll().save
 
 
 def test_unreadable_requests_become_errors_and_do_not_stop_the_run(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from trainer.contract.errors import DataError, NonFiniteError
 from trainer.contract.variants import TransformerConfig
 from trainer.core.seams import BlockState
 from trainer.data.buckets import Bucket
-from trainer.data.entries import write_entry
+from trainer.data.entries import read_entry, write_entry
 from trainer.data.items import TrainingItem
 from trainer.engine.process_group import World
 from trainer.models.wan.transformer import WanTransformer
@@ -90,7 +90,9 @@ def measure(model: nn.Module, items: list[TrainingItem], **changes: Any) -> Any:
     return Validator(model, items, replace(SETTINGS, **changes), World.alone()).measure()
 
 
-def by_hand(model: nn.Module, items: list[TrainingItem], timestep: float) -> float:
+def by_hand(
+    model: nn.Module, items: list[TrainingItem], timestep: float, masks: Any = (None,) * 5
+) -> float:
     losses = []
     for number, (item, size) in enumerate(zip(items, SIZES, strict=True)):
         random = torch.Generator().manual_seed(number)
@@ -101,7 +103,13 @@ def by_hand(model: nn.Module, items: list[TrainingItem], timestep: float) -> flo
             noisy = (1 - timestep / 1000) * clean + timestep / 1000 * noise
             with torch.no_grad():
                 velocity = model(noisy[None], torch.tensor([timestep]), [context])[0]
-            losses.append(float((velocity - (noise - clean)).double().square().mean()))
+            squares = (velocity - (noise - clean)).double().square()
+            mask = masks[number]
+            if mask is None or not mask.any():
+                losses.append(float(squares.mean()))
+            else:
+                weights = mask.double().expand_as(squares)
+                losses.append(float((weights * squares).sum() / weights.sum()))
     return sum(losses) / len(losses)
 
 
@@ -112,6 +120,28 @@ def test_it_is_the_mean_of_the_formula_over_items_timesteps_and_noises(model, it
     for timestep, found in result.by_timestep.items():
         assert found == pytest.approx(by_hand(model.eval(), items, timestep), rel=1e-5)
     assert result.loss == pytest.approx(sum(result.by_timestep.values()) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_masks_mark_what_is_measured(model, items, batch_size) -> None:
+    """Five items: a half mask, a grey one, a black one, and two without."""
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., :2] = 1
+    masks = [mask, 0.5 * mask + 0.25, None, torch.zeros(1, 1, 4, 4), None]
+    masked = []
+    for item, own in zip(items, masks, strict=True):
+        if own is not None:
+            tensors = read_entry(item.latents, item.latents_key) | {"mask": own}
+            write_entry(item.latents, item.latents_key, tensors, {})
+        masked.append(replace(item, has_mask=own is not None))
+    plain = measure(model, masked, batch_size=batch_size)
+    assert plain.by_timestep == pytest.approx(measure(model, items).by_timestep, rel=1e-5)
+    found = measure(model, masked, use_masks=True, batch_size=batch_size)
+    for timestep, loss in found.by_timestep.items():
+        assert loss == pytest.approx(by_hand(model.eval(), items, timestep, masks), rel=1e-5)
+    assert found.loss != pytest.approx(plain.loss, rel=1e-3)
+    with pytest.raises(DataError, match="no item that is validated on has a mask"):
+        measure(model, items, use_masks=True)
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])

@@ -9,9 +9,10 @@ Shape letters: N rows (tokens of all samples), R rank, I input width, O output w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from functools import cache
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,7 @@ class DoRALinear(AdapterLinear):
         self.register_buffer("base_squares", base_squares_O, persistent=False)
         self.scale = scale
         self._seen = _below(base)
+        self._renewed_squares = _uncompiled_renewal()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., I) to (..., O); the branch computes in the dtype of x, norms in float32."""
@@ -114,16 +116,8 @@ class DoRALinear(AdapterLinear):
         below = _below(self.base)
         if self.base_squares is None or below is None or below != self._seen:
             self._seen = below
-            squares_O: Tensor = self._renewed_squares(device)
-            return squares_O
+            return self._renewed_squares(self, device)
         return self.base_squares
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _renewed_squares(self, device: torch.device) -> Tensor:
-        """Compute ‖W‖² anew; rare, and not for a compiler."""
-        squares_O = squared_rows(self.base).to(device, self.magnitude.dtype)
-        self.base_squares = squares_O
-        return squares_O
 
     def extra_repr(self) -> str:
         """Name the rank and scale where the module is printed."""
@@ -172,6 +166,22 @@ def squared_rows(base: nn.Module) -> Tensor:
         columns = base(F.one_hot(asked, inputs).to(dtype)).float() - bias_O
         squares_O += columns.square_().sum(0)
     return squares_O
+
+
+def _renew(layer: DoRALinear, device: torch.device) -> Tensor:
+    squares_O = squared_rows(layer.base).to(device, layer.magnitude.dtype)
+    layer.base_squares = squares_O
+    return squares_O
+
+
+@cache
+def _uncompiled_renewal() -> Callable[[DoRALinear, torch.device], Tensor]:
+    """Return what computes ‖W‖² anew, as a function that compiled blocks break off at: it is rare.
+
+    Not made on import: that would load the compiler.
+    """
+    disable: Any = torch.compiler.disable
+    return cast("Callable[[DoRALinear, torch.device], Tensor]", disable(_renew))
 
 
 def _weight(base: nn.Module) -> Tensor:

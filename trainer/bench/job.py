@@ -17,6 +17,7 @@ _LARGE = frozenset({"load_fp8_14b", "loraid"})
 BENCHMARKS: Registry[Any] = Registry(
     "benchmark",
     Entry("step", "trainer.bench.step", "training step against diffusers + PEFT"),
+    Entry("sample", "trainer.bench.sample", "sampling a video against diffusers' pipeline"),
     Entry("engine", "trainer.bench.engine", "engine against a plain loop"),
     Entry("load", "trainer.bench.load", "peak RAM of loading a model (writes 2.7 GiB for a while)"),
     Entry("load_fp8", "trainer.bench.load_fp8", "peak RAM of loading fp8 (writes 1.4 GiB)"),
@@ -26,6 +27,7 @@ BENCHMARKS: Registry[Any] = Registry(
         "the same of a 14B model (writes 13.5 GiB)",
     ),
     Entry("loraid", "trainer.bench.loraid", "what merged LoRAs keep: slots or not (minutes)"),
+    Entry("sample_cache", "trainer.bench.sample_cache", "sampling with a step cache"),
     Entry("help", "trainer.bench.help", "time of menma --help"),
     Entry("estimate", "trainer.bench.estimate", "time of one estimate"),
 )

@@ -66,6 +66,7 @@ LR_SCHEDULES: Registry[Any] = Registry(
         "flat, then a short fall at the end",
     ),
     Entry("rex", "trainer.lr_schedules.rex:Rex", "falls late, by a ratio of lines"),
+    Entry("plateau", "trainer.lr_schedules.plateau:Plateau", "falls when the loss stops to fall"),
     Entry("piecewise", "trainer.lr_schedules.piecewise:Piecewise", "through points of your own"),
     Entry("custom", "trainer.lr_schedules.custom:Custom", "a class of an installed package"),
 )
@@ -170,6 +171,61 @@ SOLVERS: Registry[Any] = Registry(
     "solver",
     Entry("unipc", "trainer.sampling.solvers.unipc:UniPC", "second-order predictor-corrector"),
     Entry("euler", "trainer.sampling.solvers.euler:Euler", "one straight line a step"),
+    Entry("dpm++", "trainer.sampling.solvers.dpmpp:DPMpp2M", "second-order multistep"),
+    Entry("heun", "trainer.sampling.solvers.heun:Heun", "second order, two evaluations a step"),
+    Entry("lcm", "trainer.sampling.solvers.lcm:LCM", "new noise a step, for few-step models"),
+)
+SCHEDULES: Registry[Any] = Registry(
+    "schedule",
+    Entry(
+        "training_grid",
+        "trainer.sampling.schedule:training_grid_schedule",
+        "even from 0.999, integer timesteps; unipc's own",
+    ),
+    Entry(
+        "full_range",
+        "trainer.sampling.schedule:full_range_schedule",
+        "even from 1; euler's, heun's and lcm's own",
+    ),
+    Entry(
+        "full_range_cut",
+        "trainer.sampling.schedule:full_range_cut_schedule",
+        "even from 1, integer timesteps; dpm++'s own",
+    ),
+    Entry("beta", "trainer.sampling.schedule:beta_schedule", "from 1, dense at both ends"),
+)
+GUIDANCE_METHODS: Registry[Any] = Registry(
+    "guidance method",
+    Entry("cfg_skip", "trainer.sampling.guidance_methods.cfg_skip:CFGSkip", "steps without it"),
+    Entry(
+        "cfg_zero_star",
+        "trainer.sampling.guidance_methods.cfg_zero_star:CFGZeroStar",
+        "the negative prediction in its best scale",
+    ),
+    Entry(
+        "skip_layers",
+        "trainer.sampling.guidance_methods.skip_layers:SkipLayers",
+        "away from the model without some blocks",
+    ),
+    Entry(
+        "rescale",
+        "trainer.sampling.guidance_methods.rescale:Rescale",
+        "the spread of the prompt's prediction",
+    ),
+)
+"""They work in this order; options of `contract.denoising_options` switch them on."""
+STEP_CACHES: Registry[Any] = Registry(
+    "step cache",
+    Entry(
+        "teacache",
+        "trainer.sampling.step_cache.teacache:TeaCache",
+        "by how far the timestep's embedding moves",
+    ),
+    Entry(
+        "magcache",
+        "trainer.sampling.step_cache.magcache:MagCache",
+        "by how the size of the blocks' work changes, as calibrated",
+    ),
 )
 PROBES: Registry[Any] = Registry(
     "probe",

@@ -19,8 +19,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from trainer.contract.denoising_options import PromptDenoising, SectionDenoising
 from trainer.contract.expert_config import ExpertSection, ExpertsSection
 from trainer.contract.hub import MODEL_FIELDS, is_reference, parse_reference
+from trainer.contract.intervals import Repeated
 from trainer.contract.optimizer_config import EmaSection, LRScheduleSection, OptimizerSection
 from trainer.contract.options import Options
 from trainer.contract.plugin_section import PluginSection
@@ -275,16 +277,21 @@ class DistributedSection(Options):
     """How long a process waits for the others (say, while one samples) before it gives up."""
 
 
-class CheckpointSection(Options):
+class CheckpointSection(Repeated):
     """Full training state, to resume from."""
 
     every_steps: int = Field(500, ge=0)
     """Steps between checkpoints; 0: only at the end and when asked."""
+    every_epochs: int = Field(0, ge=0)
+    """Epochs between checkpoints, beside those of `every_steps`; 0: epochs do not count."""
+    every_minutes: float = Field(0, ge=0)
+    """Minutes after which the next step is followed by one, beside the others; 0: time does not
+    count."""
     keep_last: int = Field(3, ge=1)
     """How many checkpoints stay on disk."""
 
 
-class Prompt(Options):
+class Prompt(PromptDenoising):
     """One sample; empty fields take `[sampling]`'s, then the variant's values."""
 
     prompt: str
@@ -306,7 +313,9 @@ class Prompt(Options):
     flow_shift: float | None = Field(None, gt=0)
     """Shift of the solver's sigmas towards noise."""
     solver: str | None = None
-    """Solver."""
+    """Solver: unipc, euler, dpm++, heun or lcm."""
+    schedule: str | None = None
+    """Where the steps are: training_grid, full_range, full_range_cut, beta; empty: the solver's."""
     seed: int | None = Field(None, ge=0)
     """Fixes the noise."""
     image: Path | None = None
@@ -315,15 +324,28 @@ class Prompt(Options):
     """Last frame, for first-last-frame models."""
     control: Path | None = None
     """Control video or folder of frames, for Fun-Control models."""
+    video: Path | None = None
+    """Video, folder of frames or image to start from instead of noise alone."""
+    strength: float | None = Field(None, gt=0, le=1)
+    """With `video`: share of the steps that is walked; 1 keeps nothing of it. Empty: 0.8."""
+    one_frame: str | None = None
+    """One picture at a moment of a clip, `target_index=1,control_index=0;2` in latent frames, for
+    image-to-video and first-last-frame models."""
+    control_images: tuple[Path, ...] | None = None
+    """With `one_frame`: a picture for each control_index."""
     fps: int | None = Field(None, ge=1)
     """Frames a second of the written video."""
+    name: str | None = Field(None, min_length=1, max_length=80)
+    """Short name: in the file's name, and as a heading of sheets."""
 
 
-class SamplingSection(Options):
+class SamplingSection(SectionDenoising, Repeated):
     """Samples made during training; the same keys are the defaults of `menma sample`."""
 
     every_steps: int = Field(0, ge=0)
     """Steps between samples; 0: none."""
+    every_epochs: int = Field(0, ge=0)
+    """Epochs between samples, beside those of `every_steps`; 0: epochs do not count."""
     at_start: bool = False
     """Sample before the first step, too."""
     prompts: tuple[Prompt, ...] = ()
@@ -333,6 +355,10 @@ class SamplingSection(Options):
     text_cache: Path | None = None
     """Folder where encoded prompts are kept, so that the text encoder is not loaded for a text
     that it has encoded before; empty: nothing is kept."""
+    wildcards: bool = False
+    """Choose among `{a|b|c}` and replace `__name__` in prompts, by the seed; off: braces stay."""
+    wildcards_folder: Path = Path("wildcards")
+    """Where `__name__` is looked up: a line of `name.txt` in this folder."""
     negative_prompt: str | None = None
     """Default of the prompts; empty: the official negative prompt."""
     width: int | None = Field(None, ge=16)
@@ -350,20 +376,31 @@ class SamplingSection(Options):
     flow_shift: float | None = Field(None, gt=0)
     """Default of the prompts; empty: the variant's."""
     solver: str = "unipc"
-    """Default of the prompts."""
+    """Default of the prompts: unipc, euler, dpm++, heun or lcm."""
+    schedule: str = ""
+    """Default of the prompts: training_grid, full_range, full_range_cut, beta; empty: the solver's
+    own."""
     seed: int = Field(42, ge=0)
     """Seed of the first prompt; the next prompts count on from it."""
+
+    @property
+    def while_training(self) -> bool:
+        """Whether a run makes samples without being asked."""
+        return self.repeats or self.at_start
+
     fps: int | None = Field(None, ge=1)
     """Frames a second of the written video; empty: the variant's."""
 
 
-class ValidationSection(Options):
+class ValidationSection(Repeated):
     """The loss on clips that are not trained on, at fixed timesteps and with fixed noise."""
 
     every_steps: int = Field(0, ge=0)
     """Steps between measurements; 0: none. Where there are some, one follows the last step."""
+    every_epochs: int = Field(0, ge=0)
+    """Epochs between measurements, beside those of `every_steps`; 0: epochs do not count."""
     at_start: bool = True
-    """With `every_steps`: measure before the first step, too."""
+    """With an interval: measure before the first step, too."""
     split: float = Field(0.0, ge=0, lt=1)
     """Share of the dataset's clips held out of training, chosen by their content; 0: none."""
     sources: tuple[dict[str, Any], ...] = ()
@@ -378,6 +415,9 @@ class ValidationSection(Options):
     """Measure no more than this many items, the same ones each time; empty: all."""
     batch_size: int = Field(1, ge=1)
     """Items of one forward; changes the speed only."""
+    use_masks: bool = False
+    """Measure what the items' masks mark, and not the whole frame; an item without a mask, or with
+    one that is all black, counts whole."""
     seed: int = Field(42, ge=0)
     """Fixes which clips are held out and the noise, whatever `training.seed` is."""
 
@@ -410,13 +450,17 @@ class ProbeSection(PluginSection):
     """What is measured."""
 
 
-class OutputSection(Options):
+class OutputSection(Repeated):
     """What people take away."""
 
     runs_dir: Path = Path("runs")
     """Folder of the run directories."""
     every_steps: int = Field(0, ge=0)
     """Steps between output files `<name>-step00000500.safetensors`; 0: only the final one."""
+    every_epochs: int = Field(0, ge=0)
+    """Epochs between output files, beside those of `every_steps`; 0: epochs do not count."""
+    keep_last: int | None = Field(None, ge=1)
+    """How many of the output files on the way stay on disk, of each kind; empty: all."""
     layout: Literal["comfy", "kohya", "peft"] = "comfy"
     """`comfy` loads in ComfyUI and diffusers; `kohya` is musubi-tuner's; `peft` is diffusers'."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"

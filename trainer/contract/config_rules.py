@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from trainer.contract.adapter_kind_rules import adapter_kind_rule
 from trainer.contract.adapter_rules import adapter_files, adapter_rule
-from trainer.contract.catalog import ATTENTION, SOLVERS
+from trainer.contract.catalog import ATTENTION
 from trainer.contract.cluster_rules import cluster_rule, hostfile_problems
 from trainer.contract.config import RunConfig
+from trainer.contract.denoising_rules import denoising_rule
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.expert_rules import experts_rule
 from trainer.contract.experts import (
@@ -31,6 +33,7 @@ from trainer.contract.registry import nearest
 from trainer.contract.sequence_rules import sequence_rule
 from trainer.contract.stored_kinds import layout_problem
 from trainer.contract.variants import VARIANTS
+from trainer.contract.walk import walk_problems
 
 JobName = Literal["cache", "train", "sample", "eval"]
 Rule = Callable[[RunConfig], Iterator[Problem]]
@@ -147,7 +150,7 @@ def _required_files(config: RunConfig, job: JobName) -> list[str]:
         encoders.append("image_encoder")
     if job == "cache":
         return encoders
-    samples = job == "train" and (config.sampling.every_steps or config.sampling.at_start)
+    samples = job == "train" and config.sampling.while_training
     if samples or job == "sample" or (job == "eval" and config.probe.kind != "none"):
         both = known is not None and known.experts
         return ["transformer", *(["transformer_high_noise"] if both else []), *encoders]
@@ -194,22 +197,27 @@ def _sampling(config: RunConfig) -> Iterator[Problem]:
             "sampling.prompts_file",
             hint="keep one of the two",
         )
-    wanted = sampling.every_steps or sampling.at_start
+    wanted = sampling.while_training
     if wanted and not sampling.prompts and not sampling.prompts_file:
         yield Problem(
             "samples are wanted, but there is no prompt",
-            "sampling.every_steps" if sampling.every_steps else "sampling.at_start",
+            f"sampling.{sampling.interval_key if sampling.repeats else 'at_start'}",
             hint="add [[sampling.prompts]] or sampling.prompts_file",
         )
-    solvers = [("sampling.solver", sampling.solver)]
-    solvers += [
-        (f"sampling.prompts[{index}].solver", prompt.solver)
+    walks = [("sampling.", sampling.solver, sampling.schedule, 1.0)]
+    walks += [
+        (
+            f"sampling.prompts[{index}].",
+            prompt.solver or sampling.solver,
+            sampling.schedule if prompt.schedule is None else prompt.schedule,
+            prompt.strength or 1.0,
+        )
         for index, prompt in enumerate(sampling.prompts)
-        if prompt.solver
+        if prompt.solver or prompt.schedule
     ]
-    for key, solver in solvers:
-        if solver not in SOLVERS:
-            yield Problem(f"unknown solver {solver!r}", key, hint=nearest(solver, SOLVERS.names))
+    for place, solver, schedule, strength in walks:
+        for problem in walk_problems(solver, schedule, strength=strength):
+            yield replace(problem, key=place + problem.key)
     yield from _num_frames(config)
 
 
@@ -222,16 +230,16 @@ def _validation(config: RunConfig) -> Iterator[Problem]:
             "validation.split",
             hint="keep split, or [[validation.sources]]",
         )
-    if validation.every_steps and not validation.split and not validation.sources:
+    if validation.repeats and not validation.split and not validation.sources:
         yield Problem(
             "a validation loss is wanted, but there is no clip to measure it on",
-            "validation.every_steps",
+            f"validation.{validation.interval_key}",
             hint="set validation.split = 0.1, or add [[validation.sources]]",
         )
     boundary = boundary_of(config)
     if not boundary or config.model.expert is None:
         return  # nothing to judge, or `experts_rule` says what is wrong
-    if validation.every_steps and not validation_timesteps(config, boundary):
+    if validation.repeats and not validation_timesteps(config, boundary):
         side = "not below" if config.model.expert == "high_noise" else "below"
         yield Problem(
             f"the {config.model.expert} expert works at none of these timesteps",
@@ -358,6 +366,7 @@ _RULES: tuple[Rule, ...] = (
     noise_rule,
     _dataset,
     _sampling,
+    denoising_rule,
     _validation,
     _distributed,
     sequence_rule,

@@ -3,10 +3,13 @@
 One object a line, each with `v` (format version), `time` (Unix seconds) and `type`:
 
     phase       name, detail
-    step        step, total_steps, epoch, loss, terms, lr, grad_norm, step_time_s, eta_s, memory…
+    step        step, total_steps, epoch, loss, terms {name: part of the loss…}, lr, grad_norm,
+                step_time_s, eta_s, items_per_s, rss_gib, peak_vram_gib (on a GPU);
+                at some steps by_timestep {"0-100": loss…}, by_source {name of a source: loss…} and
+                weight_norm {total, mean, largest}: `[logging]`
     sample      step, path, prompt, seed
     checkpoint  step, path
-    output      step, path, strips [{title, frames [path of a picture…]}…]
+    output      step, path, final (of a run); strips [{title, frames [path of a picture…]}…]
     validation  step, loss, by_timestep {"100": loss…}, items, seconds
     log | warning | error   message (and hint)
     end         reason ("done", "stopped", "failed"), step

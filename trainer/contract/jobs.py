@@ -15,6 +15,7 @@ from trainer.contract.config import Prompt
 from trainer.contract.lora_use import LoRAUse, SampleLoRA
 from trainer.contract.options import Options
 from trainer.contract.registry import Entry, Registry
+from trainer.contract.vary import Axis
 
 OutputDtype = Literal["bf16", "fp16", "fp32"]
 LoRALayout = Literal["comfy", "kohya", "peft"]
@@ -81,6 +82,21 @@ class SampleJobRequest(ConfigRequest):
     """Folder of the results; nothing in it is overwritten."""
     run_dir: Path | None = None
     """Take this run's newest output file as a LoRA, too."""
+    calibrate: bool = False
+    """Sample without methods of guidance and step cache, and measure what caches need to know."""
+
+
+class SampleMatrixRequest(SampleJobRequest):
+    """Make a sheet: every combination of prompts and of what is varied; finished ones are kept."""
+
+    axes: tuple[Axis, ...] = ()
+    """What differs from cell to cell, beside the prompts."""
+    columns: str | None = None
+    """Key of what differs from left to right; empty: the last that has several values."""
+
+
+class SampleSessionRequest(SampleJobRequest):
+    """Keep the models loaded and make a sample for each line of stdin; see the job."""
 
 
 class EvalRequest(ConfigRequest):
@@ -372,6 +388,8 @@ JOBS: Registry[object] = Registry(
     Entry("cache", "trainer.jobs.cache_run:run", "encode clips and captions"),
     Entry("train", "trainer.jobs.train:run", "train"),
     Entry("sample", "trainer.jobs.sample_run:run", "generate videos or images"),
+    Entry("sample_matrix", "trainer.jobs.sample_matrix:run", "a sheet of samples"),
+    Entry("sample_session", "trainer.jobs.sample_session:run", "a sample for each line of stdin"),
     Entry("eval", "trainer.jobs.eval_run:run", "validation loss and figures of a probe"),
     Entry("deepspeed", "trainer.jobs.deepspeed_export:run", "the DeepSpeed config of a run"),
     Entry("schedule", "trainer.jobs.schedule:run", "the learning rate of every step"),
@@ -402,6 +420,8 @@ REQUESTS: dict[str, type[Options]] = {
     "cache": CacheRequest,
     "train": TrainRequest,
     "sample": SampleJobRequest,
+    "sample_matrix": SampleMatrixRequest,
+    "sample_session": SampleSessionRequest,
     "eval": EvalRequest,
     "deepspeed": DeepSpeedRequest,
     "schedule": ScheduleRequest,

@@ -23,11 +23,19 @@ _CHOOSES, _SHAPE_NOISE = "immiscible_noise", frozenset({"noise_offset", "pyramid
 
 
 def noise_rule(config: RunConfig) -> Iterator[Problem]:
-    """Yield techniques in an order in which one undoes what another did to the noise."""
+    """Yield where noises are chosen and there is no choice, or one that another has changed."""
     names = [section.name for section in config.techniques]
     if _CHOOSES not in names:
         return
     place = names.index(_CHOOSES)
+    options = config.techniques[place].options("name")
+    nearest = options.get("assignment", "nearest") == "nearest"
+    if nearest and options.get("num_candidates") == 1:
+        yield Problem(
+            "one noise leaves each sample nothing to choose from",
+            f"techniques[{place}].num_candidates",
+            hint='make it 2 or more, or set assignment = "batch"',
+        )
     for before in names[:place]:
         if before in _SHAPE_NOISE:
             yield Problem(

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import Problem
+from trainer.contract.experts import trains_both
 from trainer.contract.offload_rules import OPTIMIZER_KEY
 from trainer.contract.optimizer_traits import traits_of
+from trainer.contract.plugin_options import all_options
 
 KIND_KEY = "optimizer.kind"
 EMA_KEY = "ema.decay"
@@ -29,6 +31,31 @@ def schedule_rule(config: RunConfig) -> Iterator[Problem]:
             "the warm-up in steps and as a share of all steps at once",
             "lr_schedule.warmup_ratio",
             hint="keep warmup_steps, or warmup_ratio",
+        )
+    if schedule.kind == "plateau":
+        yield from _plateau(config)
+
+
+def _plateau(config: RunConfig) -> Iterator[Problem]:
+    options = all_options("lr_schedule", "plateau", config.lr_schedule.options("kind"))
+    if trains_both(config):
+        yield Problem(
+            "the losses of two experts in turns are one course, and each has a rate of its own",
+            "lr_schedule.kind",
+            hint='train one expert (model.expert), or use another schedule, e.g. "cosine"',
+        )
+    if options["watch"] == "validation" and not config.validation.repeats:
+        yield Problem(
+            "it goes by the validation loss, and none is measured",
+            "lr_schedule.watch",
+            hint='set validation.every_steps and validation.split, or watch = "training"',
+        )
+    usual = all_options("lr_schedule", "plateau", {})["window_steps"]
+    if options["watch"] == "validation" and options["window_steps"] != usual:
+        yield Problem(
+            "each measurement of the validation loss counts; steps do not",
+            "lr_schedule.window_steps",
+            hint='leave it out, or set watch = "training"',
         )
 
 
@@ -78,6 +105,8 @@ def optimizer_notes(config: RunConfig) -> Iterator[str]:
     lowest, usual, highest = traits.lowest, traits.learning_rate, traits.highest
     if config.optimizer.options("kind").get("lr_adjust") == "original":  # Muon's own scale
         lowest, usual, highest = 1e-3, 0.02, 0.5
+    if config.optimizer.options("kind").get("step_size", "fixed") != "fixed":  # Adafactor's own
+        kind, lowest, usual, highest = f"{kind} with a relative step", 0.1, 1.0, 10.0
     for key, rate in rates.items():
         if not lowest <= rate <= highest:
             word = "small" if rate < lowest else "large"

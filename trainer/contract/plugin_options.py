@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, WrapValidator, create_model
+from pydantic import ConfigDict, Field, ValidationError, WrapValidator, create_model
 from pydantic_core import PydanticCustomError
 
 from trainer.contract.options import Options
@@ -49,13 +49,19 @@ def option_model(kind: str, name: str) -> type[Options]:
     return _model_of(f"{kind}_{name}", _with_definitions(schema, schema.get("$defs", {})))
 
 
+class _Sourceless(Options):
+    """A model that is made has no docstrings, for which pydantic would search every module."""
+
+    model_config = ConfigDict(use_attribute_docstrings=False)
+
+
 def _model_of(name: str, schema: dict[str, Any]) -> type[Options]:
     required = set(schema.get("required", ()))
     fields: dict[str, Any] = {}
     for key, spec in schema.get("properties", {}).items():
         default = ... if key in required else spec.get("default")
         fields[key] = (_python_type(spec), _field(spec, default))
-    return create_model(name, __base__=Options, **fields)
+    return create_model(name, __base__=_Sourceless, **fields)
 
 
 def _with_definitions(spec: Any, definitions: dict[str, Any]) -> Any:

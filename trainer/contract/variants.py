@@ -73,6 +73,8 @@ class Variant:
     """TI2V-5B: image mode gives the first frame's tokens timestep 0."""
     num_steps: int = 50
     flow_shift: float = 5.0
+    small_flow_shift: float | None = None
+    """At 832 x 480 pixels and fewer, where the authors sample those with another shift."""
     guidance_scale: tuple[float, float] = (5.0, 5.0)
     """(low noise, high noise); equal for one-transformer models."""
     fps: int = 16
@@ -82,6 +84,11 @@ class Variant:
     negative_prompt: str = NEGATIVE_PROMPT
     num_parameters: int = 0
     """Published parameter count of one transformer."""
+
+    def flow_shift_at(self, width: int, height: int) -> float:
+        """Return the shift that the authors sample this size with."""
+        small = self.small_flow_shift is not None and width * height <= 832 * 480
+        return self.small_flow_shift if small and self.small_flow_shift else self.flow_shift
 
     @property
     def vae_stride(self) -> tuple[int, int, int]:
@@ -139,6 +146,7 @@ VARIANTS: dict[str, Variant] = {
             transformer=_image(_14B, 36),
             conditioning="first_frame",
             num_steps=40,
+            small_flow_shift=3.0,
             negative_prompt=_I2V_NEGATIVE,
             num_parameters=16_394_878_784,
         ),

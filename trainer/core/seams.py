@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -89,6 +89,29 @@ class LRSchedule(Protocol):
             progress: how far the course is, in [0, 1]: 0 at its first step, 1 at its last one.
             num_steps: of the course, that is, after the warm-up.
         """
+        ...
+
+
+@runtime_checkable
+class LossSchedule(LRSchedule, Protocol):
+    """A course that goes by the losses of the run, and not by the step alone."""
+
+    watches: Literal["training", "validation"]
+    """Which losses."""
+
+    def observe(self, loss: float) -> None:
+        """Take the loss of a step, or a measurement of the validation loss; the same on all ranks.
+
+        It counts from the next step on.
+        """
+        ...
+
+    def state(self) -> dict[str, float]:
+        """Return what a resumed run goes on with, as JSON can hold it."""
+        ...
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        """Take back what `state` gave."""
         ...
 
 
@@ -230,8 +253,6 @@ class Need(StrEnum):
     EXTRA_FORWARD = "extra_forward"
     FULL_GRADS = "full_grads"
     BASE_MODEL = "base_model"
-    UNEVEN_FORWARDS = "uneven_forwards"
-    """Some batches take more forwards than others, which sharded weights (ZeRO-3) do not allow."""
     MASKS = "masks"
 
 
@@ -322,9 +343,18 @@ class Technique:
         """Change what the prediction is compared with; called before there is a prediction.
 
         `predict_base` gives the velocity of the model without what is trained, and no gradients;
-        who calls it has `Need.BASE_MODEL`.
+        who calls it has `Need.BASE_MODEL`, and calls it as often for every batch, or else says in
+        `asks_base` for which ones.
         """
         return target
+
+    def asks_base(self, batch: Batch) -> bool | None:
+        """Tell whether `edit_target` calls `predict_base` once for this batch, or not at all.
+
+        None: it does the same for every batch. Processes that share weights (ZeRO-3) must run as
+        many forwards, so that where one asks, the others run one, too.
+        """
+        return None
 
     def loss_map(self, batch: Batch, noisy: NoisyInput) -> Tensor | None:
         """Return a weight per element of the base loss, broadcastable to (B, C, F, H, W)."""

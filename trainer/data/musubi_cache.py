@@ -3,8 +3,10 @@
 A latent file belongs to a window of a clip, `{stem}_{start:05d}-{frames:03d}_{width:04d}x
 {height:04d}_wan.safetensors` (images without the window), with the clip's own size in its name. It
 holds `latents_{F}x{H}x{W}_{dtype}` (C, F, H, W), for image-to-video models `latents_image_…`
-(4 + C, F, H, W) and perhaps `clip_…` (257, D). A text file `{stem}_wan_te.safetensors` holds
-`varlen_t5_{dtype}` (T, D), the caption in its metadata.
+(4 + C, F, H, W) and perhaps `clip_…` (257, D), for Fun-Control models `latents_control_…`
+(C, F, H, W), beside the other two where the first frame is given, too. A text file
+`{stem}_wan_te.safetensors` holds `varlen_t5_{dtype}` (T, D), the caption in its metadata. It knows
+no masks.
 
 Latents are normalised there as in Menma, (z - mean) / std of each channel with the constants of the
 Wan VAE: its VAE applies them when it encodes. Mask and image latents have Menma's layout.
@@ -39,8 +41,11 @@ WRITER = "menma"
 MAX_ZEROS = 0.1
 """Share of zeros in latents that is not by chance: musubi-tuner writes 0 for NaN."""
 
+_MASK_CHANNELS = 4
+"""Of the image latents; the frames that a latent of Wan's first VAE stands for."""
 _LATENTS = re.compile(r"latents_(\d+)x(\d+)x(\d+)_\w+")
 _IMAGE = re.compile(r"latents_image_\d+x\d+x\d+_\w+")
+_CONTROL = re.compile(r"latents_control_\d+x\d+x\d+_\w+")
 _CLIP = re.compile(r"clip_\w+")
 _TEXT = re.compile(r"varlen_t5_\w+")
 
@@ -75,8 +80,22 @@ def cache_folders(source: SourceOptions) -> list[Path]:
     return [folder for folder in dict.fromkeys(folders) if folder is not None and folder.is_dir()]
 
 
-def read_latents(path: Path, bucket: Bucket, variant: Variant, dtype: CacheDtype) -> EncodedWindow:
+def read_latents(
+    path: Path,
+    bucket: Bucket,
+    variant: Variant,
+    dtype: CacheDtype,
+    *,
+    control_first_frame: bool = False,
+) -> EncodedWindow:
     """Return what a latent file holds, if it is what a window of this size needs.
+
+    Args:
+        path: the file.
+        bucket: size of the window.
+        variant: the model that it is for.
+        dtype: precision of the cache.
+        control_first_frame: Fun-Control models are given the first frame, too.
 
     Raises:
         DataError: it does not fit; the message is a reason such as "its latents have …".
@@ -99,6 +118,8 @@ def read_latents(path: Path, bucket: Bucket, variant: Variant, dtype: CacheDtype
         raise DataError("its latents hold many zeros, which stand for values that were not finite")
     if variant.conditioning == "none":
         return EncodedWindow(latents_CFHW=latents)
+    if variant.conditioning == "control":
+        return _controlled(tensors, latents, variant, dtype, first_frame=control_first_frame)
     return _conditioned(tensors, latents, expected, variant, dtype)
 
 
@@ -120,9 +141,25 @@ def read_context(path: Path, caption: str, variant: Variant, dtype: CacheDtype) 
 
 
 def write_latents_file(
-    folder: Path, clip: ClipShape, window: Window, encoded: EncodedWindow, dtype: CacheDtype
+    folder: Path,
+    clip: ClipShape,
+    window: Window,
+    encoded: EncodedWindow,
+    dtype: CacheDtype,
+    *,
+    control: bool = False,
+    first_frame: bool = True,
 ) -> Path:
     """Write a window as musubi-tuner would; return the file.
+
+    Args:
+        folder: where to.
+        clip: of which it is.
+        window: which one.
+        encoded: what is in it; a mask is left out, which musubi-tuner does not know.
+        dtype: precision of what is written.
+        control: the extra channels are those of a Fun-Control model.
+        first_frame: which is given the first frame, too.
 
     Raises:
         DataError: a file that is not Menma's is there.
@@ -131,10 +168,15 @@ def write_latents_file(
     _, frames, height, width = encoded.latents_CFHW.shape
     size, word = f"{frames}x{height}x{width}", _dtype_name(DTYPES[dtype])
     tensors = {f"latents_{size}_{word}": encoded.latents_CFHW}
-    if encoded.image_context_TD is not None:
+    if encoded.image_context_TD is not None and first_frame:
         tensors[f"clip_{word}"] = encoded.image_context_TD
-    if encoded.extra_channels_CFHW is not None:
-        tensors[f"latents_image_{size}_{word}"] = encoded.extra_channels_CFHW
+    image = encoded.extra_channels_CFHW
+    if image is not None and control:
+        given, image = image.chunk(2)
+        tensors[f"latents_control_{size}_{word}"] = given
+        image = torch.cat([_first_frame_mask(image[:_MASK_CHANNELS]), image])
+    if image is not None and first_frame:
+        tensors[f"latents_image_{size}_{word}"] = image
     metadata = {"width": str(clip.width), "height": str(clip.height)}
     if clip.kind == "video":
         metadata["frame_count"] = str(window.num_frames)
@@ -191,18 +233,58 @@ def _conditioned(
     _require_shape("image latents", image, (mask_channels + expected[0], *expected[1:]))
     _require_values("image latents", image, dtype)
     mask = image[:mask_channels].float()
-    wanted = torch.zeros_like(mask)
-    wanted[:, 0] = 1
-    if not torch.equal(mask, wanted):
+    if not torch.equal(mask, _first_frame_mask(mask)):
         raise DataError("its mask gives other frames than the first")
-    context = None
-    if uses_image_encoder(variant):
-        context = _only(tensors, _CLIP)
-        width = variant.transformer.image_dim or 0
-        _require_shape("image features", context, (variant.transformer.image_tokens, width))
-        if not torch.isfinite(context).all():
-            raise DataError("its image features hold NaN or infinite values")
+    context = _features(tensors, variant) if uses_image_encoder(variant) else None
     return EncodedWindow(latents_CFHW=latents, extra_channels_CFHW=image, image_context_TD=context)
+
+
+def _controlled(
+    tensors: Mapping[str, Tensor],
+    latents: Tensor,
+    variant: Variant,
+    dtype: CacheDtype,
+    *,
+    first_frame: bool,
+) -> EncodedWindow:
+    """Return the channels as musubi-tuner trains on them: control, then the first frame or zeros.
+
+    Its training drops the mask of the image latents, and what comes after their first frame.
+    """
+    control = _only(tensors, _CONTROL)
+    _require_shape("control latents", control, tuple(latents.shape))
+    _require_values("control latents", control, dtype)
+    image = torch.zeros_like(control)
+    context = None
+    if first_frame:
+        given = _only(tensors, _IMAGE)
+        channels = variant.vae_stride[0] + latents.shape[0]
+        _require_shape("image latents", given, (channels, *latents.shape[1:]))
+        _require_values("image latents", given, dtype)
+        image[:, :1] = given[variant.vae_stride[0] :, :1].to(image)
+        context = _features(tensors, variant) if uses_image_encoder(variant) else None
+    elif uses_image_encoder(variant):
+        shape = variant.transformer.image_tokens, variant.transformer.image_dim or 0
+        context = torch.zeros(shape, dtype=latents.dtype)
+    extra = torch.cat([control, image])
+    return EncodedWindow(latents_CFHW=latents, extra_channels_CFHW=extra, image_context_TD=context)
+
+
+def _features(tensors: Mapping[str, Tensor], variant: Variant) -> Tensor:
+    """Return the CLIP features of the first frame, (T, D)."""
+    context = _only(tensors, _CLIP)
+    width = variant.transformer.image_dim or 0
+    _require_shape("image features", context, (variant.transformer.image_tokens, width))
+    if not torch.isfinite(context).all():
+        raise DataError("its image features hold NaN or infinite values")
+    return context
+
+
+def _first_frame_mask(like_CFHW: Tensor) -> Tensor:
+    """Return the mask channels of a given first frame."""
+    mask = torch.zeros_like(like_CFHW)
+    mask[:, 0] = 1
+    return mask
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -118,7 +118,8 @@ def resolve_for_forwards(
 
 def clip_of(request: SampleRequest) -> Clip:
     """Return the size of a sample."""
-    return Clip(width=request.width, height=request.height, num_frames=request.num_frames)
+    frames = request.num_walked_frames
+    return Clip(width=request.width, height=request.height, num_frames=frames)
 
 
 def memory_values(config: RunConfig) -> dict[str, bool | int]:

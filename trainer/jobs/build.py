@@ -126,15 +126,6 @@ def technique_problems(config: RunConfig, largest_batch: int) -> list[Problem]:
                     hint="set distributed.zero_stage to 0 or 1, and offload_optimizer = 'none'",
                 )
             )
-        if Need.UNEVEN_FORWARDS in needs and distributed.zero_stage == 3:
-            problems.append(
-                Problem(
-                    f"{section.name} runs more forwards for some batches than for others, and "
-                    "processes that share weights must run as many",
-                    key,
-                    hint="set distributed.zero_stage to 0, 1 or 2, or remove the technique",
-                )
-            )
         if distributed.sequence_parallel > 1 and _hooks_blocks(technique):
             problems.append(
                 Problem(

@@ -13,11 +13,11 @@ import gc
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from trainer.data.cache_settings import CacheDtype, CacheSettings, uses_image_en
 from trainer.data.entries import entry_key
 from trainer.data.items import Texts, no_texts
 from trainer.data.latent_cache import EncodedWindow, LatentEntry, write_latents
-from trainer.data.masks import read_alpha_mask, read_mask
+from trainer.data.masks import latent_mask, read_alpha_mask, read_mask
 from trainer.data.media import Clip, index_clip, read_window
 from trainer.data.paired import NAMES
 from trainer.data.plan import PlannedItem, plan_source
@@ -118,6 +118,17 @@ class _Task:
     work: Work
     planned: PlannedItem
     entry: LatentEntry
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of its pixels."""
+        return self.entry.bucket.width, self.entry.bucket.height
+
+    @property
+    def rates(self) -> dict[str, Any]:
+        """How its clip, and what belongs to it, are resampled in time."""
+        settings, source = self.work.settings, self.work.plan.source
+        return {"target_fps": settings.target_fps, "source_fps": source.source_fps}
 
 
 def run_cache(
@@ -384,7 +395,8 @@ def _adopt_windows(
     for path, task in list(tasks.items()):
         try:
             own = partial(_encoded, task, encode)
-            found = adoption.window(task.work, task.planned, task.entry, own)
+            mask = partial(_latent_mask, task, adoption.variant)
+            found = adoption.window(task.work, task.planned, task.entry, own, mask)
         except DataError:  # our own encoding failed, or the clip: told when it is encoded
             continue
         if found is not None:
@@ -396,6 +408,11 @@ def _adopt_windows(
 
 def _encoded(task: _Task, encode: WindowEncoder) -> EncodedWindow:
     return encode(_decode(task, index_clip))
+
+
+def _latent_mask(task: _Task, variant: Variant) -> Tensor | None:
+    mask = _decode_mask(task, index_clip)
+    return None if mask is None else latent_mask(mask, variant.vae_stride)
 
 
 def _decoded(
@@ -418,29 +435,40 @@ def _decoded(
 
 
 def _decode(task: _Task, index: Callable[..., Clip]) -> DecodedWindow:
-    item, source = task.planned.item, task.work.plan.source
-    frames, bucket = task.entry.window.frames, task.entry.bucket
-    size = bucket.width, bucket.height
-    rates = {"target_fps": task.work.settings.target_fps, "source_fps": source.source_fps}
-    clip = index(item.path, item.kind, **rates)
-    paired = {what: index(path, kind_of(path), **rates) for what, path in item.paired.items()}
-    control = mask = None
-    if source.alpha_mask:
-        mask = read_alpha_mask(clip, frames, size)
-    for what, other in paired.items():
-        try:
-            if what == "mask":
-                mask = read_mask(other, frames, size)
-            else:
-                control = read_window(other, frames, size)
-        except DataError as error:
-            raise DataError(f"its {NAMES[what]} {other.path.name}: {error.message}") from None
+    item = task.planned.item
+    control = None
+    if item.control is not None:
+        other = index(item.control, kind_of(item.control), **task.rates)
+        with _named("control", other):
+            control = read_window(other, task.entry.window.frames, task.size)
+    clip = index(item.path, item.kind, **task.rates)
     return DecodedWindow(
-        frames_FHW3=read_window(clip, frames, size),
+        frames_FHW3=read_window(clip, task.entry.window.frames, task.size),
         control_FHW3=control,
-        control_first_frame=source.control_first_frame,
-        mask_FHW=mask,
+        control_first_frame=task.work.plan.source.control_first_frame,
+        mask_FHW=_decode_mask(task, index),
     )
+
+
+def _decode_mask(task: _Task, index: Callable[..., Clip]) -> Tensor | None:
+    """Return the mask of a window in pixels, (F, H, W); None: its clip has none."""
+    item, frames = task.planned.item, task.entry.window.frames
+    if item.mask is not None:
+        other = index(item.mask, kind_of(item.mask), **task.rates)
+        with _named("mask", other):
+            return read_mask(other, frames, task.size)
+    if task.work.plan.source.alpha_mask:
+        return read_alpha_mask(index(item.path, item.kind, **task.rates), frames, task.size)
+    return None
+
+
+@contextmanager
+def _named(what: str, other: Clip) -> Iterator[None]:
+    """Say of a problem that it is of what belongs to a clip."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"its {NAMES[what]} {other.path.name}: {error.message}") from None
 
 
 def _usable_entries(works: Sequence[Work]) -> Iterator[LatentEntry]:

@@ -40,6 +40,7 @@ from trainer.jobs.optimizer_checks import optimizer_problems
 from trainer.jobs.run_items import cache_settings, holdout_of
 from trainer.jobs.start import machine_problems
 from trainer.models.wan.detect import recognise
+from trainer.sampling.inputs import check_inputs
 from trainer.sampling.requests import requests_of
 
 
@@ -100,7 +101,8 @@ def _prompt_problems(config: RunConfig, variant: Variant) -> list[Problem]:
     except ConfigError as error:
         return list(error.problems)
     try:
-        requests_of(prompts, variant, config.sampling)
+        requests = requests_of(prompts, variant, config.sampling)
+        check_inputs(requests, multiple=variant.pixel_multiple)
     except ConfigError as error:
         section = "sampling." if file is None else ""
         return [replace(p, key=f"{section}{p.key}", file=file) for p in error.problems]

@@ -32,6 +32,7 @@ from trainer.sampling.experts import ExpertSwitch
 from trainer.sampling.pipeline import SamplingModels, decode_frames, expert_at, generate
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import describe, write_sample
+from trainer.sampling.step_cache.values import StepCacheValues
 from trainer.training.validation import (
     ValidationResult,
     ValidationSettings,
@@ -73,6 +74,7 @@ class ValidationSet:
                 sorted(settings.timesteps),
                 settings.noises_per_timestep,
                 settings.seed,
+                *(["masks"] if settings.use_masks else []),
             ]
         )
 
@@ -96,6 +98,8 @@ class EvalParts:
     tile: tuple[int, int] | None = None
     """(height, width) in pixels: decode in overlapping tiles."""
     progress: Progress = lambda _phase, _done, _total: None
+    step_cache: StepCacheValues = field(default_factory=StepCacheValues)
+    """What step caches know of the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +264,7 @@ class _Evaluation:
             transformer=ExpertSwitch(load, parts.device),
             contexts=contexts,
             device=parts.device,
+            step_cache=parts.step_cache,
         )
         latents = []
         for request in parts.shots:

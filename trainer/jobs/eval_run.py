@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ from trainer.jobs.eval import (
 from trainer.jobs.run_facts import training_facts
 from trainer.jobs.run_items import load_run_items, validation_settings
 from trainer.jobs.sample import SampleLoaders
-from trainer.jobs.sample_run import newest_outputs
+from trainer.jobs.sample_run import newest_outputs, transformer_files
+from trainer.jobs.step_cache_values import step_cache_values
 from trainer.sampling.requests import SampleRequest
 from trainer.training.reporter import peaks_gib
 from trainer.training.validation import ValidationResult
@@ -66,6 +68,7 @@ def run(request: EvalRequest, emit: Emit) -> None:
     clips = _clips(config, validation, shots)
     config = resolve_for_forwards(config, variant, device, clips, emit) if clips else config
     tile = config.memory.vae_tile
+    files = partial(transformer_files, config, variant)
     measured = measure(
         EvalParts(
             variant=variant,
@@ -78,6 +81,7 @@ def run(request: EvalRequest, emit: Emit) -> None:
             device=device,
             tile=(tile, tile) if tile else None,
             progress=progress_events(emit),
+            step_cache=step_cache_values(config, variant, files, shots),
         )
     )
     figures = probe.judge(measured.videos) if shots else {}

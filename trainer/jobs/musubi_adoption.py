@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -63,6 +63,7 @@ class Adoption:
         planned: PlannedItem,
         entry: LatentEntry,
         encode: Callable[[], EncodedWindow],
+        mask: Callable[[], Tensor | None],
     ) -> EncodedWindow | None:
         """Return a window's latents from a file of musubi-tuner; None: it has to be encoded.
 
@@ -71,6 +72,7 @@ class Adoption:
             planned: the clip.
             entry: the window.
             encode: makes them; asked once a source.
+            mask: reads the window's mask, which musubi-tuner does not keep.
         """
         if self._trusted.get((id(work), "latents")) is False:
             return None
@@ -79,11 +81,19 @@ class Adoption:
             self.missing += 1
             return None
         try:
-            _require_alone(work, planned)
             _require_newer(path, planned.item.path)
-            found = read_latents(path, entry.bucket, self.variant, work.settings.dtype)
+            if planned.item.control is not None:
+                _require_newer(path, planned.item.control)
+            found = read_latents(
+                path,
+                entry.bucket,
+                self.variant,
+                work.settings.dtype,
+                control_first_frame=work.plan.source.control_first_frame,
+            )
             if (id(work), "latents") not in self._trusted:
-                self._compare(work, "latents", found.latents_CFHW, encode().latents_CFHW)
+                self._compare_window(work, found, encode())
+            found = replace(found, mask_1FHW=mask())
         except DataError as error:
             self.reasons[path] = error.message
             return None
@@ -126,6 +136,13 @@ class Adoption:
             listed.append(f"{self.missing} windows have no latents of musubi-tuner")
         return listed
 
+    def _compare_window(self, work: Work, theirs: EncodedWindow, ours: EncodedWindow) -> None:
+        self._compare(work, "latents", theirs.latents_CFHW, ours.latents_CFHW)
+        if self.variant.conditioning == "control":
+            assert theirs.extra_channels_CFHW is not None
+            assert ours.extra_channels_CFHW is not None
+            self._compare(work, "latents", theirs.extra_channels_CFHW, ours.extra_channels_CFHW)
+
     def _compare(self, work: Work, kind: str, theirs: Tensor, ours: Tensor) -> None:
         same = theirs.shape == ours.shape
         off = difference(theirs.cpu(), ours.cpu()) if same else float("inf")
@@ -151,11 +168,6 @@ class Adoption:
         return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
-def _require_alone(work: Work, planned: PlannedItem) -> None:
-    if planned.item.paired or work.plan.source.alpha_mask:
-        raise DataError("its clip has a mask or a control video, which is encoded with it")
-
-
 def _require_newer(path: Path, clip: Path) -> None:
     try:
         newest = max(
@@ -166,7 +178,7 @@ def _require_newer(path: Path, clip: Path) -> None:
     except OSError as error:
         raise DataError(f"it cannot be looked at: {error.strerror or error}") from None
     if newest > made + _CLOCK_S:
-        raise DataError("its clip has changed since it was made")
+        raise DataError(f"{clip.name} has changed since it was made")
 
 
 def unused_caches(works: list[Work]) -> list[str]:

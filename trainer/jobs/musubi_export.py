@@ -23,6 +23,7 @@ from trainer.jobs.cache_sections import Work
 DATASET_FILE = "dataset.toml"
 _KEYS = (
     *MEDIA_KEYS,
+    "control_directory",
     "resolution",
     "caption_extension",
     "batch_size",
@@ -43,7 +44,7 @@ def require_exportable(variant: Variant) -> None:
     Raises:
         DataError: it is one of these.
     """
-    if variant.vae != "2.1" or variant.conditioning not in {"none", "first_frame"}:
+    if variant.vae != "2.1" or variant.conditioning == "first_last_frame":
         raise DataError(
             f"musubi-tuner has no caches that {variant.name} could be trained on",
             hint="leave out --write-musubi",
@@ -71,13 +72,15 @@ def export_caches(works: Sequence[Work], variant: Variant, folder: Path | None) 
         own.mkdir(parents=True, exist_ok=True)
         _require_names(work)
         for planned in work.plan.items:
-            count += sum(1 for _ in _export_item(work, planned, own))
+            count += sum(1 for _ in _export_item(work, planned, variant, own))
         tables.append(_table(work.plan.source, own))
     write_text(folder / DATASET_FILE, _HEAD + tomlkit.dumps({"datasets": tables}))
     return count
 
 
-def _export_item(work: Work, planned: PlannedItem, folder: Path) -> Iterator[Path]:
+def _export_item(
+    work: Work, planned: PlannedItem, variant: Variant, folder: Path
+) -> Iterator[Path]:
     item = planned.item
     entries = [entry for entry in planned.entries if entry.file not in work.failed]
     if not work.failed_captions.isdisjoint(item.captions) or not entries:
@@ -92,7 +95,16 @@ def _export_item(work: Work, planned: PlannedItem, folder: Path) -> Iterator[Pat
             extra_channels_CFHW=tensors.get("extra_channels"),
             image_context_TD=tensors.get("image_context"),
         )
-        yield write_latents_file(folder, clip, entry.window, encoded, dtype)
+        control = variant.conditioning == "control"
+        yield write_latents_file(
+            folder,
+            clip,
+            entry.window,
+            encoded,
+            dtype,
+            control=control,
+            first_frame=not control or work.plan.source.control_first_frame,
+        )
     key = text_key(item.caption, work.settings)
     context = read_entry(work.folder / text_file(key), key)["context"]
     yield write_context_file(folder, clip.stem, item.caption, context, dtype)

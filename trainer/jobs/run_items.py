@@ -86,6 +86,7 @@ def validation_settings(config: RunConfig, variant: Variant) -> ValidationSettin
         noises_per_timestep=section.noises_per_timestep,
         max_items=section.max_items,
         batch_size=section.batch_size,
+        use_masks=section.use_masks,
         seed=section.seed,
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,9 +30,18 @@ from trainer.sampling.conditions import (
     encode_texts,
 )
 from trainer.sampling.experts import ExpertSwitch
-from trainer.sampling.pipeline import SamplingModels, VideoDecoder, decode_frames, generate
+from trainer.sampling.pipeline import (
+    Evaluations,
+    SamplingModels,
+    VideoDecoder,
+    decode_frames,
+    generate,
+)
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import OutputKind, write_sample
+from trainer.sampling.schedule import walk_of
+from trainer.sampling.step_cache.cache import BlockObserver
+from trainer.sampling.step_cache.values import StepCacheValues
 
 Progress = Callable[[str, int, int], None]
 """Told of (phase, done, total); phases are `texts`, `inputs`, `steps` and `decode`."""
@@ -60,6 +69,8 @@ class Sample:
 
     path: Path
     request: SampleRequest
+    evaluations: Evaluations
+    """How often the transformer worked for it."""
     index: int = 0
     """Its place among all requests of the run."""
 
@@ -98,6 +109,10 @@ class SampleOptions:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tile: tuple[int, int] | None = None
     """(height, width) in pixels: decode in overlapping tiles."""
+    step_cache: StepCacheValues = field(default_factory=StepCacheValues)
+    """What step caches know of the model."""
+    observer: BlockObserver | None = None
+    """Watches the blocks in the place of step caches."""
     progress: Progress = lambda _phase, _done, _total: None
     on_sample: Callable[[Sample], None] = lambda _sample: None
     """Told of each file when it is written."""
@@ -156,6 +171,8 @@ class _Run:
     loaders: SampleLoaders
     options: SampleOptions
     failures: Failures
+    evaluations: dict[int, Evaluations] = field(default_factory=dict)
+    """Of each request that was drawn."""
 
     def encode_texts(self) -> dict[str, Tensor]:
         self._report("texts", 0)
@@ -168,7 +185,7 @@ class _Run:
 
     def encode_inputs(self) -> dict[int, Conditions]:
         requests = self.requests
-        if all(one.image is None and one.control is None for one in requests.values()):
+        if not any(one.files for one in requests.values()):
             return dict.fromkeys(requests, Conditions())
         self._report("inputs", 0)
         conditions = {}
@@ -201,8 +218,9 @@ class _Run:
             transformer=lambda expert: loras.ready(switch(expert), expert),
             contexts=contexts,
             device=options.device,
+            step_cache=options.step_cache,
         )
-        total = sum(request.num_steps for request in self.requests.values())
+        evaluations = {i: walk_of(one).num_steps for i, one in self.requests.items()}
         latents: dict[int, Tensor] = {}
         before = 0
         with suppress(StopDrawing):
@@ -210,7 +228,10 @@ class _Run:
 
                 def on_step(done: int, steps: int, before: int = before) -> None:
                     loras.on_step(done, steps)
-                    options.progress("steps", before + done, total)
+                    options.progress("steps", before + done, sum(evaluations.values()))
+
+                def on_end(made: Evaluations, index: int = index) -> None:
+                    self.evaluations[index] = made
 
                 loras.begin(request)
                 # Processes that share a video wait for each other in every layer.
@@ -219,12 +240,17 @@ class _Run:
                     in_phase("steps", subject_of(index, request)),
                 ):
                     result = generate(
-                        models, request, conditions=conditions[index], on_step=on_step
+                        models,
+                        request,
+                        conditions=conditions[index],
+                        on_step=on_step,
+                        observer=options.observer,
+                        on_end=on_end,
                     )
                     latents[index] = result.cpu()
                 if index not in latents:
                     self.release()
-                before += request.num_steps
+                before += evaluations[index]
         return latents
 
     def write(self, latents: dict[int, Tensor], output: Path) -> list[Sample]:
@@ -249,22 +275,23 @@ class _Run:
         request, options = self.requests[index], self.options
         path = write_sample(
             output,
-            f"{options.name}_{index:02d}",
+            f"{request.name or options.name}_{index:02d}",
             request,
             decode_frames(vae, result.to(options.device), tile=options.tile),
-            metadata=self._metadata(request),
+            metadata=self._metadata(request, self.evaluations[index]),
             kind=options.kind,
         )
-        return Sample(path, request, index)
+        return Sample(path, request, self.evaluations[index], index)
 
     def _image_encoder(self) -> ImageEncoder | None:
         if self.variant.transformer.image_dim is None or self.loaders.image_encoder is None:
             return None
         return self.loaders.image_encoder()
 
-    def _metadata(self, request: SampleRequest) -> dict[str, Any]:
+    def _metadata(self, request: SampleRequest, evaluations: Evaluations) -> dict[str, Any]:
         loras = [described(use) for use in uses_in(request, self.options.loras)]
-        return {"variant": self.variant.name} | ({"loras": loras} if loras else {})
+        described_run = {"variant": self.variant.name, "evaluations": asdict(evaluations)}
+        return described_run | ({"loras": loras} if loras else {})
 
     def _report(self, phase: str, done: int) -> None:
         self.options.progress(phase, done, len(self.requests))

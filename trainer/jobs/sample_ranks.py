@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from trainer.engine.process_group import World
 from trainer.jobs.base import INTERRUPTED, Emit, Stopped
 from trainer.jobs.build import num_processes
 from trainer.jobs.sample import Part, Progress, Sample
+from trainer.sampling.pipeline import Evaluations
 from trainer.sampling.requests import SampleRequest
 
 _POLL_S = 0.1
@@ -135,7 +137,7 @@ class SampleRanks:
         world = self._world
         if world.world_size == 1:
             return list(samples)
-        written: list[tuple[int, str]] = [(one.index, str(one.path)) for one in samples]
+        written = [[one.index, str(one.path), *astuple(one.evaluations)] for one in samples]
         if world.rank:
             self._say({"end": {"samples": written, "error": error}})
             while not self._store.check([_OVER]):
@@ -146,10 +148,13 @@ class SampleRanks:
             self._listen()
         self._store.set(_OVER, "1")
         for told in self._ends.values():
-            written += [(index, path) for index, path in told["samples"]]
+            written += told["samples"]
         if not error:
             _raise_first(self._ends)
-        return [Sample(Path(path), requests[i], i) for i, path in sorted(written)]
+        return [
+            Sample(Path(path), requests[i], Evaluations(*counts), i)
+            for i, path, *counts in sorted(written)
+        ]
 
     def _say(self, message: dict[str, Any]) -> None:
         self._store.set(_key(self._world.rank, self._said), json.dumps(message))

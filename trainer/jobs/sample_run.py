@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from trainer.attention.sequence import SequenceGroup
 from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.errors import ConfigError
 from trainer.contract.experts import SHARED, trained_experts
@@ -42,8 +43,15 @@ from trainer.jobs.sample_ranks import (
     num_sampling_processes,
     run_in_processes,
 )
+from trainer.jobs.step_cache_values import (
+    requests_to_calibrate,
+    step_cache_values,
+    write_measured,
+)
 from trainer.jobs.text_recall import prompt_encoder
+from trainer.sampling.inputs import check_inputs
 from trainer.sampling.requests import SampleRequest, requests_of
+from trainer.sampling.step_cache.recorder import Recorder
 
 TransformerFiles = dict[Expert, Path]
 
@@ -58,6 +66,7 @@ class _Plan:
     files: TransformerFiles
     loras: tuple[LoRAUse, ...]
     notes: tuple[str, ...]
+    input_notes: tuple[str, ...]
 
 
 def run(request: SampleJobRequest, emit: Emit) -> None:
@@ -69,7 +78,9 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     plan = _plan(request)
     distributed = plan.config.distributed
     if not process_group.in_group():
-        processes = num_sampling_processes(plan.config, len(plan.requests))
+        processes = 1  # a calibration is of all steps of all prompts, seen by one process
+        if not request.calibrate:
+            processes = num_sampling_processes(plan.config, len(plan.requests))
         if processes > 1:
             run_in_processes(processes)
             return
@@ -87,12 +98,10 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
 def _plan(request: SampleJobRequest) -> _Plan:
     config = read_config(request, "sample")
     variant = settle_variant(config)
-    requests = requests_of(_prompts(request, config), variant, config.sampling)
+    requests = requests_of(prompts_of(request, config), variant, config.sampling)
+    input_notes = check_inputs(requests, multiple=variant.pixel_multiple)
     files = transformer_files(config, variant)
-    slots = resolve_loraids(request.loraids, request.loraid_from, both_experts=variant.experts)
-    loras = [*request.loras, *slots]
-    if request.run_dir is not None:
-        _use_run(request.run_dir, config, files, loras, request.loraids)
+    loras = loras_of(request, config, variant, files)
     notes = check_loras(loras, variant, files)
     if request.merge_loras:
         check_merge(loras, requests, config)
@@ -105,6 +114,7 @@ def _plan(request: SampleJobRequest) -> _Plan:
         files=files,
         loras=tuple(loras),
         notes=tuple(notes),
+        input_notes=tuple(input_notes),
     )
 
 
@@ -113,9 +123,15 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
     ranks = SampleRanks(world, emit, progress_events(emit))
     for note in plan.notes:
         ranks.emit_first("warning", message=note)
+    for note in plan.input_notes:
+        ranks.emit_first("log", message=note)
     clips = [clip_of(one) for one in plan.requests]
     config = resolve_for_forwards(plan.config, plan.variant, world.device, clips, ranks.emit_first)
     tile = config.memory.vae_tile
+    requests, recorder = plan.requests, None
+    if request.calibrate:
+        requests, recorder = requests_to_calibrate(requests), Recorder()
+    step_cache = step_cache_values(config, plan.variant, lambda: plan.files, requests)
 
     def on_sample(sample: Sample) -> None:
         ranks.emit(
@@ -123,14 +139,15 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
             path=str(sample.path),
             prompt=sample.request.prompt[:2000],
             seed=sample.request.seed,
+            evaluations=asdict(sample.evaluations),
         )
 
     samples: list[Sample] = []
     try:
         samples = run_sample(
-            plan.requests,
+            requests,
             plan.variant,
-            _loaders(config, plan, world),
+            loaders_of(config, plan.variant, plan.files, world.device, world.sequence),
             request.output,
             SampleOptions(
                 name=config.name,
@@ -142,15 +159,59 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
                 tile=(tile, tile) if tile else None,
                 progress=ranks.progress,
                 on_sample=on_sample,
+                step_cache=step_cache,
+                observer=recorder,
                 on_failure=lambda words: ranks.emit("warning", message=words),
             ),
         )
     except BaseException as error:
         if world.sequence is None:  # else others may wait for this one in the middle of a layer
-            ranks.end(samples, plan.requests, in_words(error, explain))
+            ranks.end(samples, requests, in_words(error, explain))
         raise
-    samples = ranks.end(samples, plan.requests)
-    ranks.emit_first("end", reason="done", num_samples=len(samples))
+    samples = ranks.end(samples, requests)
+    if recorder is not None:
+        path = write_measured(recorder, requests, config, plan.variant, plan.files)
+        emit("output", path=str(path), what="calibration of step caches")
+    passes = _evaluations(samples)
+    if spared := passes["reused_evaluations"]:
+        whole = spared + passes["evaluations"]
+        ranks.emit_first("log", message=f"the step cache spared {spared} of {whole} evaluations")
+    ranks.emit_first("end", reason="done", num_samples=len(samples), **passes)
+
+
+def _evaluations(samples: Sequence[Sample]) -> dict[str, int]:
+    """Return how many passes through the blocks there were, and how many a cache spared."""
+    return {
+        "evaluations": sum(sample.evaluations.computed for sample in samples),
+        "reused_evaluations": sum(sample.evaluations.reused for sample in samples),
+    }
+
+
+def loras_of(
+    request: SampleJobRequest,
+    config: RunConfig,
+    variant: Variant,
+    files: TransformerFiles,
+    *,
+    use_run: bool = True,
+) -> list[LoRAUse]:
+    """Return the LoRAs of a request: named, by their slots, and the newest of its run.
+
+    Args:
+        request: names them.
+        config: of the run, too.
+        variant: the model.
+        files: gets the newest transformers of a run that is a full fine-tune.
+        use_run: False: leave the run's newest output out.
+
+    Raises:
+        ConfigError: a slot has no file, or the run has no output yet.
+    """
+    slots = resolve_loraids(request.loraids, request.loraid_from, both_experts=variant.experts)
+    loras: list[LoRAUse] = [*request.loras, *slots]
+    if use_run and request.run_dir is not None:
+        _use_run(request.run_dir, config, files, loras, request.loraids)
+    return loras
 
 
 def transformer_files(config: RunConfig, variant: Variant) -> TransformerFiles:
@@ -231,7 +292,12 @@ def merge_events(emit: Emit) -> OnMerge:
     return on_merge
 
 
-def _prompts(request: SampleJobRequest, config: RunConfig) -> tuple[Prompt, ...]:
+def prompts_of(request: SampleJobRequest, config: RunConfig) -> tuple[Prompt, ...]:
+    """Return the prompts of a request, else those of the config.
+
+    Raises:
+        ConfigError: there is none, or there are two lists of them.
+    """
     if request.prompts and request.prompts_file is not None:
         raise ConfigError("prompts and a prompt file at once", hint="give one of the two")
     if request.prompts:
@@ -266,19 +332,37 @@ def _use_run(
             loras.append(LoRAUse(path=path, expert=expert))
 
 
-def _loaders(config: RunConfig, plan: _Plan, world: World) -> SampleLoaders:
-    device = world.device
+def loaders_of(
+    config: RunConfig,
+    variant: Variant,
+    files: TransformerFiles,
+    device: torch.device,
+    shared: SequenceGroup | None = None,
+) -> SampleLoaders:
+    """Return how to load the models of a config; what is no such model is refused now.
+
+    Args:
+        config: says how.
+        variant: the model.
+        files: the transformers' weights.
+        device: where they work.
+        shared: processes that make each video together.
+
+    Raises:
+        ConfigError: one is not given.
+        ModelFileError: one cannot be read, or is another model.
+    """
     image_encoder = lazy_image_encoder(config, device)
 
     def transformer(expert: Expert) -> torch.nn.Module:
-        loaded = load_base(config, plan.files[expert], expert=expert, device=device)
-        if world.sequence is not None:
-            loaded.share_tokens(world.sequence)
+        loaded = load_base(config, files[expert], expert=expert, device=device)
+        if shared is not None:
+            loaded.share_tokens(shared)
         return freeze(loaded)
 
     return SampleLoaders(
         text_encoder=lambda: prompt_encoder(config, device),
         transformer=transformer,
-        vae=lazy_vae(config, plan.variant, device).load,
+        vae=lazy_vae(config, variant, device).load,
         image_encoder=None if image_encoder is None else image_encoder.load,
     )

@@ -64,6 +64,9 @@ def run(request: ScheduleRequest, emit: Emit) -> None:
     except ConfigError as error:
         problems = place_problems(error.problems, loaded.sources)
         raise ConfigError(problems=problems) from error
+    if loaded.config.lr_schedule.kind == "plateau":
+        message = "how often the rate is lowered depends on the losses: this is the course without"
+        emit("log", message=message)
     emit("end", reason="done", kind=loaded.config.lr_schedule.kind, courses=courses)
 
 

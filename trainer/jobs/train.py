@@ -153,10 +153,7 @@ class TrainingRun:
         reporter = self._reporter(data, losses, engine)
         with ExitStack() as stack:
             stack.callback(engine.close)
-            refused: dict[Request, str] = {}
-            if samples is None:
-                refused["sample"] = "this run has no prompts to sample, or lacks what they need"
-            requests = stack.enter_context(Requests(self.run_dir, engine, self.emit, refused))
+            requests = stack.enter_context(self._requests(engine, samples))
             keeper = self._keeper(trainee, data, store, resume, reporter, samples, build)
             end = run_loop(
                 Run(
@@ -164,7 +161,8 @@ class TrainingRun:
                     steps=trainee.steps,
                     lr_at=trainee.lr_at,
                     techniques=trainee.acting,
-                    plan=plan(config, data.total_steps),
+                    plan=plan(config, data.total_steps, data.steps.epoch_after, trainee.watch),
+                    watch=trainee.watch,
                     keeper=keeper,
                     reporter=reporter,
                     requests=requests,
@@ -173,6 +171,13 @@ class TrainingRun:
             if world.rank == 0:
                 write_peaks(self.run_dir.peaks, world.device)
         return end
+
+    def _requests(self, engine: Engine, samples: TrainingSamples | None) -> Requests:
+        refused: dict[Request, str] = {}
+        if samples is None:
+            refused["sample"] = "this run has no prompts to sample, or lacks what they need"
+        every_s = 60 * self.config.checkpoint.every_minutes
+        return Requests(self.run_dir, engine, self.emit, refused, save_every_s=every_s)
 
     def _reporter(self, data: TrainingData, losses: LossDetails, engine: Engine) -> RunReporter:
         norms = partial(
@@ -224,6 +229,8 @@ class TrainingRun:
             resume=resume,
             make_samples=samples,
             validator=trainee.validator,
+            keep_outputs=config.output.keep_last,
+            watch=trainee.watch,
             average_use=AverageUse(
                 samples=config.ema.use_for_samples, validation=config.ema.use_for_validation
             ),
@@ -235,7 +242,7 @@ class TrainingRun:
         if not sampling.prompts and sampling.prompts_file is None:
             return None
         missing = check_files(with_variant(self.config, variant), "sample")
-        if missing and not (sampling.every_steps or sampling.at_start):
+        if missing and not sampling.while_training:
             self.emit(
                 "log",
                 message="this run cannot make samples when asked to: "

@@ -14,9 +14,18 @@ from trainer.attention.sequence import SequenceGroup
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError
 from trainer.contract.experts import single_expert
+from trainer.contract.intervals import Repeated
 from trainer.contract.metadata import TrainingFacts, training_metadata
 from trainer.contract.variants import Variant
-from trainer.core.seams import Adapter, BuildContext, Engine, OptimizerFactory, Technique
+from trainer.core.seams import (
+    Adapter,
+    BuildContext,
+    Engine,
+    LossSchedule,
+    LRSchedule,
+    OptimizerFactory,
+    Technique,
+)
 from trainer.data.items import CachedDataset, TrainingItem
 from trainer.data.loader import TrainingSteps
 from trainer.data.order import BatchOrder, require_full_step
@@ -40,9 +49,9 @@ from trainer.jobs.deepspeed_settings import deepspeed_settings
 from trainer.jobs.environment import menma_version
 from trainer.jobs.neighbours import neighbours
 from trainer.jobs.run_items import load_run_items, validation_settings
-from trainer.loop import Plan
+from trainer.loop import Interval, Plan
 from trainer.models.wan.transformer import WanTransformer
-from trainer.training.lr import LearningRate
+from trainer.training.lr import LearningRate, LossWatch
 from trainer.training.step import TrainStep, TurningStep
 from trainer.training.validation import Validator
 
@@ -165,8 +174,15 @@ def build_model(
         on_load(transformer)
         return transformer
 
+    together = config.distributed.zero_stage == 3 and world.world_size > 1
     return assemble_model(
-        config, build, largest_batch, load, sequence=world.sequence, techniques=techniques
+        config,
+        build,
+        largest_batch,
+        load,
+        sequence=world.sequence,
+        techniques=techniques,
+        any_rank=world.any_rank if together else None,
     )
 
 
@@ -178,6 +194,7 @@ def assemble_model(
     *,
     sequence: SequenceGroup | None = None,
     techniques: tuple[Technique, ...] | None = None,
+    any_rank: Callable[[bool], bool] | None = None,
 ) -> TrainedModel:
     """Put together the step around the transformer that `load` returns.
 
@@ -190,6 +207,7 @@ def assemble_model(
         load: makes the transformer.
         sequence: the processes that compute each clip together; None: this one alone does.
         techniques: those of another model, to work here, too; None: the config's, made anew.
+        any_rank: as in `TrainStep`.
 
     Raises:
         ConfigError: adapter or techniques do not fit the model or the data.
@@ -213,6 +231,7 @@ def assemble_model(
         transformer.blocks.suspended,
         suspended_adapter=adapter.suspended,
         observe=build.observe_loss,
+        any_rank=any_rank,
         part=0 if sequence is None else sequence.rank,
     )
     return TrainedModel(transformer, adapter, techniques, step.train())
@@ -289,7 +308,7 @@ def build_validator(
     config: RunConfig, variant: Variant, model: TrainedModel, data: TrainingData, world: World
 ) -> Validator | None:
     """Return what measures the validation loss; None where none is wanted."""
-    if not config.validation.every_steps:
+    if not config.validation.repeats:
         return None
     settings = validation_settings(config, variant)
     return Validator(model.transformer, data.validation, settings, world)
@@ -303,11 +322,11 @@ def validation_notes(
         return
     section = config.validation
     settings = validation_settings(config, variant)
-    if not section.every_steps:
+    if not section.repeats:
         yield (
             "log",
             f"{len(data.validation)} items are held out of training and not measured: "
-            "validation.every_steps is 0",
+            "validation.every_steps and every_epochs are 0",
         )
         return
     skipped = sorted(set(section.timesteps) - set(settings.timesteps))
@@ -321,7 +340,7 @@ def validation_notes(
     forwards = items * len(settings.timesteps) * settings.noises_per_timestep
     yield (
         "log",
-        f"validation: {items} items, {forwards} predictions every {section.every_steps} steps",
+        f"validation: {items} items, {forwards} predictions {section.in_words}",
     )
     if data.shared_clips:
         yield (
@@ -331,15 +350,40 @@ def validation_notes(
         )
 
 
+def lr_schedule(config: RunConfig, build: BuildContext) -> LRSchedule:
+    """Make the schedule of the learning rate."""
+    schedule: LRSchedule = build_plugin(config.lr_schedule, "kind", build, where="lr_schedule")
+    return schedule
+
+
+def loss_watch(config: RunConfig, build: BuildContext, schedule: LRSchedule) -> LossWatch | None:
+    """Return what tells a schedule of the losses; None: it does not go by them."""
+    if not isinstance(schedule, LossSchedule):
+        return None
+    return LossWatch(
+        schedule=schedule, warmup_steps=config.lr_schedule.warmup_of(build.total_steps)
+    )
+
+
 def learning_rate(
-    config: RunConfig, build: BuildContext, techniques: Sequence[Technique] = ()
+    config: RunConfig,
+    build: BuildContext,
+    techniques: Sequence[Technique] = (),
+    schedule: LRSchedule | None = None,
 ) -> Callable[[int], float]:
-    """Return the learning rate as a function of the step, with what techniques make of it."""
+    """Return the learning rate as a function of the step, with what techniques make of it.
+
+    Args:
+        config: of what is trained.
+        build: for the schedule.
+        techniques: that may have a say.
+        schedule: of the rate; None: made anew.
+    """
     course = LearningRate(
         base=config.optimizer.learning_rate,
         warmup_steps=config.lr_schedule.warmup_of(build.total_steps),
         total_steps=build.total_steps,
-        schedule=build_plugin(config.lr_schedule, "kind", build, where="lr_schedule"),
+        schedule=lr_schedule(config, build) if schedule is None else schedule,
     )
     having_a_say = [t for t in techniques if type(t).lr_factor is not Technique.lr_factor]
     if not having_a_say:
@@ -347,15 +391,34 @@ def learning_rate(
     return lambda step: course(step) * math.prod(t.lr_factor(step) for t in having_a_say)
 
 
-def plan(config: RunConfig, total_steps: int) -> Plan:
-    """Return at which steps something is due."""
+def plan(
+    config: RunConfig,
+    total_steps: int,
+    epoch_after: Callable[[int], float],
+    watch: LossWatch | None = None,
+) -> Plan:
+    """Return at which steps something is due.
+
+    Args:
+        config: of the run.
+        total_steps: of the run.
+        epoch_after: gives the epochs that were seen after a step.
+        watch: what the learning rate goes by.
+    """
+
+    def interval(section: Repeated) -> Interval:
+        return Interval(
+            steps=section.every_steps, epochs=section.every_epochs, epoch_after=epoch_after
+        )
+
     return Plan(
         total_steps=total_steps,
-        checkpoint_every=config.checkpoint.every_steps,
-        output_every=config.output.every_steps,
-        validate_every=config.validation.every_steps,
-        validate_at_start=config.validation.every_steps > 0 and config.validation.at_start,
-        sample_every=config.sampling.every_steps,
+        checkpoint=interval(config.checkpoint),
+        output=interval(config.output),
+        validation=interval(config.validation),
+        validate_first=watch is not None and watch.of_validation,
+        validate_at_start=config.validation.repeats and config.validation.at_start,
+        sample=interval(config.sampling),
         sample_at_start=config.sampling.at_start,
     )
 

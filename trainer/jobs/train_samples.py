@@ -17,10 +17,13 @@ from trainer.contract.variants import Expert, Variant
 from trainer.engine.process_group import World
 from trainer.jobs.build import freeze, load_base
 from trainer.jobs.components import lazy_image_encoder, lazy_vae
+from trainer.jobs.sample_run import transformer_files
+from trainer.jobs.step_cache_values import step_cache_values
 from trainer.jobs.text_recall import prompt_encoder
 from trainer.models.wan.transformer import WanTransformer
 from trainer.models.wan.vae import WanVAE
 from trainer.sampling.conditions import Conditions, encode_files, encode_texts
+from trainer.sampling.inputs import check_inputs
 from trainer.sampling.pipeline import SamplingModels, decode_frames, generate
 from trainer.sampling.requests import SampleRequest, requests_of
 from trainer.sampling.results import FinishedSample, write_sample
@@ -58,6 +61,12 @@ class TrainingSamples:
         self._folder = folder
         self._warn = warn
         self._requests = requests_of(prompts, variant, sampling)
+        self._step_cache = step_cache_values(
+            config, variant, lambda: transformer_files(config, variant), self._requests
+        )
+        notes = check_inputs(self._requests, multiple=variant.pixel_multiple)
+        for note in notes if world.rank == 0 else ():
+            warn(f"samples: {note}")
         self._together = config.distributed.zero_stage == 3
         self._trained: Callable[[Expert], WanTransformer | None] | None = None
         self._other: nn.Module | None = None
@@ -145,6 +154,7 @@ class TrainingSamples:
             transformer=self._expert,
             contexts=self._contexts,
             device=self._world.device,
+            step_cache=self._step_cache,
         )
         conditions = self._conditions[index].to(self._world.device)
         return generate(models, request, conditions=conditions)
@@ -176,7 +186,9 @@ class TrainingSamples:
         del text_encoder
         self._vae: WanVAE = lazy_vae(self._config, self._variant, device).load()
         lazy = lazy_image_encoder(self._config, device)
-        sees_pictures = any(request.image or request.control for request in self._requests)
+        sees_pictures = any(
+            request.image or request.control or request.control_images for request in self._requests
+        )
         image_encoder = lazy.load() if lazy is not None and sees_pictures else None
         self._conditions: list[Conditions] = [
             encode_files(request, self._variant, self._vae, image_encoder, device).to("cpu")

@@ -21,11 +21,14 @@ from trainer.jobs.train_parts import (
     build_model,
     build_validator,
     learning_rate,
+    loss_watch,
+    lr_schedule,
     output_metadata,
 )
 from trainer.loop import Steps
 from trainer.models.wan.transformer import WanTransformer
 from trainer.training.keeper import OutputFile, Validation
+from trainer.training.lr import LossWatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,8 @@ class Trainee:
     """All of them."""
     notes: tuple[str, ...] = ()
     """What is worth saying before the start."""
+    watch: LossWatch | None = None
+    """What tells the schedule of the learning rate of losses; None: it does not go by them."""
     turns: Mapping[str, float] | None = None
     """How two experts share the steps, for a checkpoint to be compared with."""
 
@@ -71,12 +76,14 @@ def one_transformer(
     """
     model = build_model(config, build, world, data.order.largest_batch)
     expert = single_expert(config)
+    schedule = lr_schedule(config, build)
     return Trainee(
         num_trained=count(model.trainable),
         num_parameters=sum(value.numel() for value in model.transformer.parameters()),
         engine=build_engine(config, model, build, world),
         steps=data.steps,
-        lr_at=learning_rate(config, build, model.techniques),
+        lr_at=learning_rate(config, build, model.techniques, schedule),
+        watch=loss_watch(config, build, schedule),
         acting=model.techniques,
         techniques=model.techniques,
         outputs=(output_file(config, build, model, data, session, name=config.name),),

@@ -10,7 +10,7 @@ diffusion-pipe found about one-way streaming; code and order of events are our o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -100,6 +100,7 @@ class BlockSwap:
         self._current: int | None = None
         self._forward = False
         self._returns = False
+        self._without: frozenset[int] = frozenset()
 
     @property
     def device(self) -> torch.device:
@@ -123,17 +124,20 @@ class BlockSwap:
         return tuple(sorted(self.streamed[number] for number in numbers))
 
     @contextmanager
-    def forward(self, *, returns: bool) -> Iterator[None]:
+    def forward(self, *, returns: bool, without: Collection[int] = ()) -> Iterator[None]:
         """Say that a forward runs over the blocks; outside of it they run backward.
 
         Args:
             returns: a backward follows, else another forward.
+            without: blocks that this forward leaves out, which need not come.
         """
         self._forward, self._returns = True, returns
+        self._without = frozenset(self._number[index] for index in without if index in self._number)
         try:
             yield
         finally:
             self._forward = False
+            self._without = frozenset()
 
     def need(self, index: int) -> None:
         """Make block `index` ready for use, and let those that follow it come.
@@ -228,7 +232,7 @@ class BlockSwap:
 
     def _upcoming(self, number: int) -> Iterator[int]:
         """Yield the streamed blocks after `number`, as they will be needed, each at least once."""
-        above = range(number + 1, len(self._flats))
+        above = (n for n in range(number + 1, len(self._flats)) if n not in self._without)
         if not self._forward:
             return chain(reversed(range(number)), range(len(self._flats)))
         if self._returns:

@@ -5,7 +5,7 @@ Shape letters: B batch, L tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -27,6 +27,9 @@ from trainer.memory.checkpoint_offload import CheckpointOffload
 
 BlockArguments = Callable[[Tensor | None], tuple[Any, ...]]
 """Given the positions of the tokens present (None: all), what a block takes beside tokens."""
+
+Around = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+"""Given the tokens and what runs the blocks, returns the tokens after the last block."""
 
 _Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
@@ -61,11 +64,18 @@ class BlockStack(nn.ModuleList):
         self.swap: BlockSwap | None = None
         self.offload: CheckpointOffload | None = None
         self._hooks: list[BlockHook] = []
+        self._left_out: frozenset[int] = frozenset()
+        self._around: Around | None = None
 
     @property
     def hooks(self) -> tuple[BlockHook, ...]:
         """The hooks that run, in the order of their before-half; () while suspended."""
         return tuple(self._hooks)
+
+    @property
+    def as_given(self) -> bool:
+        """Whether the first block is surely given the tokens that come in."""
+        return not self._hooks and self._around is None
 
     def add_hooks(self, hooks: Iterable[BlockHook]) -> None:
         """Append `hooks`: before-halves run in this order, after-halves in reverse."""
@@ -80,17 +90,49 @@ class BlockStack(nn.ModuleList):
         finally:
             self._hooks = hooks
 
+    @contextmanager
+    def leaving_out(self, indices: Collection[int]) -> Iterator[None]:
+        """Run as if the stack had been made without the blocks at `indices`.
+
+        Raises:
+            IndexError: there is no such block.
+        """
+        missing = [index for index in indices if not 0 <= index < len(self)]
+        if missing:
+            raise IndexError(f"block {missing[0]} of {len(self)}")
+        before, self._left_out = self._left_out, frozenset(indices)
+        try:
+            yield
+        finally:
+            self._left_out = before
+
+    @contextmanager
+    def surrounded(self, around: Around) -> Iterator[None]:
+        """Let `around` say what becomes of the tokens; it may run the blocks, or not."""
+        before, self._around = self._around, around
+        try:
+            yield
+        finally:
+            self._around = before
+
     def forward(self, tokens_BLD: Tensor, arguments: BlockArguments) -> Tensor:
         """Return the tokens after the last block, (B, L, D)."""
+        if self._around is None:
+            return self._through(tokens_BLD, arguments)
+        return self._around(tokens_BLD, partial(self._through, arguments=arguments))
+
+    def _through(self, tokens_BLD: Tensor, arguments: BlockArguments) -> Tensor:
         if self.swap is None:
             return self._forward(tokens_BLD, arguments)
-        with self.swap.forward(returns=torch.is_grad_enabled()):
+        with self.swap.forward(returns=torch.is_grad_enabled(), without=self._left_out):
             return self._forward(tokens_BLD, arguments)
 
     def _forward(self, tokens_BLD: Tensor, arguments: BlockArguments) -> Tensor:
         state = BlockState(tokens_BLD=tokens_BLD)
         hooks = self.hooks
         for index in range(len(self)):
+            if index in self._left_out:
+                continue
             for hook in hooks:
                 state = hook.before_block(index, state)
             tokens_BLD = self._run(index, state.tokens_BLD, arguments(state.kept_L))

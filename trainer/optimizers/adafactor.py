@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,7 +15,9 @@ from trainer.core.seams import BuildContext, OptimizerFactory
 class Adafactor(OptimizerFactory):
     """Next to no state: of a matrix it keeps one number a row and one a column.
 
-    The learning rate is the run's own: the paper's relative step, which ignores it, is off.
+    The size of a step t is the run's learning rate, or that times the paper's relative step,
+    min(10⁻², 1/√t), where 10⁻⁶·t stands for 10⁻² with its warm-up. (In transformers a relative step
+    ignores the rate, and with it the run's own schedule.)
     """
 
     elementwise: ClassVar[bool] = False
@@ -34,6 +36,9 @@ class Adafactor(OptimizerFactory):
         """Decay of a running mean of updates, which takes 4 bytes a weight; empty: none."""
         weight_decay: float = Field(0.0, ge=0)
         """Share of each weight that is taken away per step, times the learning rate."""
+        step_size: Literal["fixed", "relative", "relative_warmup"] = "fixed"
+        """What the learning rate is multiplied with: 1, the paper's relative step, or that with its
+        warm-up, which takes 10,000 steps. With these two a `learning_rate` of 1 is the paper's."""
         scale_parameter: bool = False
         """Multiply the learning rate of a matrix by the root mean square of its weights. LoRA
         factors that start as zeros hardly move then."""
@@ -45,17 +50,28 @@ class Adafactor(OptimizerFactory):
         """Return the optimizer."""
         from transformers.optimization import Adafactor as Implementation
 
+        class Adafactor(Implementation):  # type: ignore[misc]  # transformers has no types
+            """With a rate that a relative step is multiplied with."""
+
+            @staticmethod
+            def _get_lr(param_group: dict[str, Any], param_state: dict[str, Any]) -> float:
+                relative = Implementation._get_lr(param_group, param_state)
+                return float(param_group["lr"] * relative if relative_step else relative)
+
         config = self.config
-        optimizer: torch.optim.Optimizer = Implementation(
+        relative_step = config.step_size != "fixed"
+        optimizer: torch.optim.Optimizer = Adafactor(
             [dict(group) for group in parameters],
-            lr=lr,
+            lr=None if relative_step else lr,
             eps=config.eps,
             clip_threshold=config.clip_threshold,
             decay_rate=config.decay_rate,
             beta1=config.beta1,
             weight_decay=config.weight_decay,
             scale_parameter=config.scale_parameter,
-            relative_step=False,
-            warmup_init=False,
+            relative_step=relative_step,
+            warmup_init=config.step_size == "relative_warmup",
         )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         return optimizer

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from trainer.contract.errors import ConfigError
+from trainer.contract.one_frame import OneFrame
 from trainer.contract.variants import Variant
 from trainer.models.wan.conditioning import (
     LatentEncoder,
     control_conditioning,
     image_conditioning,
     image_context,
+    one_frame_conditioning,
 )
 from trainer.sampling.media import load_frames, load_image
 from trainer.sampling.requests import SampleRequest
@@ -34,6 +36,10 @@ class Conditions:
     """CLIP tokens."""
     first_latents_BC1HW: Tensor | None = None
     """TI2V-5B image mode: latent frame 0, held fixed."""
+    start_latents_BCFHW: Tensor | None = None
+    """Video to video: the clean latents that the walk starts near."""
+    frame_positions: tuple[int, ...] | None = None
+    """One-frame mode: place in time of each latent frame; None: 0, 1, 2, …"""
 
     def to(self, device: torch.device | str) -> Conditions:
         """Return the same conditions on `device`."""
@@ -41,6 +47,8 @@ class Conditions:
             extra_channels_BCFHW=_moved(self.extra_channels_BCFHW, device),
             image_context_BTD=_moved(self.image_context_BTD, device),
             first_latents_BC1HW=_moved(self.first_latents_BC1HW, device),
+            start_latents_BCFHW=_moved(self.start_latents_BCFHW, device),
+            frame_positions=self.frame_positions,
         )
 
 
@@ -80,23 +88,51 @@ def encode_files(
     first = _pixels(request.image, request, device)
     last = _pixels(request.last_image, request, device)
     if vae is None:
-        if first is None and request.control is None:
+        if not request.files:
             return Conditions()
         raise ConfigError(f"sampling {variant.name} from files needs the VAE", hint="set model.vae")
     with torch.no_grad():
+        if request.moments is not None:
+            return _one_frame(request, request.moments, variant, vae, image_encoder, device)
+        start = None
+        if request.video is not None:
+            start = vae.encode(_frames(request.video, request, device))
         if request.control is not None:
-            control = _control(request.control, request, device)
+            control = _frames(request.control, request, device)
             extra = control_conditioning(vae, control, first_image_B3HW=first)
         elif first is None:
-            return Conditions()
+            return Conditions(start_latents_BCFHW=start)
         elif variant.per_token_timestep:
-            return Conditions(first_latents_BC1HW=vae.encode(first.unsqueeze(2)))
+            image = vae.encode(first.unsqueeze(2))
+            return Conditions(first_latents_BC1HW=image, start_latents_BCFHW=start)
         else:
             extra = image_conditioning(vae, first, request.num_frames, last_image_B3HW=last)
         return Conditions(
             extra_channels_BCFHW=extra,
             image_context_BTD=_image_context(variant, image_encoder, first, last, device),
+            start_latents_BCFHW=start,
         )
+
+
+def _one_frame(
+    request: SampleRequest,
+    moments: OneFrame,
+    variant: Variant,
+    vae: LatentEncoder,
+    image_encoder: ImageEncoder | None,
+    device: torch.device | str,
+) -> Conditions:
+    images = [
+        load_image(path, request.width, request.height).to(device)
+        for path in request.control_images or ()
+    ]
+    positions = moments.positions
+    places = [positions.index(index) for index in moments.control_indices]
+    return Conditions(
+        extra_channels_BCFHW=one_frame_conditioning(vae, images, places),
+        image_context_BTD=_image_context(variant, image_encoder, images[0], images[-1], device),
+        frame_positions=positions,
+    )
 
 
 def _image_context(
@@ -127,7 +163,7 @@ def _pixels(path: Path | None, request: SampleRequest, device: torch.device | st
     return load_image(path, request.width, request.height).to(device)
 
 
-def _control(path: Path, request: SampleRequest, device: torch.device | str) -> Tensor:
+def _frames(path: Path, request: SampleRequest, device: torch.device | str) -> Tensor:
     return load_frames(path, request.num_frames, request.width, request.height).to(device)
 
 

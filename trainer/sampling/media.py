@@ -1,30 +1,33 @@
-"""Images and videos that a sample starts from: read, cover the size asked for, crop the middle."""
+"""Images and videos that a sample starts from, brought to its size as training brings its clips."""
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from trainer.contract.dataset_config import MediaKind
 from trainer.contract.errors import DataError
-from trainer.sampling.video_io import VIDEO_SUFFIXES, read_frames
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+from trainer.data.images import read_image
+from trainer.data.media import index_clip, probe, read_pixels, to_video
+from trainer.data.resize import resize_cover
+from trainer.sampling.video_io import VIDEO_SUFFIXES
 
 
 def load_image(path: Path, width: int, height: int) -> Tensor:
     """Return pixels_B3HW in [-1, 1], float32, B = 1.
 
-    The image is scaled to cover width x height (Lanczos) and its middle is kept, as training does.
+    The image is scaled to cover width x height, and its middle is kept.
 
     Raises:
         DataError: missing, or not an image.
     """
-    return _to_pixels(_fit(_open_image(path), width, height)).unsqueeze(0)
+    with _named(path):
+        pixels = resize_cover(read_image(path), width, height)
+    return to_video(torch.from_numpy(pixels.copy())[None]).squeeze(1)[None]
 
 
 def load_frames(path: Path, num_frames: int, width: int, height: int) -> Tensor:
@@ -40,36 +43,53 @@ def load_frames(path: Path, num_frames: int, width: int, height: int) -> Tensor:
     Raises:
         DataError: missing, unreadable, or too short.
     """
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        images = [_open_image(file) for file in files[:num_frames]]
-    elif path.suffix.lower() in VIDEO_SUFFIXES:
-        images = [Image.fromarray(frame) for frame in islice(read_frames(path), num_frames)]
-    else:
-        images = [_open_image(path)] * num_frames
-    if len(images) < num_frames:
+    with _named(path):
+        clip = index_clip(path, _kind(path), target_fps=1)
+        if _kind(path) == "image":
+            frames = [0] * num_frames
+        else:
+            _check_length(clip.num_frames, num_frames)
+            frames = list(range(num_frames))
+        pixels = read_pixels(clip, frames, (width, height))
+    return to_video(torch.from_numpy(pixels))[None]
+
+
+def look_at(path: Path, num_frames: int) -> tuple[int, int]:
+    """Return width and height of an image or a video as seen, without reading all of it.
+
+    Args:
+        path: see `load_frames`.
+        num_frames: how many frames it has to have; an image has as many as are needed.
+
+    Raises:
+        DataError: missing, unreadable, or too short.
+    """
+    with _named(path):
+        info = probe(path, _kind(path))
+        if _kind(path) == "video":
+            _check_length(info.num_frames, num_frames)
+    return info.width, info.height
+
+
+def _kind(path: Path) -> MediaKind:
+    return "video" if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES else "image"
+
+
+def _check_length(has: int, needs: int) -> None:
+    if has < needs:
+        near = max(1, (has - 1) // 4 * 4 + 1)
         raise DataError(
-            f"{path} has {len(images)} frames, but the sample needs {num_frames}",
-            hint="lower num_frames or give a longer clip",
+            f"has {has} frames, but the sample needs {needs}",
+            hint=f"set num_frames to {near}, or give a longer clip",
         )
-    frames = [_to_pixels(_fit(image, width, height)) for image in images]
-    return torch.stack(frames, dim=1).unsqueeze(0)
 
 
-def _open_image(path: Path) -> Image.Image:
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Put the file's name in front of what is said against it."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist")
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
-        raise DataError(f"{path} is not an image that can be read: {error}") from error
-
-
-def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    return ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
-
-
-def _to_pixels(image: Image.Image) -> Tensor:
-    pixels_HW3 = torch.from_numpy(np.asarray(image).copy())
-    return pixels_HW3.permute(2, 0, 1).float() / 127.5 - 1
+        yield
+    except DataError as error:
+        raise DataError(f"{path} {error.message}", hint=error.hint) from error

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from trainer.contract.catalog import SOLVERS
 from trainer.contract.config import Prompt, SamplingSection
+from trainer.contract.denoising_options import DenoisingOptions, denoising_of
+from trainer.contract.denoising_rules import denoising_problems
 from trainer.contract.errors import ConfigError, Problem
+from trainer.contract.one_frame import OneFrame
 from trainer.contract.variants import Variant
+from trainer.contract.walk import DEFAULT_STRENGTH, steps_walked, walk_problems
+from trainer.contract.wildcards import Wildcards
 from trainer.sampling.guidance import needs_negative
 
 T = TypeVar("T")
@@ -42,10 +46,28 @@ class SampleRequest:
     """Last frame."""
     control: Path | None = None
     """Control video, image, or folder of frames."""
+    name: str | None = None
+    """Short name of the prompt."""
+    prompt_template: str | None = None
+    """What `prompt` was before its wildcards were expanded; None: it had none."""
+    negative_prompt_template: str | None = None
+    """As `prompt_template`, of `negative_prompt`."""
     lora_strengths: tuple[float, ...] | None = None
     """Strength of each of the run's LoRAs (`jobs.sample.SampleOptions.loras`, in that order) in
     this sample, on both experts; 0 leaves one out, so that one of several files may be in use at
     a time. None: as each LoRA says itself."""
+    schedule: str = ""
+    """Empty: the solver's own."""
+    video: Path | None = None
+    """Video, image, or folder of frames that the walk starts from; None: from noise alone."""
+    strength: float | None = None
+    """Share of the steps that is walked from `video`; None without one."""
+    denoising: DenoisingOptions = field(default_factory=DenoisingOptions)
+    """How the velocities are found: methods of guidance, step cache."""
+    one_frame: str | None = None
+    """One-frame mode: the moment to make, and those of `control_images`; see `OneFrame.parse`."""
+    control_images: tuple[Path, ...] | None = None
+    """One-frame mode: the pictures that are given."""
 
     @classmethod
     def of(
@@ -63,10 +85,15 @@ class SampleRequest:
             variant: gives the defaults its authors recommend.
             defaults: the config's `[sampling]`.
             index: place in the list of prompts; a prompt without a seed gets the default's + index.
+
+        Raises:
+            ConfigError: its wildcards cannot be expanded.
         """
         if isinstance(prompt, str):
             prompt = Prompt.model_validate({"prompt": prompt})
         section = defaults or SamplingSection.model_validate({})
+
+        seed = section.seed + index if prompt.seed is None else prompt.seed
 
         def pick(field: str, last: T) -> T:
             for source in (prompt, section):
@@ -75,22 +102,62 @@ class SampleRequest:
                     return value
             return last
 
+        text = prompt.prompt
+        negative = pick("negative_prompt", variant.negative_prompt)
+        words, negative_words = _expanded(text, negative, section, seed)
         return cls(
-            prompt=prompt.prompt,
-            negative_prompt=pick("negative_prompt", variant.negative_prompt),
+            prompt=words,
+            negative_prompt=negative_words,
+            prompt_template=text if words != text else None,
+            negative_prompt_template=negative if negative_words != negative else None,
+            name=prompt.name,
             width=pick("width", variant.width),
             height=pick("height", variant.height),
-            num_frames=pick("num_frames", variant.num_frames),
+            num_frames=pick("num_frames", variant.num_frames)
+            if prompt.num_frames or not prompt.one_frame
+            else 1,
             num_steps=pick("num_steps", variant.num_steps),
             guidance_scale=_guidance(prompt, section, variant),
-            flow_shift=pick("flow_shift", variant.flow_shift),
-            seed=section.seed + index if prompt.seed is None else prompt.seed,
+            flow_shift=pick(
+                "flow_shift",
+                variant.flow_shift_at(pick("width", variant.width), pick("height", variant.height)),
+            ),
+            seed=seed,
             solver=pick("solver", section.solver),
             fps=pick("fps", variant.fps),
             image=prompt.image,
             last_image=prompt.last_image,
             control=prompt.control,
+            schedule=pick("schedule", section.schedule),
+            video=prompt.video,
+            strength=prompt.strength or (DEFAULT_STRENGTH if prompt.video else None),
+            denoising=denoising_of(section, prompt),
+            one_frame=prompt.one_frame,
+            control_images=prompt.control_images,
         )
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """What has to be encoded, by key: images and videos."""
+        named = {key: getattr(self, key) for key in _INPUT_NAMES}
+        images = enumerate(self.control_images or ())
+        return {key: path for key, path in named.items() if path is not None} | {
+            f"control_images[{index}]": path for index, path in images
+        }
+
+    @property
+    def moments(self) -> OneFrame | None:
+        """What `one_frame` says.
+
+        Raises:
+            ConfigError: it is of another form.
+        """
+        return None if self.one_frame is None else OneFrame.parse(self.one_frame)
+
+    @property
+    def num_walked_frames(self) -> int:
+        """Pixel frames of the latents that are walked: more than are kept in one-frame mode."""
+        return self.num_frames + 4 * len(self.control_images or ())
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -112,7 +179,13 @@ class SampleRequest:
         problems = [
             *_size_problems(self, variant, pixel_multiple or variant.pixel_multiple),
             *_number_problems(self),
-            *_file_problems(self, variant),
+            *_walk_problems(self),
+            *denoising_problems(
+                self.denoising,
+                variant.transformer.num_layers,
+                guided=any(map(needs_negative, self.guidance_scale)),
+            ),
+            *(_file_problems if self.one_frame is None else _one_frame_problems)(self, variant),
         ]
         if problems:
             raise ConfigError(problems=problems)
@@ -126,22 +199,30 @@ def requests_of(
     Raises:
         ConfigError: everything that is wrong with any of them, at once.
     """
-    requests = tuple(
-        SampleRequest.of(prompt, variant, defaults, index=index)
-        for index, prompt in enumerate(prompts)
-    )
+    requests: list[SampleRequest] = []
     problems: list[Problem] = []
-    for index, request in enumerate(requests):
+    for index, prompt in enumerate(prompts):
         try:
-            request.check(variant)
+            requests.append(SampleRequest.of(prompt, variant, defaults, index=index))
+            requests[-1].check(variant)
         except ConfigError as error:
             problems += [
-                Problem(p.message, key=f"prompts[{index}].{p.key}", hint=p.hint)
+                Problem(p.message, key=f"prompts[{index}].{p.key}".rstrip("."), hint=p.hint)
                 for p in error.problems
             ]
     if problems:
         raise ConfigError(problems=problems)
-    return requests
+    return tuple(requests)
+
+
+def _expanded(
+    prompt: str, negative_prompt: str, section: SamplingSection, seed: int
+) -> tuple[str, str]:
+    """Return prompt and negative prompt, without their wildcards where these are switched on."""
+    if not section.wildcards:
+        return prompt, negative_prompt
+    wildcards = Wildcards(section.wildcards_folder)
+    return wildcards.expand(prompt, seed), wildcards.expand(negative_prompt, seed, "negative")
 
 
 def _guidance(prompt: Prompt, section: SamplingSection, variant: Variant) -> tuple[float, float]:
@@ -180,25 +261,75 @@ def _number_problems(request: SampleRequest) -> Iterator[Problem]:
         yield Problem(f"flow_shift is {request.flow_shift}", key="flow_shift", hint="above 0")
     if request.fps < 1:
         yield Problem(f"fps is {request.fps}", key="fps", hint="1 or more")
-    if request.solver not in SOLVERS:
+
+
+def _walk_problems(request: SampleRequest) -> Iterator[Problem]:
+    strength = 1.0 if request.strength is None else request.strength
+    yield from walk_problems(
+        request.solver, request.schedule, num_steps=request.num_steps, strength=strength
+    )
+    if request.video is None:
+        if request.strength is not None:
+            yield Problem(
+                "strength says how far to go from a video, and there is none",
+                key="strength",
+                hint="set video, or remove strength",
+            )
+    elif not 0 < strength <= 1:
+        yield Problem(f"strength is {strength}", key="strength", hint="above 0, at most 1")
+    elif request.num_steps >= 1 and not steps_walked(request.num_steps, strength):
         yield Problem(
-            f"unknown solver {request.solver!r}",
-            key="solver",
-            hint=f"known: {', '.join(SOLVERS.names)}",
+            f"strength {strength:g} of {request.num_steps} steps is less than one step",
+            key="strength",
+            hint=f"{1 / request.num_steps:.2g} or more, or more steps",
+        )
+
+
+def _one_frame_problems(request: SampleRequest, variant: Variant) -> Iterator[Problem]:
+    """Yield what is wrong with a request in one-frame mode."""
+    if variant.conditioning not in {"first_frame", "first_last_frame"}:
+        yield Problem(
+            f"{variant.name} is not given pictures by latent frame",
+            key="one_frame",
+            hint="choose an image-to-video or first-last-frame model",
+        )
+    if request.num_frames != 1:
+        yield Problem("one-frame mode makes one frame", key="num_frames", hint="1")
+    for key in request.files.keys() & _INPUT_NAMES.keys():
+        yield Problem(f"{_INPUT_NAMES[key]} in one-frame mode", key=key, hint="use control_images")
+    for key, path in request.files.items():
+        if not path.exists():
+            yield Problem(f"{path} does not exist", key=key)
+    try:
+        moments = request.moments
+    except ConfigError as error:
+        yield from error.problems
+        return
+    given, needed = (
+        len(request.control_images or ()),
+        len(moments.control_indices) if moments else 0,
+    )
+    if given != needed:
+        yield Problem(
+            f"{given} control images for {needed} control indices",
+            key="control_images",
+            hint="one for each, in the same order",
+        )
+    if variant.conditioning == "first_last_frame" and needed < 2:
+        yield Problem(
+            f"{variant.name} needs two control images", key="one_frame", hint="control_index=0;2"
         )
 
 
 def _file_problems(request: SampleRequest, variant: Variant) -> Iterator[Problem]:
     required, allowed = _inputs(variant)
-    given = {
-        key: path
-        for key in ("image", "last_image", "control")
-        if (path := getattr(request, key)) is not None
-    }
+    given = request.files
     for key in sorted(required - given.keys()):
         yield Problem(f"{variant.name} needs {_INPUT_NAMES[key]}", key=key, hint=f"set {key}")
     for key, path in given.items():
-        if key not in allowed:
+        if key not in _INPUT_NAMES:
+            yield Problem("control images without one_frame", key=key, hint="set one_frame")
+        elif key not in allowed:
             yield Problem(
                 f"{variant.name} cannot use {_INPUT_NAMES[key]}",
                 key=key,
@@ -220,6 +351,7 @@ _INPUT_NAMES = {
     "image": "a first frame",
     "last_image": "a last frame",
     "control": "a control video",
+    "video": "a video to start from",
 }
 
 
@@ -227,10 +359,11 @@ def _inputs(variant: Variant) -> tuple[frozenset[str], frozenset[str]]:
     """Return the files that the variant must have and may have."""
     match variant.conditioning:
         case "first_frame":
-            return frozenset({"image"}), frozenset({"image", "last_image"})
+            return frozenset({"image"}), frozenset({"image", "last_image", "video"})
         case "first_last_frame":
-            return frozenset({"image", "last_image"}), frozenset({"image", "last_image"})
+            return frozenset({"image", "last_image"}), frozenset({"image", "last_image", "video"})
         case "control":
-            return frozenset({"control"}), frozenset({"control", "image"})
+            return frozenset({"control"}), frozenset({"control", "image", "video"})
         case "none":
-            return frozenset(), frozenset({"image"} if variant.per_token_timestep else ())
+            allowed = {"image", "video"} if variant.per_token_timestep else {"video"}
+            return frozenset(), frozenset(allowed)

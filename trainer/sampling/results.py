@@ -74,6 +74,8 @@ def describe(request: SampleRequest) -> dict[str, Any]:
     """Return what is needed to make the sample again, as plain JSON values."""
     fields = {key: value for key, value in asdict(request).items() if value is not None}
     fields["guidance_scale"] = list(request.guidance_scale)
+    # What says nothing new is left out: it would drown the rest.
+    fields |= fields.pop("denoising").model_dump(mode="json", exclude_defaults=True)
     return {key: str(value) if isinstance(value, Path) else value for key, value in fields.items()}
 
 

@@ -45,7 +45,7 @@ def write_sheet(path: Path, rows: Sequence[Row], *, cell: int = CELL) -> None:
     Raises:
         DiskError: disk full or read-only.
     """
-    font = ImageFont.load_default(size=13)
+    font = load_font(13)
     cells = [[_cell(frame, cell) for frame in row.frames] for row in rows]
     width = max(_GAP + sum(picture.width + _GAP for picture in row) for row in cells)
     words = [[row.title, *_short(_lines(row.text, font, width - 2 * _GAP))] for row in rows]
@@ -72,6 +72,33 @@ def write_frames(folder: Path, name: str, row: Row, num: int = 4) -> list[str]:
     for path, index in zip(paths, chosen, strict=True):
         write_png(path, row.frames[index])
     return [str(path) for path in paths]
+
+
+def load_font(size: int) -> Font:
+    """Return the font that Pillow brings along, of this many pixels."""
+    return ImageFont.load_default(size=size)
+
+
+def wrapped(text: str, font: Font, width: int, max_lines: int) -> list[str]:
+    """Break a text between words into lines of this many pixels; an ellipsis stands for the rest.
+
+    A word that is wider is broken itself; a line break in the text stays one.
+    """
+    lines: list[str] = []
+    for line in (line for part in text.splitlines() for line in _lines(part, font, width)):
+        rest = line
+        while rest and font.getlength(rest) > width:
+            num = next((n for n in range(len(rest), 1, -1) if font.getlength(rest[:n]) <= width), 1)
+            lines.append(rest[:num])
+            rest = rest[num:]
+        if rest:
+            lines.append(rest)
+    if len(lines) <= max_lines:
+        return lines
+    last = lines[max_lines - 1]
+    while last and font.getlength(f"{last}…") > width:
+        last = last[:-1]
+    return [*lines[: max_lines - 1], f"{last}…"]
 
 
 def _cell(frame: Frame, height: int) -> Image.Image:

@@ -28,8 +28,8 @@ from trainer.contract.errors import DataError
 from trainer.contract.files import atomic_path, disk_errors
 from trainer.data.frame_pixels import rgb_pixels
 
-Frame = NDArray[np.uint8]
-"""One picture, (H, W, 3), RGB."""
+Frame = NDArray[np.uint8] | NDArray[np.uint16]
+"""One picture, (H, W, 3), RGB, 8 bits a colour; 16 for formats that keep more than 8."""
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".gif"}

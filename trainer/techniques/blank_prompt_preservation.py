@@ -29,7 +29,7 @@ class BlankPromptPreservation(Technique):
 
     reference: ClassVar[str] = "ai-toolkit, blank_prompt_preservation"
     maturity: ClassVar[Maturity] = Maturity.EXPERIMENTAL
-    needs: ClassVar[frozenset[Need]] = frozenset({Need.BASE_MODEL, Need.UNEVEN_FORWARDS})
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.BASE_MODEL})
 
     class Config(Options):
         """Options of `[[techniques]] name = "blank_prompt_preservation"`."""
@@ -64,6 +64,10 @@ class BlankPromptPreservation(Technique):
         """Replace the targets of the chosen items by the untrained model's prediction."""
         rows = self._chosen(batch)
         return replace_rows(target, predict_base(noisy, batch), rows) if any(rows) else target
+
+    def asks_base(self, batch: Batch) -> bool:
+        """Tell whether an item of the batch is a chosen one."""
+        return any(self._chosen(batch))
 
     def _chosen(self, batch: Batch) -> list[bool]:
         share, seed = self.config.blank_share, self._build.seed

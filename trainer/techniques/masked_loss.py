@@ -57,12 +57,17 @@ class MaskedLoss(Technique):
         self, target: Tensor, batch: Batch, noisy: NoisyInput, predict_base: Predict
     ) -> Tensor:
         """Mix in the untrained model's velocity outside of the mask."""
-        if batch.mask_B1FHW is None or not self.config.prior_weight:
+        if not self.asks_base(batch):
             return target
+        assert batch.mask_B1FHW is not None
         learned, kept = self._weights(batch.mask_B1FHW)
         total = learned + kept
         share = kept / total.where(total > 0, 1.0)
         return target.lerp(predict_base(noisy, batch).to(target.dtype), share)
+
+    def asks_base(self, batch: Batch) -> bool:
+        """Tell whether there are masks, and a prior for what is outside of them."""
+        return batch.mask_B1FHW is not None and self.config.prior_weight > 0
 
     def loss_map(self, batch: Batch, noisy: NoisyInput) -> Tensor | None:
         """Return a + b."""

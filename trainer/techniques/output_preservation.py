@@ -31,7 +31,7 @@ class OutputPreservation(Technique):
 
     reference: ClassVar[str] = "ai-toolkit, diff_output_preservation"
     maturity: ClassVar[Maturity] = Maturity.EXPERIMENTAL
-    needs: ClassVar[frozenset[Need]] = frozenset({Need.BASE_MODEL, Need.UNEVEN_FORWARDS})
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.BASE_MODEL})
 
     class Config(Options):
         """Options of `[[techniques]] name = "output_preservation"`."""
@@ -93,6 +93,10 @@ class OutputPreservation(Technique):
         if not any(self._kept):
             return target
         return replace_rows(target, predict_base(noisy, batch), self._kept)
+
+    def asks_base(self, batch: Batch) -> bool:
+        """Tell whether an item of the batch that was edited last keeps what it was."""
+        return any(self._kept)
 
 
 def _rewritten(options: OutputPreservation.Config, caption: str) -> str | None:

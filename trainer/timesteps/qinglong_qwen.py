@@ -10,25 +10,18 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from trainer.contract.options import Options
-from trainer.timesteps.base import DistributionSampler
+from trainer.timesteps.mixture import MixtureOptions, MixtureSampler
 
 
-class QinglongQwen(DistributionSampler):
+class QinglongQwen(MixtureSampler):
     """`qwen_shift`, `logsnr` and ln SNR ~ N(5.36, 1), each with its share of the draws."""
 
     name: ClassVar[str] = "qinglong_qwen"
 
-    class Config(Options):
+    class Config(MixtureOptions):
         """Options of `objective.timestep_sampler = "qinglong_qwen"`."""
 
-        sigmoid_scale: float = Field(1.0, gt=0)
-        """k: larger spreads the draws towards both ends."""
         noisy_share: float = Field(0.0, ge=0, le=1)
         """Share of the draws that are as `logsnr` draws."""
         clean_share: float = Field(0.05, ge=0, le=1)
         """Share of the draws that are nearly clean: ln SNR ~ N(5.36, 1)."""
-        logsnr_mean: float = -6.0
-        """m of the draws as `logsnr`."""
-        logsnr_std: float = Field(2.0, gt=0)
-        """d of the draws as `logsnr`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,10 +18,12 @@ from trainer.io.atomic_save import save_safetensors
 from trainer.io.mapped_load import open_weights
 from trainer.sampling.results import FinishedSample
 from trainer.training.checkpoints import Checkpoint, CheckpointStore
+from trainer.training.lr import LossWatch
 from trainer.training.reporter import EventLog, RunReporter, write_peaks
 from trainer.training.validation import ValidationResult
 
 _TECHNIQUES = "techniques.safetensors"
+_SCHEDULE = "lr_schedule"
 _MUST_AGREE = {
     "variant": "model",
     "expert": "expert",
@@ -128,6 +131,8 @@ class RunKeeper:
         make_samples: Callable[[int], Sequence[FinishedSample]] | None,
         validator: Validation | None,
         average_use: AverageUse | None = None,
+        keep_outputs: int | None = None,
+        watch: LossWatch | None = None,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -141,6 +146,8 @@ class RunKeeper:
         self._make_samples = make_samples
         self._validator = validator
         self._average_use = average_use or AverageUse()
+        self._keep_outputs = keep_outputs
+        self._watch = watch
         self._saved_at = -1
 
     def restore(self) -> int:
@@ -156,9 +163,23 @@ class RunKeeper:
         self._warn_of_changes(checkpoint)
         self._engine.load_state(checkpoint.path)
         self._load_techniques(checkpoint.path)
+        self._load_schedule(checkpoint)
         self._emit("log", message=f"resumed from {checkpoint.path} at step {checkpoint.step}")
         self._saved_at = checkpoint.step
         return checkpoint.step
+
+    def _load_schedule(self, checkpoint: Checkpoint) -> None:
+        if self._watch is None:
+            return
+        state = checkpoint.progress.get(_SCHEDULE)
+        if state is not None:
+            self._watch.schedule.load_state(state)
+            return
+        self._emit(
+            "warning",
+            message=f"{checkpoint.path.name} does not know what the learning rate goes by: it is "
+            "the full one again, and the losses are watched from here",
+        )
 
     def checkpoint(self, step: int) -> None:
         """Save the full training state."""
@@ -166,6 +187,8 @@ class RunKeeper:
             return
         with self._reporter.paused():
             progress = {**self._facts(), "step": step}
+            if self._watch is not None:
+                progress[_SCHEDULE] = self._watch.schedule.state()
             saved = self._store.save(step, self._save_techniques, progress, self._engine)
         self._saved_at = step
         self._emit("checkpoint", step=step, path=str(saved.path))
@@ -181,6 +204,20 @@ class RunKeeper:
             self._write_outputs(step, averaged=False, final=final)
             if self._engine.has_average:
                 self._write_outputs(step, averaged=True, final=final)
+            if not final and self._keep_outputs is not None and self._engine.rank == 0:
+                self._remove_outputs(step, self._keep_outputs)
+
+    def _remove_outputs(self, step: int, kept: int) -> None:
+        """Leave the newest files on the way, up to `step`, of each output and its average."""
+        for stem in (f"{output.name}{kind}" for output in self._outputs for kind in ("", "-ema")):
+            pattern = re.compile(rf"{re.escape(stem)}-step(\d{{8,}})\.safetensors")
+            found = [
+                (int(match[1]), path)
+                for path in self._run_dir.output.iterdir()
+                if (match := pattern.fullmatch(path.name)) and int(match[1]) <= step
+            ]
+            for _, path in sorted(found)[:-kept]:
+                path.unlink(missing_ok=True)
 
     def _write_outputs(self, step: int, *, averaged: bool, final: bool) -> None:
         with self._engine.inference_weights(averaged=averaged):
@@ -229,6 +266,8 @@ class RunKeeper:
             except NonFiniteError as error:
                 self._emit("warning", message=f"step {step}: {error.message}", hint=error.hint)
                 return
+        if self._watch is not None:
+            self._watch.validated(step, result.loss)
         self._emit(
             "validation",
             step=step,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainer.core.seams import LRSchedule
+from trainer.core.seams import LossSchedule, LRSchedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,3 +27,26 @@ class LearningRate:
         span = self.total_steps - self.warmup_steps - 1
         progress = (step - self.warmup_steps - 1) / span if span > 0 else 0.0
         return self.base * self.schedule.factor(min(progress, 1.0), max(span + 1, 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossWatch:
+    """Tells a schedule the losses that it goes by, once the warm-up is over."""
+
+    schedule: LossSchedule
+    warmup_steps: int
+
+    @property
+    def of_validation(self) -> bool:
+        """Whether it goes by the validation loss."""
+        return self.schedule.watches == "validation"
+
+    def trained(self, step: int, loss: float) -> None:
+        """Tell the training loss of a step, counted from 1."""
+        if not self.of_validation and step >= self.warmup_steps:
+            self.schedule.observe(loss)
+
+    def validated(self, step: int, loss: float) -> None:
+        """Tell the validation loss after a step; 0: before the first one."""
+        if self.of_validation and step >= self.warmup_steps:
+            self.schedule.observe(loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
@@ -32,6 +33,7 @@ class Requests:
         engine: tells the other ranks.
         emit: tells people.
         refused: what this run cannot do, with the reason; asked for, it is answered as an error.
+        save_every_s: seconds after which a save is asked for on its own, each time; 0: never.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -42,11 +44,14 @@ class Requests:
         engine: Engine,
         emit: Callable[..., None],
         refused: Mapping[Request, str] | None = None,
+        save_every_s: float = 0.0,
     ) -> None:
         self._run_dir = run_dir
         self._refused = dict(refused or {})
         self._engine = engine
         self._emit = emit
+        self._save_every_s = save_every_s
+        self._saved_at = time.monotonic()
         self._signalled = False
         self._open: list[tuple[Any, Request]] = []
         self._previous: dict[signal.Signals, Any] = {}
@@ -66,10 +71,20 @@ class Requests:
             self._take_new()
         asked = {what for _, what in self._open}
         return Requested(
-            save=self._engine.any_rank("save" in asked),
+            save=self._engine.any_rank("save" in asked or self._is_time()),
             sample=self._engine.any_rank("sample" in asked),
             stop=self._engine.any_rank(self._signalled or "stop" in asked),
         )
+
+    def _is_time(self) -> bool:
+        """Tell, on the rank whose clock counts, whether the last save is long ago."""
+        if not self._save_every_s or self._engine.rank:
+            return False
+        now = time.monotonic()
+        if now - self._saved_at < self._save_every_s:
+            return False
+        self._saved_at = now
+        return True
 
     def answer(self, step: int) -> None:
         """Mark every request that `poll` returned as done."""

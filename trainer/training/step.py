@@ -68,11 +68,13 @@ class TrainStep(nn.Module):
         suspended_adapter: takes what is trained out of the transformer for an extra forward; None:
             nobody asks for that.
         observe: told of the loss of each item.
+        any_rank: tells whether a flag is set on some process, where all must run as many forwards
+            since they share the weights (ZeRO-3); None: each runs what it needs.
         part: which part of each clip's tokens this process has, from 0. Dropout masks of different
             parts are drawn independently, like those of different tokens.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what surrounds the transformer, by name
         self,
         transformer: nn.Module,
         objective: Objective,
@@ -82,6 +84,7 @@ class TrainStep(nn.Module):
         *,
         suspended_adapter: Callable[[], AbstractContextManager[None]] | None = None,
         observe: LossObserver | None = None,
+        any_rank: Callable[[bool], bool] | None = None,
         part: int = 0,
     ) -> None:
         super().__init__()
@@ -99,6 +102,7 @@ class TrainStep(nn.Module):
         self.suspended_hooks = suspended_hooks
         self.suspended_adapter = suspended_adapter
         self.observe = observe
+        self.any_rank = any_rank
         self._dropout = ("dropout", part) if part else ("dropout",)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -171,8 +175,17 @@ class TrainStep(nn.Module):
         """Return what the prediction is compared with, float32, (B, C, F, H, W)."""
         target = velocity_target(batch.latents_BCFHW.float(), noisy.noise_BCFHW)
         for technique in self.techniques:
+            if self._others_ask(technique, batch):
+                self.predict_base(noisy, batch)
             target = technique.edit_target(target, batch, noisy, self.predict_base)
         return target
+
+    def _others_ask(self, technique: Technique, batch: Batch) -> bool:
+        """Tell whether another process runs a forward of the base here that this one does not."""
+        if self.any_rank is None:
+            return False
+        asks = technique.asks_base(batch)
+        return asks is not None and self.any_rank(asks) and not asks
 
     def base_term(
         self, prediction: Tensor, target: Tensor, noisy: NoisyInput, batch: Batch

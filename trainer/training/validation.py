@@ -2,7 +2,8 @@
 
 The training loss jumps with every draw of clip, timestep and noise; with all three held fixed, what
 is left is the model's own change. At a given timestep the figure is the plain mean squared error of
-the velocity: no weighting, no technique, no dropout.
+the velocity: no weighting, no technique, no dropout. Of an item with a mask m, where masks count,
+it is Σ m·(v̂ - v)² / Σ m over all of its elements.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from trainer.contract.errors import DataError, NonFiniteError
 from trainer.core.flow import NUM_TRAIN_TIMESTEPS, add_noise, velocity_target
+from trainer.core.loss_maps import normalised_map
 from trainer.core.rng import derive_seed, generator
 from trainer.core.types import Batch, NoisyInput
 from trainer.data.buckets import Bucket
@@ -40,6 +42,8 @@ class ValidationSettings:
     """None: all items."""
     batch_size: int = 1
     seed: int = 42
+    use_masks: bool = False
+    """Measure what masks mark; items without one, or with a black one, whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +83,7 @@ class Validator:
             world: this process's place; `World.alone(device)` outside of training.
 
         Raises:
-            DataError: there are no items.
+            DataError: there are no items, or none has a mask where masks count.
         """
         if not items:
             raise DataError("there are no items to validate on")
@@ -88,7 +92,12 @@ class Validator:
         self._world = world
         self._timesteps = tuple(sorted(set(settings.timesteps)))
         self._items = choose_items(items, settings)
-        self._batches = _batches(self._items, settings.batch_size)
+        if settings.use_masks and not any(item.has_mask for item in self._items):
+            raise DataError(
+                "validation.use_masks is on, and no item that is validated on has a mask",
+                hint="set mask_directory or alpha_mask of the sources, or leave use_masks out",
+            )
+        self._batches = _batches(self._items, settings)
 
     @property
     def num_items(self) -> int:
@@ -158,7 +167,10 @@ class Validator:
             noisy_latents_BCFHW=add_noise(latents, noise, sigma), sigma_B=sigma, noise_BCFHW=noise
         )
         velocity = predict_velocity(self._transformer, noisy, batch).float()
-        return (velocity - velocity_target(latents, noise)).square().flatten(1).mean(dim=1)
+        squares = (velocity - velocity_target(latents, noise)).square()
+        if self._settings.use_masks and batch.mask_B1FHW is not None:
+            squares = squares * _counted(batch.mask_B1FHW)
+        return squares.flatten(1).mean(dim=1)
 
     def _require_finite(self, losses_ITN: Tensor) -> None:
         wrong = (~losses_ITN.isfinite()).nonzero().tolist()
@@ -212,13 +224,25 @@ def choose_items(
     return tuple(sorted(items, key=place)[: settings.max_items])
 
 
-def _batches(items: Sequence[TrainingItem], batch_size: int) -> list[list[int]]:
-    """Return the rows of `items` that run together: of one bucket, `batch_size` at most."""
-    rows: dict[Bucket, list[int]] = {}
+def _batches(items: Sequence[TrainingItem], settings: ValidationSettings) -> list[list[int]]:
+    """Return the rows of `items` that run together: of one bucket, `batch_size` at most.
+
+    Where masks count, those with and without one do not mix.
+    """
+    rows: dict[tuple[Bucket, bool], list[int]] = {}
     for row, item in enumerate(items):
-        rows.setdefault(item.bucket, []).append(row)
+        kind = item.bucket, settings.use_masks and item.has_mask
+        rows.setdefault(kind, []).append(row)
+    size = settings.batch_size
     return [
-        rows[bucket][start : start + batch_size]
-        for bucket in sorted(rows)
-        for start in range(0, len(rows[bucket]), batch_size)
+        rows[kind][start : start + size]
+        for kind in sorted(rows)
+        for start in range(0, len(rows[kind]), size)
     ]
+
+
+def _counted(mask_B1FHW: Tensor) -> Tensor:
+    """Return what each element of the loss is multiplied with, of mean 1 over each item."""
+    black_B = mask_B1FHW.flatten(1).amax(dim=1) == 0
+    black_B1FHW = black_B.view(-1, *([1] * (mask_B1FHW.dim() - 1)))
+    return normalised_map(mask_B1FHW.masked_fill(black_B1FHW, 1.0))

@@ -16,7 +16,49 @@ from app.cli.loraid_options import (
     loraid_fields,
 )
 from app.cli.options import Json, Overrides, command_app
+from app.cli.sample_guidance_options import (
+    Calibrate,
+    CFGApplyRatio,
+    CFGBatch,
+    CFGSkip,
+    CFGZeroInitSteps,
+    CFGZeroStar,
+    GuidanceRescale,
+    SLGEnd,
+    SLGLayers,
+    SLGMode,
+    SLGScale,
+    SLGStart,
+    StepCacheFile,
+    StepCacheMaxSkips,
+    StepCacheName,
+    StepCacheRetention,
+    StepCacheStart,
+    StepCacheThreshold,
+    slg_settings,
+)
 from app.cli.sample_lora_options import MergeLoras, SampleLoras, sample_lora
+from app.cli.sample_sheet_options import (
+    Columns,
+    Interactive,
+    MatrixFile,
+    UseWildcards,
+    Vary,
+    WildcardsFolder,
+    refuse_with_session,
+    sheet_fields,
+    sheet_folder,
+    varies_prompts,
+    wildcard_settings,
+)
+from app.cli.sample_start_options import (
+    ControlImages,
+    OneFrame,
+    Schedule,
+    Solver,
+    Strength,
+    Video,
+)
 from trainer.contract.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,10 +109,29 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         float | None,
         typer.Option("--guidance-high-noise", help="Guidance of Wan 2.2's high-noise expert."),
     ] = None,
+    cfg_skip: CFGSkip = None,
+    cfg_apply_ratio: CFGApplyRatio = None,
+    cfg_zero_star: CFGZeroStar = None,
+    cfg_zero_init_steps: CFGZeroInitSteps = None,
+    guidance_rescale: GuidanceRescale = None,
+    slg_layers: SLGLayers = None,
+    slg_mode: SLGMode = None,
+    slg_scale: SLGScale = None,
+    slg_start: SLGStart = None,
+    slg_end: SLGEnd = None,
+    cfg_batch: CFGBatch = None,
+    step_cache: StepCacheName = None,
+    step_cache_threshold: StepCacheThreshold = None,
+    step_cache_start: StepCacheStart = None,
+    step_cache_max_skips: StepCacheMaxSkips = None,
+    step_cache_retention: StepCacheRetention = None,
+    step_cache_file: StepCacheFile = None,
+    calibrate: Calibrate = False,
     shift: Annotated[
         float | None, typer.Option("--shift", help="Shift of the sigmas towards noise.")
     ] = None,
-    solver: Annotated[str | None, typer.Option("--solver", help="unipc or euler.")] = None,
+    solver: Solver = None,
+    schedule: Schedule = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Of the first prompt; the next ones count on.")
     ] = None,
@@ -84,6 +145,10 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     control: Annotated[
         Path | None, typer.Option("--control", help="Control video, for Fun-Control models.")
     ] = None,
+    video: Video = None,
+    strength: Strength = None,
+    one_frame: OneFrame = None,
+    control_images: ControlImages = None,
     target: Annotated[
         Path | None,
         typer.Option(
@@ -92,6 +157,12 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
             help="Folder of the results. Default: samples/, or the run's samples folder.",
         ),
     ] = None,
+    vary: Vary = None,
+    matrix: MatrixFile = None,
+    columns: Columns = None,
+    wildcards: UseWildcards = None,
+    wildcards_folder: WildcardsFolder = None,
+    interactive: Interactive = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -113,29 +184,66 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "num_steps": steps,
         "guidance_scale": guidance,
         "guidance_scale_high_noise": guidance_high_noise,
+        "cfg_skip_mode": cfg_skip,
+        "cfg_apply_ratio": cfg_apply_ratio,
+        "cfg_zero_star": cfg_zero_star,
+        "cfg_zero_init_steps": cfg_zero_init_steps,
+        "guidance_rescale": guidance_rescale,
+        **slg_settings(slg_layers, slg_mode),
+        "slg_scale": slg_scale,
+        "slg_start": slg_start,
+        "slg_end": slg_end,
+        "cfg_batch": cfg_batch,
+        "step_cache": step_cache,
+        "step_cache_threshold": step_cache_threshold,
+        "step_cache_start": step_cache_start,
+        "step_cache_max_skips": step_cache_max_skips,
+        "step_cache_retention": step_cache_retention,
+        "step_cache_file": _text(step_cache_file),
         "flow_shift": shift,
         "solver": solver,
+        "schedule": schedule,
         "seed": seed,
         "fps": fps,
+        **wildcard_settings(wildcards, wildcards_folder),
     }
-    files = {"image": image, "last_image": last_image, "control": control}
+    files = {"image": image, "last_image": last_image, "control": control, "video": video}
+    of_prompts = {
+        "strength": strength,
+        "one_frame": one_frame,
+        "control_images": [str(path) for path in control_images or ()] or None,
+    }
     request: dict[str, Any] = {
         "config": str(config),
         "set": [*(overrides or ()), *_overrides(settings)],
         "loras": [sample_lora(text) for text in loras or ()],
         "merge_loras": merge_loras,
         **loraid_fields(loraids, loraid_strengths, loraid_from),
-        "prompts": _prompts(prompts or [], files, prompts_file),
+        "prompts": _prompts(prompts or [], files, prompts_file, of_prompts),
         "prompts_file": _text(prompts_file),
         "output": str(target or (run_dir / "samples" if run_dir else "samples")),
         "run_dir": _text(run_dir),
+        "calibrate": calibrate,
     }
-    _say_duration(_check(config, request), request)
-    result = jobs.run_or_leave("sample", request)
+    sheet = sheet_fields(request, vary, matrix, columns)
+    if interactive:
+        from app.cli.sample_session import run_session
+
+        refuse_with_session(request, sheet)
+        _check(config, request, needs_prompts=False)
+        run_session(request, as_json=as_json)
+        return
+    if sheet:
+        request |= sheet
+        request["output"] = str(sheet_folder(request, target))
+    loaded = _check(config, request, needs_prompts=not varies_prompts(sheet))
+    if not sheet:
+        _say_duration(loaded, request)
+    result = jobs.run_or_leave("sample_matrix" if sheet else "sample", request)
     if as_json:
         output.json_data(result.all("sample"))
         return
-    for path in result.paths:
+    for path in result.paths_of({"output"} if sheet else {"output", "sample"}):
         output.data(path)
 
 
@@ -150,9 +258,13 @@ def _overrides(settings: dict[str, Any]) -> list[str]:
 
 
 def _prompts(
-    texts: list[str], files: dict[str, Path | None], prompts_file: Path | None
+    texts: list[str],
+    files: dict[str, Path | None],
+    prompts_file: Path | None,
+    settings: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    given = {key: str(path) for key, path in files.items() if path is not None}
+    given: dict[str, Any] = {key: str(path) for key, path in files.items() if path is not None}
+    given |= {key: value for key, value in settings.items() if value is not None}
     if texts and prompts_file is not None:
         raise UserError("--prompt and --prompts-file at once", hint="give one of the two")
     if given and not texts:
@@ -163,13 +275,13 @@ def _prompts(
     return [{"prompt": text, **given} for text in texts]
 
 
-def _check(config: Path, request: dict[str, Any]) -> RunConfig:
+def _check(config: Path, request: dict[str, Any], *, needs_prompts: bool) -> RunConfig:
     """Find what is wrong before torch is loaded; return the config."""
     from app.domain.complete import complete_config
 
     loaded = complete_config(config, request["set"], "sample")
     has_prompts = loaded.sampling.prompts or loaded.sampling.prompts_file
-    if not (request["prompts"] or request["prompts_file"] or has_prompts):
+    if needs_prompts and not (request["prompts"] or request["prompts_file"] or has_prompts):
         raise UserError("there is no prompt", hint='add --prompt "..." or --prompts-file FILE')
     return loaded
 

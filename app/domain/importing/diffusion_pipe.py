@@ -20,7 +20,7 @@ from app.domain.importing.kinds import (
     put_schedule,
 )
 from app.domain.importing.musubi import v_name
-from app.domain.importing.musubi_groups import EPOCHS_HINT
+from app.domain.importing.musubi_groups import EPOCHS_HINT, epoch_interval
 from app.domain.importing.tables import Done, Group, Keys, Lacks, Rule, Secret, Table, To
 from trainer.contract.catalog import PLUGIN_KINDS
 from trainer.contract.variants import VARIANTS
@@ -242,29 +242,27 @@ def saving(keys: Keys) -> None:
     checkpoints = keys.read("checkpoint_every_n_steps", v.positive)
     if checkpoints:
         keys.put("checkpoint_every_n_steps", "checkpoint.every_steps", checkpoints)
-    for key, section in (("save_every_n_epochs", "output"), ("save_every_n_examples", "output"),
-                         ("checkpoint_every_n_epochs", "checkpoint"),
-                         ("checkpoint_every_n_minutes", "checkpoint")):  # fmt: skip
-        target = keys.draft.first_known((f"{section}.{key.partition('_n_')[2]}",
-                                         f"{section}.every_{key.rpartition('_')[2]}"))  # fmt: skip
-        value = keys.read(key, v.positive)
-        if value and target is not None:
-            keys.put(key, target, value)
-        elif value:
-            keys.lacks(key, EPOCHS_HINT, f"set {section}.every_steps")
-    evals = keys.read("eval_every_n_steps", v.positive)
+    epoch_interval(keys, "save_every_n_epochs", "output")
+    epoch_interval(keys, "checkpoint_every_n_epochs", "checkpoint")
+    minutes = keys.read("checkpoint_every_n_minutes", v.number)
+    if minutes:
+        keys.put("checkpoint_every_n_minutes", "checkpoint.every_minutes", minutes)
+    if keys.read("save_every_n_examples", v.positive):
+        keys.lacks("save_every_n_examples", EPOCHS_HINT, "set output.every_steps")
     has_eval = any(key.startswith("eval_directory[") for key in keys.values)
-    if evals and has_eval:
-        keys.put("eval_every_n_steps", "validation.every_steps", evals)
-    elif evals:
-        keys.lacks("eval_every_n_steps", "there are no clips to measure on",
-                   "set validation.split = 0.1 and validation.every_steps")  # fmt: skip
+    for unit in ("steps", "epochs"):
+        key = f"eval_every_n_{unit}"
+        evals = keys.read(key, v.positive)
+        if evals and has_eval:
+            keys.put(key, f"validation.every_{unit}", evals)
+        elif evals:
+            keys.lacks(key, "there are no clips to measure on",
+                       f"set validation.split = 0.1 and validation.every_{unit}")  # fmt: skip
     if "eval_before_first_step" in keys:
         on = keys.read("eval_before_first_step", v.flag, default=True)
         keys.put("eval_before_first_step", "validation.at_start", on)
-    for key in ("eval_every_n_epochs", "eval_every_n_examples"):
-        if keys.read(key, v.positive):
-            keys.lacks(key, EPOCHS_HINT, "set validation.every_steps")
+    if keys.read("eval_every_n_examples", v.positive):
+        keys.lacks("eval_every_n_examples", EPOCHS_HINT, "set validation.every_steps")
 
 
 def names(keys: Keys) -> None:

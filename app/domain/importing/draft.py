@@ -81,10 +81,6 @@ class Draft:
                 return schema["properties"][key].get("default")
         return None
 
-    def first_known(self, targets: tuple[str, ...]) -> str | None:
-        """Return the first of several names of one option that the config has."""
-        return next((target for target in targets if self.knows(target)), None)
-
     def settle(self) -> None:
         """Take back what the config's own checks refuse, with their reason, until it passes."""
         for _ in range(len(self.values) + 1):

@@ -95,13 +95,15 @@ THEIR_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """Kind -> defaults of the packages that others take it from, where Menma's are not the same."""
 FIXED_ARGUMENTS: Mapping[str, tuple[Any, str]] = {
-    "relative_step": (False, "the rate is optimizer.learning_rate"),
-    "warmup_init": (False, "the rate is optimizer.learning_rate"),
     "decouple": (True, "weight decay is decoupled"),
     "stabilize": (False, "updates are as they come"),
     "kahan_sum": (True, "what is trained has fp32 masters"),
 }
 """Argument -> the value that Menma always has, and why another one is not possible."""
+
+RELATIVE_STEPS: Mapping[str, str] = {"relative_step": "relative", "warmup_init": "relative_warmup"}
+"""Argument of Adafactor -> what it is in `STEP_SIZE`."""
+STEP_SIZE = "optimizer.step_size"
 
 SCHEDULES: Mapping[str, tuple[str, ...]] = {
     "constant": ("constant",),
@@ -200,6 +202,14 @@ def put_argument(keys: Keys, key: str, name: str, value: Any) -> None:
     """Write one argument of the optimizer."""
     if keys.draft.chosen("optimizer.kind") == CUSTOM:
         put_class_argument(keys, key, "optimizer", name, value)
+        return
+    if name in RELATIVE_STEPS and keys.draft.chosen("optimizer.kind") == "adafactor":
+        if not value:
+            keys.same(key, "as in Menma")
+        elif keys.draft.chosen(STEP_SIZE) == RELATIVE_STEPS["warmup_init"]:
+            keys.done(key, "goes with warmup_init", STEP_SIZE)
+        else:
+            keys.put(key, STEP_SIZE, RELATIVE_STEPS[name])
         return
     if name in FIXED_ARGUMENTS and not has_option(keys, "optimizer", "kind", "optimizer", name):
         fixed, why = FIXED_ARGUMENTS[name]

@@ -8,6 +8,8 @@ from typing import Any
 from app.domain.importing import values as v
 from app.domain.importing.kinds import (
     CUSTOM,
+    RELATIVE_STEPS,
+    STEP_SIZE,
     has_option,
     put_argument,
     put_class_argument,
@@ -20,7 +22,7 @@ from trainer.contract.catalog import PLUGIN_KINDS
 from trainer.contract.variants import VARIANTS
 
 EPOCHS_HINT = (
-    "Menma counts steps: an epoch has as many as `menma check` tells batches, divided by "
+    "Menma counts steps here: an epoch has as many as `menma check` tells batches, divided by "
     "gradient_accumulation_steps"
 )
 
@@ -146,9 +148,17 @@ def optimizer(keys: Keys) -> None:
         else:
             value = keys.read(key, v.literal)
             put_argument(keys, key, key.partition(".")[2], value)
+    adafactor = keys.draft.chosen("optimizer.kind") == "adafactor"
+    if adafactor and "optimizer_args.relative_step" not in keys:
+        size = RELATIVE_STEPS["relative_step"]
+        if keys.draft.chosen(STEP_SIZE) not in RELATIVE_STEPS.values():
+            keys.put("optimizer_type: relative_step", STEP_SIZE, size)
     rate_default = keys.default("learning_rate", 2e-6)
     rate = keys.read("learning_rate", v.number, rate_default)
-    if takes_rate:
+    if adafactor and keys.draft.chosen(STEP_SIZE) in RELATIVE_STEPS.values():
+        keys.put("learning_rate", "optimizer.learning_rate", 1.0,
+                 note="ignored there with a relative step, a factor of it here")  # fmt: skip
+    elif takes_rate:
         keys.put("learning_rate", "optimizer.learning_rate", rate)
     else:
         keys.lacks("learning_rate", "a rate of the optimizer that Menma lacks")
@@ -419,20 +429,17 @@ def sampling(keys: Keys) -> None:
     steps = keys.read("sample_every_n_steps", v.positive)
     if steps:
         keys.put("sample_every_n_steps", "sampling.every_steps", steps)
-    _epochs(keys, "sample_every_n_epochs", "sampling")
+    epoch_interval(keys, "sample_every_n_epochs", "sampling")
     if keys.read("sample_at_first", v.flag, default=False):
         keys.put("sample_at_first", "sampling.at_start", value=True)
 
 
-def _epochs(keys: Keys, key: str, section: str) -> None:
-    epochs = keys.read(key, v.positive)
-    if not epochs:
-        return
-    target = keys.draft.first_known((f"{section}.every_epochs",))
-    if target is not None:
-        keys.put(key, target, epochs)
-    else:
-        keys.lacks(key, EPOCHS_HINT, f"set {section}.every_steps")
+def epoch_interval(keys: Keys, key: str, section: str, note: str = "") -> int | None:
+    """Carry over an interval in epochs; return it."""
+    count: int | None = keys.read(key, v.positive)
+    if count:
+        keys.put(key, f"{section}.every_epochs", count, note=note)
+    return count
 
 
 def saving(keys: Keys) -> None:
@@ -441,11 +448,16 @@ def saving(keys: Keys) -> None:
     state = keys.read("save_state", v.flag, keys.default("save_state", fallback=False))
     if every:
         keys.put("save_every_n_steps", "output.every_steps", every)
-    _epochs(keys, "save_every_n_epochs", "output")
+    count = epoch_interval(keys, "save_every_n_epochs", "output")
     if state and every:
         keys.put("save_state", "checkpoint.every_steps", every)
+    elif state and count:
+        keys.put("save_state", "checkpoint.every_epochs", count, note="those of checkpoint."
+                 "every_steps come beside them")  # fmt: skip
     elif state:
         keys.done("save_state", "checkpoints are written by steps: checkpoint.every_steps")
+    if state and every and count:
+        keys.draft.values["checkpoint.every_epochs"] = count
     if v.is_on(keys.get("save_state_on_train_end")):
         keys.done("save_state_on_train_end", "the last checkpoint is always written at the end")
     _kept(keys, every)
@@ -463,13 +475,18 @@ def _kept(keys: Keys, every: int | None) -> None:
     if count:
         keys.put("save_last_n_epochs_state", "checkpoint.keep_last", count,
                  note="checkpoints are counted, not epochs")  # fmt: skip
-    for key in ("save_last_n_steps", "save_last_n_epochs"):
-        if keys.get(key):
-            target = keys.draft.first_known(("output.keep_last",))
-            value = keys.read(key, v.positive)
-            if target is None or value is None:
-                keys.lacks(key, "Menma keeps all output files", "remove those you do not need")
-            else:
-                steps = key.endswith("steps") and every
-                keys.put(key, target, value // every + 1 if steps else value,
-                         note="files are counted")  # fmt: skip
+    _kept_outputs(keys, every)
+
+
+def _kept_outputs(keys: Keys, every: int | None) -> None:
+    """Files are counted here; there, too, but for a window in steps."""
+    window = keys.read("save_last_n_steps", v.positive)
+    if window and every:
+        keys.put("save_last_n_steps", "output.keep_last", window // every + 1,
+                 note=f"a window of {window} steps holds so many")  # fmt: skip
+    elif window:
+        keys.lacks("save_last_n_steps", "a window in steps, but no steps between files",
+                   "set output.keep_last")  # fmt: skip
+    count = keys.read("save_last_n_epochs", v.positive)
+    if count:
+        keys.put("save_last_n_epochs", "output.keep_last", count)

@@ -11,7 +11,8 @@ from typing import Any
 
 from app.domain.importing import values as v
 from app.domain.importing.tables import Keys
-from trainer.contract.prompts import FLAGS, split_prompt_line
+from trainer.contract.prompt_keys import FLAGS
+from trainer.contract.prompts import split_prompt_line
 
 FIELDS: Mapping[str, str] = {
     "prompt": "prompt",

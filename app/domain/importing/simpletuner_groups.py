@@ -16,7 +16,7 @@ from app.domain.importing.kinds import (
     put_schedule,
 )
 from app.domain.importing.musubi import v_name
-from app.domain.importing.musubi_groups import EPOCHS_HINT
+from app.domain.importing.musubi_groups import epoch_interval
 from app.domain.importing.tables import Keys
 from trainer.contract.catalog import PLUGIN_KINDS
 
@@ -268,6 +268,20 @@ def logs(keys: Keys) -> None:
         keys.lacks("report_to", f"Menma does not log to {tool}")
 
 
+def noise(keys: Keys) -> None:
+    """An offset of the noise, which stays of variance 1 here."""
+    if not v.is_on(keys.get("offset_noise")):
+        for key in ("offset_noise", "noise_offset", "noise_offset_probability"):
+            keys.same(key, "offset_noise is off")
+        return
+    strength = keys.read("noise_offset", v.number, 0.1)
+    keys.draft.values["techniques"] = [{"name": "noise_offset", "strength": strength}]
+    note = "[[techniques]] noise_offset, of variance 1; each item has it, there a share of them"
+    keys.done("offset_noise", note, "techniques")
+    keys.done("noise_offset", "its strength", "techniques")
+    keys.lacks("noise_offset_probability", "every item has the offset", "lower its strength")
+
+
 def samples(keys: Keys) -> None:
     """Validation images there are samples here."""
     base: dict[str, Any] = {
@@ -286,23 +300,27 @@ def samples(keys: Keys) -> None:
         elif value is not None:
             keys.put(key, f"sampling.{field}", value)
     _sample_size(keys)
-    off = v.is_on(keys.get("validation_disable"))
-    every = next((k for k in ("validation_step_interval", "validation_steps") if k in keys), "")
-    prompts = [] if off else _prompts(keys)
+    if v.is_on(keys.get("validation_disable")):
+        keys.done("validation_disable", "no samples are made")
+        for key in ("validation_step_interval", "validation_steps", "validation_epoch_interval"):
+            keys.same(key, "validation_disable is on")
+        return
+    prompts = _prompts(keys)
     for index, prompt in enumerate(prompts):
         keys.draft.values[f"sampling.prompts[{index}].prompt"] = prompt
-    if every and not off:
-        steps = keys.read(every, v.positive)
-        if steps and prompts:
-            keys.put(every, "sampling.every_steps", steps)
-        elif steps:
-            keys.lacks(every, "there is no prompt", "add [[sampling.prompts]]")
-    if off:
-        keys.done("validation_disable", "sampling.every_steps is 0")
-        for key in ("validation_step_interval", "validation_steps"):
-            keys.same(key, "validation_disable is on")
-    if v.is_on(keys.get("validation_on_startup")) and prompts and not off:
+    _sample_intervals(keys, bool(prompts))
+    if v.is_on(keys.get("validation_on_startup")) and prompts:
         keys.put("validation_on_startup", "sampling.at_start", value=True)
+
+
+def _sample_intervals(keys: Keys, has_prompts: bool) -> None:
+    steps = next((k for k in ("validation_step_interval", "validation_steps") if k in keys), "")
+    for key, unit in ((steps, "steps"), ("validation_epoch_interval", "epochs")):
+        count = keys.read(key, v.positive) if key else None
+        if count and has_prompts:
+            keys.put(key, f"sampling.every_{unit}", count)
+        elif count:
+            keys.lacks(key, "there is no prompt", "add [[sampling.prompts]]")
 
 
 def _sample_size(keys: Keys) -> None:
@@ -353,9 +371,12 @@ def saving(keys: Keys) -> None:
     kept = keys.read("checkpoints_total_limit", v.positive)
     if kept:
         keys.put("checkpoints_total_limit", "checkpoint.keep_last", kept)
-    for name in ("checkpoint_epoch_interval", "validation_epoch_interval", "eval_epoch_interval"):
-        if keys.get(name):
-            keys.lacks(name, EPOCHS_HINT, "set the interval in steps")
+    count = epoch_interval(keys, "checkpoint_epoch_interval", "checkpoint")
+    if count:
+        keys.draft.values["output.every_epochs"] = count
+    if keys.get("eval_epoch_interval"):
+        keys.lacks("eval_epoch_interval", "validation needs clips",
+                   "set validation.split = 0.1 and validation.every_epochs")  # fmt: skip
 
 
 def names(keys: Keys) -> None:

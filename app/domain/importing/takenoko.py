@@ -62,7 +62,11 @@ def validation(keys: Keys) -> None:
         keys.lacks("validate_every_n_steps", "there are no clips to measure on",
                    "set validation.split = 0.1 and validation.every_steps")  # fmt: skip
     if v.is_on(keys.get("validate_on_epoch_end")):
-        keys.done("validate_on_epoch_end", "Menma counts steps: validation.every_steps")
+        if has_clips:
+            keys.put("validate_on_epoch_end", "validation.every_epochs", 1)
+        else:
+            keys.lacks("validate_on_epoch_end", "there are no clips to measure on",
+                       "set validation.split = 0.1 and validation.every_epochs = 1")  # fmt: skip
     raw = keys.get("validation_timesteps")
     if raw is None:
         return

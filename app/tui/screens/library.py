@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import ClassVar
 
+from rich.cells import cell_len
 from rich.text import Text
 from textual import on, work
 from textual.app import ComposeResult
@@ -73,7 +74,7 @@ class LibraryScreen(Keyed, Screen[None]):
 
     def on_mount(self) -> None:
         """Look now, and again every few seconds."""
-        self.query_one(DataTable).add_columns(*COLUMNS)
+        self._lay_out(self.query_one(DataTable))
         self.find()
         self.set_interval(POLL_S, self._look_again)
 
@@ -95,11 +96,20 @@ class LibraryScreen(Keyed, Screen[None]):
             self._rows = rows
             table = self.query_one(DataTable)
             row = table.cursor_row
-            table.clear()
+            self._lay_out(table)
             for name, run, size, age in rows:
                 table.add_row(name, run, Text(size, justify="right"), age)
             table.move_cursor(row=min(row, max(len(self._outputs) - 1, 0)))
         self._describe()
+
+    def _lay_out(self, table: DataTable[Text]) -> None:
+        """Empty the list and give its columns their widths.
+
+        A table left to find them itself is first painted without them.
+        """
+        table.clear(columns=True)
+        for label, *cells in zip(COLUMNS, *self._rows, strict=True):
+            table.add_column(label, width=max(map(cell_len, (label, *cells))))
 
     @on(DataTable.RowHighlighted)
     def highlighted(self) -> None:

@@ -146,7 +146,7 @@ def resolve_memory(
     known = known or Circumstances()
     work = workload_of(base, num_gpus=1 if forwards else known.num_gpus)
     sampling = config.sampling
-    samples = ("sampling",) if sampling.every_steps or sampling.at_start else ()
+    samples = ("sampling",) if sampling.while_training else ()
 
     def judge(settings: Settings) -> Estimate:
         chosen = work.under(with_settings(base, settings))

@@ -140,7 +140,7 @@ def find_fit(config: RunConfig, gpu: Gpu, known: Circumstances | None = None) ->
 def _phases(config: RunConfig) -> tuple[str, ...]:
     """Return what has to fit; a whole model can be sampled where it was not trained."""
     sampling = config.sampling
-    if config.adapter.kind != "none" or sampling.every_steps or sampling.at_start:
+    if config.adapter.kind != "none" or sampling.while_training:
         return PHASES
     return tuple(phase for phase in PHASES if phase != "sampling")
 

@@ -42,7 +42,7 @@ def host_parts(work: Workload) -> dict[str, int]:
     saved = work.trained_parameters * 4.0 + beside * ELEMENT[work.config.output.dtype]
     parts["saving"] = work.adapters * saved
     sampling = work.config.sampling
-    samples = sampling.every_steps or sampling.at_start
+    samples = sampling.while_training
     if work.variant.experts and work.turns is None and samples:
         parts["parked expert"] = here * work.weight_bytes
     return {name: round(size) for name, size in parts.items()}
@@ -73,16 +73,14 @@ def disk_parts(work: Workload) -> dict[str, int]:
     config = work.config
     trained = work.adapters * work.trained_parameters
     kept = config.checkpoint.keep_last
-    saves = (
-        config.training.max_steps // config.checkpoint.every_steps
-        if config.checkpoint.every_steps
-        else 0
-    )
+    training = config.training
+    saves = config.checkpoint.times(training.max_steps, training.epochs)
     state = trained * 4.0 + work.adapters * (work.optimizer_state + work.average_bytes)
-    outputs = 1
+    on_the_way = config.output.times(training.max_steps - 1, training.epochs)
+    if config.output.keep_last is not None:
+        on_the_way = min(on_the_way, config.output.keep_last + 1)  # one more while it is written
+    outputs = 1 + on_the_way
     files = 2 if config.ema.decay else 1  # one of the average
-    if config.output.every_steps:
-        outputs += (config.training.max_steps - 1) // config.output.every_steps
     return {
         **{name: round(size) for name, size in cache_disk_parts(work, work.clip).items()},
         # One more while the newest is being written.

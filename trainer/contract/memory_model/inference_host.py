@@ -61,9 +61,11 @@ def sampling_host(work: Workload, videos: Sequence[Video]) -> dict[str, Parts]:
     latents = sum(_latent_bytes(work, video.clip) for video in videos)
     steps: Parts = {"processes": PROCESS_BYTES, "latents": latents}
     phases = {"texts": _text_phase(work)}
-    if any(video.images or video.control for video in videos):
+    if any(video.images or video.control or video.starts_from_video for video in videos):
         frames = max(
-            2 * 4 * _pixels_bytes(video.clip) if video.control else _frame_bytes(video.clip) * 4
+            2 * 4 * _pixels_bytes(video.clip)
+            if video.control or video.starts_from_video
+            else _frame_bytes(video.clip) * 4
             for video in videos
         )
         phases["inputs"] = {"processes": PROCESS_BYTES, "frames": frames}
@@ -92,7 +94,7 @@ def writing_host(work: Workload, clips: Sequence[Clip]) -> Parts:
 def samples_host(work: Workload) -> Parts:
     """Return what the samples of a run add to the RAM of training, for all its processes here."""
     sampling = work.config.sampling
-    if not sampling.every_steps and not sampling.at_start:
+    if not sampling.while_training:
         return {}
     element = ELEMENT[work.config.memory.vae_dtype]
     clips = [video.clip for video in planned_videos(sampling, work.variant)]

@@ -70,7 +70,7 @@ def _ratios(runs_dir: Path, kind: tuple[str, str]) -> Iterator[float]:
             estimated = estimate_resolved(theirs, None, known)
         except MenmaError:
             continue  # a run of another version of Menma, or whose dataset file is gone
-        sampled = theirs.sampling.every_steps or theirs.sampling.at_start
+        sampled = theirs.sampling.while_training
         phases = ["training", "sampling"] if sampled else ["training"]
         parts = max((estimated.phase(name) for name in phases), key=lambda phase: phase.peak_bytes)
         ratio = measured * GIB / (parts.peak_bytes - parts.parts["CUDA context"])

@@ -109,7 +109,7 @@ def _sampling(work: Workload, correction: float) -> Phase:
     """Samples during training if the config wants them; else those of `menma sample`."""
     variant, sampling = work.variant, work.config.sampling
     clip = sampling_clip(sampling, variant)
-    if not sampling.every_steps and not sampling.at_start:
+    if not sampling.while_training:
         return inference_phase(work, (clip,), correction)
     standing = {name: size for name, size in standing_parts(work).items() if name != "inputs"}
     # Processes that share clips make a sample together, too.

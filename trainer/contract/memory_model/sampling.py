@@ -65,13 +65,12 @@ def samples_cost(work: Workload, gpu: Gpu | None) -> JobCost | None:
     Their RAM is a part of training's.
     """
     sampling = work.config.sampling
-    if not sampling.every_steps and not sampling.at_start:
+    if not sampling.while_training:
         return None
     videos = planned_videos(sampling, work.variant)
     largest = _largest(work, videos)
-    rounds = int(sampling.at_start)
-    if sampling.every_steps:
-        rounds += work.config.training.max_steps // sampling.every_steps
+    training = work.config.training
+    rounds = int(sampling.at_start) + sampling.times(training.max_steps, training.epochs)
     shared = work.sequence_ranks
     # With ZeRO-3 all ranks make each sample together, else prompts are dealt out.
     dealt = 1 if work.zero_stage == 3 else work.world_size // shared
@@ -149,6 +148,8 @@ def _condition_flops(work: Workload, video: Video) -> float:
     flops = 0.0
     if video.control or variant.conditioning in {"first_frame", "first_last_frame"}:
         flops = vae_flops(variant, clip, "encode")
+    if video.starts_from_video:
+        flops += vae_flops(variant, clip, "encode")
     if video.images and (video.control or variant.per_token_timestep):
         flops += vae_flops(variant, still, "encode")
     return flops

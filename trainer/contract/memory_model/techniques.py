@@ -24,7 +24,8 @@ def base_forwards(config: RunConfig, batch_size: int) -> float:
 
     Args:
         config: of the run.
-        batch_size: of a microbatch; what asks for a share of items runs if one of them is in it.
+        batch_size: of a microbatch, with ZeRO-3 of those of all processes together; what asks for
+            a share of items runs if one of them is in it.
     """
     count = 0.0
     for section in config.techniques:
@@ -43,8 +44,10 @@ def technique_parts(work: Workload, gpu: Gpu) -> dict[str, float]:
 
     The adapter is off in these forwards, which run before the step's own and keep nothing.
     """
+    # Processes that share weights run as many forwards, so that one of them asks for all.
+    together = work.world_size // work.sequence_ranks if work.zero_stage == 3 else 1
     count = (
-        base_forwards(work.config, work.clip.batch)
+        base_forwards(work.config, work.clip.batch * together)
         * work.config.training.gradient_accumulation_steps
     )
     if not count:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from trainer.contract.config import Prompt, SamplingSection
 from trainer.contract.memory_model.clips import Clip
 from trainer.contract.variants import Variant
+from trainer.contract.walk import DEFAULT_STRENGTH, planned_timesteps
 
 Expert = Literal["low_noise", "high_noise"]
-
-_FIRST_SIGMA = {"unipc": 0.999, "euler": 1.0}
-"""Of a solver's schedule; `sampling.schedule` has them, and a test keeps the two equal."""
-_CUT_TO_INTEGERS = {"unipc"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +21,7 @@ class Video:
 
     clip: Clip
     num_steps: int
+    """Evaluations of the velocity."""
     forwards: tuple[tuple[Expert, int], ...]
     """Experts in the order they work, each with its passes, those for guidance included; models
     with one transformer have `low_noise`."""
@@ -33,6 +31,8 @@ class Video:
     """Pictures that it starts from."""
     control: bool = False
     """It follows another video."""
+    starts_from_video: bool = False
+    """It starts from another video, not from noise alone."""
 
     @property
     def num_forwards(self) -> int:
@@ -54,26 +54,6 @@ def turns(videos: Sequence[Video]) -> list[Expert]:
     return [expert for index, expert in enumerate(order) if order[index - 1 : index] != [expert]]
 
 
-def high_noise_steps(num_steps: int, flow_shift: float, boundary: float, solver: str) -> int:
-    """Return how many of a solver's steps are at the experts' boundary or above it.
-
-    Args:
-        num_steps: all steps.
-        flow_shift: moves the schedule towards noise.
-        boundary: sigma that parts the experts.
-        solver: its name; an unknown one counts as `euler`.
-    """
-    first = _FIRST_SIGMA.get(solver, 1.0)
-    count = 0
-    for step in range(num_steps):
-        part = first * (1 - step / num_steps)
-        timestep = 1000 * flow_shift * part / (1 + (flow_shift - 1) * part)
-        if solver in _CUT_TO_INTEGERS:
-            timestep = math.floor(timestep + 1e-5)
-        count += timestep >= 1000 * boundary
-    return count
-
-
 def _video(prompt: Prompt | None, sampling: SamplingSection, variant: Variant) -> Video:
     def pick(field: str, last: Any = None) -> Any:
         given = (getattr(place, field) for place in (prompt, sampling) if place is not None)
@@ -82,13 +62,18 @@ def _video(prompt: Prompt | None, sampling: SamplingSection, variant: Variant) -
     clip = Clip(
         width=pick("width", variant.width),
         height=pick("height", variant.height),
-        num_frames=pick("num_frames", variant.num_frames),
+        num_frames=_walked_frames(prompt, pick("num_frames", variant.num_frames)),
     )
-    steps: int = pick("num_steps", variant.num_steps)
-    high = 0
+    timesteps = planned_timesteps(
+        pick("num_steps", variant.num_steps),
+        pick("flow_shift", variant.flow_shift_at(clip.width, clip.height)),
+        pick("solver"),
+        schedule=pick("schedule"),
+        strength=_strength(prompt),
+    )
+    steps, high = len(timesteps), 0
     if variant.experts:
-        shift: float = pick("flow_shift", variant.flow_shift)
-        high = high_noise_steps(steps, shift, variant.expert_boundary, pick("solver"))
+        high = sum(timestep >= 1000 * variant.expert_boundary for timestep in timesteps)
     low_scale, high_scale = _guidance(prompt, sampling, variant)
     passes: list[tuple[Expert, int]] = [
         ("high_noise", high * (1 if high_scale == 1 else 2)),
@@ -97,7 +82,9 @@ def _video(prompt: Prompt | None, sampling: SamplingSection, variant: Variant) -
     texts = ["" if prompt is None else prompt.prompt]
     if low_scale != 1 or high_scale != 1:
         texts.append(pick("negative_prompt", variant.negative_prompt))
-    given = () if prompt is None else (prompt.image, prompt.last_image)
+    given: tuple[Path | None, ...] = ()
+    if prompt is not None:
+        given = (prompt.image, prompt.last_image, *(prompt.control_images or ()))
     needed = {"first_frame": 1, "first_last_frame": 2}.get(variant.conditioning, 0)
     return Video(
         clip=clip,
@@ -106,7 +93,21 @@ def _video(prompt: Prompt | None, sampling: SamplingSection, variant: Variant) -
         texts=tuple(dict.fromkeys(texts)),
         images=max(needed, sum(image is not None for image in given)),
         control=variant.conditioning == "control",
+        starts_from_video=prompt is not None and prompt.video is not None,
     )
+
+
+def _walked_frames(prompt: Prompt | None, num_frames: int) -> int:
+    """Return the frames of the latents that are walked."""
+    if prompt is None or prompt.one_frame is None:
+        return num_frames
+    return (prompt.num_frames or 1) + 4 * len(prompt.control_images or ())
+
+
+def _strength(prompt: Prompt | None) -> float:
+    if prompt is None or prompt.video is None:
+        return 1.0
+    return prompt.strength or DEFAULT_STRENGTH
 
 
 def _guidance(

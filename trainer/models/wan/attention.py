@@ -5,9 +5,13 @@ Shape letters: B batch, L tokens, T text tokens, S keys, D width, N heads, K hea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from trainer.attention.base import AttentionBackend
+from trainer.models.wan.kept import Kept
 from trainer.models.wan.rope import HeadNorm
 from trainer.models.wan.token_parts import PartNorm, in_parts
 
@@ -80,24 +84,42 @@ class CrossAttention(nn.Module):
         bias_BT: Tensor | None,
         image_BSD: Tensor | None,
         attend: AttentionBackend,
+        kept: Kept | None = None,
     ) -> Tensor:
-        """Return the update of the tokens, (B, L, D); `norm` is applied to them first."""
+        """Return the update of the tokens, (B, L, D); `norm` is applied to them first.
+
+        Keys and values are taken from `kept` where they are in it.
+        """
 
         def look(tokens_BLD: Tensor, _span: slice, *seen: Tensor) -> tuple[Tensor]:
             q_BLNK = self.norm_q(self.q(norm(tokens_BLD)))
             mixed = attend(q_BLNK, seen[0], seen[1], bias_BT)
             if self.image:
-                mixed = mixed + attend(q_BLNK, seen[2], seen[3])
+                mixed = add(attend(q_BLNK, seen[2], seen[3]), mixed)
             return (self.o(mixed.flatten(2)),)
 
-        keys_and_values = [
-            self.norm_k(self.k(context_BTD)),
-            self.v(context_BTD).unflatten(-1, (self.num_heads, -1)),
-        ]
+        keys_and_values = [*self._seen(kept, context_BTD, (self.k, self.norm_k, self.v))]
         if self.image:
-            keys_and_values += [
-                self.norm_k_img(self.k_img(image_BSD)),
-                self.v_img(image_BSD).unflatten(-1, (self.num_heads, -1)),
-            ]
+            layers = (self.k_img, self.norm_k_img, self.v_img)
+            keys_and_values += self._seen(kept, image_BSD, layers)
         (update,) = in_parts(look, self.chunks, tokens_BLD, *keys_and_values)
         return update
+
+    def _seen(
+        self, kept: Kept | None, seen_BSD: Tensor | None, layers: Sequence[nn.Module]
+    ) -> tuple[Tensor, Tensor]:
+        """Return keys and values of what the tokens look at, (B, S, N, K) each."""
+        to_key, norm, to_value = layers
+
+        def make() -> tuple[Tensor, Tensor]:
+            key_BSNK: Tensor = norm(to_key(seen_BSD))
+            return key_BSNK, to_value(seen_BSD).unflatten(-1, (self.num_heads, -1))
+
+        return make() if kept is None else kept.get((seen_BSD,), layers, make)
+
+
+def add(update: Tensor, tokens: Tensor) -> Tensor:
+    """Return the sum; in the memory of `update` where no backward needs it."""
+    if torch.is_grad_enabled() or update.dtype != tokens.dtype:
+        return tokens + update
+    return update.add_(tokens)

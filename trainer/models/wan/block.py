@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from trainer.attention.base import AttentionBackend
 from trainer.contract.variants import TransformerConfig
-from trainer.models.wan.attention import CrossAttention, SelfAttention
+from trainer.models.wan.attention import CrossAttention, SelfAttention, add
+from trainer.models.wan.kept import KeptResults
 from trainer.models.wan.token_parts import in_parts
 
 _ALL = slice(None)
@@ -67,7 +68,12 @@ def modulated_norm(tokens_BLD: Tensor, shift: Tensor, scale: Tensor, eps: float)
 
 
 def gated_residual(tokens_BLD: Tensor, update_BLD: Tensor, gate: Tensor) -> Tensor:
-    """Return tokens + gate · update; `gate` is (B, 1, D) or (B, L, D)."""
+    """Return tokens + gate · update; `gate` is (B, 1, D) or (B, L, D).
+
+    Where no backward needs the update, the result is in its memory.
+    """
+    if not torch.is_grad_enabled() and update_BLD.dtype == tokens_BLD.dtype:
+        return torch.addcmul(tokens_BLD, update_BLD, gate, out=update_BLD)
     if gate.requires_grad or gate.shape[1] != 1:
         return torch.addcmul(tokens_BLD, update_BLD, gate)
     return _frozen_gate(tokens_BLD, update_BLD, gate)
@@ -96,10 +102,20 @@ _frozen_gate = cast("Callable[..., Tensor]", _FrozenGate.apply)
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """What the tokens in front of the first block were made of; text is not among it."""
+
+    block: nn.Module
+    given: tuple[Tensor | None, ...]
+    layers: tuple[nn.Module, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BlockInputs:
     """What every block is given beside the tokens.
 
-    `attend_to_tokens` is the attention among the video tokens, where it is not `attend`.
+    `attend_to_tokens` is the attention among the video tokens, where it is not `attend`; `kept`
+    has results of earlier forwards of the same video, `start` is for the first block.
     """
 
     time: TimeModulation
@@ -109,12 +125,15 @@ class BlockInputs:
     image_BSD: Tensor | None
     attend: AttentionBackend
     attend_to_tokens: AttentionBackend | None = None
+    kept: KeptResults | None = None
+    start: Start | None = None
 
     def at(self, kept_L: Tensor | None) -> tuple[BlockInputs]:
         """Return the inputs for the tokens at the positions `kept_L` (None: all)."""
         if kept_L is None:
             return (self,)
-        return (replace(self, time=self.time.at(kept_L), rope_LK=self.rope_LK[kept_L]),)
+        time, rope_LK = self.time.at(kept_L), self.rope_LK[kept_L]
+        return (replace(self, time=time, rope_LK=rope_LK, start=None),)
 
 
 class WanBlock(nn.Module):
@@ -143,21 +162,35 @@ class WanBlock(nn.Module):
     def forward(self, tokens_BLD: Tensor, inputs: BlockInputs) -> Tensor:
         """Return the tokens after this block, (B, L, D)."""
         modulation = Modulation(self.modulation, inputs.time, tokens_BLD.dtype)
-        norm = partial(self._norm, modulation, 0)
-        attend = inputs.attend_to_tokens or inputs.attend
-        update = self.self_attn(tokens_BLD, norm, inputs.rope_LK, attend)
-        tokens_BLD = gated_residual(tokens_BLD, update, modulation.part(2))
-        tokens_BLD = tokens_BLD + self.cross_attn(
+        tokens_BLD = self._attended(tokens_BLD, modulation, inputs)
+        update = self.cross_attn(
             tokens_BLD,
             self.norm3,
             inputs.context_BTD,
             inputs.context_bias_BT,
             inputs.image_BSD,
             inputs.attend,
+            None if inputs.kept is None else inputs.kept.keys_and_values,
         )
+        tokens_BLD = add(update, tokens_BLD)
         feed = partial(self._feed_forward, modulation)
         (update,) = in_parts(feed, self.feed_forward_chunks, tokens_BLD)
         return gated_residual(tokens_BLD, update, modulation.part(5))
+
+    def _attended(self, tokens_BLD: Tensor, modulation: Modulation, inputs: BlockInputs) -> Tensor:
+        """Return the tokens behind self-attention."""
+
+        def make() -> Tensor:
+            norm = partial(self._norm, modulation, 0)
+            attend = inputs.attend_to_tokens or inputs.attend
+            update = self.self_attn(tokens_BLD, norm, inputs.rope_LK, attend)
+            return gated_residual(tokens_BLD, update, modulation.part(2))
+
+        start, starts = inputs.start, None if inputs.kept is None else inputs.kept.starts
+        if starts is None or start is None or start.block is not self:
+            return make()
+        given, layers = (*start.given, self.modulation), (*start.layers, self.self_attn)
+        return starts.get(given, layers, make, twice=True)
 
     def _norm(self, modulation: Modulation, first: int, tokens_BLD: Tensor, span: slice) -> Tensor:
         """Norm the tokens of `span`; shift and scale are parts `first` and the next one."""
@@ -168,4 +201,8 @@ class WanBlock(nn.Module):
     def _feed_forward(
         self, modulation: Modulation, tokens_BLD: Tensor, span: slice
     ) -> tuple[Tensor]:
-        return (self.ffn(self._norm(modulation, 3, tokens_BLD, span)),)
+        normed_BLD = self._norm(modulation, 3, tokens_BLD, span)
+        if torch.is_grad_enabled():
+            return (self.ffn(normed_BLD),)
+        widen, _, narrow = self.ffn
+        return (narrow(torch.ops.aten.gelu_(widen(normed_BLD), approximate="tanh")),)

@@ -7,7 +7,7 @@ the one it was trained with. Layouts are those of the Wan 2.1 / 2.2 repositories
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -67,6 +67,32 @@ def image_conditioning(
         .expand(latents.shape[0], -1, -1, *latents.shape[3:])
     )
     return torch.cat([mask_BMFHW, latents], dim=1)
+
+
+def one_frame_conditioning(
+    vae: LatentEncoder, images_B3HW: Sequence[Tensor], places: Sequence[int]
+) -> Tensor:
+    """Return the channels of I2V and FLF2V transformers in musubi-tuner's one-frame mode.
+
+    Every picture is a latent frame of its own, encoded alone and marked as given; the one left is
+    the frame to be made, grey.
+
+    Args:
+        vae: encodes.
+        images_B3HW: pixels in [-1, 1], one after the other.
+        places: latent frame of each, of len(images) + 1.
+
+    Returns:
+        (B, 4 + C, F, H, W), the 4 mask channels first, dtype and device of the VAE's latents.
+    """
+    grey = vae.encode(torch.zeros_like(images_B3HW[0]).unsqueeze(2))
+    frames = [grey] * (len(images_B3HW) + 1)
+    for place, image in zip(places, images_B3HW, strict=True):
+        frames[place] = vae.encode(image.unsqueeze(2))
+    latents = torch.cat(frames, dim=2)
+    mask = torch.zeros_like(latents[:, :1]).repeat(1, vae.stride[0], 1, 1, 1)
+    mask[:, :, list(places)] = 1
+    return torch.cat([mask, latents], dim=1)
 
 
 def frame_mask(num_frames: int, frame_stride: int = 4, *, last: bool = False) -> Tensor:

@@ -24,7 +24,11 @@ def axis_sizes(head_dim: int) -> tuple[int, int, int]:
 
 
 def rope_table(
-    grid: tuple[int, int, int], head_dim: int, theta: float, device: torch.device
+    grid: tuple[int, int, int],
+    head_dim: int,
+    theta: float,
+    device: torch.device,
+    frames: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Return cos and sin of every token's angles, pairwise: (L, K) float32.
 
@@ -36,17 +40,23 @@ def rope_table(
         head_dim: K, even.
         theta: base of the frequencies.
         device: where the table shall be.
+        frames: position of each frame; None: 0, 1, 2, …
     """
     # A sampler may ask first, in inference mode; the table must serve training as well.
     with torch.inference_mode(False):
-        return _rope_table(grid, head_dim, theta).to(device)
+        return _rope_table(grid, head_dim, theta, frames).to(device)
 
 
-def _rope_table(grid: tuple[int, int, int], head_dim: int, theta: float) -> Tensor:
+def _rope_table(
+    grid: tuple[int, int, int], head_dim: int, theta: float, frames: tuple[int, ...] | None
+) -> Tensor:
     angles = []
     for axis, (positions, size) in enumerate(zip(grid, axis_sizes(head_dim), strict=True)):
         exponents = torch.arange(0, size, 2, dtype=torch.float64) / max(size, 1)
-        angle = torch.outer(torch.arange(positions, dtype=torch.float64), theta**-exponents)
+        places = torch.arange(positions, dtype=torch.float64)
+        if axis == 0 and frames is not None:
+            places = torch.tensor(frames, dtype=torch.float64)
+        angle = torch.outer(places, theta**-exponents)
         shape = [1, 1, 1, angle.shape[1]]
         shape[axis] = positions
         angles.append(angle.view(shape).expand(*grid, -1))
@@ -68,8 +78,17 @@ class HeadNorm(nn.Module):
         self.eps = eps
 
     def forward(self, tokens_BLD: Tensor, rope_LK: Tensor | None = None) -> Tensor:
-        """Return (B, L, N, K) in the dtype of the input; float32 inside."""
-        return _norm_rotate(tokens_BLD, self.weight, rope_LK, self.num_heads, self.eps)
+        """Return (B, L, N, K) in the dtype of the input; float32 inside.
+
+        Without gradients a float32 input is used up: the result is in its memory.
+        """
+        if torch.is_grad_enabled():
+            return _norm_rotate(tokens_BLD, self.weight, rope_LK, self.num_heads, self.eps)
+        x = tokens_BLD.float()
+        scale_BL1 = _scale(x, self.eps)
+        out = x.mul_(self.weight.float()).view(*x.shape[:-1], self.num_heads, -1)
+        _turn(out, rope_LK, scale_BL1, back=False, out=out)
+        return out.to(tokens_BLD.dtype)
 
 
 class _NormRotate(torch.autograd.Function):
@@ -83,8 +102,7 @@ class _NormRotate(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         x = tokens_BLD.float()
-        square_sum = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
-        scale_BL1 = torch.rsqrt(square_sum / x.shape[-1] + eps)
+        scale_BL1 = _scale(x, eps)
         out = (x * weight_D.float()).view(*x.shape[:-1], num_heads, -1)
         _turn(out, rope_LK, scale_BL1, back=False, out=out)
         ctx.save_for_backward(tokens_BLD, weight_D, rope_LK, scale_BL1)
@@ -110,6 +128,12 @@ class _NormRotate(torch.autograd.Function):
 
 
 _norm_rotate = cast("Callable[..., Tensor]", _NormRotate.apply)
+
+
+def _scale(x_BLD: Tensor, eps: float) -> Tensor:
+    """Return 1 / root mean square of every token, (B, L, 1)."""
+    square_sum = torch.linalg.vector_norm(x_BLD, dim=-1, keepdim=True).square()
+    return torch.rsqrt(square_sum / x_BLD.shape[-1] + eps)
 
 
 def _turn(

@@ -11,7 +11,8 @@ T text tokens, S image tokens, U distinct timesteps, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import cast
@@ -29,6 +30,7 @@ from trainer.models.block_stack import BlockStack
 from trainer.models.wan.block import (
     BlockInputs,
     Modulation,
+    Start,
     TimeModulation,
     WanBlock,
     modulated_norm,
@@ -40,6 +42,7 @@ from trainer.models.wan.embeddings import (
     distinct_timesteps,
     sinusoid,
 )
+from trainer.models.wan.kept import KeptResults
 from trainer.models.wan.quantised import Quantisation
 from trainer.models.wan.rope import MAX_POSITIONS, rope_table
 
@@ -97,6 +100,7 @@ class WanTransformer(nn.Module):
         self.attend: AttentionBackend = TorchAttention()
         self.quantisation: Quantisation | None = None
         self.sequence: SequenceGroup | None = None
+        self._kept: KeptResults | None = None
         # Few: at 720p a table takes 40 MB. Own: a model on fake tensors keeps its to itself.
         self._rope_table = lru_cache(maxsize=4)(rope_table)
         dim = config.dim
@@ -154,6 +158,26 @@ class WanTransformer(nn.Module):
             raise ConfigError(problems=[problem])
         self.sequence = sequence
 
+    @contextmanager
+    def remembering(self, *, passes_alike: bool) -> Iterator[None]:
+        """Compute once what the forwards of one video have in common; to the last bit the same.
+
+        That is embedded texts, images and timesteps, keys and values of cross-attention, and the
+        first block's self-attention for the passes of one step. Only in evaluation mode without
+        gradients. It takes memory: nothing is remembered where blocks are streamed or partitioned,
+        where that is scarce, nor by compiled blocks.
+
+        Args:
+            passes_alike: forwards of a step differ in their text alone.
+        """
+        before, self._kept = self._kept, None
+        if self.blocks.swap is None and not any(map(_is_compiled_or_partitioned, self.blocks)):
+            self._kept = KeptResults(len(self.blocks), starts=passes_alike)
+        try:
+            yield
+        finally:
+            self._kept = before
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that tokens have between the blocks."""
@@ -168,6 +192,7 @@ class WanTransformer(nn.Module):
         extra_channels: Tensor | None = None,
         image_context: Tensor | None = None,
         reference: Tensor | None = None,
+        frame_positions: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Return the velocity, shaped as the latents and in their dtype.
 
@@ -179,6 +204,7 @@ class WanTransformer(nn.Module):
             extra_channels: (B, C', F, H, W), put behind the latents on the channel axis.
             image_context: CLIP features (B, S, image_dim), S = 257; FLF2V 514, first then last.
             reference: latents (B, C, H, W) of a reference picture, for models with `ref_conv`.
+            frame_positions: place in time of each patch of latent frames; None: 0, 1, 2, …
 
         Raises:
             DataError: something is missing, superfluous or of a shape that does not fit.
@@ -195,17 +221,18 @@ class WanTransformer(nn.Module):
             seen = self.ref_conv(reference.to(self.dtype)).flatten(2).transpose(1, 2)
             tokens_BLD = torch.cat((seen, tokens_BLD), dim=1)
             f += 1
-        time_head, time_blocks = self._embed_time(timestep)
-        context_BTD, bias_BT = self._embed_text(context)
+        kept = None if self.training or torch.is_grad_enabled() else self._kept
+        time_head, time_blocks = self._embed_time(timestep, kept)
+        context_BTD, bias_BT = self._embed_text(context, kept)
         given = BlockInputs(
             time=time_blocks,
-            rope_LK=self._rope_table(
-                (f, h, w), self.config.head_dim, self.config.rope_theta, latents_BCFHW.device
-            ),
+            rope_LK=self._rope((f, h, w), frame_positions, latents_BCFHW.device),
             context_BTD=context_BTD,
             context_bias_BT=bias_BT,
-            image_BSD=None if image_context is None else self.img_emb(image_context.to(self.dtype)),
+            image_BSD=None if image_context is None else self._embed_image(image_context, kept),
             attend=self.attend,
+            kept=kept,
+            start=self._start(latents_BCFHW, timestep, extra_channels, reference),
         )
         shared = self.sequence
         if shared is not None:
@@ -218,6 +245,18 @@ class WanTransformer(nn.Module):
         else:
             patches = shared.gather(self.head(tokens_BLD, time_head), whole)[:, first:]
         return self._unpatch(patches.to(latents_BCFHW.dtype), batch, size)
+
+    def time_features(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the head (B, D) and the blocks (B, 6·D) are given of each timestep."""
+        head, blocks = self._embed_time(timestep_B)
+        return head.rows_UPD.flatten(1), blocks.rows_UPD.flatten(1)
+
+    def _rope(
+        self, grid: tuple[int, int, int], frames: tuple[int, ...] | None, device: torch.device
+    ) -> Tensor:
+        if frames is not None and len(frames) != grid[0]:
+            raise DataError(f"{len(frames)} frame positions for {grid[0]} frames")
+        return self._rope_table(grid, self.config.head_dim, self.config.rope_theta, device, frames)
 
     def _own_part(
         self,
@@ -234,25 +273,59 @@ class WanTransformer(nn.Module):
         # A copy, so that the whole can be freed before the first block runs.
         return tokens_BLD.index_select(1, own_M), own, time_head.at(own_M)
 
-    def _embed_time(self, timestep: Tensor) -> tuple[TimeModulation, TimeModulation]:
-        rows_U, row_BL = distinct_timesteps(timestep)
-        first = cast(nn.Linear, self.time_embedding[0])
-        time_UD = self.time_embedding(sinusoid(rows_U, self.config.freq_dim).to(first.weight.dtype))
-        parts_UE = self.time_projection(time_UD.to(self.dtype)).float()
-        parts_UPD = parts_UE.unflatten(-1, (6, self.config.dim))
-        return TimeModulation(time_UD.float().unsqueeze(1), row_BL), TimeModulation(
-            parts_UPD, row_BL
-        )
+    def _start(
+        self,
+        latents_BCFHW: Tensor,
+        timestep: Tensor,
+        extra_channels: Tensor | None,
+        reference: Tensor | None,
+    ) -> Start | None:
+        if reference is not None or not self.blocks.as_given:
+            return None
+        layers = (self.patch_embedding, self.time_embedding, self.time_projection)
+        return Start(self.blocks[0], (latents_BCFHW, timestep, extra_channels), layers)
 
-    def _embed_text(self, context: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        rows_BTD, bias_BT = prepare_context(
-            context,
-            self.config.text_len,
-            self.config.text_dim,
-            self.dtype,
-            compact=self.attend.takes_bias,
-        )
-        return self.text_embedding(rows_BTD), bias_BT
+    def _embed_time(
+        self, timestep: Tensor, kept: KeptResults | None = None
+    ) -> tuple[TimeModulation, TimeModulation]:
+        def make() -> tuple[TimeModulation, TimeModulation]:
+            rows_U, row_BL = distinct_timesteps(timestep)
+            first = cast(nn.Linear, self.time_embedding[0])
+            waves_UE = sinusoid(rows_U, self.config.freq_dim).to(first.weight.dtype)
+            time_UD = self.time_embedding(waves_UE)
+            parts_UE = self.time_projection(time_UD.to(self.dtype)).float()
+            parts_UPD = parts_UE.unflatten(-1, (6, self.config.dim))
+            rows_U1D = time_UD.float().unsqueeze(1)
+            return TimeModulation(rows_U1D, row_BL), TimeModulation(parts_UPD, row_BL)
+
+        if kept is None:
+            return make()
+        return kept.times.get((timestep,), (self.time_embedding, self.time_projection), make)
+
+    def _embed_text(
+        self, context: Tensor | Sequence[Tensor], kept: KeptResults | None
+    ) -> tuple[Tensor, Tensor | None]:
+        def make() -> tuple[Tensor, Tensor | None]:
+            rows_BTD, bias_BT = prepare_context(
+                context,
+                self.config.text_len,
+                self.config.text_dim,
+                self.dtype,
+                compact=self.attend.takes_bias,
+            )
+            return self.text_embedding(rows_BTD), bias_BT
+
+        if kept is None:
+            return make()
+        given = (context,) if isinstance(context, Tensor) else tuple(context)
+        return kept.texts.get(given, (self.text_embedding,), make)
+
+    def _embed_image(self, image_BSE: Tensor, kept: KeptResults | None) -> Tensor:
+        def make() -> Tensor:
+            tokens_BSD: Tensor = self.img_emb(image_BSE.to(self.dtype))
+            return tokens_BSD
+
+        return make() if kept is None else kept.images.get((image_BSE,), (self.img_emb,), make)
 
     def _unpatch(self, patches_BLE: Tensor, batch: int, size: list[int]) -> Tensor:
         pf, ph, pw = self.config.patch_size
@@ -358,6 +431,13 @@ def _channel_hint(config: TransformerConfig) -> str:
     if extra == 0:
         return "this is a text-to-video model: no extra channels"
     return f"{config.out_channels} latent channels and {extra} extra channels"
+
+
+def _is_compiled_or_partitioned(block: nn.Module) -> bool:
+    # ZeRO-3 gathers weights in an order that all processes must keep to.
+    return block._compiled_call_impl is not None or any(
+        hasattr(parameter, "ds_id") for parameter in block.parameters()
+    )
 
 
 def _without_channels(tensor: Tensor) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from trainer.sampling.schedule import training_grid_schedule
@@ -34,9 +35,10 @@ class _Taken:
 class UniPC:
     """Second order, first order for the first and the last step; corrects all but the last."""
 
+    evaluations = 1
     schedule = staticmethod(training_grid_schedule)
 
-    def __init__(self, sigmas: Tensor) -> None:
+    def __init__(self, sigmas: Tensor, _generator: torch.Generator | None = None) -> None:
         self._sigmas: list[float] = sigmas.double().tolist()
         if self._sigmas[0] >= 1:
             raise ValueError("UniPC needs a first sigma below 1: its log-SNR must be finite")

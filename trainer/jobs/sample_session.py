@@ -1,0 +1,179 @@
+"""The job `sample_session`: models that stay loaded, and one sample for each line of stdin.
+
+A line is JSON: `{"prompt": {"prompt": "a cat", "seed": 7}}` asks for a sample, `{"stop": true}`
+stops the one that is being made. A `phase` event named `ready` comes at first, and after each
+sample or the words on why there is none. The end of stdin ends the job.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from pydantic import ValidationError
+
+from trainer.contract.config import Prompt, RunConfig
+from trainer.contract.config_io import problems_of
+from trainer.contract.errors import ConfigError
+from trainer.contract.jobs import SampleSessionRequest
+from trainer.contract.variants import Variant
+from trainer.jobs.automatic_memory import clip_of, resolve_for_forwards
+from trainer.jobs.base import Emit, explain
+from trainer.jobs.build import pick_device
+from trainer.jobs.cache_run import progress_events
+from trainer.jobs.components import settle_variant
+from trainer.jobs.config_job import read_config
+from trainer.jobs.sample_failures import in_phase
+from trainer.jobs.sample_lora_checks import check_loras, check_merge
+from trainer.jobs.sample_loras import described, uses_in
+from trainer.jobs.sample_run import loaders_of, loras_of, merge_events, transformer_files
+from trainer.jobs.sample_studio import Studio, StudioOptions
+from trainer.sampling.requests import SampleRequest
+from trainer.sampling.results import write_sample
+
+READY = "ready"
+
+
+def run(request: SampleSessionRequest, emit: Emit) -> None:
+    """Make a sample for each line of stdin.
+
+    Raises:
+        MenmaError: the models cannot be used at all; what is wrong with one line is told and does
+            not end the job.
+    """
+    lines = Lines(sys.stdin)
+    config = read_config(request, "sample")
+    variant = settle_variant(config)
+    files = transformer_files(config, variant)
+    loras = loras_of(request, config, variant, files)
+    for note in check_loras(loras, variant, files):
+        emit("warning", message=note)
+    device = pick_device(config)
+    usual = SampleRequest.of("", variant, config.sampling)
+    if request.merge_loras:
+        check_merge(loras, [usual], config)
+    config = resolve_for_forwards(config, variant, device, [clip_of(usual)], emit)
+    tile = config.memory.vae_tile
+    options = StudioOptions(
+        loras=tuple(loras),
+        device=device,
+        merge_loras=request.merge_loras,
+        on_merge=merge_events(emit),
+        tile=(tile, tile) if tile else None,
+        keep=True,
+        warn=lambda words: emit("warning", message=words),
+    )
+    studio = Studio(variant, loaders_of(config, variant, files, device), options)
+    session = _Session(config, variant, studio, options, request.output, lines, emit)
+    emit("phase", name=READY)
+    for line in lines:
+        session.answer(line)
+        emit("phase", name=READY)
+    emit("end", reason="done", num_samples=session.num_made)
+
+
+class Lines:
+    """The lines of a stream, read ahead by a thread so that a stop is heard at once."""
+
+    def __init__(self, stream: Iterable[str]) -> None:
+        """Begin to read."""
+        self.stop = threading.Event()
+        self._queue: queue.Queue[Any] = queue.Queue()
+        reader = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        reader.start()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield each message that is no stop; a stop before a sample has begun does nothing."""
+        while (message := self._queue.get()) is not None:
+            yield message
+
+    def _read(self, stream: TextIO) -> None:
+        for line in stream:
+            try:
+                message = json.loads(line)
+            except ValueError:
+                message = {"wrong": line}
+            if isinstance(message, dict) and message.get("stop"):
+                self.stop.set()
+            elif message is not None:
+                self._queue.put(message)
+        self._queue.put(None)
+
+
+class _Stopped(Exception):
+    """The sample is not wanted any more."""
+
+
+@dataclass(slots=True)
+class _Session:
+    config: RunConfig
+    variant: Variant
+    studio: Studio
+    options: StudioOptions
+    output: Path
+    lines: Lines
+    emit: Emit
+    num_made: int = field(default=0)
+    _num_asked: int = field(default=0)
+
+    def answer(self, message: Any) -> None:
+        """Make what a line asks for, or say why not."""
+        self.lines.stop.clear()
+        try:
+            self._make(self._request(message))
+        except _Stopped:
+            self.emit("log", message="stopped; the models stay loaded")
+        except Exception as error:
+            known = explain(error)
+            if known is None:
+                raise
+            fields = {"message": known.message[:8000], "hint": known.hint}
+            self.emit("error", **fields, code=known.exit_code, of_line=True)
+
+    def _request(self, message: Any) -> SampleRequest:
+        wanted = message.get("prompt") if isinstance(message, dict) else None
+        try:
+            prompt = Prompt.model_validate(wanted)
+        except ValidationError as error:
+            raise ConfigError(problems=problems_of(error, Prompt)) from error
+        index, self._num_asked = self._num_asked, self._num_asked + 1
+        request = SampleRequest.of(prompt, self.variant, self.config.sampling, index=index)
+        request.check(self.variant)
+        return request
+
+    def _make(self, request: SampleRequest) -> None:
+        progress = progress_events(self.emit)
+
+        def on_step(done: int, steps: int) -> None:
+            progress("steps", done, steps)
+            self._leave_if_stopped()
+
+        self.studio.encode_texts([request])
+        self.studio.encode_files(request)
+        self._leave_if_stopped()
+        latents = self.studio.draw(request, on_step)
+        with in_phase("decode"), self.studio.decoding() as frames:
+            self._leave_if_stopped()
+            path = write_sample(
+                self.output,
+                f"{request.name or self.config.name}_{self._num_asked - 1:02d}",
+                request,
+                frames(latents),
+                metadata=self._metadata(request),
+            )
+        self.num_made += 1
+        self.emit("sample", path=str(path), prompt=request.prompt[:2000], seed=request.seed)
+
+    def _metadata(self, request: SampleRequest) -> dict[str, Any]:
+        loras = [described(use) for use in uses_in(request, self.options.loras)]
+        return {"variant": self.variant.name} | ({"loras": loras} if loras else {})
+
+    def _leave_if_stopped(self) -> None:
+        if self.lines.stop.is_set():
+            raise _Stopped

@@ -1,0 +1,251 @@
+"""The folder of a sheet: its samples, what is drawn and not decoded yet, its page and picture."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trainer.contract.config import RunConfig
+from trainer.contract.files import write_text
+from trainer.contract.variants import Expert, Variant
+from trainer.data.fingerprint import digest, model_identity
+from trainer.io.atomic_save import save_safetensors
+from trainer.jobs.sample_loras import described, uses_in
+from trainer.sampling.grid import Grid, GridCell, write_grid
+from trainer.sampling.matrix import Cell, Sheet
+from trainer.sampling.page import Page, PageCell, page_html
+from trainer.sampling.results import describe
+from trainer.sampling.video_io import Frame, read_video, write_png, write_video
+
+FRAMES_PER_CELL = 3
+"""Of a video on the contact sheet: the first, the last and what is between them."""
+_PAGE_EVERY_S = 10.0
+_HIDDEN = frozenset({"lora_strengths", "name"})
+"""What is told of a sample by other means."""
+
+
+@dataclass(frozen=True, slots=True)
+class SheetFacts:
+    """What holds for all samples."""
+
+    title: str
+    variant: str
+    models: tuple[str, ...]
+    """Identity of all that shapes a sample and is not in its request."""
+
+    @classmethod
+    def of(cls, config: RunConfig, variant: Variant, files: Mapping[Expert, Path]) -> SheetFacts:
+        """Return the facts of a config.
+
+        Raises:
+            ModelFileError: a model cannot be read.
+        """
+        model = config.model
+        paths = [*files.values(), model.vae, model.text_encoder, model.image_encoder]
+        identities = [model_identity(path) for path in paths if path is not None]
+        precision = str(config.memory.weight_format)
+        return cls(config.name, variant.name, (*identities, precision))
+
+
+class SheetFolder:
+    """Knows each cell by everything that shapes its sample, so that none is made twice."""
+
+    def __init__(self, root: Path, sheet: Sheet, facts: SheetFacts) -> None:
+        """Look which samples are there.
+
+        Raises:
+            ModelFileError: a LoRA or a checkpoint cannot be read.
+        """
+        self.page = root / "index.html"
+        self.contact_sheet = root / "sheet.png"
+        self._root = root
+        self._sheet = sheet
+        self._facts = facts
+        identity_of = cache(model_identity)
+        self._identities = {cell.place: self._identity(cell, identity_of) for cell in sheet.cells}
+        self._files = {
+            path.stem.rpartition("-")[2]: path
+            for path in sorted((root / "cells").glob("*-*.*"))
+            if path.suffix in {".mp4", ".png"} and not path.name.startswith(".")
+        }
+        self._page_due = 0.0
+
+    def identity(self, cell: Cell) -> str:
+        """Return what two cells have in common whose samples are the same."""
+        return self._identities[cell.place]
+
+    def missing(self) -> list[Cell]:
+        """Return the cells that have no file, each sample once."""
+        found = {self.identity(cell): cell for cell in reversed(self._sheet.cells)}
+        missing = [cell for identity, cell in found.items() if identity not in self._files]
+        return sorted(missing, key=lambda cell: cell.place)
+
+    def latents(self, cell: Cell) -> Path:
+        """Return where the latents of a cell wait for being decoded."""
+        return self._root / "latents" / f"{self.identity(cell)}.safetensors"
+
+    def keep_latents(self, cell: Cell, latents_BCFHW: Tensor) -> None:
+        """Write the latents of a cell.
+
+        Raises:
+            DiskError: disk full or read-only.
+        """
+        save_safetensors({"latents": latents_BCFHW}, self.latents(cell))
+
+    def read_latents(self, cell: Cell) -> Tensor:
+        """Return what `keep_latents` has written."""
+        return load_file(self.latents(cell))["latents"]
+
+    def write(self, cell: Cell, frames: Iterable[Frame]) -> Path:
+        """Write the sample of a cell; its latents are not needed any more.
+
+        Raises:
+            DiskError: disk full or read-only.
+        """
+        request = cell.request
+        stem = self._root / "cells" / f"{self._slug(cell)}-{self.identity(cell)}"
+        metadata = describe(request) | {"variant": self._facts.variant}
+        if loras := self._loras(cell):
+            metadata["loras"] = loras
+        if request.num_frames == 1:
+            path = stem.with_name(f"{stem.name}.png")
+            write_png(path, next(iter(frames)), metadata)
+        else:
+            path = stem.with_name(f"{stem.name}.mp4")
+            write_video(path, frames, request.fps, metadata)
+        self._files[self.identity(cell)] = path
+        self.latents(cell).unlink(missing_ok=True)
+        with suppress(OSError):  # others wait in it
+            self.latents(cell).parent.rmdir()
+        return path
+
+    def write_page_now_and_then(self, failures: Mapping[str, str]) -> None:
+        """Write the page, unless that was a moment ago."""
+        if time.monotonic() >= self._page_due:
+            self.write_page(failures)
+            self._page_due = time.monotonic() + _PAGE_EVERY_S
+
+    def write_page(self, failures: Mapping[str, str]) -> None:
+        """Write the HTML page: samples, failures (by identity), and what is not made yet.
+
+        Raises:
+            DiskError: disk full or read-only.
+        """
+        sheet = self._sheet
+        page = Page(
+            title=self._facts.title,
+            fixed=self._fixed(),
+            axes=[(axis.name, axis.labels) for axis in sheet.axes],
+            row_axes=sheet.row_axes,
+            columns=sheet.columns,
+            rows=[[self._page_cell(cell, failures) for cell in row] for _, row in sheet.rows()],
+        )
+        write_text(self.page, page_html(page))
+
+    def write_contact_sheet(self, failures: Mapping[str, str]) -> None:
+        """Write the picture of all samples.
+
+        Raises:
+            DiskError: disk full or read-only.
+        """
+        sheet = self._sheet
+        rows = [
+            (self._row_heading(cells[0]), [self._grid_cell(cell, failures) for cell in cells])
+            for _, cells in sheet.rows()
+        ]
+        column = sheet.axes[sheet.columns]
+        first = sheet.cells[0].request
+        columns = [_heading(column.name, label) for label in column.labels]
+        grid = Grid(
+            title=self._facts.title,
+            note=" · ".join(f"{key} {value}" for key, value in self._fixed()),
+            corner=" · ".join(sheet.axes[axis].name for axis in sheet.row_axes),
+            columns=columns if len(columns) > 1 else [""],
+            rows=rows,
+            aspect=(first.width, first.height),
+        )
+        write_grid(self.contact_sheet, grid)
+
+    def _identity(self, cell: Cell, identity_of: Callable[[Path], str]) -> str:
+        request = {k: v for k, v in describe(cell.request).items() if k not in _HIDDEN}
+        loras = [
+            [identity_of(use.path), described(use)]
+            for use in uses_in(cell.request, self._sheet.loras)
+            if use.acts(high_noise=True) or use.acts(high_noise=False)
+        ]
+        base = [identity_of(path) for path in cell.base]
+        return digest([request, loras, base, list(self._facts.models)])[:12]
+
+    def _loras(self, cell: Cell) -> list[dict[str, Any]]:
+        uses = uses_in(cell.request, self._sheet.loras)
+        return [
+            described(use)
+            for use in uses
+            if use.acts(high_noise=True) or use.acts(high_noise=False)
+        ]
+
+    def _slug(self, cell: Cell) -> str:
+        parts = [
+            f"{self._sheet.axes[axis].name}-{self._sheet.label(cell, axis)[:24]}"
+            for axis in self._sheet.varied
+        ]
+        slug = re.sub(r"[^\w.+-]+", "_", "_".join(parts))
+        return slug[:100].strip("_.") or "sample"
+
+    def _fixed(self) -> list[tuple[str, str]]:
+        told = [describe(cell.request) for cell in self._sheet.cells]
+        first = told[0]
+        same = [
+            (key, _plain(value))
+            for key, value in first.items()
+            if key not in _HIDDEN and all(one.get(key) == value for one in told)
+        ]
+        return [("model", self._facts.variant), *same]
+
+    def _page_cell(self, cell: Cell, failures: Mapping[str, str]) -> PageCell:
+        identity = self.identity(cell)
+        path = self._files.get(identity)
+        lines = [f"{k}: {_plain(v)}" for k, v in describe(cell.request).items() if k not in _HIDDEN]
+        lines += [f"lora: {one['file']}, strength {one['strength']:g}" for one in self._loras(cell)]
+        lines += [f"base: {base.name}" for base in cell.base]
+        return PageCell(
+            cell.place,
+            file=path.relative_to(self._root).as_posix() if path else "",
+            failure="" if path else failures.get(identity, ""),
+            details="\n".join(lines),
+        )
+
+    def _grid_cell(self, cell: Cell, failures: Mapping[str, str]) -> GridCell:
+        path = self._files.get(self.identity(cell))
+        if path is None:
+            failure = failures.get(self.identity(cell))
+            words = "not made yet" if failure is None else f"failed: {failure}"
+            return GridCell(words=words, failed=failure is not None)
+        frames = read_video(path).frames
+        num = min(FRAMES_PER_CELL, len(frames))
+        chosen = np.linspace(0, len(frames) - 1, num).round().astype(int)
+        return GridCell(frames=[frames[index].copy() for index in chosen])
+
+    def _row_heading(self, cell: Cell) -> str:
+        sheet = self._sheet
+        return "\n".join(
+            _heading(sheet.axes[axis].name, sheet.label(cell, axis)) for axis in sheet.row_axes
+        )
+
+
+def _heading(key: str, label: str) -> str:
+    return label if key == "prompt" else f"{key} {label}"
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(_plain, value)) if isinstance(value, list) else f"{value}"
