@@ -353,6 +353,9 @@ class SamplingSection(SectionDenoising, Repeated):
     """`[[sampling.prompts]]`: what to sample."""
     prompts_file: Path | None = None
     """Prompts in a .txt (musubi-tuner's flags), .toml or .json file instead."""
+    text_cache: Path | None = None
+    """Folder where encoded prompts are kept, so that the text encoder is not loaded for a text
+    that it has encoded before; empty: nothing is kept."""
     wildcards: bool = False
     """Choose among `{a|b|c}` and replace `__name__` in prompts, by the seed; off: braces stay."""
     wildcards_folder: Path = Path("wildcards")
