@@ -212,7 +212,7 @@ class WanTransformer(nn.Module):
         self._check_latents(latents_BCFHW, extra_channels)
         batch, _, *size = latents_BCFHW.shape
         f, h, w = (n // p for n, p in zip(size, self.config.patch_size, strict=True))
-        self._check_conditioning(latents_BCFHW, timestep, context, image_context, reference)
+        _check_conditioning(self.config, latents_BCFHW, timestep, context, image_context, reference)
         inputs = latents_BCFHW
         if extra_channels is not None:
             inputs = torch.cat((latents_BCFHW, extra_channels.to(latents_BCFHW)), dim=1)
@@ -356,36 +356,6 @@ class WanTransformer(nn.Module):
                     hint=f"give a multiple of {patch}, at most {MAX_POSITIONS * patch}",
                 )
 
-    def _check_conditioning(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        context: Tensor | Sequence[Tensor],
-        image: Tensor | None,
-        reference: Tensor | None,
-    ) -> None:
-        batch, _, *size = latents.shape
-        tokens = math.prod(size) // math.prod(self.config.patch_size)
-        if tuple(timestep.shape) not in {(batch,), (batch, tokens)}:
-            raise DataError(
-                f"timestep has the shape {tuple(timestep.shape)}; ({batch},) or "
-                f"({batch}, {tokens}) is needed"
-            )
-        if len(context) != batch:
-            raise DataError(f"{len(context)} text embeddings for {batch} samples")
-        wanted = _image_shape(self.config, batch)
-        given = None if image is None else tuple(image.shape)
-        if given != wanted:
-            raise DataError(f"image context: {given} was given, {wanted} is needed")
-        if reference is None:
-            return
-        if not self.config.reference_conv:
-            raise DataError("this model takes no reference picture")
-        if tuple(reference.shape) != (batch, self.config.out_channels, *size[1:]):
-            raise DataError(f"the reference {tuple(reference.shape)} does not fit the latents")
-        if timestep.dim() == 2:
-            raise DataError("one timestep per token and a reference picture exclude one another")
-
 
 def initialise(model: WanTransformer, generator: torch.Generator) -> None:
     """Give `model` fresh weights: uniform Xavier linears, small embeddings, zero output.
@@ -417,6 +387,37 @@ def _check_config(config: TransformerConfig) -> None:
         )
     if config.freq_dim % 2:
         raise ConfigError(f"freq_dim must be even, not {config.freq_dim}")
+
+
+def _check_conditioning(
+    config: TransformerConfig,
+    latents: Tensor,
+    timestep: Tensor,
+    context: Tensor | Sequence[Tensor],
+    image: Tensor | None,
+    reference: Tensor | None,
+) -> None:
+    batch, _, *size = latents.shape
+    tokens = math.prod(size) // math.prod(config.patch_size)
+    if tuple(timestep.shape) not in {(batch,), (batch, tokens)}:
+        raise DataError(
+            f"timestep has the shape {tuple(timestep.shape)}; ({batch},) or "
+            f"({batch}, {tokens}) is needed"
+        )
+    if len(context) != batch:
+        raise DataError(f"{len(context)} text embeddings for {batch} samples")
+    wanted = _image_shape(config, batch)
+    given = None if image is None else tuple(image.shape)
+    if given != wanted:
+        raise DataError(f"image context: {given} was given, {wanted} is needed")
+    if reference is None:
+        return
+    if not config.reference_conv:
+        raise DataError("this model takes no reference picture")
+    if tuple(reference.shape) != (batch, config.out_channels, *size[1:]):
+        raise DataError(f"the reference {tuple(reference.shape)} does not fit the latents")
+    if timestep.dim() == 2:
+        raise DataError("one timestep per token and a reference picture exclude one another")
 
 
 def _image_shape(config: TransformerConfig, batch: int) -> tuple[int, int, int] | None:
