@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,9 +38,10 @@ from trainer.jobs.sample_run import (
 from trainer.jobs.sample_sheet_folder import SheetFacts, SheetFolder
 from trainer.jobs.sample_studio import Studio, StudioOptions
 from trainer.jobs.step_cache_values import step_cache_values
+from trainer.sampling.inputs import check_inputs
 from trainer.sampling.matrix import Cell, build_sheet
-
-BaseLoader = Callable[[tuple[Path, ...]], Callable[[Expert], nn.Module] | None]
+from trainer.sampling.schedule import walk_of
+from trainer.sampling.step_cache.values import StepCacheValues
 
 
 def run(request: SampleMatrixRequest, emit: Emit) -> None:
@@ -54,10 +55,10 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
         RunError: a sample failed; after all others were made.
         MenmaError: no sample can be made, or nothing can be written.
     """
+    if request.merge_loras or request.calibrate:
+        raise ConfigError("a sheet merges no LoRAs and calibrates nothing", hint="do it without")
     config = read_config(request, "sample")
     variant = settle_variant(config)
-    if request.merge_loras:
-        raise ConfigError("a sheet attaches its LoRAs", hint="leave out merging them")
     prompts, axes = _prompts_and_axes(request, config)
     check_axes(axes, len(prompts))
     files = transformer_files(config, variant)
@@ -69,6 +70,9 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
     )  # fmt: skip
     for note in check_loras(sheet.loras, variant, files):
         emit("warning", message=note)
+    cells = [cell.request for cell in sheet.cells]
+    for note in check_inputs(cells, multiple=variant.pixel_multiple, place="samples"):
+        emit("log", message=note)
     device = pick_device(config)
     clips = list({clip_of(cell.request): None for cell in sheet.cells})
     config = resolve_for_forwards(config, variant, device, clips, emit)
@@ -81,13 +85,14 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
         loras=sheet.loras,
         device=device,
         tile=(tile, tile) if tile else None,
-        step_cache=step_cache_values(
-            config, variant, lambda: files, [cell.request for cell in sheet.cells]
-        ),
         warn=lambda words: emit("warning", message=words),
     )
     studio = Studio(variant, loaders_of(config, variant, files, device), options)
-    making = _Making(folder, studio, _base_loader(config, variant, files, device), emit)
+    bases = {
+        base: _Base.of(base, config, variant, files, sheet.cells)
+        for base in dict.fromkeys(cell.base for cell in sheet.cells)
+    }
+    making = _Making(config, device, folder, studio, bases, emit)
     try:
         making.draw(missing)
         making.decode(missing)
@@ -112,20 +117,27 @@ def _prompts_and_axes(
     return prompts, [axis for axis in request.axes if axis.key != PROMPT]
 
 
-def _base_loader(
-    config: RunConfig, variant: Variant, files: TransformerFiles, device: torch.device
-) -> BaseLoader:
-    """Return what gives the loader of a cell's own transformers."""
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """The transformers of some cells, and what step caches know of them."""
 
-    def loader(base: tuple[Path, ...]) -> Callable[[Expert], nn.Module] | None:
-        if not base:
-            return None
+    files: TransformerFiles
+    step_cache: StepCacheValues
+
+    @classmethod
+    def of(
+        cls,
+        base: tuple[Path, ...],
+        config: RunConfig,
+        variant: Variant,
+        files: TransformerFiles,
+        cells: Sequence[Cell],
+    ) -> _Base:
         own = dict(files)
         for path in base:
             own[_expert_of(path) if variant.experts else "low_noise"] = path
-        return lambda expert: freeze(load_base(config, own[expert], expert=expert, device=device))
-
-    return loader
+        requests = [cell.request for cell in cells if cell.base == base]
+        return cls(own, step_cache_values(config, variant, lambda: own, requests))
 
 
 def _expert_of(path: Path) -> Expert:
@@ -140,9 +152,11 @@ def _expert_of(path: Path) -> Expert:
 class _Making:
     """The samples of one start of the job."""
 
+    config: RunConfig
+    device: torch.device
     folder: SheetFolder
     studio: Studio
-    base_loader: BaseLoader
+    bases: Mapping[tuple[Path, ...], _Base]
     emit: Emit
     failures: dict[str, str] = field(default_factory=dict)
     """Identity of a cell -> what went wrong."""
@@ -159,7 +173,7 @@ class _Making:
             with self._failure_of(cell):
                 self.studio.encode_files(cell.request)
         cells = [cell for cell in cells if self.folder.identity(cell) not in self.failures]
-        total, done = sum(cell.request.num_steps for cell in cells), 0
+        total, done = sum(walk_of(cell.request).num_steps for cell in cells), 0
         base: tuple[Path, ...] = ()
         # Stable: one load for each base, and the order of the sheet within it.
         for number, cell in enumerate(sorted(cells, key=lambda cell: cell.base), start=1):
@@ -171,9 +185,11 @@ class _Making:
             with self._failure_of(cell):
                 if cell.base != base:
                     base = cell.base
-                    self.studio.change_base(self.base_loader(base))
-                self.folder.keep_latents(cell, self.studio.draw(cell.request, on_step))
-            done += cell.request.num_steps
+                    self.studio.change_base(self._loader(base))
+                step_cache = self.bases[base].step_cache
+                latents = self.studio.draw(cell.request, on_step, step_cache)
+                self.folder.keep_latents(cell, latents)
+            done += walk_of(cell.request).num_steps
         self.studio.change_base(None)
 
     def decode(self, cells: Sequence[Cell]) -> None:
@@ -205,6 +221,15 @@ class _Making:
                 hint=f"see {self.folder.page}; the same command tries these again",
             )
         self.emit("end", reason="done", num_samples=num_cells, page=str(self.folder.page))
+
+    def _loader(self, base: tuple[Path, ...]) -> Callable[[Expert], nn.Module]:
+        files = self.bases[base].files
+
+        def load(expert: Expert) -> nn.Module:
+            path = files[expert]
+            return freeze(load_base(self.config, path, expert=expert, device=self.device))
+
+        return load
 
     @contextmanager
     def _failure_of(self, cell: Cell) -> Iterator[None]:

@@ -32,8 +32,16 @@ from trainer.jobs.config_job import read_config
 from trainer.jobs.sample_failures import in_phase
 from trainer.jobs.sample_lora_checks import check_loras, check_merge
 from trainer.jobs.sample_loras import described, uses_in
-from trainer.jobs.sample_run import loaders_of, loras_of, merge_events, transformer_files
+from trainer.jobs.sample_run import (
+    TransformerFiles,
+    loaders_of,
+    loras_of,
+    merge_events,
+    transformer_files,
+)
 from trainer.jobs.sample_studio import Studio, StudioOptions
+from trainer.jobs.step_cache_values import step_cache_values
+from trainer.sampling.inputs import check_inputs
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import write_sample
 
@@ -48,6 +56,8 @@ def run(request: SampleSessionRequest, emit: Emit) -> None:
             not end the job.
     """
     lines = Lines(sys.stdin)
+    if request.calibrate:
+        raise ConfigError("a session calibrates nothing", hint="calibrate once, without it")
     config = read_config(request, "sample")
     variant = settle_variant(config)
     files = transformer_files(config, variant)
@@ -70,7 +80,7 @@ def run(request: SampleSessionRequest, emit: Emit) -> None:
         warn=lambda words: emit("warning", message=words),
     )
     studio = Studio(variant, loaders_of(config, variant, files, device), options)
-    session = _Session(config, variant, studio, options, request.output, lines, emit)
+    session = _Session(config, variant, files, studio, options, request.output, lines, emit)
     emit("phase", name=READY)
     for line in lines:
         session.answer(line)
@@ -114,6 +124,7 @@ class _Stopped(Exception):
 class _Session:
     config: RunConfig
     variant: Variant
+    files: TransformerFiles
     studio: Studio
     options: StudioOptions
     output: Path
@@ -145,6 +156,8 @@ class _Session:
         index, self._num_asked = self._num_asked, self._num_asked + 1
         request = SampleRequest.of(prompt, self.variant, self.config.sampling, index=index)
         request.check(self.variant)
+        for note in check_inputs([request], multiple=self.variant.pixel_multiple):
+            self.emit("log", message=note)
         return request
 
     def _make(self, request: SampleRequest) -> None:
@@ -154,10 +167,11 @@ class _Session:
             progress("steps", done, steps)
             self._leave_if_stopped()
 
+        step_cache = step_cache_values(self.config, self.variant, lambda: self.files, [request])
         self.studio.encode_texts([request])
         self.studio.encode_files(request)
         self._leave_if_stopped()
-        latents = self.studio.draw(request, on_step)
+        latents = self.studio.draw(request, on_step, step_cache)
         with in_phase("decode"), self.studio.decoding() as frames:
             self._leave_if_stopped()
             path = write_sample(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,8 +22,8 @@ from trainer.contract.variants import Expert, Variant
 from trainer.data.fingerprint import digest, model_identity
 from trainer.io.atomic_save import save_safetensors
 from trainer.jobs.sample_loras import described, uses_in
-from trainer.sampling.grid import Grid, GridCell, write_grid
-from trainer.sampling.matrix import Cell, Sheet
+from trainer.sampling.grid import Grid, GridCell, is_drawable, write_grid
+from trainer.sampling.matrix import Cell, Sheet, short
 from trainer.sampling.page import Page, PageCell, page_html
 from trainer.sampling.results import describe
 from trainer.sampling.video_io import Frame, read_video, write_png, write_video
@@ -168,7 +169,7 @@ class SheetFolder:
         columns = [_heading(column.name, label) for label in column.labels]
         grid = Grid(
             title=self._facts.title,
-            note=" · ".join(f"{key} {value}" for key, value in self._fixed()),
+            note=" · ".join(f"{key} {text}" for key, text in self._fixed() if is_drawable(text)),
             corner=" · ".join(sheet.axes[axis].name for axis in sheet.row_axes),
             columns=columns if len(columns) > 1 else [""],
             rows=rows,
@@ -183,8 +184,9 @@ class SheetFolder:
             for use in uses_in(cell.request, self._sheet.loras)
             if use.acts(high_noise=True) or use.acts(high_noise=False)
         ]
-        base = [identity_of(path) for path in cell.base]
-        return digest([request, loras, base, list(self._facts.models)])[:12]
+        own = [identity_of(path) for path in (*cell.base, *cell.request.files.values())]
+        request = json.loads(json.dumps(request, default=str))
+        return digest([request, loras, own, list(self._facts.models)])[:12]
 
     def _loras(self, cell: Cell) -> list[dict[str, Any]]:
         uses = uses_in(cell.request, self._sheet.loras)
@@ -206,7 +208,7 @@ class SheetFolder:
         told = [describe(cell.request) for cell in self._sheet.cells]
         first = told[0]
         same = [
-            (key, _plain(value))
+            (key, short(_plain(value)))
             for key, value in first.items()
             if key not in _HIDDEN and all(one.get(key) == value for one in told)
         ]
@@ -248,4 +250,7 @@ def _heading(key: str, label: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    return " ".join(map(_plain, value)) if isinstance(value, list) else f"{value}"
+    """Return a value in words; of equal ones, such as the guidance of both experts, one."""
+    if isinstance(value, list | tuple):
+        return " ".join(dict.fromkeys(map(_plain, value)))
+    return f"{value:g}" if isinstance(value, float) else f"{value}"

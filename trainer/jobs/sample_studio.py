@@ -41,8 +41,6 @@ class StudioOptions:
     """(height, width) in pixels: decode in overlapping tiles."""
     keep: bool = False
     """Encoders and VAE wait in RAM between uses; else they are loaded anew each time."""
-    step_cache: StepCacheValues = field(default_factory=StepCacheValues)
-    """What step caches know of the model."""
     warn: Callable[[str], None] = lambda _words: None
     """Told of what works, but not as well as it might."""
 
@@ -83,7 +81,7 @@ class Studio:
         key = _seen(request)
         if key in self._conditions:
             return
-        if not _sees_files(request):
+        if not request.files:
             self._conditions[key] = Conditions()
             return
         with (
@@ -101,8 +99,13 @@ class Studio:
         self._loras = self._new_loras()
         release(self._options.device)
 
-    def draw(self, request: SampleRequest, on_step: OnStep) -> Tensor:
+    def draw(self, request: SampleRequest, on_step: OnStep, step_cache: StepCacheValues) -> Tensor:
         """Return the latents of a request that is encoded, (1, C, F, H, W), float32 on the CPU.
+
+        Args:
+            request: what to draw.
+            on_step: told of each evaluation; may raise to stop.
+            step_cache: what step caches know of the transformers.
 
         Raises:
             NonFiniteError: they became NaN or infinite.
@@ -113,7 +116,7 @@ class Studio:
             transformer=lambda expert: self._loras.ready(self._switch(expert), expert),
             contexts=self._texts,
             device=self._options.device,
-            step_cache=self._options.step_cache,
+            step_cache=step_cache,
         )
 
         def step_done(done: int, steps: int) -> None:
@@ -192,10 +195,6 @@ def _move(model: Any, device: torch.device) -> None:
         model.to(device)
 
 
-def _sees_files(request: SampleRequest) -> bool:
-    return request.image is not None or request.control is not None
-
-
 def _seen(request: SampleRequest) -> SampleRequest:
     """Return what two requests have in common whose files are encoded alike."""
     return replace(
@@ -210,7 +209,9 @@ def _seen(request: SampleRequest) -> SampleRequest:
         guidance_scale=(1.0, 1.0),
         flow_shift=1.0,
         solver="",
+        schedule="",
+        strength=None,
+        denoising=DenoisingOptions(),
         fps=1,
         lora_strengths=None,
-        denoising=DenoisingOptions(),
     )

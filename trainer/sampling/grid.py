@@ -86,6 +86,11 @@ def write_grid(path: Path, grid: Grid, *, height: int = 168) -> None:
     write_png(path, np.asarray(sheet))
 
 
+def is_drawable(text: str) -> bool:
+    """Tell whether the font that Pillow brings along has the characters: it knows Latin alone."""
+    return all(ord(character) < 0x250 or character in "–—‘’“”…·" for character in text)
+
+
 def _draw_rows(
     sheet: Image.Image, grid: Grid, place: tuple[int, int, int], widths: Sequence[int]
 ) -> None:

@@ -239,13 +239,13 @@ def _request(
 
 
 def _prompt_label(prompt: Prompt) -> str:
-    return _short(prompt.name or prompt.prompt)
+    return short(prompt.name or prompt.prompt)
 
 
 def _labels(axis: Axis, wearing: _Wearing) -> list[str]:
     if axis.key == CHECKPOINT:
-        return _unique([_short(_name(pair)) for pair in wearing.checkpoints])
-    return _unique([_short(_text(value)) for value in axis.values])
+        return _unique([short(_name(pair)) for pair in wearing.checkpoints])
+    return _unique([short(_text(value)) for value in axis.values])
 
 
 def _name(pair: Sequence[Path]) -> str:
@@ -258,7 +258,8 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """Return a text on one line, of `MAX_LABEL` characters at most."""
     line = " ".join(text.split())
     return line if len(line) <= MAX_LABEL else f"{line[: MAX_LABEL - 1]}…"
 

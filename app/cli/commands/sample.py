@@ -35,6 +35,7 @@ from app.cli.sample_guidance_options import (
     StepCacheRetention,
     StepCacheStart,
     StepCacheThreshold,
+    refuse_calibration,
     slg_settings,
 )
 from app.cli.sample_lora_options import MergeLoras, SampleLoras, sample_lora
@@ -177,36 +178,19 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
 
     config, run_dir = config_and_run(source)
     settings = {
-        "negative_prompt": negative_prompt,
-        "width": width,
-        "height": height,
-        "num_frames": frames,
-        "num_steps": steps,
-        "guidance_scale": guidance,
-        "guidance_scale_high_noise": guidance_high_noise,
-        "cfg_skip_mode": cfg_skip,
-        "cfg_apply_ratio": cfg_apply_ratio,
-        "cfg_zero_star": cfg_zero_star,
-        "cfg_zero_init_steps": cfg_zero_init_steps,
-        "guidance_rescale": guidance_rescale,
-        **slg_settings(slg_layers, slg_mode),
-        "slg_scale": slg_scale,
-        "slg_start": slg_start,
-        "slg_end": slg_end,
-        "cfg_batch": cfg_batch,
-        "step_cache": step_cache,
-        "step_cache_threshold": step_cache_threshold,
-        "step_cache_start": step_cache_start,
+        "negative_prompt": negative_prompt, "width": width, "height": height,
+        "num_frames": frames, "num_steps": steps, "guidance_scale": guidance,
+        "guidance_scale_high_noise": guidance_high_noise, "cfg_skip_mode": cfg_skip,
+        "cfg_apply_ratio": cfg_apply_ratio, "cfg_zero_star": cfg_zero_star,
+        "cfg_zero_init_steps": cfg_zero_init_steps, "guidance_rescale": guidance_rescale,
+        **slg_settings(slg_layers, slg_mode), "slg_scale": slg_scale, "slg_start": slg_start,
+        "slg_end": slg_end, "cfg_batch": cfg_batch, "step_cache": step_cache,
+        "step_cache_threshold": step_cache_threshold, "step_cache_start": step_cache_start,
         "step_cache_max_skips": step_cache_max_skips,
-        "step_cache_retention": step_cache_retention,
-        "step_cache_file": _text(step_cache_file),
-        "flow_shift": shift,
-        "solver": solver,
-        "schedule": schedule,
-        "seed": seed,
-        "fps": fps,
+        "step_cache_retention": step_cache_retention, "step_cache_file": _text(step_cache_file),
+        "flow_shift": shift, "solver": solver, "schedule": schedule, "seed": seed, "fps": fps,
         **wildcard_settings(wildcards, wildcards_folder),
-    }
+    }  # fmt: skip
     files = {"image": image, "last_image": last_image, "control": control, "video": video}
     of_prompts = {
         "strength": strength,
@@ -226,24 +210,33 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "calibrate": calibrate,
     }
     sheet = sheet_fields(request, vary, matrix, columns)
+    refuse_calibration(calibrate, is_sheet=bool(sheet), interactive=interactive)
     if interactive:
-        from app.cli.sample_session import run_session
-
         refuse_with_session(request, sheet)
-        _check(config, request, needs_prompts=False)
-        run_session(request, as_json=as_json)
-        return
-    if sheet:
-        request |= sheet
-        request["output"] = str(sheet_folder(request, target))
-    loaded = _check(config, request, needs_prompts=not varies_prompts(sheet))
-    if not sheet:
-        _say_duration(loaded, request)
-    result = jobs.run_or_leave("sample_matrix" if sheet else "sample", request)
+        _talk(config, request, as_json=as_json)
+    elif sheet:
+        request |= sheet | {"output": str(sheet_folder(request | sheet, target))}
+        _check(config, request, needs_prompts=not varies_prompts(sheet))
+        _make("sample_matrix", request, {"output"}, as_json=as_json)
+    else:
+        _say_duration(_check(config, request), request)
+        _make("sample", request, {"output", "sample"}, as_json=as_json)
+
+
+def _talk(config: Path, request: dict[str, Any], *, as_json: bool) -> None:
+    from app.cli.sample_session import run_session
+
+    _check(config, request, needs_prompts=False)
+    run_session(request, as_json=as_json)
+
+
+def _make(job: str, request: dict[str, Any], kinds: set[str], *, as_json: bool) -> None:
+    """Run the job; write what it made to stdout: events of samples, or paths of some kinds."""
+    result = jobs.run_or_leave(job, request)
     if as_json:
         output.json_data(result.all("sample"))
         return
-    for path in result.paths_of({"output"} if sheet else {"output", "sample"}):
+    for path in result.paths_of(kinds):
         output.data(path)
 
 
@@ -275,7 +268,7 @@ def _prompts(
     return [{"prompt": text, **given} for text in texts]
 
 
-def _check(config: Path, request: dict[str, Any], *, needs_prompts: bool) -> RunConfig:
+def _check(config: Path, request: dict[str, Any], *, needs_prompts: bool = True) -> RunConfig:
     """Find what is wrong before torch is loaded; return the config."""
     from app.domain.complete import complete_config
 
