@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from trainer.contract.denoising_options import SectionDenoising
 from trainer.contract.errors import UserError
 
 CFGSkip = Annotated[
@@ -101,21 +103,31 @@ Calibrate = Annotated[
 ]
 
 
-def slg_settings(layers: str | None, mode: str | None) -> dict[str, Any]:
-    """Return `slg_layers` and `slg_mode` as the config has them; None: not given.
+def denoising_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a command's values that are keys of `[sampling]`; None: not given.
+
+    Args:
+        given: of all parameters, by name; those of this module are named as the keys.
 
     Raises:
-        UserError: something in `layers` is no number.
+        UserError: something in `--slg-layers` is no number.
     """
-    if layers is None:
-        return {"slg_layers": None, "slg_mode": mode}
+    found = {name: given[name] for name in SectionDenoising.model_fields if name in given}
+    if (file := found.get("step_cache_file")) is not None:
+        found["step_cache_file"] = str(file)
+    if (layers := found.get("slg_layers")) is not None:
+        found["slg_layers"] = _numbers(layers)
+        found["slg_mode"] = found["slg_mode"] or "original"
+    return found
+
+
+def _numbers(layers: str) -> list[int]:
     try:
-        numbers = [int(part) for part in layers.split(",")]
+        return [int(part) for part in layers.split(",")]
     except ValueError:
         raise UserError(
             f"--slg-layers: {layers!r} is no list of numbers", hint="e.g. --slg-layers 9,10"
         ) from None
-    return {"slg_layers": numbers, "slg_mode": mode or "original"}
 
 
 def refuse_calibration(calibrate: bool, *, is_sheet: bool, interactive: bool) -> None:

@@ -36,8 +36,8 @@ from app.cli.sample_guidance_options import (
     StepCacheRetention,
     StepCacheStart,
     StepCacheThreshold,
+    denoising_settings,
     refuse_calibration,
-    slg_settings,
 )
 from app.cli.sample_lora_options import MergeLoras, SampleLoras, sample_lora
 from app.cli.sample_sheet_options import (
@@ -71,6 +71,7 @@ app = command_app()
 
 @app.command(cls=LoraidCommand)
 def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
+    context: typer.Context,
     source: Annotated[
         Path | None,
         typer.Argument(
@@ -111,7 +112,7 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         float | None,
         typer.Option("--guidance-high-noise", help="Guidance of Wan 2.2's high-noise expert."),
     ] = None,
-    cfg_skip: CFGSkip = None,
+    cfg_skip_mode: CFGSkip = None,
     cfg_apply_ratio: CFGApplyRatio = None,
     cfg_zero_star: CFGZeroStar = None,
     cfg_zero_init_steps: CFGZeroInitSteps = None,
@@ -194,14 +195,8 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     settings = {
         "negative_prompt": negative_prompt, "width": width, "height": height,
         "num_frames": frames, "num_steps": steps, "guidance_scale": guidance,
-        "guidance_scale_high_noise": guidance_high_noise, "cfg_skip_mode": cfg_skip,
-        "cfg_apply_ratio": cfg_apply_ratio, "cfg_zero_star": cfg_zero_star,
-        "cfg_zero_init_steps": cfg_zero_init_steps, "guidance_rescale": guidance_rescale,
-        **slg_settings(slg_layers, slg_mode), "slg_scale": slg_scale, "slg_start": slg_start,
-        "slg_end": slg_end, "cfg_batch": cfg_batch, "step_cache": step_cache,
-        "step_cache_threshold": step_cache_threshold, "step_cache_start": step_cache_start,
-        "step_cache_max_skips": step_cache_max_skips,
-        "step_cache_retention": step_cache_retention, "step_cache_file": _text(step_cache_file),
+        "guidance_scale_high_noise": guidance_high_noise,
+        **denoising_settings(context.params),
         "flow_shift": shift, "solver": solver, "schedule": schedule, "seed": seed, "fps": fps,
         **files.overrides(format_, quality, save_latents=save_latents, no_metadata=no_metadata),
         **wildcard_settings(wildcards, wildcards_folder),
