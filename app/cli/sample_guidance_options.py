@@ -116,3 +116,17 @@ def slg_settings(layers: str | None, mode: str | None) -> dict[str, Any]:
             f"--slg-layers: {layers!r} is no list of numbers", hint="e.g. --slg-layers 9,10"
         ) from None
     return {"slg_layers": numbers, "slg_mode": mode or "original"}
+
+
+def refuse_calibration(calibrate: bool, *, is_sheet: bool, interactive: bool) -> None:
+    """Refuse `--calibrate` where samples differ in what is measured, or come one by one.
+
+    Raises:
+        UserError: it is given there.
+    """
+    if calibrate and (is_sheet or interactive):
+        other = "--interactive" if interactive else "--vary and --matrix"
+        raise UserError(
+            f"--calibrate does not go with {other}",
+            hint="calibrate with a few prompts first; what it finds is used afterwards",
+        )

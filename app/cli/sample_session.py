@@ -14,7 +14,8 @@ from app.cli import output
 from app.cli.exit_codes import ExitCode, of_child
 from app.cli.progress import Progress, open_progress
 from app.domain.state_folder import state_folder
-from app.runs.conversation import Conversation, Event
+from app.runs.child import Event
+from app.runs.conversation import Conversation
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.prompts import parse_prompt_line
 

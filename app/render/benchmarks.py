@@ -10,6 +10,10 @@ HEADERS = ("FIGURE", "MEASURED", "ESTIMATE", "ERROR")
 GRID_HEADERS = (
     "model", "clip", "settings", "s/step", "MFU", "peak, GiB", "estimate, GiB", "error",
 )  # fmt: skip
+SAMPLING_HEADERS = (
+    "model", "clip", "settings", "s/step", "s/video", "by swapping", "MFU", "peak, GiB",
+    "estimate, GiB", "error",
+)  # fmt: skip
 
 
 def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -68,6 +72,36 @@ def markdown(
     if device == "cpu":
         lines.append("Tiny shapes, for there is no GPU: nothing here says how fast a model is.")
     return [*lines, "", *_table(GRID_HEADERS, map(_grid_row, grid))]
+
+
+def sampling_markdown(
+    grid: Sequence[Mapping[str, Any]], *, device: str, torch: str, command: str
+) -> list[str]:
+    """Return the grid of sampling as lines of markdown, with what it was measured on."""
+    lines = [
+        f"`{command}` on {device}, torch {torch}; two evaluations a step, no LoRA; the seconds of "
+        f"a video are those of a step times its steps, without text encoder and VAE."
+    ]
+    if device == "cpu":
+        lines.append("Tiny shapes, for there is no GPU: nothing here says how fast a model is.")
+    return [*lines, "", *_table(SAMPLING_HEADERS, map(_sampling_row, grid))]
+
+
+def _sampling_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    head = (row["model"], row["clip"], row["settings"])
+    result = row["result"]
+    if result is None:
+        return (*head, f"{row['status']}: {row['reason']}", *[""] * 6)
+    return (
+        *head,
+        _number(result["step_s"]["median"]),
+        f"{_number(result['video_s'])} ({result['video_steps']} steps)",
+        _percent(row.get("slower_percent")),
+        _share(result["mfu"]),
+        _number(result["memory_gib"]["peak_reserved"]),
+        _number(result["estimate"]["peak_gib"]),
+        _percent(result["error_percent"]["peak"]),
+    )
 
 
 def _grid_row(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
+from textual.drivers._writer_thread import WriterThread
 
 from app.domain.state_folder import state_folder
 from app.tui.shell import Shell, ending_signals
@@ -34,7 +36,7 @@ def run(app: Shell) -> None:
     """
     app.error_console = Console(file=io.StringIO())  # Textual's account, with all local variables
     app.owns_process = True
-    with _terminal_kept(), _signals_raise():
+    with _terminal_kept(), _signals_raise(), lost_output_dropped():
         try:
             app.run()
         except Exception as error:  # noqa: BLE001  (told below, with the place of its details)
@@ -73,6 +75,29 @@ def _signals_raise() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def lost_output_dropped() -> Iterator[None]:
+    """Go on where the terminal is gone and takes no more output.
+
+    Textual's thread that writes dies of it. Whoever writes would soon wait for ever for room in its
+    queue, and the signal that says to leave would wait with it.
+    """
+    before = threading.excepthook
+
+    def drop(died: threading.ExceptHookArgs) -> None:
+        if not isinstance(died.thread, WriterThread) or not isinstance(died.exc_value, OSError):
+            before(died)
+            return
+        while died.thread._queue.get() is not None:  # until it is told to stop
+            pass
+
+    threading.excepthook = drop
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextmanager

@@ -141,6 +141,31 @@ def test_a_grid_of_a_cpu_says_that_it_measures_no_model():
     assert lines[-1].endswith("| 12.50 | - | - | 49.00 | - |")
 
 
+def test_a_grid_of_sampling_tells_what_swapping_costs(menma, answering):
+    result = {**RESULT, "video_s": 625.0, "video_steps": 50}
+    answering(
+        {**row("bf16", result), "slower_percent": None},
+        {**row("bf16, blocks_to_swap=40", result), "slower_percent": 4.0},
+        {**row("fp8", None, status="failed", reason="no"), "slower_percent": None},
+    )
+    answer = menma("bench", "--grid", "--sampling")
+    job, request = recorded()
+    assert (job, request.sampling) == ("bench_grid", True)
+    head, _, *table = answer.out.splitlines()
+    assert head.startswith("`menma bench --grid --sampling` on ")
+    assert len({line.count("|") for line in table}) == 1
+    start = "| wan2.1-t2v-14b | 832x480x81 |"
+    rest = "34.6 % | 50.00 | 49.00 | -2.0 % |"
+    assert table[2] == f"{start} bf16 | 12.50 | 625.00 (50 steps) | - | {rest}"
+    swap = f"{start} bf16, blocks_to_swap=40 | 12.50 | 625.00 (50 steps) | +4.0 % | {rest}"
+    assert table[3] == swap
+    assert [one["slower_percent"] for one in rows_of(menma)] == [None, 4.0, None]
+
+
+def rows_of(menma):
+    return json.loads(menma("bench", "--grid", "--sampling", "--json").out)["rows"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -153,6 +178,8 @@ def test_a_grid_of_a_cpu_says_that_it_measures_no_model():
         (["step", "--json"], "--json cannot go with"),
         (["--steps", "3"], "--steps cannot go with"),
         (["step", "--warmup-steps", "0"], "--warmup-steps cannot go with"),
+        (["{config}", "--sampling"], "--sampling cannot go with a config"),
+        (["step", "--sampling"], "--sampling cannot go with benchmarks by name"),
         (["--grid", "step"], "names or a config cannot go with --grid"),
         (["--grid", "--set", "training.seed=1"], "--set cannot go with --grid"),
     ],

@@ -231,6 +231,8 @@ def test_sample_refuses_wrong_guidance_before_anything_starts(menma, config):
         (["--slg-layers", "99"], "there is no block 99"),
         (["--step-cache", "tea"], "did you mean 'teacache'"),
         (["--cfg-skip", "sometimes"], "sampling.cfg_skip_mode"),
+        (["--calibrate", "--vary", "num_steps=4,5"], "does not go with --vary"),
+        (["--calibrate", "--interactive"], "does not go with --interactive"),
     ):
         answer = menma("sample", config, "-p", "x", *words)
         assert answer.code == 2

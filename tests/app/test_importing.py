@@ -247,6 +247,9 @@ def test_diffusion_pipe_cuts_the_density_at_the_range(tmp_path):
     [
         ("musubi", {"save_every_n_epochs": 2, "save_state": True, "save_last_n_epochs": 3},
          {"output.every_epochs": 2, "checkpoint.every_epochs": 2, "output.keep_last": 3}),
+        ("musubi", {"sample_every_n_steps": 7, "sample_every_n_epochs": 2,
+                    "sample_prompts": "p.txt"},
+         {"sampling.every_epochs": 2, "sampling.every_steps": 0}),
         ("musubi", {"save_every_n_steps": 100, "save_last_n_steps": 250},
          {"output.every_steps": 100, "output.keep_last": 3}),
         ("takenoko", {"save_every_n_epochs": 1, "save_state": True},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,12 +17,15 @@ import pytest
 from app_runs import ENVIRONMENT, wait_for
 from terminals import Terminal
 from test_tui import finished_run
+from textual.drivers._writer_thread import MAX_QUEUED_WRITES, WriterThread
+
+from app.tui.running import lost_output_dropped
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(os.name == "nt", reason="signals and terminals of POSIX"),
 ]
-PATIENCE_S = 90.0
+PATIENCE_S = 180.0
 APP = (sys.executable, "-m", "app")
 CRASHES = (
     sys.executable,
@@ -86,6 +91,31 @@ def test_a_closed_terminal_ends_the_app(start, tmp_path):
     terminal.close()
     assert terminal.process.wait(PATIENCE_S) != 0
     assert not (tmp_path / "state/menma/crash.log").exists(), "that is no mistake of its own"
+
+
+def test_a_terminal_that_takes_no_output_stops_nobody():
+    """Found as a process that had outlived its window: it waited for room in a queue."""
+
+    class Gone:
+        def write(self, text: str) -> None:
+            raise OSError(errno.EIO, "the window is closed")
+
+        def flush(self) -> None:
+            raise AssertionError
+
+    with lost_output_dropped():
+        output = WriterThread(Gone())
+        output.start()
+
+        def use() -> None:
+            for _ in range(3 * MAX_QUEUED_WRITES):
+                output.write("a line")
+            output.stop()
+
+        user = threading.Thread(target=use, daemon=True)
+        user.start()
+        user.join(PATIENCE_S)
+        assert not user.is_alive()
 
 
 def test_a_crash_leaves_it_in_order_and_says_where_its_details_are(start, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,3 +113,43 @@ def test_the_schema_is_fresh():
 def test_presets_say_what_they_are_for(path):
     head = tomllib.loads(path.read_text(encoding="utf-8"))["preset"]
     assert {"title", "description"} <= set(head)
+
+
+GENERAL = (
+    "test_importing.py", "test_config_io.py", "test_config_document.py", "test_config_screen.py",
+    "test_presets_and_templates.py", "test_options.py",
+)  # fmt: skip
+"""Tests of configs as such: an option that they name may still do nothing."""
+
+
+def sections() -> Iterator[tuple[str, str]]:
+    """Yield section and name of each option of the config, not those of plug-ins."""
+    for section, field in RunConfig.model_fields.items():
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                for model in models_within(part):
+                    yield from ((section, name) for name in model.model_fields)
+    yield from (("general", name) for name in GeneralOptions.model_fields)
+    yield from (("sources", name) for name in SourceOptions.model_fields)
+
+
+def test_every_option_is_in_a_test_of_what_it_does():
+    """That it changes something is for each test to show; plug-ins have tables for that."""
+    texts = [
+        path.read_text(encoding="utf-8")
+        for path in (ROOT / "tests").rglob("*.py")
+        if path.name not in GENERAL
+    ]
+    spelled = re.compile(r"(\w+?)__(\w+)\b|\b(\w+)\.(\w+)\b|[\"'](\w+)[\"']\s*:|\b(\w+)\s?=")
+    pairs: set[tuple[str, str]] = set()
+    names: set[str] = set()
+    for text in texts:
+        for match in spelled.finditer(text):
+            pairs |= {(match[1], match[2]), (match[3], match[4])}
+            names |= {match[5], match[6]}
+    missing = {
+        f"{section}.{name}"
+        for section, name in sections()
+        if (section, name) not in pairs and name not in names
+    }
+    assert missing == set()

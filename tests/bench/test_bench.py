@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.warm import start as warm
-from trainer.bench import job, load, load_fp8, load_fp8_14b, step
+from trainer.bench import job, load, load_fp8, load_fp8_14b, sample, step
 from trainer.bench.result import Measurement, timed_in_turns
 from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.jobs import BenchRequest
@@ -47,6 +47,14 @@ def test_a_measurement_knows_its_limit():
 def test_the_step_does_the_same_as_the_reference():
     found = step.measure(pairs=1)
     assert found.figures["gradient_difference"] < 1e-3
+    assert 0.1 < found.value < 10
+
+
+@pytest.mark.slow
+def test_sampling_makes_the_same_as_the_reference():
+    found = sample.measure(pairs=1, num_steps=2)
+    assert found.figures["latents_difference"] < 1e-3
+    assert found.figures["frames_difference"] <= 1
     assert 0.1 < found.value < 10
 
 

@@ -9,7 +9,14 @@ import pytest
 import tomlkit
 
 from trainer.bench import grid
-from trainer.bench.grid_rows import RANK, Row, cpu_rows, gpu_rows
+from trainer.bench.grid_rows import (
+    RANK,
+    Row,
+    cpu_rows,
+    gpu_rows,
+    sampling_rows,
+    tiny_sampling_rows,
+)
 from trainer.contract.config_io import load_config
 from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.jobs import BenchGridRequest
@@ -56,7 +63,9 @@ def measured(config, request, emit):
     return {"reason": "done", "steps": request.steps}
 
 
-@pytest.mark.parametrize("row", gpu_rows() + TINY, ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", gpu_rows() + TINY + sampling_rows() + tiny_sampling_rows(), ids=lambda row: row.name
+)
 def test_each_row_is_a_config_of_its_clip(tmp_path, row):
     path = tmp_path / "row.toml"
     path.write_text(tomlkit.dumps(row.config()), encoding="utf-8")
@@ -159,3 +168,40 @@ def test_the_grid_of_a_machine_without_a_gpu_runs(monkeypatch):
         assert row["result"]["step_s"]["median"] > 0
         assert row["result"]["memory_gib"]["peak_reserved"] is None
         assert row["result"]["settings"]["adapter.rank"] == RANK
+
+
+def test_sampling_has_both_models_resident_in_fp8_and_swapped():
+    swaps = {"wan2.1-t2v-1.3b": 30, "wan2.1-t2v-14b": 40}
+    assert [(row.model, row.clip, row.settings) for row in sampling_rows()] == [
+        (model, "832x480x81", f"{weights}{swap}")
+        for model, blocks in swaps.items()
+        for weights in ("bf16", "fp8_scaled")
+        for swap in ("", f", blocks_to_swap={blocks}")
+    ]
+    assert all(row.model.startswith("tiny") for row in tiny_sampling_rows())
+
+
+def test_what_swapping_costs_is_told_against_the_same_weights_resident(monkeypatch):
+    seconds = iter((10.0, 11.5, 8.0, 8.0))
+
+    def run_job(name, request, file, emit):
+        assert name == "bench_sampling"
+        return {"reason": "done", "step_s": {"median": next(seconds)}}
+
+    monkeypatch.setattr(grid, "run_job", run_job)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    events = Events()
+    grid.run(BenchGridRequest(sampling=True), events)
+    assert [row["slower_percent"] for row in events.of("output")] == [None, 15.0, None, 0.0]
+    row = tiny_sampling_rows()[1]
+    assert grid.slower_than_resident(row, {"step_s": {"median": 1.0}}, {}) is None
+    assert grid.slower_than_resident(row, None, {}) is None
+
+
+def test_sampling_is_judged_by_its_own_peak(tmp_path, jobs):
+    path = tmp_path / "row.toml"
+    path.write_text(tomlkit.dumps(sampling_rows()[4].config()), encoding="utf-8")
+    card = gpu_of_memory(40)
+    assert "takes" in grid.too_large(path, card)
+    assert grid.too_large(path, card, sampling=True) is None
+    assert "takes" in grid.too_large(path, gpu_of_memory(24), sampling=True)

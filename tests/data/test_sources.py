@@ -106,6 +106,33 @@ def test_jsonl_reports_each_bad_line_with_its_number(tmp_path):
     assert "control_path" in result.problems[5].message
 
 
+def test_a_list_of_images_gives_images(tmp_path):
+    """Of one size each, without windows, from a list that names them `image_path`."""
+    images = tmp_path / "pictures"
+    images.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (64, 32)).save(images / f"{name}.png")
+    file = tmp_path / "list.jsonl"
+    lines = [
+        {"image_path": "pictures/a.png", "caption": "one"},
+        {"image_path": "pictures/b.png", "caption": ["two", "three"]},
+        {"video_path": "pictures/b.png", "caption": "of a video"},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    source = SourceOptions(image_jsonl_file=file, cache_directory=tmp_path / "cache")
+    result = scan_source(source)
+    assert [(item.name, item.kind, item.captions) for item in result.items] == [
+        ("pictures/a.png", "image", ("one",)),
+        ("pictures/b.png", "image", ("two", "three")),
+    ]
+    (problem,) = result.problems
+    assert (problem.line, "image_path" in problem.message) == (3, True)
+    values = {"image_jsonl_file": str(file), "cache_directory": str(tmp_path / "cache")}
+    dataset = parse_dataset({"datasets": [values | {"resolution": [64, 32]}]})
+    checked = check_dataset(dataset, T2V)
+    assert {str(row.bucket) for row in checked.buckets} == {"64x32x1"}
+
+
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(max_size=80) | st.lists(st.text(max_size=20), max_size=4).map(json.dumps))
 def test_any_list_is_items_or_problems(tmp_path, text):

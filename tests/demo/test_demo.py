@@ -151,14 +151,11 @@ def test_frames_for_the_terminal_are_first_to_last(tmp_path):
 
 @pytest.mark.usefixtures("warm_processes")
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "plan", [DemoPlan(num_shots=12), pytest.param(DemoPlan(), marks=pytest.mark.long)]
-)
-def test_the_whole_demo(tmp_path, plan):
+def test_the_whole_demo(tmp_path):
     """The thresholds of the demo are those of its report; the figures are checked anew here."""
     events = []
     root = tmp_path / "demo"
-    report = run_demo(root, lambda kind, /, **fields: events.append((kind, fields)), plan)
+    report = run_demo(root, lambda kind, /, **fields: events.append((kind, fields)))
     assert report.failures == []
     assert report.before["concept_with_trigger"] <= 0.1
 
@@ -166,7 +163,7 @@ def test_the_whole_demo(tmp_path, plan):
         videos = sorted((root / "samples" / folder).glob("*.mp4"))[first:last]
         return np.mean([shows_ground(read_video(video).frames) for video in videos])
 
-    num_shots = plan.num_shots
+    num_shots = DemoPlan().num_shots
     assert share("after", 0, num_shots) >= 0.7
     assert share("after", num_shots, None) <= 0.1
     assert share("before", 0, num_shots) <= 0.1

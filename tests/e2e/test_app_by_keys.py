@@ -21,7 +21,7 @@ from trainer.contract.run_dir import RunDir
 from trainer.demo.clips import concept_scenes
 from trainer.nano.scene_files import write_scenes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 SIZE = (110, 36)
 STEPS = 6
 PATIENCE_S = 240.0

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from tests.e2e.project import Project, command, copy_project, environment, wait_until
 from tests.e2e.two_machines import Pair, obstacle, two_machines
+from tests.warm import start as warm
 from trainer.engine.addresses import free_port
 
 pytestmark = pytest.mark.slow
@@ -178,7 +179,7 @@ def tasks_of_srun(project: Project, *arguments: str) -> list[subprocess.Popen[st
         "MASTER_PORT": str(free_port()),
     }
     return [
-        subprocess.Popen(
+        warm.Popen(
             command(arguments),
             cwd=project.folder,
             env=environment() | common | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank},

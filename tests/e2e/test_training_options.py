@@ -259,7 +259,6 @@ def test_a_rate_that_goes_by_the_losses_resumes_bit_for_bit(project, watch):
 
 
 def test_epochs_are_intervals(project):
-    """Three clips in batches of one: an epoch is 3 steps, or 2 and a half with accumulation."""
     prompts = [{"prompt": "a red field"}]
     options = {
         "training__max_steps": 6, "sampling__prompts": prompts, "sampling__every_epochs": 2,
@@ -277,6 +276,14 @@ def test_epochs_are_intervals(project):
     assert steps("output") == [*(end for end in ends if end < 6), 6]
     assert steps("sample") == ends[1::2]
     assert steps("validation") == sorted({0, *ends[1::2], 6})
+
+
+def test_checkpoints_follow_the_clock(project):
+    options = {"checkpoint__every_steps": 0, "distributed__engine": "local"}
+    done = project.train("clock", **options, checkpoint__every_minutes=1e-6)
+    assert [event["step"] for event in done.of("checkpoint")] == [1, 2, 3, 4]
+    done = project.train("no-clock", **options, checkpoint__every_minutes=1e6)
+    assert [event["step"] for event in done.of("checkpoint")] == [4]
 
 
 def test_zero_3_trains_and_samples_like_stage_0(project, plain):

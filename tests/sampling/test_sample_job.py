@@ -120,6 +120,17 @@ def test_prompts_to_files(files: Path, tmp_path: Path) -> None:
     assert seen[-1] == ("decode", 2, 2)
 
 
+def test_progress_counts_evaluations(files: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    Image.new("RGB", (32, 32)).save(tmp_path / "p.png")
+    half = {"video": tmp_path / "p.png", "strength": 0.5}
+    options = SampleOptions(progress=lambda *what: seen.append(what))
+    requests = [request(solver="heun", num_steps=2), request(**half)]
+    run_sample(requests, T2V, Recorder(files).loaders, tmp_path / "out", options)
+    steps = [step for step in seen if step[0] == "steps"]
+    assert steps == [("steps", done, 4) for done in (1, 2, 3, 4)]
+
+
 def test_one_model_at_a_time(files: Path, tmp_path: Path) -> None:
     recorder = Recorder(files)
     run_sample([request()], T2V, recorder.loaders, tmp_path)

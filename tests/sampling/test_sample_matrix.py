@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -155,6 +156,23 @@ def test_a_cell_is_the_sample_that_the_plain_command_makes(config: Path, tmp_pat
     half = next(path for path in samples(events) if "loras" in read_metadata(path))
     (own,) = samples(plain)
     assert (read_video(half).frames == read_video(own).frames).all()
+
+
+def test_a_sheet_of_strengths_starts_from_the_video(config: Path, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.png"
+    Image.new("RGB", (64, 32), (250, 10, 90)).save(clip)
+    wanted = Prompt(prompt="a cat", video=clip, num_frames=1, seed=3)
+    events = make(config, parse_vary("strength=0.5,1"), prompts=(wanted,))
+    notes = [event["message"] for event in events if event["type"] == "log"]
+    assert sum("clip.png is 64x32 and is scaled to 32x32" in note for note in notes) == 1
+    pictures = [np.asarray(Image.open(path)) for path in samples(events)]
+    assert [read_metadata(path)["strength"] for path in samples(events)] == [0.5, 1.0]
+    half = wanted.model_copy(update={"strength": 0.5})
+    request = SampleMatrixRequest(config=config, prompts=(half,), output=tmp_path / "plain")
+    plain: list[dict[str, Any]] = []
+    run_plain(request, lambda kind, /, **said: plain.append({"type": kind, **said}))
+    assert (np.asarray(Image.open(samples(plain)[0])) == pictures[0]).all()
+    assert (pictures[0] != pictures[1]).any()
 
 
 def test_what_is_there_is_not_made_again(

@@ -22,7 +22,7 @@ from trainer.contract.lora_use import LoRAUse, SampleLoRA
 from trainer.contract.variants import get_variant
 from trainer.jobs.merge import merge_loras
 from trainer.jobs.merge_weights import Rounding
-from trainer.jobs.sample_lora_checks import check_loras, check_merge
+from trainer.jobs.sample_lora_checks import check_compiled, check_loras, check_merge
 from trainer.jobs.sample_loras import LoRASwitch
 from trainer.models import load_transformer
 from trainer.models.wan.loading import save_transformer
@@ -135,6 +135,24 @@ def test_what_cannot_be_merged_says_why(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=words) as caught:
             check_merge(uses, requests, of)
         assert "--merge" in caught.value.hint
+
+
+def test_compiled_blocks_take_few_strengths(tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "plain.safetensors", 1)
+    compiled = RunConfig.model_validate({"memory": {"compile_blocks": True}})
+    jump = SampleLoRA(path=path, schedule=((0.0, 1.0), (0.5, 1.0), (0.5, 0.0)))
+    pair = SampleLoRA(path=path, strength_high_noise=0.5)
+    falling = SampleLoRA(path=path, schedule=((0.0, 1.0), (1.0, 0.0)))
+    four = [request((float(strength),)) for strength in range(4)]
+    check_compiled((jump,), [request()], T2V, compiled)
+    check_compiled((pair,), [request()], PAIR, compiled)
+    check_compiled((jump,), four, T2V, compiled)
+    check_compiled((falling,), four, T2V, RunConfig.model_validate({}))
+    steps = request().num_steps
+    with pytest.raises(ConfigError, match=f"anew for each strength .* have {steps}"):
+        check_compiled((falling,), [request()], T2V, compiled)
+    with pytest.raises(ConfigError, match="have 5"):
+        check_compiled((LoRAUse(path=path),), [*four, request((9.0,))], T2V, compiled)
 
 
 @pytest.fixture

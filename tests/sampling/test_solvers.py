@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import mpmath
 import numpy as np
@@ -22,7 +23,10 @@ from diffusers import (
 )
 from torch import Tensor
 
+from app.cli.sample_start_options import Schedule as WhichSchedule
+from app.cli.sample_start_options import Solver
 from trainer.contract.catalog import SCHEDULES, SOLVERS
+from trainer.contract.config import Prompt, SamplingSection
 from trainer.contract.errors import ConfigError
 from trainer.contract.variants import get_variant
 from trainer.contract.walk import beta_quantile, own_schedule
@@ -326,6 +330,18 @@ def test_the_catalog_names_the_solvers() -> None:
     assert {name: SOLVERS.load(name) for name in SOLVERS.names} == known
     for name, solver in known.items():
         assert SCHEDULES.load(own_schedule(name)) is solver.schedule
+
+
+@pytest.mark.parametrize(
+    ("registry", "option", "key"),
+    [(SOLVERS, Solver, "solver"), (SCHEDULES, WhichSchedule, "schedule")],
+)
+def test_help_names_all_there_are(registry, option, key: str) -> None:
+    texts = [get_args(option)[1].help]
+    for model in (Prompt, SamplingSection):
+        texts.append(model.model_fields[key].description)
+    texts.append((Path(__file__).parents[2] / "docs/sampling.md").read_text(encoding="utf-8"))
+    assert [name for name in registry.names for text in texts if name not in str(text)] == []
 
 
 # Schedules

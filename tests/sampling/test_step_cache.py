@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.models.wan_pairs import build, tiny_config
+from tests.swap.swapped_models import make_model
 from trainer.contract.config import Prompt
 from trainer.contract.denoising_options import DenoisingOptions
 from trainer.contract.errors import ConfigError
@@ -23,9 +24,13 @@ from trainer.contract.variants import get_variant
 from trainer.memory.block_swap import BlockSwap
 from trainer.memory.streams import HostStreams
 from trainer.models import load_text_encoder, load_transformer
+from trainer.models.wan.quantised import is_block_linear
 from trainer.models.wan.transformer import WanTransformer
 from trainer.nano.files import ASSETS, EXPERT_VARIANT, T2V_VARIANT, asset
 from trainer.nano.quality import FLOW_SHIFT, GUIDANCE_SCALE, NUM_FRAMES, NUM_STEPS, SIZE
+from trainer.quant.fp8 import Fp8Spec, quantise
+from trainer.quant.linear import Fp8Linear
+from trainer.sampling.conditions import Conditions
 from trainer.sampling.guidance import NEGATIVE, POSITIVE
 from trainer.sampling.pipeline import Evaluations, SamplingModels, generate
 from trainer.sampling.requests import SampleRequest
@@ -324,6 +329,63 @@ def test_batched_passes_and_streamed_blocks_give_the_same(method: str) -> None:
     assert torch.equal(results[2], results[0])
 
 
+def with_lora(swapped: int = 0) -> WanTransformer:
+    return make_model(swapped)[0].eval()
+
+
+def in_fp8() -> WanTransformer:
+    model = build(replace(tiny_config(T2V_VARIANT), num_layers=4)).eval()
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and is_block_linear(f"{name}.weight", linear.weight.shape):
+            parent, _, child = name.rpartition(".")
+            weight = quantise(linear.weight.detach(), Fp8Spec(scaled=True), "cpu")
+            setattr(model.get_submodule(parent), child, Fp8Linear(weight, linear.bias, None))
+    return model
+
+
+@pytest.mark.parametrize(
+    "pair", [(with_lora, lambda: with_lora(3)), (in_fp8, in_fp8)], ids=["LoRA, streamed", "fp8"]
+)
+def test_adapters_and_fp8_weights_are_reused_like_others(pair: Any) -> None:
+    results = []
+    for make in pair:
+        models, _ = tiny_models()
+        model = make()
+        models = replace(models, transformer=lambda _, model=model: model, step_cache=known())
+        plain = generate(models, request_with())
+        never, _, reused = count(
+            models, request_with(step_cache="teacache", step_cache_threshold=0)
+        )
+        assert reused == 0
+        assert torch.equal(never, plain)
+        result, computed, reused = count(models, request_with(step_cache="magcache"))
+        assert reused > 0
+        assert computed + reused == 2 * STEPS
+        assert not torch.equal(result, plain)
+        results.append(result)
+    assert torch.equal(*results)
+
+
+def test_a_timestep_for_each_token_counts_as_that_of_the_step() -> None:
+    """TI2V-5B holds its first frame at timestep 0; the others' timestep decides."""
+    variant = get_variant("wan2.2-ti2v-5b")
+    model = build(replace(tiny_config(variant.name), num_layers=4)).eval()
+    contexts = tiny_models()[0].contexts
+    models = SamplingModels(
+        variant=variant,
+        transformer=lambda _: model,
+        contexts={"a cat": contexts["a cat"], variant.negative_prompt: contexts["a cat"]},
+        step_cache=known(),
+    )
+    held = Conditions(first_latents_BC1HW=torch.full((1, 48, 1, 4, 4), 0.5))
+    request = request_with(variant, step_cache="teacache", step_cache_threshold=5.0)
+    result, computed, reused = count(models, request, conditions=held)
+    _, computed_in_text_mode, _ = count(models, request, conditions=Conditions())
+    assert computed == computed_in_text_mode
+    assert reused > 0
+    assert (result[:, :, 0] == 0.5).all()
+
+
 def test_without_a_cache_nothing_changes() -> None:
     models, _ = tiny_models()
     plain = generate(models, request_with())
@@ -369,6 +431,40 @@ def test_published_values_are_those_of_the_size() -> None:
         assert values.teacache_threshold == threshold
         assert all(len(one.coefficients) == 5 for one in values.teacache.values())
     assert published_values("wan2.2-t2v-a14b", 832 * 480) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "num_pixels", "num_steps"),
+    [
+        ("wan2.1-t2v-1.3b", 832 * 480, 50),
+        ("wan2.1-t2v-14b", 832 * 480, 50),
+        ("wan2.1-i2v-14b", 832 * 480, 40),
+        ("wan2.1-i2v-14b", 1280 * 720, 40),
+    ],
+)
+def test_published_ratios_are_those_of_whole_runs(
+    name: str, num_pixels: int, num_steps: int
+) -> None:
+    values = published_values(name, num_pixels)
+    assert values is not None
+    positive, negative = values.magcache[POSITIVE], values.magcache[NEGATIVE]
+    assert len(positive) == len(negative) == num_steps
+    assert positive[0] == negative[0] == 1
+    # The passes differ little, and most of the work changes at the end: a slip would stand out.
+    assert max(abs(a - b) for a, b in zip(positive, negative, strict=True)) < 0.01
+    steps = np.abs(np.diff(positive[1:]))
+    assert steps[: num_steps // 2].max() < 0.025
+    # At the authors' settings about half of the passes are spared.
+    options = DenoisingOptions(step_cache="magcache")
+    drift = MagCache.drift(options, values, Embedding(), torch.zeros(num_steps))
+    assert 0.4 < sum(decisions(drift, POSITIVE, num_steps)) / num_steps < 0.7
+
+
+def test_the_fun_models_have_coefficients_and_no_ratios() -> None:
+    values = published_values("wan2.1-fun-control-1.3b", 832 * 480)
+    assert values is not None
+    assert values.teacache
+    assert not values.magcache
 
 
 def test_recorded_ratios_are_those_of_the_blocks() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from trainer.core.seams import Technique
 from trainer.core.types import StepResult
-from trainer.loop import End, Interval, Plan, Run, train
+from trainer.loop import End, Run, train
+from trainer.training.plan import Interval, Plan
 from trainer.training.requests import Requested
 
 

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -26,6 +27,7 @@ ENVIRONMENT = os.environ | {
 }
 """An environment in which the checkout is found from any folder."""
 _PR_SET_CHILD_SUBREAPER = 36
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class Popen(birth.Popen):
@@ -53,9 +55,10 @@ def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[Any]:
 
 
 def _nursery_pid(start: birth.Start) -> int:
-    channel = _nursery()
+    with _ONE_AT_A_TIME:
+        channel = _nursery()
     content = asdict(start) | {"streams": (), "first": None}
-    with _taking_orphans():
+    with _ONE_AT_A_TIME, _taking_orphans():
         socket.send_fds(channel, [json.dumps(content).encode()], list(start.streams))
         return int(channel.recv(64))
 

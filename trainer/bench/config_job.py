@@ -96,7 +96,7 @@ def read(request: BenchConfigRequest) -> RunConfig:
     if trains_both(config):
         config = for_expert(config, "low_noise", boundary_of(config))
     config = _in_shape_of_its_file(config)
-    work = workload_of(_with_nothing_automatic(config))
+    work = workload_of(with_nothing_automatic(config))
     config = with_variant(config, work.variant)
     model = config.model.model_copy(update=dict.fromkeys(_WEIGHT_FILES))
     config = config.model_copy(update={"model": model})
@@ -165,7 +165,7 @@ def figures(config: RunConfig, work: Workload, world: World, measured: Measured)
     }
 
 
-def _with_nothing_automatic(config: RunConfig) -> RunConfig:
+def with_nothing_automatic(config: RunConfig) -> RunConfig:
     """Return the config with 0 in the place of `auto`: enough to tell sizes."""
     memory = config.memory.model_copy(update=dict.fromkeys(config.memory.automatic, 0))
     return config.model_copy(update={"memory": memory})

@@ -91,16 +91,48 @@ def gpu_rows() -> tuple[Row, ...]:
     )
 
 
+def sampling_rows() -> tuple[Row, ...]:
+    """Return the rows of sampling for a CUDA GPU: resident, fp8, all blocks swapped."""
+    return tuple(
+        Row(variant=variant, width=832, height=480, memory=memory)
+        for variant in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b")
+        for memory in _sampling_ways(get_variant(variant).transformer.num_layers)
+    )
+
+
+def tiny_sampling_rows() -> tuple[Row, ...]:
+    """Return the rows of sampling for a machine without a GPU."""
+    return tuple(_tiny(memory) for memory in _sampling_ways(_TINY["num_layers"]))
+
+
+def _sampling_ways(num_blocks: int) -> tuple[dict[str, Any], ...]:
+    swap, scaled = {"blocks_to_swap": num_blocks}, {"weight_format": "fp8_scaled"}
+    return ({}, swap, scaled, {**scaled, **swap})
+
+
+_TINY = {
+    "dim": 64,
+    "ffn_dim": 128,
+    "num_heads": 2,
+    "num_layers": 3,
+    "text_dim": 32,
+    "freq_dim": 16,
+}
+
+
+def _tiny(memory: dict[str, Any]) -> Row:
+    return Row(
+        variant="wan2.1-t2v-1.3b",
+        width=64,
+        height=48,
+        num_frames=9,
+        memory=memory,
+        shape=_TINY,
+    )
+
+
 def cpu_rows() -> tuple[Row, ...]:
     """Return the rows for a machine without a GPU: a tiny model, to see that all of it works."""
-    shape = {
-        "dim": 64,
-        "ffn_dim": 128,
-        "num_heads": 2,
-        "num_layers": 3,
-        "text_dim": 32,
-        "freq_dim": 16,
-    }
     swap, scaled = {"blocks_to_swap": 3}, {"weight_format": "fp8_scaled"}
     ways: tuple[dict[str, Any], ...] = (
         {},
@@ -110,17 +142,7 @@ def cpu_rows() -> tuple[Row, ...]:
         {"keep_attention": True},
         {"feed_forward_chunks": 4},
     )
-    return tuple(
-        Row(
-            variant="wan2.1-t2v-1.3b",
-            width=64,
-            height=48,
-            num_frames=9,
-            memory=memory,
-            shape=shape,
-        )
-        for memory in ways
-    )
+    return tuple(_tiny(memory) for memory in ways)
 
 
 def _words(key: str, value: Any) -> str:

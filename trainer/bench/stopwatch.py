@@ -64,7 +64,7 @@ def measure_steps(
         ConfigError: parts do not fit one another.
         NonFiniteError: the loss or a gradient is NaN or infinite.
     """
-    _forget_peaks(world.device)
+    forget_peaks(world.device)
     build = BuildContext(
         variant=work.variant,
         seed=config.training.seed,
@@ -167,12 +167,12 @@ def _timed_steps(
     batches = [random_batch(work, derive_seed(build.seed, place, index)) for index in range(count)]
     for step in range(1, build.total_steps + 1):
         batches = [_redrawn(batch, step) for batch in batches]
-        started = _now(engine.device)
+        started = now(engine.device)
         terms = engine.forward_backward(batches)
         engine.update(lr_at(step))
         for technique in model.techniques:
             technique.after_step(step)
-        yield _now(engine.device) - started, sum(terms.values())
+        yield now(engine.device) - started, sum(terms.values())
 
 
 def _redrawn(batch: Batch, step: int) -> Batch:
@@ -180,13 +180,15 @@ def _redrawn(batch: Batch, step: int) -> Batch:
     return replace(batch, item_seeds=tuple(derive_seed(one, step) for one in batch.item_seeds))
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Return the time in seconds, once the device has done all that it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _forget_peaks(device: torch.device) -> None:
+def forget_peaks(device: torch.device) -> None:
+    """Let a GPU's peaks count from here on."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -26,10 +26,11 @@ from trainer.contract.intervals import Repeated
 from trainer.contract.optimizer_config import EmaSection, LRScheduleSection, OptimizerSection
 from trainer.contract.options import Options
 from trainer.contract.plugin_section import PluginSection
+from trainer.contract.validation_config import ValidationSection
 from trainer.contract.webhook import is_webhook
 
 if TYPE_CHECKING:
-    from trainer.contract.dataset_config import DatasetConfig, GeneralOptions, SourceOptions
+    from trainer.contract.dataset_config import DatasetConfig
 
 
 class ModelSection(Options):
@@ -352,6 +353,9 @@ class SamplingSection(SectionDenoising, Repeated):
     """`[[sampling.prompts]]`: what to sample."""
     prompts_file: Path | None = None
     """Prompts in a .txt (musubi-tuner's flags), .toml or .json file instead."""
+    text_cache: Path | None = None
+    """Folder where encoded prompts are kept, so that the text encoder is not loaded for a text
+    that it has encoded before; empty: nothing is kept."""
     wildcards: bool = False
     """Choose among `{a|b|c}` and replace `__name__` in prompts, by the seed; off: braces stay."""
     wildcards_folder: Path = Path("wildcards")
@@ -387,55 +391,6 @@ class SamplingSection(SectionDenoising, Repeated):
 
     fps: int | None = Field(None, ge=1)
     """Frames a second of the written video; empty: the variant's."""
-
-
-class ValidationSection(Repeated):
-    """The loss on clips that are not trained on, at fixed timesteps and with fixed noise."""
-
-    every_steps: int = Field(0, ge=0)
-    """Steps between measurements; 0: none. Where there are some, one follows the last step."""
-    every_epochs: int = Field(0, ge=0)
-    """Epochs between measurements, beside those of `every_steps`; 0: epochs do not count."""
-    at_start: bool = True
-    """With an interval: measure before the first step, too."""
-    split: float = Field(0.0, ge=0, lt=1)
-    """Share of the dataset's clips held out of training, chosen by their content; 0: none."""
-    sources: tuple[dict[str, Any], ...] = ()
-    """`[[validation.sources]]`: clips of their own, keys as in `[[dataset.sources]]`."""
-    timesteps: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = Field(
-        (100.0, 300.0, 500.0, 700.0, 900.0), min_length=1, max_length=100
-    )
-    """Timesteps (0 clean, 1000 noise) at which each item is measured."""
-    noises_per_timestep: int = Field(1, ge=1)
-    """Different noises for each item and timestep; more make the figure less noisy."""
-    max_items: int | None = Field(None, ge=1)
-    """Measure no more than this many items, the same ones each time; empty: all."""
-    batch_size: int = Field(1, ge=1)
-    """Items of one forward; changes the speed only."""
-    use_masks: bool = False
-    """Measure what the items' masks mark, and not the whole frame; an item without a mask, or with
-    one that is all black, counts whole."""
-    seed: int = Field(42, ge=0)
-    """Fixes which clips are held out and the noise, whatever `training.seed` is."""
-
-    def load_sources(self, general: GeneralOptions) -> tuple[SourceOptions, ...]:
-        """Return `sources`, checked; what one does not set itself is the dataset's `general`.
-
-        Raises:
-            ConfigError: a key is wrong.
-        """
-        from trainer.contract.dataset_config import parse_dataset
-
-        if not self.sources:
-            return ()
-        shared = general.model_dump(exclude_unset=True)
-        values = {"general": shared, "sources": list(self.sources)}
-        return parse_dataset(values, prefix="validation.").sources
-
-    @field_validator("timesteps", mode="after")
-    @classmethod
-    def _ascending(cls, timesteps: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(sorted(set(timesteps)))
 
 
 class ProbeSection(PluginSection):

@@ -369,6 +369,8 @@ class BenchGridRequest(Options):
 
     only: tuple[str, ...] = ()
     """Rows whose name has one of these words in it; empty: all."""
+    sampling: bool = False
+    """Of sampling instead of training."""
     steps: int = Field(3, ge=1)
     """Steps that are timed, a row."""
     warmup_steps: int = Field(1, ge=0)
@@ -410,6 +412,7 @@ JOBS: Registry[object] = Registry(
     Entry("demo", "trainer.demo.job:run", "the whole pipeline on a tiny model"),
     Entry("bench", "trainer.bench.job:run", "speed and memory as ratios"),
     Entry("bench_config", "trainer.bench.config_job:run", "time and memory of a config's step"),
+    Entry("bench_sampling", "trainer.bench.sampling_job:run", "time and memory of sampling steps"),
     Entry("bench_grid", "trainer.bench.grid:run", "time and memory of a grid of configs"),
     Entry("schema", "trainer.jobs.schema:run", "regenerate schema.json"),
 )
@@ -442,6 +445,7 @@ REQUESTS: dict[str, type[Options]] = {
     "demo": DemoRequest,
     "bench": BenchRequest,
     "bench_config": BenchConfigRequest,
+    "bench_sampling": BenchConfigRequest,
     "bench_grid": BenchGridRequest,
     "schema": SchemaRequest,
 }

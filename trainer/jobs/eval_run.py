@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from trainer.adapters import load_adapter
-from trainer.contract.config import RunConfig, ValidationSection
+from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError
 from trainer.contract.experts import single_expert, trained_experts
 from trainer.contract.jobs import EvalRequest
 from trainer.contract.memory_model import Clip
 from trainer.contract.run_dir import RunDir
+from trainer.contract.validation_config import ValidationSection
 from trainer.contract.variants import Expert, Variant
 from trainer.core.seams import BuildContext, Probe
 from trainer.io.mapped_load import open_weights

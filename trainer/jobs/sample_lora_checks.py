@@ -24,6 +24,8 @@ from trainer.models.wan.detect import official_tensors
 from trainer.sampling.requests import SampleRequest
 
 _TOLD_BY = ("menma.expert", "ss_loraid_expert")
+_COMPILED_STRENGTHS = 4
+"""torch compiles one piece of code eight times at most, and some of them go to other causes."""
 _EXPERT_WORDS: dict[str, Expert | None] = dict(SLOT_EXPERTS.items())
 
 
@@ -65,6 +67,39 @@ def check_merge(
     reason = next(_obstacles(uses, requests, config), None)
     if reason is not None:
         raise ConfigError(f"the LoRAs cannot be merged: {reason}", hint="leave --merge out")
+
+
+def check_compiled(
+    uses: Sequence[LoRAUse],
+    requests: Sequence[SampleRequest],
+    variant: Variant,
+    config: RunConfig,
+) -> None:
+    """Refuse more strengths than attached LoRAs in compiled blocks can have.
+
+    Blocks are compiled anew for each strength, for minutes, and after a few times torch gives
+    up and runs them as they are.
+
+    Raises:
+        ConfigError: says how many strengths there are.
+    """
+    if not config.memory.compile_blocks or not uses:
+        return
+    found = {
+        tuple(
+            use.strength_at(high_noise=high_noise, share=step / max(1, request.num_steps - 1))
+            for use in uses_in(request, uses)
+        )
+        for request in requests
+        for step in range(request.num_steps)
+        for high_noise in ((False, True) if variant.experts else (False,))
+    }
+    if len(found) > _COMPILED_STRENGTHS:
+        raise ConfigError(
+            f"memory.compile_blocks compiles the blocks anew for each strength of the LoRAs, and "
+            f"these samples have {len(found)}",
+            hint=f"set it to false, or use {_COMPILED_STRENGTHS} strengths or fewer",
+        )
 
 
 def _obstacles(

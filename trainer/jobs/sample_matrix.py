@@ -70,7 +70,8 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
     )  # fmt: skip
     for note in check_loras(sheet.loras, variant, files):
         emit("warning", message=note)
-    for note in check_inputs([c.request for c in sheet.cells], multiple=variant.pixel_multiple):
+    cells = [cell.request for cell in sheet.cells]
+    for note in check_inputs(cells, multiple=variant.pixel_multiple, place="samples"):
         emit("log", message=note)
     device = pick_device(config)
     clips = list({clip_of(cell.request): None for cell in sheet.cells})

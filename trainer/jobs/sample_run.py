@@ -28,7 +28,6 @@ from trainer.jobs.build import freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
 from trainer.jobs.components import (
     lazy_image_encoder,
-    lazy_text_encoder,
     lazy_vae,
     settle_variant,
 )
@@ -36,7 +35,7 @@ from trainer.jobs.config_job import read_config
 from trainer.jobs.loraid_files import is_of_slots, resolve_loraids
 from trainer.jobs.merge_weights import Rounding
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
-from trainer.jobs.sample_lora_checks import check_loras, check_merge
+from trainer.jobs.sample_lora_checks import check_compiled, check_loras, check_merge
 from trainer.jobs.sample_loras import OnMerge
 from trainer.jobs.sample_ranks import (
     SampleRanks,
@@ -49,6 +48,7 @@ from trainer.jobs.step_cache_values import (
     step_cache_values,
     write_measured,
 )
+from trainer.jobs.text_recall import prompt_encoder
 from trainer.sampling.inputs import check_inputs
 from trainer.sampling.requests import SampleRequest, requests_of
 from trainer.sampling.step_cache.recorder import Recorder
@@ -105,6 +105,8 @@ def _plan(request: SampleJobRequest) -> _Plan:
     notes = check_loras(loras, variant, files)
     if request.merge_loras:
         check_merge(loras, requests, config)
+    else:
+        check_compiled(loras, requests, variant, config)
     return _Plan(
         config=config,
         variant=variant,
@@ -359,7 +361,7 @@ def loaders_of(
         return freeze(loaded)
 
     return SampleLoaders(
-        text_encoder=lazy_text_encoder(config, device).load,
+        text_encoder=lambda: prompt_encoder(config, device),
         transformer=transformer,
         vae=lazy_vae(config, variant, device).load,
         image_encoder=None if image_encoder is None else image_encoder.load,

@@ -210,6 +210,7 @@ def _seen(request: SampleRequest) -> SampleRequest:
         flow_shift=1.0,
         solver="",
         schedule="",
+        strength=None,
         denoising=DenoisingOptions(),
         fps=1,
         lora_strengths=None,

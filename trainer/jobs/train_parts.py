@@ -49,9 +49,9 @@ from trainer.jobs.deepspeed_settings import deepspeed_settings
 from trainer.jobs.environment import menma_version
 from trainer.jobs.neighbours import neighbours
 from trainer.jobs.run_items import load_run_items, validation_settings
-from trainer.loop import Interval, Plan
 from trainer.models.wan.transformer import WanTransformer
 from trainer.training.lr import LearningRate, LossWatch
+from trainer.training.plan import Interval, Plan
 from trainer.training.step import TrainStep, TurningStep
 from trainer.training.validation import Validator
 

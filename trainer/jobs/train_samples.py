@@ -16,9 +16,10 @@ from trainer.contract.prompts import read_prompts
 from trainer.contract.variants import Expert, Variant
 from trainer.engine.process_group import World
 from trainer.jobs.build import freeze, load_base
-from trainer.jobs.components import lazy_image_encoder, lazy_text_encoder, lazy_vae
+from trainer.jobs.components import lazy_image_encoder, lazy_vae
 from trainer.jobs.sample_run import transformer_files
 from trainer.jobs.step_cache_values import step_cache_values
+from trainer.jobs.text_recall import prompt_encoder
 from trainer.models.wan.transformer import WanTransformer
 from trainer.models.wan.vae import WanVAE
 from trainer.sampling.conditions import Conditions, encode_files, encode_texts
@@ -180,7 +181,7 @@ class TrainingSamples:
 
     def _encode(self) -> None:
         device = self._world.device
-        text_encoder = lazy_text_encoder(self._config, device).load()
+        text_encoder = prompt_encoder(self._config, device)
         self._contexts = encode_texts(text_encoder, self._requests)
         del text_encoder
         self._vae: WanVAE = lazy_vae(self._config, self._variant, device).load()

@@ -13,31 +13,39 @@ from trainer.sampling.requests import SampleRequest
 _CLIPS = {"control", "video"}
 
 
-def check_inputs(requests: Sequence[SampleRequest], *, multiple: int) -> list[str]:
+def check_inputs(
+    requests: Sequence[SampleRequest], *, multiple: int, place: str = "prompts"
+) -> list[str]:
     """Return notes on files that have another size than the sample, which are scaled and cropped.
 
     Args:
         requests: checked ones.
         multiple: what width and height must be multiples of.
+        place: what the list of requests is called in errors.
 
     Raises:
         ConfigError: files that are unreadable or too short, all of them at once.
     """
     notes: list[str] = []
     problems: list[Problem] = []
+    seen: set[tuple[Path, int, tuple[int, int]]] = set()
     for index, request in enumerate(requests):
         for key, path in request.files.items():
-            try:
-                found = look_at(path, request.num_frames if key in _CLIPS else 1)
-            except DataError as error:
-                place = f"prompts[{index}].{key}"
-                problems.append(Problem(error.message, key=place, hint=error.hint))
+            frames, wanted = request.num_frames if key in _CLIPS else 1, request.size
+            if (path, frames, wanted) in seen:
                 continue
-            if found != (request.width, request.height):
-                notes.append(_note(path, found, (request.width, request.height), multiple))
+            seen.add((path, frames, wanted))
+            try:
+                found = look_at(path, frames)
+            except DataError as error:
+                where = f"{place}[{index}].{key}"
+                problems.append(Problem(error.message, key=where, hint=error.hint))
+                continue
+            if found != wanted:
+                notes.append(_note(path, found, wanted, multiple))
     if problems:
         raise ConfigError(problems=problems)
-    return list(dict.fromkeys(notes))
+    return notes
 
 
 def _note(path: Path, found: tuple[int, int], wanted: tuple[int, int], multiple: int) -> str:

@@ -137,6 +137,11 @@ class SampleRequest:
         )
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, pixels."""
+        return self.width, self.height
+
+    @property
     def files(self) -> dict[str, Path]:
         """What has to be encoded, by key: images and videos."""
         named = {key: getattr(self, key) for key in _INPUT_NAMES}

@@ -16,6 +16,7 @@ app = command_app()
 
 STEPS, WARMUP_STEPS = 3, 1
 """Of `contract.jobs.BenchConfigRequest`; a test keeps them equal."""
+_OF_A_ROW = ("model", "clip", "settings", "status", "reason", "result", "slower_percent")
 _OF_THE_EVENT = frozenset({"v", "time", "type", "reason"})
 
 
@@ -31,6 +32,10 @@ def bench(
     grid: Annotated[
         bool,
         typer.Option("--grid", help="Measure a fixed grid of configs, and print a markdown table."),
+    ] = False,
+    sampling: Annotated[
+        bool,
+        typer.Option("--sampling", help="With --grid: of sampling steps instead of training."),
     ] = False,
     only: Annotated[
         list[str] | None,
@@ -71,12 +76,20 @@ def bench(
     }
     if grid:
         _refuse({"names or a config": names, "--set": overrides}, "--grid")
-        _bench_grid({"only": only or [], **counts}, as_json=as_json)
+        request = {"only": only or [], "sampling": sampling, **counts}
+        _bench_grid(request, as_json=as_json)
     elif config is not None:
-        _refuse({"further names or configs": names[1:], "--only": only}, "a config")
+        given: dict[str, Any] = {"--only": only, "--sampling": sampling or None}
+        _refuse({"further names or configs": names[1:], **given}, "a config")
         _bench_config(config, overrides or [], counts, as_json=as_json)
     else:
-        given = {"--only": only, "--set": overrides, "--steps": steps, "--json": as_json or None}
+        given = {
+            "--only": only,
+            "--sampling": sampling or None,
+            "--set": overrides,
+            "--steps": steps,
+            "--json": as_json or None,
+        }
         _refuse({**given, "--warmup-steps": warmup_steps}, "benchmarks by name")
         _bench_names(names)
 
@@ -133,15 +146,15 @@ def _bench_grid(request: dict[str, Any], *, as_json: bool) -> None:
     from app.render import benchmarks
 
     found = jobs.run("bench_grid", request, quiet=as_json)
-    rows = [
-        {key: event[key] for key in ("model", "clip", "settings", "status", "reason", "result")}
-        for event in found.all("output")
-    ]
+    rows = [{key: event[key] for key in _OF_A_ROW if key in event} for event in found.all("output")]
     known = {"device": found.end.get("device", ""), "torch": found.end.get("torch", "")}
-    command = " ".join(["menma bench --grid", *(f'--only "{word}"' for word in request["only"])])
+    sampling = ["--sampling"] if request["sampling"] else []
+    words = (f'--only "{word}"' for word in request["only"])
+    command = " ".join(["menma bench --grid", *sampling, *words])
     if as_json:
         output.json_data({"command": command, **known, "rows": rows})
     elif rows:
-        for line in benchmarks.markdown(rows, **known, command=command):
+        table = benchmarks.sampling_markdown if sampling else benchmarks.markdown
+        for line in table(rows, **known, command=command):
             output.data(line)
     jobs.leave_if_failed(found)

@@ -35,6 +35,7 @@ from app.cli.sample_guidance_options import (
     StepCacheRetention,
     StepCacheStart,
     StepCacheThreshold,
+    refuse_calibration,
     slg_settings,
 )
 from app.cli.sample_lora_options import MergeLoras, SampleLoras, sample_lora
@@ -209,6 +210,7 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "calibrate": calibrate,
     }
     sheet = sheet_fields(request, vary, matrix, columns)
+    refuse_calibration(calibrate, is_sheet=bool(sheet), interactive=interactive)
     if interactive:
         refuse_with_session(request, sheet)
         _talk(config, request, as_json=as_json)

@@ -426,10 +426,10 @@ def _weighting(keys: Keys, scheme: str) -> None:
 
 def sampling(keys: Keys) -> None:
     """Samples on the way: how often, and of what."""
-    steps = keys.read("sample_every_n_steps", v.positive)
-    if steps:
+    if epoch_interval(keys, "sample_every_n_epochs", "sampling"):
+        keys.done("sample_every_n_steps", "sample_every_n_epochs is given, too: it decides there")
+    elif steps := keys.read("sample_every_n_steps", v.positive):
         keys.put("sample_every_n_steps", "sampling.every_steps", steps)
-    epoch_interval(keys, "sample_every_n_epochs", "sampling")
     if keys.read("sample_at_first", v.flag, default=False):
         keys.put("sample_at_first", "sampling.at_start", value=True)
 

@@ -1,14 +1,15 @@
-"""Coefficients and thresholds that TeaCache's authors published for Wan 2.1.
+"""What the authors of TeaCache and MagCache published for Wan 2.1.
 
 Source: the TeaCache repository (TeaCache4Wan2.1); the thresholds are the fast ones of its table,
 for about twice the speed. The Fun models are of the 1.3B model's kind, and VideoX-Fun uses its
-values for them.
+coefficients for them. MagCache: see `published_ratios`.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
+from trainer.sampling.step_cache import published_ratios
 from trainer.sampling.step_cache.values import ExpertValues, Polynomial
 
 _PIXELS_OF_480P: Final = 832 * 480
@@ -40,14 +41,22 @@ _BY_VARIANT: Final = {
     "wan2.1-i2v-14b": (_I2V_480, _I2V_720),
 }
 """Variant -> (up to 480p, above) -> (plain, retention, threshold)."""
+_RATIOS: Final = {
+    "wan2.1-t2v-1.3b": (published_ratios.T2V_1_3B, published_ratios.T2V_1_3B),
+    "wan2.1-t2v-14b": (published_ratios.T2V_14B, published_ratios.T2V_14B),
+    "wan2.1-i2v-14b": (published_ratios.I2V_480, published_ratios.I2V_720),
+}
+"""Variant -> (up to 480p, above) -> MagCache's ratios."""
 
 
 def published_values(variant: str, num_pixels: int) -> ExpertValues | None:
     """Return what is published for a variant at so many pixels a frame; None: nothing is."""
     if variant not in _BY_VARIANT:
         return None
-    plain, retention, threshold = _BY_VARIANT[variant][num_pixels > 1.2 * _PIXELS_OF_480P]
+    is_large = num_pixels > 1.2 * _PIXELS_OF_480P
+    plain, retention, threshold = _BY_VARIANT[variant][is_large]
     return ExpertValues(
+        magcache=dict(_RATIOS[variant][is_large]) if variant in _RATIOS else {},
         teacache={
             "plain": Polynomial(coefficients=plain),
             "retention": Polynomial(coefficients=retention),
