@@ -18,6 +18,7 @@ from trainer.contract.lora_use import SampleLoRA
 from trainer.contract.variants import TransformerConfig
 from trainer.contract.vary import Axis, parse_vary
 from trainer.jobs import sample_matrix, sample_studio
+from trainer.jobs.cache_run import progress_events
 from trainer.jobs.sample_run import run as run_plain
 from trainer.models.wan.loading import save_transformer
 from trainer.models.wan.tiny import write_tiny_text_encoder, write_tiny_vae
@@ -282,3 +283,16 @@ def test_mistakes_are_told_before_anything_is_loaded(
             make(config, *axes, **fields)
     assert loads.paths == []
     assert not (tmp_path / "sheet").exists()
+
+
+def test_progress_says_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    events: list[dict[str, Any]] = []
+    monkeypatch.setattr("trainer.jobs.cache_run.time.monotonic", lambda: now)
+    report = progress_events(lambda kind, /, **said: events.append(said))
+    for done in (1, 2, 5, 9):
+        report("steps", done, 9)
+        now += 10
+    report("steps", 1, 9)
+    # One step, then one in 10 s, then four in 20 s; a phase that begins anew knows nothing yet.
+    assert [event.get("eta_s") for event in events] == [None, 70.0, 20.0, None, None]
