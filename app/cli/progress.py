@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -13,9 +14,13 @@ from app.runs.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.segment import Segment
 
 Event = dict[str, Any]
 PLAIN_EVERY_S = 5.0
+PREVIEW_BORDER = 6
+"""Lines of the screen that a preview leaves to the bar and to words."""
+MIN_PREVIEW_COLUMNS, MIN_PREVIEW_ROWS, MAX_PREVIEW_ROWS = 40, 4, 20
 
 
 class Progress(Protocol):
@@ -118,13 +123,17 @@ class LiveProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._picture.preview = []
         self._live.stop()
 
     def event(self, event: Event) -> None:
         """Move the bar, or show the event above it."""
         _, total = counted(event)
         if total:
-            self._picture.event = event
+            self._picture.count(event)
+            return
+        if event["type"] == "preview":
+            self._picture.preview = _preview_lines(event, self._console)
             return
         text = words(event, show_errors=self._show_errors)
         if text:
@@ -145,10 +154,17 @@ class LiveProgress:
 
 
 class _Picture:
-    """The bar of the latest counted event."""
+    """The bar of the latest counted event, and below it what is being made."""
 
     def __init__(self) -> None:
         self.event: Event | None = None
+        self.preview: list[list[Segment]] = []
+
+    def count(self, event: Event) -> None:
+        """Move the bar; a preview is over when what it was of is."""
+        if self.event is not None and self.event.get("name") != event.get("name"):
+            self.preview = []
+        self.event = event
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.progress_bar import ProgressBar
@@ -161,6 +177,23 @@ class _Picture:
         yield ProgressBar(total=total, completed=done, width=min(options.max_width, 100))
         yield Segment.line()
         yield Text(count_line(self.event), no_wrap=True, overflow="ellipsis")
+        for line in self.preview:
+            yield from line
+            yield Segment.line()
+
+
+def _preview_lines(event: Event, console: Console) -> list[list[Segment]]:
+    """Draw the picture of a `preview` event for the room that there is; [] where it cannot be."""
+    from app.render.half_blocks import can_draw, frame_lines
+
+    rows = min(console.height - PREVIEW_BORDER, MAX_PREVIEW_ROWS)
+    columns = console.width - 1
+    if not can_draw(console) or rows < MIN_PREVIEW_ROWS or columns < MIN_PREVIEW_COLUMNS:
+        return []
+    try:
+        return frame_lines(Path(str(event.get("path"))), columns, rows)
+    except (OSError, ValueError):  # it is replaced or gone: the next one comes
+        return []
 
 
 def counted(event: Event) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from trainer.contract.options import Options
 from trainer.contract.options_page import value_words
 from trainer.contract.plugin_options import plugin_schemas
 from trainer.contract.registry import nearest
+from trainer.contract.sample_formats import SAMPLE_FORMATS
 from trainer.contract.variants import VARIANTS
 
 BASIC = frozenset(
@@ -208,6 +209,8 @@ def _names(key: str) -> tuple[str, ...]:
     name = key.rpartition(".")[2]
     if name == "solver":
         return tuple(SOLVERS.names)
+    if key == "sampling.format":
+        return SAMPLE_FORMATS.names
     if name == "schedule":
         return tuple(SCHEDULES.names)
     if key == "model.variant":

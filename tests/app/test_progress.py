@@ -5,9 +5,19 @@ from __future__ import annotations
 import io
 
 import pytest
+from PIL import Image
+from rich.console import Console
 
 from app.cli import output
-from app.cli.progress import PlainProgress, _Picture, count_line, open_progress, words
+from app.cli.progress import (
+    PlainProgress,
+    _Picture,
+    _preview_lines,
+    count_line,
+    open_progress,
+    words,
+)
+from app.render.half_blocks import UPPER_HALF
 from app.runs.durations import duration
 from trainer.contract.errors import ConfigError, Problem, RunError
 
@@ -82,8 +92,6 @@ def test_errors_are_shown_where_nobody_else_shows_them():
 
 
 def test_the_picture_is_two_lines_of_80_columns():
-    from rich.console import Console
-
     picture = _Picture()
     picture.event = STEP | {"step": 1234567, "total_steps": 9999999, "eta_s": 9e9}
     console = Console(width=80, file=io.StringIO(), color_system=None)
@@ -92,6 +100,46 @@ def test_the_picture_is_two_lines_of_80_columns():
     lines = capture.get().splitlines()
     assert [len(line) <= 80 for line in lines] == [True, True]
     assert lines[1].startswith("step 1234567/9999999")
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])
+def test_a_preview_is_drawn_below_the_bar_while_it_is_of_what_is_counted(tmp_path, width, height):
+    Image.new("RGB", (422, 60), (200, 30, 30)).save(tmp_path / "p.png")
+    console = Console(
+        width=width, height=height, file=io.StringIO(), force_terminal=True,
+        color_system="truecolor", legacy_windows=False,
+    )  # fmt: skip
+    picture = _Picture()
+    picture.count({"type": "phase", "name": "steps", "done": 2, "total": 9})
+    picture.preview = _preview_lines({"type": "preview", "path": tmp_path / "p.png"}, console)
+
+    def drawn():
+        with console.capture() as capture:
+            console.print(picture)
+        return [line for line in capture.get().splitlines() if UPPER_HALF in line]
+
+    assert 4 <= len(drawn()) <= height - 6
+    assert "200;30;30" in drawn()[0]
+    picture.count({"type": "phase", "name": "steps", "done": 3, "total": 9})
+    assert drawn()
+    picture.count({"type": "phase", "name": "decode", "done": 0, "total": 1})
+    assert not drawn()
+
+
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        ("none.png", {}),
+        ("p.png", {"color_system": None}),
+        ("p.png", {"width": 30}),
+        ("p.png", {"height": 8}),
+    ],
+)
+def test_where_a_preview_cannot_be_drawn_there_is_none(tmp_path, path, options):
+    Image.new("RGB", (40, 20)).save(tmp_path / "p.png")
+    usual = {"width": 80, "height": 24, "color_system": "truecolor", "force_terminal": True}
+    console = Console(file=io.StringIO(), **(usual | options))
+    assert _preview_lines({"type": "preview", "path": str(tmp_path / path)}, console) == []
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ def test_a_job_whose_events_nobody_takes_is_ended(play, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_processes")
 def test_a_failed_job_is_told_with_its_own_words(tmp_path):
     events: Events = []
     with pytest.raises(RunError, match="train failed") as caught:

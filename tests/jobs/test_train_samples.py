@@ -68,7 +68,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
     monkeypatch.setattr(train_samples, "generate", generate)
     monkeypatch.setattr(train_samples, "write_sample", write)
-    monkeypatch.setattr(train_samples, "decode_frames", lambda vae, latents, tile: latents)
+    monkeypatch.setattr(train_samples, "decode_frames", lambda vae, latents, tile, bits: latents)
 
     def samples(
         *prompts: str,
@@ -114,7 +114,7 @@ def test_ranks_that_share_clips_make_each_sample_together(make: Make) -> None:
     second, _ = make("a", "b", rank=1, together=True)
     made: list[int] = []
 
-    def generate(index: int, request: Any) -> torch.Tensor:
+    def generate(_step: int, index: int, request: Any) -> torch.Tensor:
         made.append(index)
         return torch.zeros(1)
 

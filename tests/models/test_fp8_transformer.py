@@ -317,8 +317,10 @@ print((peak() - before) / size, block / size)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 @pytest.mark.parametrize("stored", [pytest.param("bf16", marks=pytest.mark.long), "fp8_scaled"])
 def test_the_host_never_holds_more_than_the_fp8_model_and_a_block(stored, tmp_path):
-    config = replace(tiny_config(T2V), dim=2048, ffn_dim=8192, num_layers=4)
-    large = WanTransformer(config, seed=0)
+    config = replace(tiny_config(T2V), dim=2048, ffn_dim=4096, num_layers=4)
+    large = WanTransformer(config, seed=None)
+    for value in large.parameters():
+        value.data.fill_(0.02)  # to draw 400 million numbers takes seconds
     large.variant_name = T2V
     path = tmp_path / "m.safetensors"
     save_transformer(large, path, dtype=torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from trainer.jobs.sample_run import run
 from trainer.models.wan.loading import save_transformer
 from trainer.models.wan.tiny import write_tiny_text_encoder, write_tiny_vae
 from trainer.models.wan.transformer import WanTransformer
+from trainer.sampling.results import describe_file
 from trainer.sampling.video_io import read_metadata, read_video
 
 CONFIG = """
@@ -112,9 +114,10 @@ def test_prompts_of_the_request_and_the_newest_output_of_a_run(
     (sample,) = [event for event in events_of(request) if event["type"] == "sample"]
     metadata = read_metadata(Path(sample["path"]))
     assert metadata["loras"] == [
-        {"file": extra.name, "strength": 0.5},
-        {"file": newer.name, "strength": 1.0},
+        {**describe_file(extra), "strength": 0.5},
+        {**describe_file(newer), "strength": 1.0},
     ]
+    assert metadata["loras"][0]["sha256"] == hashlib.sha256(extra.read_bytes()).hexdigest()
 
 
 def test_a_prompt_file_wins_over_the_config(config: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from trainer.contract.intervals import Repeated
 from trainer.contract.optimizer_config import EmaSection, LRScheduleSection, OptimizerSection
 from trainer.contract.options import Options
 from trainer.contract.plugin_section import PluginSection
+from trainer.contract.sample_file_options import SampleFiles
 from trainer.contract.validation_config import ValidationSection
 from trainer.contract.webhook import is_webhook
 
@@ -340,7 +341,7 @@ class Prompt(PromptDenoising):
     """Short name: in the file's name, and as a heading of sheets."""
 
 
-class SamplingSection(SectionDenoising, Repeated):
+class SamplingSection(SectionDenoising, SampleFiles, Repeated):
     """Samples made during training; the same keys are the defaults of `menma sample`."""
 
     every_steps: int = Field(0, ge=0)

@@ -30,12 +30,13 @@ from trainer.contract.offload_rules import offload_rule
 from trainer.contract.optimizer_rules import average_rule, optimizer_rule, schedule_rule
 from trainer.contract.optimizer_traits import traits_of
 from trainer.contract.registry import nearest
+from trainer.contract.sample_formats import format_rule
 from trainer.contract.sequence_rules import sequence_rule
 from trainer.contract.stored_kinds import layout_problem
 from trainer.contract.variants import VARIANTS
 from trainer.contract.walk import walk_problems
 
-JobName = Literal["cache", "train", "sample", "eval"]
+JobName = Literal["cache", "train", "sample", "decode", "eval"]
 Rule = Callable[[RunConfig], Iterator[Problem]]
 
 
@@ -144,6 +145,8 @@ def is_fp8(config: RunConfig) -> bool:
 
 
 def _required_files(config: RunConfig, job: JobName) -> list[str]:
+    if job == "decode":
+        return ["vae"]
     known = VARIANTS.get(config.model.variant)
     encoders = ["vae", "text_encoder"]
     if known is not None and known.transformer.image_dim is not None:
@@ -218,6 +221,7 @@ def _sampling(config: RunConfig) -> Iterator[Problem]:
     for place, solver, schedule, strength in walks:
         for problem in walk_problems(solver, schedule, strength=strength):
             yield replace(problem, key=place + problem.key)
+    yield from format_rule(sampling)
     yield from _num_frames(config)
 
 

@@ -8,6 +8,8 @@ One object a line, each with `v` (format version), `time` (Unix seconds) and `ty
                 at some steps by_timestep {"0-100": loss…}, by_source {name of a source: loss…} and
                 weight_norm {total, mean, largest}: `[logging]`
     sample      step, path, prompt, seed
+    preview     path of a small picture of the sample in work, which the next one replaces;
+                index of the sample, done and total (of the solver's steps), step
     checkpoint  step, path
     output      step, path, final (of a run); strips [{title, frames [path of a picture…]}…]
     validation  step, loss, by_timestep {"100": loss…}, items, seconds
@@ -38,6 +40,7 @@ EVENT_TYPES = (
     "phase",
     "step",
     "sample",
+    "preview",
     "checkpoint",
     "output",
     "validation",

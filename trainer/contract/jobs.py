@@ -79,9 +79,17 @@ class SampleJobRequest(ConfigRequest):
     prompts_file: Path | None = None
     """Prompts in a .txt, .toml or .json file."""
     output: Path = Path("samples")
-    """Folder of the results; nothing in it is overwritten."""
+    """Folder of the results, or a file: its ending says which format, fields in braces are filled
+    in, such as {index} and {seed}."""
+    force: bool = False
+    """Replace files that are there; else a file is refused, and in a folder names count on."""
     run_dir: Path | None = None
     """Take this run's newest output file as a LoRA, too."""
+    like: Path | None = None
+    """Make this sample again, from what its file says; all that is set here wins. With it, a prompt
+    of no words has those of the file."""
+    decode: Path | None = None
+    """Decode this file of latents, or each one of this folder, and make nothing."""
     calibrate: bool = False
     """Sample without methods of guidance and step cache, and measure what caches need to know."""
 

@@ -8,7 +8,7 @@ and written one after the other, also those that were drawn before something wen
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Expert, Variant
 from trainer.jobs.sample_failures import Failures, StopDrawing, in_phase, subject_of
-from trainer.jobs.sample_loras import LoRASwitch, OnMerge, described, uses_in
+from trainer.jobs.sample_loras import LoRASwitch, OnMerge, uses_in
+from trainer.jobs.sample_metadata import lora_metadata
+from trainer.jobs.sample_target import Target
 from trainer.models.wan.conditioning import LatentEncoder
 from trainer.sampling.conditions import (
     Conditions,
@@ -32,13 +34,14 @@ from trainer.sampling.conditions import (
 from trainer.sampling.experts import ExpertSwitch
 from trainer.sampling.pipeline import (
     Evaluations,
+    OnEstimate,
     SamplingModels,
     VideoDecoder,
     decode_frames,
     generate,
 )
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.results import OutputKind, write_sample
+from trainer.sampling.results import FileOptions, describe, latents_beside, write_files
 from trainer.sampling.schedule import walk_of
 from trainer.sampling.step_cache.cache import BlockObserver
 from trainer.sampling.step_cache.values import StepCacheValues
@@ -73,6 +76,8 @@ class Sample:
     """How often the transformer worked for it."""
     index: int = 0
     """Its place among all requests of the run."""
+    latents: Path | None = None
+    """File of its latents, where they were wanted beside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +102,10 @@ class SampleOptions:
     """How to sample."""
 
     name: str = "sample"
-    """Files are `<name>_<index>_<seed>.mp4`."""
-    kind: OutputKind = "video"
+    """Files are `<name>_<index>_<seed>.<ending>`."""
+    files: FileOptions = field(default_factory=FileOptions)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What each file says of the models, in addition."""
     loras: tuple[LoRAUse, ...] = ()
     """Used by all samples; `SampleRequest.lora_strengths` counts by them."""
     merge_loras: bool = False
@@ -116,6 +123,8 @@ class SampleOptions:
     progress: Progress = lambda _phase, _done, _total: None
     on_sample: Callable[[Sample], None] = lambda _sample: None
     """Told of each file when it is written."""
+    preview: Callable[[int, SampleRequest], OnEstimate] | None = None
+    """Given (index, request): what is told of the sample's clean estimates."""
     on_failure: Callable[[str], None] = lambda _words: None
     """Told why a sample is not made, when others are."""
 
@@ -127,7 +136,7 @@ def run_sample(
     output: Path,
     options: SampleOptions | None = None,
 ) -> list[Sample]:
-    """Sample all requests and write them into `output`, where nothing is overwritten.
+    """Sample all requests and write them into `output`; nothing is overwritten unasked.
 
     A sample that becomes NaN or does not fit into memory leaves the others alone. Whatever goes
     wrong, what was drawn until then is decoded and written before the error is raised.
@@ -136,7 +145,7 @@ def run_sample(
         requests: what to make.
         variant: the model.
         loaders: where the models come from.
-        output: folder, made if it is not there.
+        output: folder, made if it is not there, or a file; see `sample_target`.
         options: LoRAs, device, names, and which of the requests are this process's.
 
     Raises:
@@ -159,7 +168,8 @@ def run_sample(
     conditions = run.encode_inputs()
     latents = run.draw(contexts, conditions)
     run.release()
-    samples = run.write(latents, output) if latents and options.part.writes else []
+    target = Target(output, options.name, options.files)
+    samples = run.write(latents, target) if latents and options.part.writes else []
     run.failures.end(len(samples), len(mine))
     return samples
 
@@ -244,6 +254,7 @@ class _Run:
                         request,
                         conditions=conditions[index],
                         on_step=on_step,
+                        on_estimate=options.preview and options.preview(index, request),
                         observer=options.observer,
                         on_end=on_end,
                     )
@@ -253,11 +264,11 @@ class _Run:
                 before += evaluations[index]
         return latents
 
-    def write(self, latents: dict[int, Tensor], output: Path) -> list[Sample]:
+    def write(self, latents: dict[int, Tensor], target: Target) -> list[Sample]:
         samples: list[Sample] = []
         with suppress(StopDrawing):
             with self.failures.noted(spares_others=False), in_phase("decode"):
-                vae = self.loaders.vae()
+                vae = self.loaders.vae() if self.options.files.decodes else None
             for index, result in latents.items():
                 request = self.requests[index]
                 subject = subject_of(index, request)
@@ -265,23 +276,31 @@ class _Run:
                     self.failures.noted(spares_others=True),
                     in_phase("decode", subject),
                 ):
-                    samples.append(self._write(index, vae, result, output))
+                    samples.append(self._write(index, vae, result, target))
                     self.options.on_sample(samples[-1])
                 self.release()
                 self._report("decode", len(samples))
         return samples
 
-    def _write(self, index: int, vae: Vae, result: Tensor, output: Path) -> Sample:
+    def _write(self, index: int, vae: Vae | None, result: Tensor, target: Target) -> Sample:
         request, options = self.requests[index], self.options
-        path = write_sample(
-            output,
-            f"{request.name or options.name}_{index:02d}",
-            request,
-            decode_frames(vae, result.to(options.device), tile=options.tile),
-            metadata=self._metadata(request, self.evaluations[index]),
-            kind=options.kind,
+        files, metadata = options.files, {}
+        if files.metadata:
+            metadata = describe(request) | self._metadata(request, self.evaluations[index])
+        bits = files.writer(request.num_frames).bits
+        path = write_files(
+            target.path(index, request, request.name or ""),
+            ()
+            if vae is None
+            else decode_frames(vae, result.to(options.device), tile=options.tile, bits=bits),
+            num_frames=request.num_frames,
+            fps=request.fps,
+            metadata=metadata,
+            files=files,
+            latents_BCFHW=result,
         )
-        return Sample(path, request, self.evaluations[index], index)
+        beside = latents_beside(path) if files.save_latents else None
+        return Sample(path, request, self.evaluations[index], index, beside)
 
     def _image_encoder(self) -> ImageEncoder | None:
         if self.variant.transformer.image_dim is None or self.loaders.image_encoder is None:
@@ -289,9 +308,9 @@ class _Run:
         return self.loaders.image_encoder()
 
     def _metadata(self, request: SampleRequest, evaluations: Evaluations) -> dict[str, Any]:
-        loras = [described(use) for use in uses_in(request, self.options.loras)]
+        loras = lora_metadata(uses_in(request, self.options.loras))
         described_run = {"variant": self.variant.name, "evaluations": asdict(evaluations)}
-        return described_run | ({"loras": loras} if loras else {})
+        return described_run | ({"loras": loras} if loras else {}) | dict(self.options.metadata)
 
     def _report(self, phase: str, done: int) -> None:
         self.options.progress(phase, done, len(self.requests))

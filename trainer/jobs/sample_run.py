@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,14 +36,19 @@ from trainer.jobs.config_job import read_config
 from trainer.jobs.loraid_files import is_of_slots, resolve_loraids
 from trainer.jobs.merge_weights import Rounding
 from trainer.jobs.sample import Sample, SampleLoaders, SampleOptions, run_sample
+from trainer.jobs.sample_decode import run_decode
+from trainer.jobs.sample_like import remade
 from trainer.jobs.sample_lora_checks import check_compiled, check_loras, check_merge
 from trainer.jobs.sample_loras import OnMerge
+from trainer.jobs.sample_metadata import differences, model_metadata
+from trainer.jobs.sample_preview import passing_previews
 from trainer.jobs.sample_ranks import (
     SampleRanks,
     in_words,
     num_sampling_processes,
     run_in_processes,
 )
+from trainer.jobs.sample_target import Target, file_options
 from trainer.jobs.step_cache_values import (
     requests_to_calibrate,
     step_cache_values,
@@ -51,6 +57,7 @@ from trainer.jobs.step_cache_values import (
 from trainer.jobs.text_recall import prompt_encoder
 from trainer.sampling.inputs import check_inputs
 from trainer.sampling.requests import SampleRequest, requests_of
+from trainer.sampling.results import FileOptions, require_formats
 from trainer.sampling.step_cache.recorder import Recorder
 
 TransformerFiles = dict[Expert, Path]
@@ -67,6 +74,9 @@ class _Plan:
     loras: tuple[LoRAUse, ...]
     notes: tuple[str, ...]
     input_notes: tuple[str, ...]
+    file_options: FileOptions
+    metadata: Mapping[str, Any]
+    """What each file says of the models."""
 
 
 def run(request: SampleJobRequest, emit: Emit) -> None:
@@ -75,6 +85,9 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
     Raises:
         MenmaError: see `sample.run_sample`.
     """
+    if request.decode is not None:
+        run_decode(request, request.decode, emit)
+        return
     plan = _plan(request)
     distributed = plan.config.distributed
     if not process_group.in_group():
@@ -96,6 +109,8 @@ def run(request: SampleJobRequest, emit: Emit) -> None:
 
 
 def _plan(request: SampleJobRequest) -> _Plan:
+    again = remade(request)
+    request = again.request
     config = read_config(request, "sample")
     variant = settle_variant(config)
     requests = requests_of(prompts_of(request, config), variant, config.sampling)
@@ -107,14 +122,21 @@ def _plan(request: SampleJobRequest) -> _Plan:
         check_merge(loras, requests, config)
     else:
         check_compiled(loras, requests, variant, config)
+    options = file_options(request.output, request.set, config.sampling, force=request.force)
+    names = [one.name or config.name for one in requests]
+    Target(request.output, config.name, options).check(requests, names)
+    require_formats(options, requests)
+    metadata = model_metadata(config, variant, files)
     return _Plan(
         config=config,
         variant=variant,
         requests=requests,
         files=files,
         loras=tuple(loras),
-        notes=tuple(notes),
-        input_notes=tuple(input_notes),
+        notes=(*again.warnings, *differences(again.made, metadata), *notes),
+        input_notes=(*again.logs, *input_notes),
+        file_options=options,
+        metadata=metadata,
     )
 
 
@@ -133,37 +155,34 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
         requests, recorder = requests_to_calibrate(requests), Recorder()
     step_cache = step_cache_values(config, plan.variant, lambda: plan.files, requests)
 
-    def on_sample(sample: Sample) -> None:
-        ranks.emit(
-            "sample",
-            path=str(sample.path),
-            prompt=sample.request.prompt[:2000],
-            seed=sample.request.seed,
-            evaluations=asdict(sample.evaluations),
-        )
-
     samples: list[Sample] = []
     try:
-        samples = run_sample(
-            requests,
-            plan.variant,
-            loaders_of(config, plan.variant, plan.files, world.device, world.sequence),
-            request.output,
-            SampleOptions(
-                name=config.name,
-                loras=plan.loras,
-                merge_loras=request.merge_loras,
-                on_merge=merge_events(ranks.emit_first),
-                part=ranks.part,
-                device=world.device,
-                tile=(tile, tile) if tile else None,
-                progress=ranks.progress,
-                on_sample=on_sample,
-                step_cache=step_cache,
-                observer=recorder,
-                on_failure=lambda words: ranks.emit("warning", message=words),
-            ),
-        )
+        with passing_previews(
+            config, plan.variant, world.device, ranks.emit, wanted=ranks.part.writes
+        ) as drawn:
+            samples = run_sample(
+                requests,
+                plan.variant,
+                loaders_of(config, plan.variant, plan.files, world.device, world.sequence),
+                request.output,
+                SampleOptions(
+                    name=config.name,
+                    files=plan.file_options,
+                    metadata=plan.metadata,
+                    loras=plan.loras,
+                    merge_loras=request.merge_loras,
+                    on_merge=merge_events(ranks.emit_first),
+                    part=ranks.part,
+                    device=world.device,
+                    tile=(tile, tile) if tile else None,
+                    progress=ranks.progress,
+                    on_sample=lambda sample: ranks.emit("sample", **sample_fields(sample)),
+                    step_cache=step_cache,
+                    observer=recorder,
+                    preview=drawn,
+                    on_failure=lambda words: ranks.emit("warning", message=words),
+                ),
+            )
     except BaseException as error:
         if world.sequence is None:  # else others may wait for this one in the middle of a layer
             ranks.end(samples, requests, in_words(error, explain))
@@ -177,6 +196,14 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
         whole = spared + passes["evaluations"]
         ranks.emit_first("log", message=f"the step cache spared {spared} of {whole} evaluations")
     ranks.emit_first("end", reason="done", num_samples=len(samples), **passes)
+
+
+def sample_fields(sample: Sample) -> dict[str, Any]:
+    """Return what an event says of a written sample."""
+    request = sample.request
+    fields = {"path": str(sample.path), "prompt": request.prompt[:2000], "seed": request.seed}
+    beside = {} if sample.latents is None else {"latents": str(sample.latents)}
+    return {**fields, "evaluations": asdict(sample.evaluations), **beside}
 
 
 def _evaluations(samples: Sequence[Sample]) -> dict[str, int]:

@@ -31,7 +31,8 @@ from trainer.jobs.components import settle_variant
 from trainer.jobs.config_job import read_config
 from trainer.jobs.sample_failures import in_phase
 from trainer.jobs.sample_lora_checks import check_loras, check_merge
-from trainer.jobs.sample_loras import described, uses_in
+from trainer.jobs.sample_loras import uses_in
+from trainer.jobs.sample_metadata import lora_metadata
 from trainer.jobs.sample_run import (
     TransformerFiles,
     loaders_of,
@@ -43,7 +44,7 @@ from trainer.jobs.sample_studio import Studio, StudioOptions
 from trainer.jobs.step_cache_values import step_cache_values
 from trainer.sampling.inputs import check_inputs
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.results import write_sample
+from trainer.sampling.results import FileOptions, write_sample
 
 READY = "ready"
 
@@ -180,12 +181,14 @@ class _Session:
                 request,
                 frames(latents),
                 metadata=self._metadata(request),
+                files=FileOptions.of(self.config.sampling),
+                latents_BCFHW=latents,
             )
         self.num_made += 1
         self.emit("sample", path=str(path), prompt=request.prompt[:2000], seed=request.seed)
 
     def _metadata(self, request: SampleRequest) -> dict[str, Any]:
-        loras = [described(use) for use in uses_in(request, self.options.loras)]
+        loras = lora_metadata(uses_in(request, self.options.loras))
         return {"variant": self.variant.name} | ({"loras": loras} if loras else {})
 
     def _leave_if_stopped(self) -> None:

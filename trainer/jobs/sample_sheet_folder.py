@@ -43,6 +43,8 @@ class SheetFacts:
     variant: str
     models: tuple[str, ...]
     """Identity of all that shapes a sample and is not in its request."""
+    metadata: bool = True
+    """Whether each sample's file says what made it."""
 
     @classmethod
     def of(cls, config: RunConfig, variant: Variant, files: Mapping[Expert, Path]) -> SheetFacts:
@@ -55,7 +57,8 @@ class SheetFacts:
         paths = [*files.values(), model.vae, model.text_encoder, model.image_encoder]
         identities = [model_identity(path) for path in paths if path is not None]
         precision = str(config.memory.weight_format)
-        return cls(config.name, variant.name, (*identities, precision))
+        models = (*identities, precision)
+        return cls(config.name, variant.name, models, config.sampling.metadata)
 
 
 class SheetFolder:
@@ -118,6 +121,7 @@ class SheetFolder:
         metadata = describe(request) | {"variant": self._facts.variant}
         if loras := self._loras(cell):
             metadata["loras"] = loras
+        metadata = metadata if self._facts.metadata else {}
         if request.num_frames == 1:
             path = stem.with_name(f"{stem.name}.png")
             write_png(path, next(iter(frames)), metadata)

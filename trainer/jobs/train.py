@@ -36,6 +36,7 @@ from trainer.jobs.components import settle_variant, with_variant
 from trainer.jobs.config_job import read_config
 from trainer.jobs.environment import describe_environment, ground
 from trainer.jobs.loraid_checks import slot_in_words
+from trainer.jobs.sample_preview import previews
 from trainer.jobs.start import run_elsewhere, take_place
 from trainer.jobs.train_experts import two_transformers
 from trainer.jobs.train_parts import (
@@ -250,7 +251,11 @@ class TrainingRun:
             )
             return None
         self.emit("phase", name="load", detail="encoders, for samples")
-        return TrainingSamples(self.config, variant, self.world, self.run_dir.samples, self._warn)
+        world, folder = self.world, self.run_dir.samples
+        drawn = None
+        if world.rank == 0:
+            drawn = previews(self.config, variant, world.device, folder, self.emit)
+        return TrainingSamples(self.config, variant, world, folder, self._warn, drawn)
 
     def _resume(self, store: CheckpointStore) -> Checkpoint | None:
         """Let rank 0 choose, so that all ranks resume from the same checkpoint."""

@@ -17,6 +17,8 @@ from trainer.contract.variants import Expert, Variant
 from trainer.engine.process_group import World
 from trainer.jobs.build import freeze, load_base
 from trainer.jobs.components import lazy_image_encoder, lazy_vae
+from trainer.jobs.sample_metadata import model_metadata
+from trainer.jobs.sample_preview import Previews
 from trainer.jobs.sample_run import transformer_files
 from trainer.jobs.step_cache_values import step_cache_values
 from trainer.jobs.text_recall import prompt_encoder
@@ -26,7 +28,7 @@ from trainer.sampling.conditions import Conditions, encode_files, encode_texts
 from trainer.sampling.inputs import check_inputs
 from trainer.sampling.pipeline import SamplingModels, decode_frames, generate
 from trainer.sampling.requests import SampleRequest, requests_of
-from trainer.sampling.results import FinishedSample, write_sample
+from trainer.sampling.results import FileOptions, FinishedSample, require_formats, write_sample
 
 
 class TrainingSamples:
@@ -45,8 +47,17 @@ class TrainingSamples:
         world: World,
         folder: Path,
         warn: Callable[[str], None],
+        previews: Previews | None = None,
     ) -> None:
         """Read and encode the prompts.
+
+        Args:
+            config: with prompts in `[sampling]`.
+            variant: the model.
+            world: this process's place.
+            folder: of the results.
+            warn: told of what goes wrong with a sample.
+            previews: draws what is in work; one rank needs to.
 
         Raises:
             ConfigError: a prompt does not fit the model, or an encoder is missing.
@@ -60,6 +71,7 @@ class TrainingSamples:
         self._world = world
         self._folder = folder
         self._warn = warn
+        self._previews = previews
         self._requests = requests_of(prompts, variant, sampling)
         self._step_cache = step_cache_values(
             config, variant, lambda: transformer_files(config, variant), self._requests
@@ -70,6 +82,8 @@ class TrainingSamples:
         self._together = config.distributed.zero_stage == 3
         self._trained: Callable[[Expert], WanTransformer | None] | None = None
         self._other: nn.Module | None = None
+        self._metadata = model_metadata(config, variant, _transformers(config))
+        require_formats(FileOptions.of(sampling), self._requests)
         self._encode()
 
     def use(self, trained: Callable[[Expert], WanTransformer | None]) -> None:
@@ -89,7 +103,7 @@ class TrainingSamples:
         failed: list[str] = []
         for index, request in mine:
             with self._preview(index, failed, collective=collective):
-                latents.append((index, request, self._generate(index, request)))
+                latents.append((index, request, self._generate(step, index, request)))
         if self._other is not None:
             self._other.to("cpu")
         written: list[tuple[int, Path]] = []
@@ -134,6 +148,7 @@ class TrainingSamples:
     ) -> list[tuple[int, Path]]:
         vae = self._vae.to(self._world.device)
         tile = self._config.memory.vae_tile
+        files = FileOptions.of(self._config.sampling)
         written: list[tuple[int, Path]] = []
         for index, request, result in latents:
             with self._preview(index, failed, collective=False):
@@ -141,14 +156,21 @@ class TrainingSamples:
                     self._folder,
                     f"step{step:08d}_{index:02d}",
                     request,
-                    decode_frames(vae, result, tile=(tile, tile) if tile else None),
-                    metadata={"variant": self._variant.name, "step": step},
+                    decode_frames(
+                        vae,
+                        result,
+                        tile=(tile, tile) if tile else None,
+                        bits=files.writer(request.num_frames).bits,
+                    ),
+                    metadata=self._metadata | {"step": step},
+                    files=files,
+                    latents_BCFHW=result,
                 )
                 written.append((index, path))
         self._vae.to("cpu")
         return written
 
-    def _generate(self, index: int, request: SampleRequest) -> torch.Tensor:
+    def _generate(self, step: int, index: int, request: SampleRequest) -> torch.Tensor:
         models = SamplingModels(
             variant=self._variant,
             transformer=self._expert,
@@ -157,7 +179,10 @@ class TrainingSamples:
             step_cache=self._step_cache,
         )
         conditions = self._conditions[index].to(self._world.device)
-        return generate(models, request, conditions=conditions)
+        if self._previews is None:
+            return generate(models, request, conditions=conditions)
+        on_estimate = self._previews(index, request, step=step)
+        return generate(models, request, conditions=conditions, on_estimate=on_estimate)
 
     def _expert(self, expert: Expert) -> nn.Module:
         if self._trained is None:
@@ -199,3 +224,12 @@ class TrainingSamples:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _transformers(config: RunConfig) -> dict[Expert, Path]:
+    model = config.model
+    given: dict[Expert, Path | None] = {
+        "low_noise": model.transformer,
+        "high_noise": model.transformer_high_noise,
+    }
+    return {expert: path for expert, path in given.items() if path is not None}

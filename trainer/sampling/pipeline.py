@@ -7,7 +7,7 @@ random state. A sample during training therefore leaves the training bit for bit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol
+from typing import Literal, Protocol, overload
 
 import numpy as np
 import torch
@@ -29,11 +29,12 @@ from trainer.sampling.denoise import (
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.schedule import Solver, walk_of
 from trainer.sampling.step_cache.cache import BlockObserver
-from trainer.sampling.video_io import Frame
+from trainer.sampling.video_io import AnyFrame, Frame
 
 __all__ = [
     "Evaluations",
     "Expert",
+    "OnEstimate",
     "OnStep",
     "SamplingModels",
     "VideoDecoder",
@@ -82,6 +83,8 @@ def generate(
         noise_BCFHW: where to start instead of the seed's noise, float32.
         on_step: called with (evaluations done, evaluations in all) after each one; may raise to
             stop.
+        on_estimate: called before `on_step` with (evaluations done, clean_estimate_BCFHW): the
+            latents that this velocity points at, a tensor of its own.
         observer: watches the blocks in the place of the request's step cache.
         on_end: told of how many passes there were.
 
@@ -155,13 +158,25 @@ def initial_noise(
     return torch.randn(1, variant.latent_channels, *size, generator=generator)
 
 
+@overload
+def decode_frames(
+    vae: VideoDecoder, latents_BCFHW: Tensor, *, tile: tuple[int, int] | None = None
+) -> Iterator[Frame]: ...
+@overload
+def decode_frames(
+    vae: VideoDecoder,
+    latents_BCFHW: Tensor,
+    *,
+    tile: tuple[int, int] | None = None,
+    bits: Literal[8, 16],
+) -> Iterator[AnyFrame]: ...
 def decode_frames(
     vae: VideoDecoder,
     latents_BCFHW: Tensor,
     *,
     tile: tuple[int, int] | None = None,
     bits: Literal[8, 16] = 8,
-) -> Iterator[Frame]:
+) -> Iterator[AnyFrame]:
     """Yield the frames of the first video in the batch, (H, W, 3) on the CPU.
 
     Args:

@@ -79,11 +79,11 @@ def bench(
         request = {"only": only or [], "sampling": sampling, **counts}
         _bench_grid(request, as_json=as_json)
     elif config is not None:
-        given: dict[str, Any] = {"--only": only, "--sampling": sampling or None}
-        _refuse({"further names or configs": names[1:], **given}, "a config")
+        rest = {"--only": only, "--sampling": sampling or None}
+        _refuse({"further names or configs": names[1:], **rest}, "a config")
         _bench_config(config, overrides or [], counts, as_json=as_json)
     else:
-        given = {
+        given: dict[str, Any] = {
             "--only": only,
             "--sampling": sampling or None,
             "--set": overrides,

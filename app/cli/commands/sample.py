@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from app.cli import completion, jobs, output
+from app.cli import sample_output_options as files
 from app.cli.loraid_options import (
     LoraidCommand,
     LoraidFrom,
@@ -71,7 +72,7 @@ app = command_app()
 @app.command(cls=LoraidCommand)
 def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     source: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             metavar="CONFIG|RUN",
             help="A config, or a run (its folder, or its name in runs/): then its newest LoRA is "
@@ -79,7 +80,7 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
             show_default=False,
             autocompletion=completion.configs_or_runs,
         ),
-    ],
+    ] = None,
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="What to show. Repeatable.")
     ] = None,
@@ -155,9 +156,18 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         typer.Option(
             "--output",
             "-o",
-            help="Folder of the results. Default: samples/, or the run's samples folder.",
+            help="Folder of the results, or a file such as out/{prompt}_{seed}.mp4. "
+            "Default: samples/, or the run's samples folder.",
         ),
     ] = None,
+    format_: files.Format = None,
+    quality: files.Quality = None,
+    save_latents: files.SaveLatents = False,
+    no_metadata: files.NoMetadata = False,
+    force: files.Force = False,
+    like: files.Like = None,
+    decode: files.Decode = None,
+    preview: files.Preview = None,
     vary: Vary = None,
     matrix: MatrixFile = None,
     columns: Columns = None,
@@ -171,12 +181,16 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
 
     The paths of the files come on stdout.
     Without --prompt and --prompts-file the prompts of the config are drawn.
+    With --like, CONFIG may be left out for a sample of a run.
 
     Example: menma sample runs/my-lora --prompt "a fish in the rain" --frames 33
     """
     from app.cli.subjects import config_and_run
 
-    config, run_dir = config_and_run(source)
+    files.check_together(
+        like, decode, {"--prompt": prompts, "--prompts-file": prompts_file, "--lora": loras}
+    )
+    config, run_dir = config_and_run(files.source_of(source, like))
     settings = {
         "negative_prompt": negative_prompt, "width": width, "height": height,
         "num_frames": frames, "num_steps": steps, "guidance_scale": guidance,
@@ -189,28 +203,34 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         "step_cache_max_skips": step_cache_max_skips,
         "step_cache_retention": step_cache_retention, "step_cache_file": _text(step_cache_file),
         "flow_shift": shift, "solver": solver, "schedule": schedule, "seed": seed, "fps": fps,
+        **files.overrides(format_, quality, save_latents=save_latents, no_metadata=no_metadata),
         **wildcard_settings(wildcards, wildcards_folder),
     }  # fmt: skip
-    files = {"image": image, "last_image": last_image, "control": control, "video": video}
+    inputs = {"image": image, "last_image": last_image, "control": control, "video": video}
     of_prompts = {
         "strength": strength,
         "one_frame": one_frame,
         "control_images": [str(path) for path in control_images or ()] or None,
     }
+    given = [*(overrides or ()), *_overrides(settings)]
     request: dict[str, Any] = {
         "config": str(config),
-        "set": [*(overrides or ()), *_overrides(settings)],
+        "set": [*given, *files.preview_setting(preview, given)],
         "loras": [sample_lora(text) for text in loras or ()],
         "merge_loras": merge_loras,
         **loraid_fields(loraids, loraid_strengths, loraid_from),
-        "prompts": _prompts(prompts or [], files, prompts_file, of_prompts),
+        "prompts": _prompts(prompts or [], inputs, prompts_file, of_prompts, like),
         "prompts_file": _text(prompts_file),
+        "like": _text(like),
+        "decode": _text(decode),
+        "force": force,
         "output": str(target or (run_dir / "samples" if run_dir else "samples")),
         "run_dir": _text(run_dir),
         "calibrate": calibrate,
     }
     sheet = sheet_fields(request, vary, matrix, columns)
     refuse_calibration(calibrate, is_sheet=bool(sheet), interactive=interactive)
+    files.refuse_beside(interactive=interactive, sheet=bool(sheet), request=request)
     if interactive:
         refuse_with_session(request, sheet)
         _talk(config, request, as_json=as_json)
@@ -236,8 +256,10 @@ def _make(job: str, request: dict[str, Any], kinds: set[str], *, as_json: bool) 
     if as_json:
         output.json_data(result.all("sample"))
         return
-    for path in result.paths_of(kinds):
-        output.data(path)
+    for event in (event for event in result.events if event["type"] in kinds):
+        for key in ("path", "latents"):
+            if key in event:
+                output.data(str(event[key]))
 
 
 def _overrides(settings: dict[str, Any]) -> list[str]:
@@ -252,12 +274,15 @@ def _overrides(settings: dict[str, Any]) -> list[str]:
 
 def _prompts(
     texts: list[str],
-    files: dict[str, Path | None],
+    inputs: dict[str, Path | None],
     prompts_file: Path | None,
     settings: dict[str, Any],
+    like: Path | None,
 ) -> list[dict[str, Any]]:
-    given: dict[str, Any] = {key: str(path) for key, path in files.items() if path is not None}
+    given: dict[str, Any] = {key: str(path) for key, path in inputs.items() if path is not None}
     given |= {key: value for key, value in settings.items() if value is not None}
+    if given and like is not None:
+        texts = texts or [""]  # those of the file
     if texts and prompts_file is not None:
         raise UserError("--prompt and --prompts-file at once", hint="give one of the two")
     if given and not texts:
@@ -272,8 +297,10 @@ def _check(config: Path, request: dict[str, Any], *, needs_prompts: bool = True)
     """Find what is wrong before torch is loaded; return the config."""
     from app.domain.complete import complete_config
 
+    if request["decode"]:
+        return complete_config(config, request["set"], "decode")
     loaded = complete_config(config, request["set"], "sample")
-    has_prompts = loaded.sampling.prompts or loaded.sampling.prompts_file
+    has_prompts = request["like"] or loaded.sampling.prompts or loaded.sampling.prompts_file
     if needs_prompts and not (request["prompts"] or request["prompts_file"] or has_prompts):
         raise UserError("there is no prompt", hint='add --prompt "..." or --prompts-file FILE')
     return loaded
@@ -281,6 +308,8 @@ def _check(config: Path, request: dict[str, Any], *, needs_prompts: bool = True)
 
 def _say_duration(config: RunConfig, request: dict[str, Any]) -> None:
     """Say how long it takes on this machine's GPU, where there is one and prompts are known."""
+    if request["like"] or request["decode"]:
+        return
     from app.domain.cards import sampling_here
     from app.render.estimates import sampling_line
     from trainer.contract.config import Prompt

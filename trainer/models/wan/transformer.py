@@ -42,9 +42,10 @@ from trainer.models.wan.embeddings import (
     distinct_timesteps,
     sinusoid,
 )
+from trainer.models.wan.input_checks import check_conditioning, check_latents
 from trainer.models.wan.kept import KeptResults
 from trainer.models.wan.quantised import Quantisation
-from trainer.models.wan.rope import MAX_POSITIONS, rope_table
+from trainer.models.wan.rope import rope_table
 
 FLOAT32_MODULES = ("time_embedding",)
 """Kept in float32 whatever the dtype of the rest: its input spans 1000 steps, which bfloat16 cannot
@@ -209,10 +210,14 @@ class WanTransformer(nn.Module):
         Raises:
             DataError: something is missing, superfluous or of a shape that does not fit.
         """
-        self._check_latents(latents_BCFHW, extra_channels)
+        check_latents(self.config, latents_BCFHW, extra_channels)
         batch, _, *size = latents_BCFHW.shape
         f, h, w = (n // p for n, p in zip(size, self.config.patch_size, strict=True))
-        self._check_conditioning(latents_BCFHW, timestep, context, image_context, reference)
+<<<<<<< HEAD
+        _check_conditioning(self.config, latents_BCFHW, timestep, context, image_context, reference)
+=======
+        check_conditioning(self.config, latents_BCFHW, timestep, context, image_context, reference)
+>>>>>>> w/parity
         inputs = latents_BCFHW
         if extra_channels is not None:
             inputs = torch.cat((latents_BCFHW, extra_channels.to(latents_BCFHW)), dim=1)
@@ -333,6 +338,7 @@ class WanTransformer(nn.Module):
         cells = patches_BLE.view(batch, f, h, w, pf, ph, pw, self.config.out_channels)
         return cells.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, *size)
 
+<<<<<<< HEAD
     def _check_latents(self, latents: Tensor, extra: Tensor | None) -> None:
         if latents.dim() != 5:
             raise DataError(f"latents are {tuple(latents.shape)}; (B, C, F, H, W) is needed")
@@ -356,36 +362,8 @@ class WanTransformer(nn.Module):
                     hint=f"give a multiple of {patch}, at most {MAX_POSITIONS * patch}",
                 )
 
-    def _check_conditioning(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        context: Tensor | Sequence[Tensor],
-        image: Tensor | None,
-        reference: Tensor | None,
-    ) -> None:
-        batch, _, *size = latents.shape
-        tokens = math.prod(size) // math.prod(self.config.patch_size)
-        if tuple(timestep.shape) not in {(batch,), (batch, tokens)}:
-            raise DataError(
-                f"timestep has the shape {tuple(timestep.shape)}; ({batch},) or "
-                f"({batch}, {tokens}) is needed"
-            )
-        if len(context) != batch:
-            raise DataError(f"{len(context)} text embeddings for {batch} samples")
-        wanted = _image_shape(self.config, batch)
-        given = None if image is None else tuple(image.shape)
-        if given != wanted:
-            raise DataError(f"image context: {given} was given, {wanted} is needed")
-        if reference is None:
-            return
-        if not self.config.reference_conv:
-            raise DataError("this model takes no reference picture")
-        if tuple(reference.shape) != (batch, self.config.out_channels, *size[1:]):
-            raise DataError(f"the reference {tuple(reference.shape)} does not fit the latents")
-        if timestep.dim() == 2:
-            raise DataError("one timestep per token and a reference picture exclude one another")
-
+=======
+>>>>>>> w/parity
 
 def initialise(model: WanTransformer, generator: torch.Generator) -> None:
     """Give `model` fresh weights: uniform Xavier linears, small embeddings, zero output.
@@ -419,6 +397,38 @@ def _check_config(config: TransformerConfig) -> None:
         raise ConfigError(f"freq_dim must be even, not {config.freq_dim}")
 
 
+<<<<<<< HEAD
+def _check_conditioning(
+    config: TransformerConfig,
+    latents: Tensor,
+    timestep: Tensor,
+    context: Tensor | Sequence[Tensor],
+    image: Tensor | None,
+    reference: Tensor | None,
+) -> None:
+    batch, _, *size = latents.shape
+    tokens = math.prod(size) // math.prod(config.patch_size)
+    if tuple(timestep.shape) not in {(batch,), (batch, tokens)}:
+        raise DataError(
+            f"timestep has the shape {tuple(timestep.shape)}; ({batch},) or "
+            f"({batch}, {tokens}) is needed"
+        )
+    if len(context) != batch:
+        raise DataError(f"{len(context)} text embeddings for {batch} samples")
+    wanted = _image_shape(config, batch)
+    given = None if image is None else tuple(image.shape)
+    if given != wanted:
+        raise DataError(f"image context: {given} was given, {wanted} is needed")
+    if reference is None:
+        return
+    if not config.reference_conv:
+        raise DataError("this model takes no reference picture")
+    if tuple(reference.shape) != (batch, config.out_channels, *size[1:]):
+        raise DataError(f"the reference {tuple(reference.shape)} does not fit the latents")
+    if timestep.dim() == 2:
+        raise DataError("one timestep per token and a reference picture exclude one another")
+
+
 def _image_shape(config: TransformerConfig, batch: int) -> tuple[int, int, int] | None:
     if config.image_dim is None:
         return None
@@ -433,12 +443,10 @@ def _channel_hint(config: TransformerConfig) -> str:
     return f"{config.out_channels} latent channels and {extra} extra channels"
 
 
+=======
+>>>>>>> w/parity
 def _is_compiled_or_partitioned(block: nn.Module) -> bool:
     # ZeRO-3 gathers weights in an order that all processes must keep to.
     return block._compiled_call_impl is not None or any(
         hasattr(parameter, "ds_id") for parameter in block.parameters()
     )
-
-
-def _without_channels(tensor: Tensor) -> tuple[int, ...]:
-    return (tensor.shape[0], *tensor.shape[2:])

@@ -1,0 +1,174 @@
+"""Names of results: patterns, endings, what is there already, and what --force replaces."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.contract.config import Prompt, SamplingSection
+from trainer.contract.errors import ConfigError
+from trainer.contract.variants import get_variant
+from trainer.jobs.sample_target import Target, file_options
+from trainer.sampling.requests import SampleRequest
+from trainer.sampling.results import (
+    FileOptions,
+    describe,
+    free_path,
+    latents_beside,
+    read_sample_metadata,
+    write_sample,
+)
+from trainer.sampling.video_io import read_video
+
+REQUEST = SampleRequest.of(
+    Prompt(prompt="A cat, 猫: on a/mat!", width=32, height=16, num_frames=5, seed=7),
+    get_variant("wan2.1-t2v-1.3b"),
+)
+IMAGE = replace(REQUEST, num_frames=1)
+FRAMES = np.zeros((5, 16, 32, 3), np.uint8)
+
+
+def target(output: Path, **files: object) -> Target:
+    return Target(output, "my run", FileOptions(**files))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "video", "image"),
+    [
+        ("h264", ".mp4", ".png"),
+        ("prores", ".mov", ".png"),
+        ("vp9", ".webm", ".png"),
+        ("gif", ".gif", ".gif"),
+        ("webp", ".webp", ".webp"),
+        ("png", "", ".png"),
+        ("latents", ".safetensors", ".safetensors"),
+    ],
+)
+def test_endings_in_a_folder(tmp_path: Path, fmt: str, video: str, image: str) -> None:
+    wanted = target(tmp_path, format=fmt)
+    assert wanted.path(3, REQUEST) == tmp_path / f"my_run_03_7{video}"
+    assert wanted.path(3, IMAGE) == tmp_path / f"my_run_03_7{image}"
+
+
+def test_fields_in_a_name(tmp_path: Path) -> None:
+    name = "{name}-{index}-{seed}-{prompt}-{width}x{height}x{num_frames}.mp4"
+    wanted = target(tmp_path / name)
+    wanted.check([REQUEST])
+    assert wanted.path(3, REQUEST).name == "my_run-03-7-A_cat_猫_on_a_mat-32x16x5.mp4"
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "hint"),
+    [
+        ("{sead}.mp4", "no field {sead}", "seed"),
+        ("{seed.real}.mp4", "no field {seed.real}", "seed"),
+        ("{seed!r}.mp4", "no field {seed}", ""),
+        ("{seed:>9}.mp4", "no field {seed}", ""),
+        ("{seed.mp4", "expected", "fields: name"),
+        ("{}.mp4", "no field {}", "name"),
+        ("same.mp4", "several samples would be named", "{index}"),
+        ("{index}.webm", "is written as .mp4", "ending"),
+    ],
+)
+def test_names_that_cannot_be(tmp_path: Path, name: str, message: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        target(tmp_path / name).check([REQUEST, replace(REQUEST, seed=8)])
+    assert message in raised.value.message
+    assert hint in raised.value.hint
+
+
+def test_a_video_is_no_image(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="would be one image"):
+        target(tmp_path / "x.png", format="png").check([REQUEST])
+    target(tmp_path / "x.png", format="png").check([IMAGE])
+    target(tmp_path / "x.png").check([IMAGE])
+    with pytest.raises(ConfigError, match=r"one frame is written as \.png"):
+        target(tmp_path / "x.mp4").check([IMAGE])
+
+
+def test_what_is_there_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").touch()
+    path = tmp_path / "x.mp4"
+    target(path).check([REQUEST])
+    with pytest.raises(ConfigError, match="x.safetensors is there already"):  # noqa: RUF043
+        target(path, save_latents=True).check([REQUEST])
+    path.touch()
+    with pytest.raises(ConfigError, match="--force"):
+        target(path).check([REQUEST])
+    target(path, force=True).check([REQUEST])
+    target(tmp_path).check([REQUEST, REQUEST])  # in a folder names count on
+
+
+@pytest.mark.parametrize(
+    ("output", "settings", "fmt", "quality"),
+    [
+        ("x.webm", [], "vp9", 50),
+        ("x.png", [], "png", None),
+        ("x.mp4", [], "h265", 50),  # the config's own is an mp4
+        ("folder", [], "h265", 50),
+        ("v1.5", [], "h265", 50),
+        ("x.gif", ["sampling.format=h265"], "h265", 50),
+    ],
+)
+def test_the_ending_says_the_format(
+    output: str, settings: list[str], fmt: str, quality: int | None
+) -> None:
+    sampling = SamplingSection(format="h265", quality=50)
+    found = file_options(Path(output), settings, sampling, force=False)
+    assert (found.format, found.quality) == (fmt, quality)
+
+
+def test_nothing_is_overwritten_unless_asked_for(tmp_path: Path) -> None:
+    first = write_sample(tmp_path, "v", REQUEST, FRAMES)
+    second = write_sample(tmp_path, "v", REQUEST, FRAMES + 200)
+    assert [first.name, second.name] == ["v_7.mp4", "v_7_2.mp4"]
+    third = write_sample(tmp_path, "v", REQUEST, FRAMES + 200, files=FileOptions(force=True))
+    assert third == first
+    assert read_video(first).frames.mean() > 150
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_latents_beside_do_not_replace_those_of_another(tmp_path: Path) -> None:
+    latents = torch.zeros(1, 16, 2, 2, 4)
+    both = FileOptions(format="vp9", save_latents=True)
+    one = write_sample(tmp_path, "v", REQUEST, FRAMES, files=both, latents_BCFHW=latents)
+    one.unlink()
+    two = write_sample(tmp_path, "v", REQUEST, FRAMES, files=both, latents_BCFHW=latents)
+    assert two.name == "v_7_2.webm"
+    assert latents_beside(two).exists()
+    assert read_sample_metadata(latents_beside(two)) == describe(REQUEST)
+
+
+def test_latents_are_there_when_decoding_fails(tmp_path: Path) -> None:
+    def frames():
+        yield FRAMES[0]
+        raise RuntimeError("out of memory")
+
+    both = FileOptions(save_latents=True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        write_sample(
+            tmp_path, "v", REQUEST, frames(), files=both, latents_BCFHW=torch.ones(1, 16, 2, 2, 4)
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["v_7.safetensors"]
+
+
+def test_a_folder_of_frames_is_replaced_whole(tmp_path: Path) -> None:
+    forced = FileOptions(format="png", force=True)
+    path = write_sample(tmp_path, "v", REQUEST, FRAMES, files=forced)
+    assert write_sample(tmp_path, "v", REQUEST, FRAMES[:2], files=forced) == path
+    assert sorted(file.name for file in path.iterdir()) == ["00000.png", "00001.png"]
+    (path / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="more than frames"):
+        write_sample(tmp_path, "v", REQUEST, FRAMES, files=forced)
+    assert sorted(file.name for file in path.iterdir()) == ["00000.png", "00001.png", "notes.txt"]
+    assert [file.name for file in tmp_path.iterdir()] == ["v_7"]
+
+
+def test_names_with_dots_count_on_behind_them(tmp_path: Path) -> None:
+    (tmp_path / "v1.5_7").mkdir()
+    assert free_path(tmp_path / "v1.5_7").name == "v1.5_7_2"
+    assert latents_beside(tmp_path / "v1.5_7").name == "v1.5_7.safetensors"

@@ -1,0 +1,98 @@
+"""The kinds of files that samples are written as."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from trainer.contract.config import SamplingSection
+from trainer.contract.errors import Problem
+from trainer.contract.registry import Entry, Registry, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class FormatEntry(Entry):
+    """A registry line of a format, with what is asked before its code is loaded."""
+
+    suffix: str
+    """Ending of its files."""
+    has_quality: bool = True
+    """Whether `sampling.quality` means something to it."""
+    decodes: bool = True
+    """Whether it holds frames, which a VAE has to decode."""
+    holds: str = "video"
+    """`video`: more than one frame. `any`: images and videos alike. `folder`: one frame a file."""
+
+
+_FORMATS = "trainer.sampling.formats"
+SAMPLE_FORMATS: Registry[Any] = Registry(
+    "sample format",
+    FormatEntry("h264", f"{_FORMATS}.h264:H264", "mp4 that plays everywhere", ".mp4"),
+    FormatEntry("h265", f"{_FORMATS}.h265:H265", "mp4, smaller; newer players", ".mp4"),
+    FormatEntry("prores", f"{_FORMATS}.prores:ProRes", "mov of 10 bits, for editing", ".mov"),
+    FormatEntry("vp9", f"{_FORMATS}.vp9:VP9", "webm for web pages", ".webm"),
+    FormatEntry("av1", f"{_FORMATS}.av1:AV1", "webm, the smallest; slow to write", ".webm"),
+    FormatEntry("gif", f"{_FORMATS}.gif:GIF", "a palette for each frame", ".gif", holds="any"),
+    FormatEntry("webp", f"{_FORMATS}.webp:WebP", "moving image", ".webp", holds="any"),
+    FormatEntry(
+        "png",
+        f"{_FORMATS}.png:PNG",
+        "every pixel as it is; a folder of them for a video",
+        ".png",
+        has_quality=False,
+        holds="folder",
+    ),
+    FormatEntry(
+        "latents",
+        f"{_FORMATS}.latents:Latents",
+        "what the transformer made, to be decoded later",
+        ".safetensors",
+        has_quality=False,
+        decodes=False,
+        holds="any",
+    ),
+)
+
+
+def format_entry(name: str) -> FormatEntry:
+    """Return the line of a format.
+
+    Raises:
+        ConfigError: no such format.
+    """
+    return cast("FormatEntry", SAMPLE_FORMATS[name])
+
+
+def formats_of_suffix(suffix: str) -> tuple[str, ...]:
+    """Return the formats whose files end so, the usual one first."""
+    return tuple(
+        entry.name
+        for entry in SAMPLE_FORMATS
+        if cast("FormatEntry", entry).suffix == suffix.lower()
+    )
+
+
+def format_rule(sampling: SamplingSection) -> Iterator[Problem]:
+    """Yield what is wrong with `sampling.format` and its quality."""
+    name = sampling.format
+    if name not in SAMPLE_FORMATS:
+        of_ending = formats_of_suffix(f".{name.lower().removeprefix('.')}")
+        hint = f"{name} is {' or '.join(of_ending)}" if of_ending else ""
+        yield Problem(
+            f"unknown format {name!r}",
+            "sampling.format",
+            hint=hint or nearest(name, SAMPLE_FORMATS.names),
+        )
+    elif sampling.quality is not None and not format_entry(name).has_quality:
+        yield Problem(
+            f"{name} keeps everything: it has no quality to choose",
+            "sampling.quality",
+            hint="leave it out, or choose another sampling.format",
+        )
+    elif sampling.save_latents and name == "latents":
+        yield Problem(
+            "the latents are the sample already",
+            "sampling.save_latents",
+            hint="leave it out, or choose a sampling.format to see",
+        )

@@ -1,0 +1,68 @@
+"""What a sample's file says of the models and the config that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.contract.config import RunConfig, SamplingSection
+from trainer.contract.lora_use import LoRAUse
+from trainer.contract.variants import Variant
+from trainer.jobs.environment import menma_version
+from trainer.jobs.sample_loras import described
+from trainer.sampling.results import describe_file
+
+NOT_OF_A_SAMPLE = frozenset(
+    {"every_steps", "every_epochs", "at_start", "prompts", "prompts_file", "seed"}
+    | {"wildcards", "wildcards_folder"}
+    | {"format", "quality", "save_latents", "metadata", "preview_every_steps"}
+)
+"""Keys of `[sampling]` that do not change what a sample shows, or are in the request itself."""
+_MODELS = {
+    "variant": "the model",
+    "base": "the base weights",
+    "vae": "the VAE",
+    "text_encoder": "the text encoder",
+    "weight_format": "memory.weight_format",
+    "menma": "Menma",
+}
+
+
+def model_metadata(
+    config: RunConfig, variant: Variant, files: Mapping[Any, Path]
+) -> dict[str, Any]:
+    """Return names of models (never where they lie) and the settings that a sample depends on."""
+    model = config.model
+    named = {"vae": model.vae, "text_encoder": model.text_encoder}
+    return {
+        "menma": menma_version(),
+        "variant": variant.name,
+        "base": {str(expert): path.name for expert, path in sorted(files.items())},
+        **{key: path.name for key, path in named.items() if path is not None},
+        "weight_format": config.memory.weight_format,
+        "sampling": sampling_metadata(config.sampling),
+    }
+
+
+def sampling_metadata(sampling: SamplingSection) -> dict[str, Any]:
+    """Return the defaults in `[sampling]` that a sample was made with, of files the names."""
+    values = sampling.model_dump(exclude=set(NOT_OF_A_SAMPLE), exclude_none=True)
+    return {key: value.name if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def lora_metadata(loras: Sequence[LoRAUse]) -> list[dict[str, Any]]:
+    """Return name, hash and use of each LoRA."""
+    return [describe_file(lora.path) | described(lora) for lora in loras]
+
+
+def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Say in which models two samples differ; what one of them does not say is no difference."""
+    for key, words in _MODELS.items():
+        before, after = made.get(key), now.get(key)
+        if before and after and before != after:
+            yield f"{words} is another: {_shown(after)}, and it was made with {_shown(before)}"
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value.values())) if isinstance(value, Mapping) else str(value)

@@ -1,0 +1,126 @@
+"""Where samples go: a folder, or files by a name that may have fields."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from string import Formatter
+
+from trainer.contract.config import SamplingSection
+from trainer.contract.errors import ConfigError
+from trainer.contract.registry import nearest
+from trainer.contract.sample_formats import format_entry, formats_of_suffix
+from trainer.sampling.requests import SampleRequest
+from trainer.sampling.results import FileOptions, latents_beside, safe_name
+
+FIELDS = ("name", "index", "seed", "prompt", "width", "height", "num_frames", "num_steps")
+"""What may stand in braces in the name of an output file."""
+_MAX_WORDS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where each sample goes."""
+
+    output: Path
+    name: str
+    """Of the config."""
+    files: FileOptions
+    pattern: str = "{name}_{index}_{seed}"
+    """Names in a folder, without their ending."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a name is given, not a folder."""
+        return is_file(self.output)
+
+    def path(self, index: int, request: SampleRequest, name: str = "") -> Path:
+        """Return where one sample goes, if nothing is there; `name` takes the config's place."""
+        values = {field: str(getattr(request, field, "")) for field in FIELDS}
+        values |= {"name": safe_name(name or self.name), "index": f"{index:02d}"}
+        values["prompt"] = safe_name(request.prompt)[:_MAX_WORDS].strip("_.") or "prompt"
+        if self.is_file:
+            return self.output.with_name(self.output.name.format_map(values))
+        suffix = self.files.suffix(request.num_frames)
+        return self.output / f"{self.pattern.format_map(values)}{suffix}"
+
+    def check(self, requests: Sequence[SampleRequest], names: Sequence[str] = ()) -> None:
+        """Refuse names that would not hold the samples, before any is made.
+
+        Raises:
+            ConfigError: an unknown field, one name for several samples, a file that is there, or
+                an ending that is not of such a sample.
+        """
+        if not self.is_file:
+            return
+        self._check_fields()
+        every = names or [self.name] * len(requests)
+        paths: list[Path] = []
+        for index, (request, name) in enumerate(zip(requests, every, strict=True)):
+            path = self.path(index, request, name)
+            self._check_ending(path, request)
+            if path in paths:
+                raise ConfigError(
+                    f"several samples would be named {path}",
+                    hint="put {index} or {seed} into the name, or give a folder",
+                )
+            taken = [path, *([latents_beside(path)] if self.files.save_latents else [])]
+            there = next((file for file in taken if file.exists()), None)
+            if there is not None and not self.files.force:
+                raise ConfigError(
+                    f"{there} is there already", hint="--force replaces it; or choose another name"
+                )
+            paths.append(path)
+
+    def _check_fields(self) -> None:
+        name = self.output.name
+        try:
+            parts = list(Formatter().parse(name))
+        except ValueError as error:
+            raise ConfigError(f"--output {name}: {error}", hint=_hint()) from None
+        for _, field, spec, conversion in parts:
+            if field is not None and (field not in FIELDS or spec or conversion):
+                raise ConfigError(
+                    f"--output {name}: there is no field {{{field}}}",
+                    hint=nearest(field, FIELDS) or _hint(),
+                )
+
+    def _check_ending(self, path: Path, request: SampleRequest) -> None:
+        wanted = self.files.suffix(request.num_frames)
+        if path.suffix.lower() == wanted:
+            return
+        if wanted == "":
+            hint = "give a folder as --output, or the ending of a video"
+            raise ConfigError(
+                f"{path.name} would be one image, and there are more frames", hint=hint
+            )
+        what = "one frame" if request.num_frames == 1 else self.files.format
+        raise ConfigError(f"{path.name}: {what} is written as {wanted}", hint="change the ending")
+
+
+def is_file(output: Path) -> bool:
+    """Tell whether `--output` names files: it ends as a format's files do, and is no folder."""
+    return bool(formats_of_suffix(output.suffix)) and not output.is_dir()
+
+
+def file_options(
+    output: Path, settings: Sequence[str], sampling: SamplingSection, *, force: bool
+) -> FileOptions:
+    """Return what kind of files is written: `[sampling]`'s, or what the name of the output says.
+
+    The ending of a file decides, unless a format is among `settings` (`section.key=value`). A
+    quality is left out where the ending asks for a format that has none.
+    """
+    files = FileOptions.of(sampling, force=force)
+    explicit = any(text.partition("=")[0].strip() == "sampling.format" for text in settings)
+    of_ending = formats_of_suffix(output.suffix) if is_file(output) else ()
+    if explicit or not of_ending or files.format in of_ending:
+        return files
+    name = of_ending[0]
+    quality = files.quality if format_entry(name).has_quality else None
+    return replace(files, format=name, quality=quality)
+
+
+def _hint() -> str:
+    return f"fields: {', '.join(FIELDS)}"
