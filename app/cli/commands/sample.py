@@ -60,6 +60,7 @@ from app.cli.sample_start_options import (
     Solver,
     Strength,
     Video,
+    start_settings,
 )
 from trainer.contract.errors import UserError
 
@@ -204,11 +205,7 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         **wildcard_settings(wildcards, wildcards_folder),
     }  # fmt: skip
     inputs = {"image": image, "last_image": last_image, "control": control, "video": video}
-    of_prompts = {
-        "strength": strength,
-        "one_frame": one_frame,
-        "control_images": [str(path) for path in control_images or ()] or None,
-    }
+    of_prompts = start_settings(strength, one_frame, control_images)
     given = [*(overrides or ()), *_overrides(settings)]
     request: dict[str, Any] = {
         "config": str(config),
