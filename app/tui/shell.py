@@ -110,7 +110,7 @@ class Shell(App[None]):
             return True
 
     def copy_to_clipboard(self, text: str) -> None:
-        """Copy text; in tmux also by its own command: by default it drops what the terminal is sent."""
+        """Copy text; in tmux also by its own command, as it drops what the terminal is sent."""
         super().copy_to_clipboard(text)
         if os.environ.get("TMUX"):
             self._copy_by_tmux(text)
