@@ -212,6 +212,8 @@ def count_line(event: Event) -> str:
     done, total = counted(event)
     if event["type"] == "phase":
         parts = [str(event.get("name", "")), f"{done}/{total}", f"{100 * done // total}%"]
+        if (left := event.get("eta_s")) is not None:
+            parts.append(f"ETA {duration(left)}")
         return "  ".join([*parts, str(event.get("detail") or "")]).rstrip()
     parts = [f"step {done}/{total}", f"{100 * done // total}%"]
     if isinstance(loss := event.get("loss"), float | int):

@@ -196,3 +196,9 @@ def test_plain_lines_have_no_control_characters_on_a_terminal_too(capsys, monkey
     lines = capsys.readouterr().err.splitlines()
     assert lines[1] == "red bell end"
     assert all(line.isprintable() for line in lines)
+
+
+def test_a_counted_phase_says_how_long_the_rest_takes():
+    event = {"type": "phase", "name": "steps", "done": 3, "total": 9, "detail": "sample 1 of 3"}
+    assert count_line(event) == "steps  3/9  33%  sample 1 of 3"
+    assert count_line(event | {"eta_s": 754.0}) == "steps  3/9  33%  ETA 12m34s  sample 1 of 3"

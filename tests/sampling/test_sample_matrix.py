@@ -18,6 +18,7 @@ from trainer.contract.lora_use import SampleLoRA
 from trainer.contract.variants import TransformerConfig
 from trainer.contract.vary import Axis, parse_vary
 from trainer.jobs import sample_matrix, sample_studio
+from trainer.jobs.cache_run import progress_events
 from trainer.jobs.sample_run import run as run_plain
 from trainer.models.wan.loading import save_transformer
 from trainer.models.wan.tiny import write_tiny_text_encoder, write_tiny_vae
@@ -38,7 +39,7 @@ vae_dtype = "fp32"
 [sampling]
 width = 32
 height = 32
-num_frames = 5
+num_frames = 1
 num_steps = 2
 """
 
@@ -119,7 +120,7 @@ def test_every_combination_with_one_load(
         config,
         parse_vary(f"lora:{lora}=0,0.5,1"),
         parse_vary("seed=1,2"),
-        prompts=(Prompt(prompt="a cat"), Prompt(prompt="a dog", num_frames=1)),
+        prompts=(Prompt(prompt="a cat", num_frames=5), Prompt(prompt="a dog")),
     )
     assert len(loads.paths) == 1
     made = samples(events)
@@ -144,17 +145,20 @@ def test_every_combination_with_one_load(
 
 def test_a_cell_is_the_sample_that_the_plain_command_makes(config: Path, tmp_path: Path) -> None:
     lora = write_lora(tmp_path / "cat.safetensors", 0.4)
-    events = make(config, parse_vary(f"lora:{lora}=0,0.5"), parse_vary("seed=7"))
+    events = make(
+        config, parse_vary(f"lora:{lora}=0,0.5"), parse_vary("seed=7"), parse_vary("frames=5")
+    )
     request = SampleMatrixRequest(
         config=config,
-        prompts=(Prompt(prompt="a cat", seed=7),),
+        prompts=(Prompt(prompt="a cat", seed=7, num_frames=5),),
         loras=(SampleLoRA(path=lora, strength=0.5),),
         output=tmp_path / "plain",
     )
     plain: list[dict[str, Any]] = []
     run_plain(request, lambda kind, /, **said: plain.append({"type": kind, **said}))
-    half = next(path for path in samples(events) if "loras" in read_metadata(path))
+    without, half = sorted(samples(events), key=lambda path: "loras" in read_metadata(path))
     (own,) = samples(plain)
+    assert (read_video(half).frames != read_video(without).frames).any()
     assert (read_video(half).frames == read_video(own).frames).all()
 
 
@@ -282,3 +286,16 @@ def test_mistakes_are_told_before_anything_is_loaded(
             make(config, *axes, **fields)
     assert loads.paths == []
     assert not (tmp_path / "sheet").exists()
+
+
+def test_progress_says_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    events: list[dict[str, Any]] = []
+    monkeypatch.setattr("trainer.jobs.cache_run.time.monotonic", lambda: now)
+    report = progress_events(lambda kind, /, **said: events.append(said))
+    for done in (1, 2, 5, 9):
+        report("steps", done, 9)
+        now += 10
+    report("steps", 1, 9)
+    # One step, then one in 10 s, then four in 20 s; a phase that begins anew knows nothing yet.
+    assert [event.get("eta_s") for event in events] == [None, 70.0, 20.0, None, None]

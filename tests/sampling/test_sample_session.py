@@ -88,7 +88,7 @@ def test_models_are_loaded_once_and_mistakes_do_not_end_it(
         {"prompt": {"prompt": "a cat", "seed": 7}},
         {"prompt": {"prompt": "a cat", "num_frames": 6}},
         ["what"],
-        {"prompt": {"prompt": "a dog", "name": "rex", "num_frames": 1}},
+        {"prompt": {"prompt": "a dog", "name": "rex"}},
         loras=(lora,),
     )
     assert [event["type"] for event in (*first, *wrong, *nonsense, *second)] == [

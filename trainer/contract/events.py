@@ -2,7 +2,7 @@
 
 One object a line, each with `v` (format version), `time` (Unix seconds) and `type`:
 
-    phase       name, detail
+    phase       name, detail; of one with a count done, total and eta_s
     step        step, total_steps, epoch, loss, terms {name: part of the loss…}, lr, grad_norm,
                 step_time_s, eta_s, items_per_s, rss_gib, peak_vram_gib (on a GPU);
                 at some steps by_timestep {"0-100": loss…}, by_source {name of a source: loss…} and

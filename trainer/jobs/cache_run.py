@@ -84,13 +84,24 @@ def emit_problems(problems: tuple[Problem, ...], emit: Emit) -> None:
 
 
 def progress_events(emit: Emit) -> Report:
-    """Return a progress callback that sends `phase` events, a few a second at most."""
+    """Return a progress callback that sends `phase` events, a few a second at most.
+
+    They say how long the rest takes, `eta_s`, at the pace since the phase's first event: what was
+    loaded before it does not count.
+    """
     last: dict[str, float] = {}
+    began: dict[str, tuple[float, int]] = {}
 
     def report(phase: str, done: int, total: int, name: str = "") -> None:
         now = time.monotonic()
+        start, first = began.setdefault(phase, (now, done))
+        if done < first:  # the same phase, anew
+            start, first = began[phase] = (now, done)
         if done == total or now - last.get(phase, 0.0) >= _MIN_INTERVAL_S:
             last[phase] = now
-            emit("phase", name=phase, done=done, total=total, detail=name)
+            left = {}
+            if first < done < total:
+                left = {"eta_s": round((now - start) / (done - first) * (total - done), 1)}
+            emit("phase", name=phase, done=done, total=total, detail=name, **left)
 
     return report

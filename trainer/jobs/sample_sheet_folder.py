@@ -214,14 +214,15 @@ class SheetFolder:
         same = [
             (key, short(_plain(value)))
             for key, value in first.items()
-            if key not in _HIDDEN and all(one.get(key) == value for one in told)
+            if key not in _HIDDEN and value != "" and all(one.get(key) == value for one in told)
         ]
         return [("model", self._facts.variant), *same]
 
     def _page_cell(self, cell: Cell, failures: Mapping[str, str]) -> PageCell:
         identity = self.identity(cell)
         path = self._files.get(identity)
-        lines = [f"{k}: {_plain(v)}" for k, v in describe(cell.request).items() if k not in _HIDDEN]
+        told = describe(cell.request).items()
+        lines = [f"{k}: {_plain(v)}" for k, v in told if k not in _HIDDEN and v != ""]
         lines += [f"lora: {one['file']}, strength {one['strength']:g}" for one in self._loras(cell)]
         lines += [f"base: {base.name}" for base in cell.base]
         return PageCell(
