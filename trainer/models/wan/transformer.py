@@ -213,11 +213,7 @@ class WanTransformer(nn.Module):
         check_latents(self.config, latents_BCFHW, extra_channels)
         batch, _, *size = latents_BCFHW.shape
         f, h, w = (n // p for n, p in zip(size, self.config.patch_size, strict=True))
-<<<<<<< HEAD
-        _check_conditioning(self.config, latents_BCFHW, timestep, context, image_context, reference)
-=======
         check_conditioning(self.config, latents_BCFHW, timestep, context, image_context, reference)
->>>>>>> w/parity
         inputs = latents_BCFHW
         if extra_channels is not None:
             inputs = torch.cat((latents_BCFHW, extra_channels.to(latents_BCFHW)), dim=1)
@@ -338,32 +334,6 @@ class WanTransformer(nn.Module):
         cells = patches_BLE.view(batch, f, h, w, pf, ph, pw, self.config.out_channels)
         return cells.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, *size)
 
-<<<<<<< HEAD
-    def _check_latents(self, latents: Tensor, extra: Tensor | None) -> None:
-        if latents.dim() != 5:
-            raise DataError(f"latents are {tuple(latents.shape)}; (B, C, F, H, W) is needed")
-        channels = latents.shape[1] + (0 if extra is None else extra.shape[1])
-        if channels != self.config.in_channels:
-            raise DataError(
-                f"the model takes {self.config.in_channels} channels, {channels} were given",
-                hint=_channel_hint(self.config),
-            )
-        if extra is not None and _without_channels(extra) != _without_channels(latents):
-            raise DataError(
-                f"extra channels {tuple(extra.shape)} and latents {tuple(latents.shape)} differ "
-                "in more than channels"
-            )
-        for name, size, patch in zip(
-            ("frames", "height", "width"), latents.shape[2:], self.config.patch_size, strict=True
-        ):
-            if size == 0 or size % patch or size // patch > MAX_POSITIONS:
-                raise DataError(
-                    f"latent {name} of {size} cannot be cut into patches of {patch}",
-                    hint=f"give a multiple of {patch}, at most {MAX_POSITIONS * patch}",
-                )
-
-=======
->>>>>>> w/parity
 
 def initialise(model: WanTransformer, generator: torch.Generator) -> None:
     """Give `model` fresh weights: uniform Xavier linears, small embeddings, zero output.
@@ -397,54 +367,6 @@ def _check_config(config: TransformerConfig) -> None:
         raise ConfigError(f"freq_dim must be even, not {config.freq_dim}")
 
 
-<<<<<<< HEAD
-def _check_conditioning(
-    config: TransformerConfig,
-    latents: Tensor,
-    timestep: Tensor,
-    context: Tensor | Sequence[Tensor],
-    image: Tensor | None,
-    reference: Tensor | None,
-) -> None:
-    batch, _, *size = latents.shape
-    tokens = math.prod(size) // math.prod(config.patch_size)
-    if tuple(timestep.shape) not in {(batch,), (batch, tokens)}:
-        raise DataError(
-            f"timestep has the shape {tuple(timestep.shape)}; ({batch},) or "
-            f"({batch}, {tokens}) is needed"
-        )
-    if len(context) != batch:
-        raise DataError(f"{len(context)} text embeddings for {batch} samples")
-    wanted = _image_shape(config, batch)
-    given = None if image is None else tuple(image.shape)
-    if given != wanted:
-        raise DataError(f"image context: {given} was given, {wanted} is needed")
-    if reference is None:
-        return
-    if not config.reference_conv:
-        raise DataError("this model takes no reference picture")
-    if tuple(reference.shape) != (batch, config.out_channels, *size[1:]):
-        raise DataError(f"the reference {tuple(reference.shape)} does not fit the latents")
-    if timestep.dim() == 2:
-        raise DataError("one timestep per token and a reference picture exclude one another")
-
-
-def _image_shape(config: TransformerConfig, batch: int) -> tuple[int, int, int] | None:
-    if config.image_dim is None:
-        return None
-    images = 2 if config.image_position_embedding else 1
-    return batch, images * config.image_tokens, config.image_dim
-
-
-def _channel_hint(config: TransformerConfig) -> str:
-    extra = config.in_channels - config.out_channels
-    if extra == 0:
-        return "this is a text-to-video model: no extra channels"
-    return f"{config.out_channels} latent channels and {extra} extra channels"
-
-
-=======
->>>>>>> w/parity
 def _is_compiled_or_partitioned(block: nn.Module) -> bool:
     # ZeRO-3 gathers weights in an order that all processes must keep to.
     return block._compiled_call_impl is not None or any(
