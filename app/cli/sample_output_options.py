@@ -86,12 +86,28 @@ def preview_setting(wanted: bool | None, settings: list[str]) -> list[str]:
     return [f"{key}={int(wanted)}"]
 
 
-def source_of(source: Path | None, like: Path | None) -> Path:
+def fields(like: Path | None, decode: Path | None, *, force: bool) -> dict[str, Any]:
+    """Return what the job's request says of files."""
+    paths = {"like": like, "decode": decode}
+    given = {key: None if path is None else str(path) for key, path in paths.items()}
+    return {**given, "force": force}
+
+
+def source_of(
+    source: Path | None, like: Path | None, decode: Path | None, others: dict[str, Any]
+) -> Path:
     """Return the config or run that is meant: the one given, or the run that a sample is of.
 
+    Args:
+        source: the argument.
+        like: a sample to be made again.
+        decode: latents to be decoded.
+        others: options that mean nothing to `decode`, with what was given.
+
     Raises:
-        UserError: neither is known.
+        UserError: neither is known, a file is not there, or options contradict each other.
     """
+    _check_together(like, decode, others)
     if source is not None:
         return source
     if like is None:
@@ -107,12 +123,7 @@ def source_of(source: Path | None, like: Path | None) -> Path:
     )
 
 
-def check_together(like: Path | None, decode: Path | None, others: dict[str, Any]) -> None:
-    """Refuse options that contradict each other, and files that are not there.
-
-    Raises:
-        UserError: they do.
-    """
+def _check_together(like: Path | None, decode: Path | None, others: dict[str, Any]) -> None:
     for option, path in (("--like", like), ("--decode", decode)):
         if path is not None and not path.exists():
             raise UserError(f"{option}: there is no {path}")

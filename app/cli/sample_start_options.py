@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,3 +49,14 @@ ControlImages = Annotated[
         help="With --one-frame: the picture of a control_index. Repeatable, in that order.",
     ),
 ]
+
+
+def start_settings(
+    strength: float | None, one_frame: str | None, control_images: list[Path] | None
+) -> dict[str, Any]:
+    """Return the keys of every prompt that are no single file; None where one is not given."""
+    return {
+        "strength": strength,
+        "one_frame": one_frame,
+        "control_images": [str(path) for path in control_images or ()] or None,
+    }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import subprocess
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from textual import actions, events, on
+from textual import actions, events, on, work
 from textual.actions import ActionParseResult
 from textual.app import App, SystemCommand
 from textual.dom import DOMNode
@@ -106,6 +108,20 @@ class Shell(App[None]):
         except (MenmaError, OSError) as error:
             self.notify(str(error), severity="error", timeout=10, markup=False)
             return True
+
+    def copy_to_clipboard(self, text: str) -> None:
+        """Copy text; in tmux also by its own command, as it drops what the terminal is sent."""
+        super().copy_to_clipboard(text)
+        if os.environ.get("TMUX"):
+            self._copy_by_tmux(text)
+
+    @work(thread=True)
+    def _copy_by_tmux(self, text: str) -> None:
+        command = ["tmux", "load-buffer", "-w", "-"]
+        with suppress(OSError, subprocess.SubprocessError):  # the usual way has been tried, too
+            subprocess.run(
+                command, input=text.encode(), capture_output=True, check=False, timeout=10
+            )
 
     def action_next_theme(self) -> None:
         """Take the next theme, and remember it for the next time."""

@@ -176,6 +176,32 @@ def test_without_a_terminal_the_help_is_plain_and_so_is_the_list(start, tmp_path
         assert "\x1b" not in done.stdout + done.stderr
 
 
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
+def test_what_is_copied_in_tmux_is_in_its_buffer(tmp_path):
+    finished_run(tmp_path / "runs")
+    environment = ENVIRONMENT | {
+        "TERM": "xterm-256color", "XDG_STATE_HOME": str(tmp_path / "state"),
+        "XDG_CONFIG_HOME": str(tmp_path / "config"),
+    }  # fmt: skip
+
+    def tmux(*arguments: str) -> str:
+        command = ["tmux", "-S", str(tmp_path / "tmux"), "-f", "/dev/null", *arguments]
+        return subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True
+        ).stdout
+
+    try:
+        tmux("new-session", "-d", "-x", "80", "-y", "24", f"{sys.executable} -m app")
+        wait_for(lambda: "fish" in tmux("capture-pane", "-p"), PATIENCE_S)
+        tmux("send-keys", "6")
+        wait_for(lambda: "6 SYS" in tmux("capture-pane", "-p"), PATIENCE_S)
+        wait_for(lambda: "torch" in tmux("capture-pane", "-p"), PATIENCE_S)
+        tmux("send-keys", "y")
+        wait_for(lambda: "torch" in tmux("show-buffer"), PATIENCE_S)
+    finally:
+        tmux("kill-server")
+
+
 SCREENS = {
     "2": "2 CONFIG",
     "3": "3 MON",

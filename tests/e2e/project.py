@@ -92,6 +92,8 @@ class Project:
     """The folder; commands run in it."""
 
     folder: Path
+    fresh: bool = False
+    """Each command is a new interpreter, as a user's; else one that has imported everything."""
 
     @property
     def config(self) -> Path:
@@ -118,7 +120,8 @@ class Project:
 
     def menma(self, *arguments: str | Path, timeout_s: float = 240) -> Outcome:
         """Run the command to its end."""
-        done = warm.run(
+        run = subprocess.run if self.fresh else warm.run
+        done = run(
             command(arguments),
             cwd=self.folder,
             env=environment(),
@@ -137,7 +140,8 @@ class Project:
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
         """Start the command and return at once."""
-        return warm.Popen(
+        popen = subprocess.Popen if self.fresh else warm.Popen
+        return popen(
             command(arguments),
             cwd=self.folder,
             env=environment(),

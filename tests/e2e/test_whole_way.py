@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_new_check_cache_train_sample_convert_merge(tmp_path):
-    project = write_project(tmp_path)
+    project = replace(write_project(tmp_path), fresh=True)
     project.done("new", "--preset", "wan2.1-t2v-1.3b-lora", "-o", "mine.toml")
     own = [
         *("--set", "model.transformer=models/transformer.safetensors"),

@@ -26,11 +26,11 @@ def kept_frames() -> Iterator[list[np.ndarray]]:
     kept: list[np.ndarray] = []
     with pytest.MonkeyPatch.context() as patch:
 
-        def keep(folder: Path, name: str, request: Any, frames: Any, **_: Any) -> Path:
+        def keep(path: Path, frames: Any, **_: Any) -> Path:
             kept.append(np.stack(list(frames)).astype(int))
-            return folder / name
+            return path
 
-        patch.setattr(sample, "write_sample", keep)
+        patch.setattr(sample, "write_files", keep)
         yield kept
 
 

@@ -109,6 +109,7 @@ def test_models_are_loaded_once_and_mistakes_do_not_end_it(
     own = Path(first[0]["path"])
     assert (read_video(own).frames == read_video(path).frames).all()
     assert read_metadata(own)["loras"] == read_metadata(path)["loras"]
+    assert read_metadata(own)["evaluations"] == read_metadata(path)["evaluations"]
 
 
 def test_a_stop_ends_one_sample_alone(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ exit code. It holds modules already, so what is loaded when is not tested with i
 from __future__ import annotations
 
 import atexit
-import fcntl
 import gc
 import io
 import os
@@ -170,6 +169,8 @@ def _forget() -> None:
 
 
 def _take_place(start: Start) -> None:
+    import fcntl  # not there on Windows, where nothing is forked
+
     if start.new_session:
         os.setsid()
     if start.group >= 0:

@@ -43,7 +43,7 @@ class Popen(birth.Popen):
 
     @staticmethod
     def _start_of(given: Any) -> birth.Start | None:
-        if given["preexec_fn"] is not None or given["pass_fds"]:
+        if sys.platform != "linux" or given["preexec_fn"] is not None or given["pass_fds"]:
             return None
         return birth.Popen._start_of(given)
 

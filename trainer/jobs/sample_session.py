@@ -12,7 +12,7 @@ import queue
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -189,7 +189,9 @@ class _Session:
 
     def _metadata(self, request: SampleRequest) -> dict[str, Any]:
         loras = lora_metadata(uses_in(request, self.options.loras))
-        return {"variant": self.variant.name} | ({"loras": loras} if loras else {})
+        evaluations = asdict(self.studio.evaluations)
+        described_run = {"variant": self.variant.name, "evaluations": evaluations}
+        return described_run | ({"loras": loras} if loras else {})
 
     def _leave_if_stopped(self) -> None:
         if self.lines.stop.is_set():

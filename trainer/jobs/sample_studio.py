@@ -19,7 +19,7 @@ from trainer.jobs.sample_failures import in_phase
 from trainer.jobs.sample_loras import LoRASwitch, OnMerge
 from trainer.sampling.conditions import Conditions, encode_files, encode_texts
 from trainer.sampling.experts import ExpertSwitch
-from trainer.sampling.pipeline import OnStep, SamplingModels, decode_frames, generate
+from trainer.sampling.pipeline import Evaluations, OnStep, SamplingModels, decode_frames, generate
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.step_cache.values import StepCacheValues
 from trainer.sampling.video_io import Frame
@@ -46,13 +46,18 @@ class StudioOptions:
 
 
 class Studio:
-    """Encodes, draws and decodes single samples; what was encoded once is not encoded again."""
+    """Encodes, draws and decodes single samples; what was encoded once is not encoded again.
+
+    Attributes:
+        evaluations: how often the transformer worked for the sample that was drawn last.
+    """
 
     def __init__(self, variant: Variant, loaders: SampleLoaders, options: StudioOptions) -> None:
         """Prepare; nothing is loaded yet."""
         self._variant = variant
         self._loaders = loaders
         self._options = options
+        self.evaluations = Evaluations(0, 0)
         self._texts: dict[str, Tensor] = {}
         self._conditions: dict[SampleRequest, Conditions] = {}
         self._text_encoder = _Waiting(loaders.text_encoder, options)
@@ -126,7 +131,14 @@ class Studio:
         self._loras.begin(request)
         conditions = self._conditions[_seen(request)]
         with in_phase("steps"):
-            return generate(models, request, conditions=conditions, on_step=step_done).cpu()
+            latents = generate(
+                models,
+                request,
+                conditions=conditions,
+                on_step=step_done,
+                on_end=self._note_evaluations,
+            )
+            return latents.cpu()
 
     @contextmanager
     def decoding(self) -> Iterator[Callable[[Tensor], Iterator[Frame]]]:
@@ -135,6 +147,9 @@ class Studio:
             yield lambda latents: decode_frames(
                 vae, latents.to(self._options.device), tile=self._options.tile
             )
+
+    def _note_evaluations(self, evaluations: Evaluations) -> None:
+        self.evaluations = evaluations
 
     def _new_loras(self) -> LoRASwitch:
         return LoRASwitch(

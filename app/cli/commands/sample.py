@@ -60,6 +60,7 @@ from app.cli.sample_start_options import (
     Solver,
     Strength,
     Video,
+    start_settings,
 )
 from trainer.contract.errors import UserError
 
@@ -181,16 +182,13 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
 
     The paths of the files come on stdout.
     Without --prompt and --prompts-file the prompts of the config are drawn.
-    With --like, CONFIG may be left out for a sample of a run.
 
     Example: menma sample runs/my-lora --prompt "a fish in the rain" --frames 33
     """
     from app.cli.subjects import config_and_run
 
-    files.check_together(
-        like, decode, {"--prompt": prompts, "--prompts-file": prompts_file, "--lora": loras}
-    )
-    config, run_dir = config_and_run(files.source_of(source, like))
+    others = {"--prompt": prompts, "--prompts-file": prompts_file, "--lora": loras}
+    config, run_dir = config_and_run(files.source_of(source, like, decode, others))
     settings = {
         "negative_prompt": negative_prompt, "width": width, "height": height,
         "num_frames": frames, "num_steps": steps, "guidance_scale": guidance,
@@ -207,11 +205,7 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         **wildcard_settings(wildcards, wildcards_folder),
     }  # fmt: skip
     inputs = {"image": image, "last_image": last_image, "control": control, "video": video}
-    of_prompts = {
-        "strength": strength,
-        "one_frame": one_frame,
-        "control_images": [str(path) for path in control_images or ()] or None,
-    }
+    of_prompts = start_settings(strength, one_frame, control_images)
     given = [*(overrides or ()), *_overrides(settings)]
     request: dict[str, Any] = {
         "config": str(config),
@@ -221,9 +215,7 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         **loraid_fields(loraids, loraid_strengths, loraid_from),
         "prompts": _prompts(prompts or [], inputs, prompts_file, of_prompts, like),
         "prompts_file": _text(prompts_file),
-        "like": _text(like),
-        "decode": _text(decode),
-        "force": force,
+        **files.fields(like, decode, force=force),
         "output": str(target or (run_dir / "samples" if run_dir else "samples")),
         "run_dir": _text(run_dir),
         "calibrate": calibrate,

@@ -233,7 +233,9 @@ class WanTransformer(nn.Module):
             image_BSD=None if image_context is None else self._embed_image(image_context, kept),
             attend=self.attend,
             kept=kept,
-            start=self._start(latents_BCFHW, timestep, extra_channels, reference),
+            start=None  # what is kept of a start does not know of positions
+            if frame_positions
+            else self._start(latents_BCFHW, timestep, extra_channels, reference),
         )
         shared = self.sequence
         if shared is not None:
