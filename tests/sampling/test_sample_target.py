@@ -36,6 +36,24 @@ def target(output: Path, **files: object) -> Target:
     return Target(output, "my run", FileOptions(**files))
 
 
+@pytest.mark.parametrize("name", ["taken", "taken/further/on", "taken/a.mp4"])
+def test_a_folder_that_is_a_file_is_refused_before_anything_is_made(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "taken").write_text("words", encoding="utf-8")
+    with pytest.raises(ConfigError, match="taken is a file, no folder"):
+        target(tmp_path / name).check([REQUEST])
+    assert (tmp_path / "taken").read_text(encoding="utf-8") == "words"
+
+
+def test_a_folder_that_takes_no_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, _mode: path != tmp_path)
+    with pytest.raises(ConfigError, match="is not writable"):
+        target(tmp_path / "new/folder").check([REQUEST])
+
+
 @pytest.mark.parametrize(
     ("fmt", "video", "image"),
     [

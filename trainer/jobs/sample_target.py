@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,9 +50,10 @@ class Target:
         """Refuse names that would not hold the samples, before any is made.
 
         Raises:
-            ConfigError: an unknown field, one name for several samples, a file that is there, or
-                an ending that is not of such a sample.
+            ConfigError: an unknown field, one name for several samples, a file that is there, an
+                ending that is not of such a sample, or a folder that nothing can be written to.
         """
+        _check_folder(self.output.parent if self.is_file else self.output)
         if not self.is_file:
             return
         self._check_fields()
@@ -97,6 +99,15 @@ class Target:
             )
         what = "one frame" if request.num_frames == 1 else self.files.format
         raise ConfigError(f"{path.name}: {what} is written as {wanted}", hint="change the ending")
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that is none, or takes no files: better now than when they are made."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigError(f"--output: {there} is a file, no folder", hint="give another name")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output: {there} is not writable", hint="choose another folder")
 
 
 def is_file(output: Path) -> bool:
