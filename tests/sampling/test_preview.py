@@ -119,7 +119,7 @@ def test_none_are_made_unless_asked_for(tmp_path: Path) -> None:
 def test_a_full_disk_ends_the_previews_and_not_the_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr("tempfile.mkstemp", full)
