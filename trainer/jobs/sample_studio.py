@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from trainer.contract.denoising_options import DenoisingOptions
+from trainer.contract.errors import DataError
 from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Expert, Variant
 from trainer.jobs.sample import SampleLoaders
@@ -25,6 +27,7 @@ from trainer.sampling.step_cache.values import StepCacheValues
 from trainer.sampling.video_io import Frame
 
 M = TypeVar("M")
+_Stamp = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +62,7 @@ class Studio:
         self._options = options
         self.evaluations = Evaluations(0, 0)
         self._texts: dict[str, Tensor] = {}
-        self._conditions: dict[SampleRequest, Conditions] = {}
+        self._conditions: dict[SampleRequest, tuple[_Stamp, Conditions]] = {}
         self._text_encoder = _Waiting(loaders.text_encoder, options)
         self._vae = _Waiting(loaders.vae, options)
         self._image_encoder = _Waiting(self._load_image_encoder, options)
@@ -80,14 +83,16 @@ class Studio:
     def encode_files(self, request: SampleRequest) -> None:
         """Encode images and videos of a request, unless a request with the same is known.
 
+        Files that were changed since are encoded again.
+
         Raises:
             DataError: one cannot be read.
         """
-        key = _seen(request)
-        if key in self._conditions:
+        key, stamp = _seen(request), _stamp(request.files.values())
+        if key in self._conditions and self._conditions[key][0] == stamp:
             return
         if not request.files:
-            self._conditions[key] = Conditions()
+            self._conditions[key] = stamp, Conditions()
             return
         with (
             in_phase("inputs"),
@@ -96,7 +101,7 @@ class Studio:
         ):
             device = self._options.device
             found = encode_files(request, self._variant, vae, image_encoder, device)
-        self._conditions[key] = found.to("cpu")
+        self._conditions[key] = stamp, found.to("cpu")
 
     def change_base(self, load: Callable[[Expert], nn.Module] | None) -> None:
         """Let the transformers go; the next sample loads `load`'s, or the first ones again."""
@@ -129,7 +134,7 @@ class Studio:
             on_step(done, steps)
 
         self._loras.begin(request)
-        conditions = self._conditions[_seen(request)]
+        _, conditions = self._conditions[_seen(request)]
         with in_phase("steps"):
             latents = generate(
                 models,
@@ -208,6 +213,23 @@ def release(device: torch.device) -> None:
 def _move(model: Any, device: torch.device) -> None:
     if model is not None:
         model.to(device)
+
+
+def _stamp(files: Iterable[Path]) -> _Stamp:
+    """Return what differs when a file was changed: time and size; of folders, also of what is in.
+
+    Raises:
+        DataError: one is gone.
+    """
+    try:
+        states = [
+            one.stat()
+            for path in files
+            for one in (path, *(sorted(path.iterdir()) if path.is_dir() else ()))
+        ]
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return tuple((state.st_mtime_ns, state.st_size) for state in states)
 
 
 def _seen(request: SampleRequest) -> SampleRequest:
