@@ -18,6 +18,8 @@ from trainer.sampling.results import FileOptions, latents_beside, safe_name
 FIELDS = ("name", "index", "seed", "prompt", "width", "height", "num_frames", "num_steps")
 """What may stand in braces in the name of an output file."""
 _MAX_WORDS = 60
+_MAX_NAME = 240
+"""Bytes of a file's name; file systems take 255, and a number may follow where it is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,11 @@ class Target:
         for index, (request, name) in enumerate(zip(requests, every, strict=True)):
             path = self.path(index, request, name)
             self._check_ending(path, request)
+            if len(path.name.encode()) > _MAX_NAME:
+                raise ConfigError(
+                    f"--output: {path.name} takes more than {_MAX_NAME} bytes",
+                    hint="use fewer fields in its name",
+                )
             if path in paths:
                 raise ConfigError(
                     f"several samples would be named {path}",
