@@ -20,6 +20,7 @@ from trainer.contract.jobs import LoRAUse, SampleJobRequest
 from trainer.contract.run_dir import RunDir
 from trainer.jobs import sample_run
 from trainer.jobs.sample_like import remade
+from trainer.sampling.latent_files import write_latents
 from trainer.sampling.results import read_sample_metadata
 from trainer.sampling.video_io import read_video, write_png, write_video
 
@@ -264,6 +265,16 @@ def test_a_folder_of_latents_of_musubi(config: Path, original: Path, tmp_path: P
     for event in events:
         assert (frames_of(Path(event["path"])) == frames_of(original)).all()
     assert read_sample_metadata(Path(events[0]["path"]))["num_steps"] == 2
+
+
+@pytest.mark.parametrize(("told", "rate"), [(0.2, 1), (999, 240), (30, 30)])
+def test_latents_of_odd_rates_and_seeds_are_decoded(
+    config: Path, original: Path, tmp_path: Path, told: float, rate: int
+) -> None:
+    latents = load_file(original.with_suffix(".safetensors"))["latents"]
+    write_latents(tmp_path / "a.safetensors", latents, {"prompt": "x", "seed": 2**70}, fps=told)
+    made = sample_of(decode(config, tmp_path / "a.safetensors", tmp_path / "out"))
+    assert read_video(made).fps == rate
 
 
 def test_latents_that_cannot_be_decoded(config: Path, tmp_path: Path) -> None:
