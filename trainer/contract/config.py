@@ -23,6 +23,7 @@ from trainer.contract.denoising_options import PromptDenoising, SectionDenoising
 from trainer.contract.expert_config import ExpertSection, ExpertsSection
 from trainer.contract.hub import MODEL_FIELDS, is_reference, parse_reference
 from trainer.contract.intervals import Repeated
+from trainer.contract.lora_use import SampleLoRA
 from trainer.contract.optimizer_config import EmaSection, LRScheduleSection, OptimizerSection
 from trainer.contract.options import Options
 from trainer.contract.plugin_section import PluginSection
@@ -354,6 +355,9 @@ class SamplingSection(SectionDenoising, SampleFiles, Repeated):
     """`[[sampling.prompts]]`: what to sample."""
     prompts_file: Path | None = None
     """Prompts in a .txt (musubi-tuner's flags), .toml or .json file instead."""
+    loras: tuple[SampleLoRA, ...] = ()
+    """`[[sampling.loras]]`: LoRAs of `menma sample`, before those of its command line. Samples
+    that a training makes do without them: they show what is trained."""
     text_cache: Path | None = None
     """Folder where encoded prompts are kept, so that the text encoder is not loaded for a text
     that it has encoded before; empty: nothing is kept."""
