@@ -45,6 +45,7 @@ class Previews:
         """
 
         total = walk_of(request).num_steps
+        fields = {"prompt": request.prompt[:2000], "seed": request.seed, **fields}
 
         def on_estimate(done: int, estimate_BCFHW: Tensor) -> None:
             if (done - 1) % self.every_steps or done == total:
