@@ -46,6 +46,7 @@ from trainer.jobs.step_cache_values import step_cache_values
 from trainer.sampling.inputs import check_inputs
 from trainer.sampling.matrix import Cell, Sheet, build_sheet
 from trainer.sampling.pipeline import Evaluations
+from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import FileOptions, require_formats
 from trainer.sampling.schedule import walk_of
 from trainer.sampling.step_cache.values import StepCacheValues
@@ -78,10 +79,7 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
     for note in check_loras(sheet.loras, variant, files):
         emit("warning", message=note)
     cells = [cell.request for cell in sheet.cells]
-    file_options = FileOptions.of(config.sampling)
-    for num_frames in {cell.num_frames for cell in cells}:
-        require_in_browsers(file_options.entry(num_frames))
-    require_formats(file_options, cells)
+    _check_formats(FileOptions.of(config.sampling), cells)
     for note in check_inputs(cells, multiple=variant.pixel_multiple, place="samples"):
         emit("log", message=note)
     device = pick_device(config)
@@ -126,6 +124,13 @@ def _prompts_and_axes(
         raise ConfigError("prompts are given and varied", hint="give one of the two")
     prompts = [Prompt(prompt=str(text)) for text in texts]
     return prompts, [axis for axis in request.axes if axis.key != PROMPT]
+
+
+def _check_formats(files: FileOptions, requests: Sequence[SampleRequest]) -> None:
+    """Refuse what a page cannot show, or this machine cannot write."""
+    for num_frames in {request.num_frames for request in requests}:
+        require_in_browsers(files.entry(num_frames))
+    require_formats(files, requests)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from trainer.contract.config import RunConfig
+from trainer.contract.errors import DataError
 from trainer.contract.files import write_text
 from trainer.contract.variants import Expert, Variant
 from trainer.data.fingerprint import digest, identify, model_identity
@@ -128,9 +129,13 @@ class SheetFolder:
         """Return what `keep_latents` has written.
 
         Raises:
-            DataError: it is damaged.
+            DataError: it is damaged, and removed, so that the next start draws it anew.
         """
-        return read_latents(self.latents(cell))
+        try:
+            return read_latents(self.latents(cell))
+        except DataError:
+            self.latents(cell).unlink(missing_ok=True)
+            raise
 
     def write(self, cell: Cell, drawn: LatentFile, decode: Decode) -> tuple[Path, Path | None]:
         """Write the sample of a cell; the latents that have waited are not needed any more.
