@@ -51,7 +51,7 @@ def run_session(request: Mapping[str, Any], *, as_json: bool) -> None:
     if code != ExitCode.DONE:
         raise typer.Exit(code)
     if num_failed and not typed:
-        output.say(f"{num_failed} lines made no sample")
+        output.say(f"{num_failed} line{'s' * (num_failed > 1)} made no sample")
         raise typer.Exit(ExitCode.FAILED)
 
 

@@ -31,6 +31,11 @@ from trainer.contract.sample_file_options import SampleFiles
 from trainer.contract.validation_config import ValidationSection
 from trainer.contract.webhook import is_webhook
 
+MAX_SEED = 2**63
+"""Seeds of samples are below: generators take 64 bits, and the next prompts count on."""
+MAX_FPS = 240
+"""Frames a second of a sample's file; encoders of AV1 take no more."""
+
 if TYPE_CHECKING:
     from trainer.contract.dataset_config import DatasetConfig
 
@@ -319,7 +324,7 @@ class Prompt(PromptDenoising):
     """Solver: unipc, euler, dpm++, heun or lcm."""
     schedule: str | None = None
     """Where the steps are: training_grid, full_range, full_range_cut, beta; empty: the solver's."""
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, lt=MAX_SEED)
     """Fixes the noise."""
     image: Path | None = None
     """First frame, for image-to-video models."""
@@ -336,7 +341,7 @@ class Prompt(PromptDenoising):
     image-to-video and first-last-frame models."""
     control_images: tuple[Path, ...] | None = None
     """With `one_frame`: a picture for each control_index."""
-    fps: int | None = Field(None, ge=1)
+    fps: int | None = Field(None, ge=1, le=MAX_FPS)
     """Frames a second of the written video."""
     name: str | None = Field(None, min_length=1, max_length=80)
     """Short name: in the file's name, and as a heading of sheets."""
@@ -386,7 +391,7 @@ class SamplingSection(SectionDenoising, SampleFiles, Repeated):
     schedule: str = ""
     """Default of the prompts: training_grid, full_range, full_range_cut, beta; empty: the solver's
     own."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=MAX_SEED)
     """Seed of the first prompt; the next prompts count on from it."""
 
     @property
@@ -394,7 +399,7 @@ class SamplingSection(SectionDenoising, SampleFiles, Repeated):
         """Whether a run makes samples without being asked."""
         return self.repeats or self.at_start
 
-    fps: int | None = Field(None, ge=1)
+    fps: int | None = Field(None, ge=1, le=MAX_FPS)
     """Frames a second of the written video; empty: the variant's."""
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer.contract.config import SamplingSection
 from trainer.contract.errors import ConfigError, DataError
-from trainer.contract.files import disk_errors
+from trainer.contract.files import disk_errors, in_bytes
 from trainer.contract.sample_formats import (
     SAMPLE_FORMATS,
     FormatEntry,
@@ -33,7 +33,7 @@ MAX_PROMPT = 4_000
 """Characters of a prompt that an event has; the whole one is in the file's metadata."""
 _FRAME = re.compile(r"\d+\.png")
 MAX_STEM = 120
-"""Characters of a file's name without its ending: file systems take 255 bytes."""
+"""Bytes of a part of a file's name: file systems take 255 bytes in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +217,7 @@ def read_sample_metadata(path: Path) -> dict[str, Any]:
 
 def safe_name(text: str) -> str:
     """Return a text as part of a file's name: what file systems refuse becomes `_`."""
-    return re.sub(r"[^\w.+-]+", "_", text)[:MAX_STEM]
+    return in_bytes(re.sub(r"[^\w.+-]+", "_", text), MAX_STEM)
 
 
 def free_path(path: Path, *, with_latents: bool = False) -> Path:
@@ -254,7 +254,7 @@ def _room_for(path: Path, *, force: bool) -> Iterator[Path]:
             f"{path} holds more than frames, and --force would remove it",
             hint="choose another --output",
         )
-    place = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}")
+    place = path.with_name(f".{in_bytes(path.name, 80)}.{secrets.token_hex(4)}")
     yield place
     with disk_errors(path):
         old = path.with_name(f"{place.name}.old")
