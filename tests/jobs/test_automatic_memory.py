@@ -173,7 +173,9 @@ def test_sampling_decides_by_its_own_clips_and_needs_no_dataset(tmp_path, monkey
     gone = config.dataset.model_copy(update={"file": tmp_path / "none.toml", "sources": ()})
     config = config.model_copy(update={"dataset": gone})
     log = Log()
-    clips = [Clip(width=832, height=480, num_frames=frames) for frames in (1, 81)]
+    clips = [
+        Denoised(clip=Clip(width=832, height=480, num_frames=frames)) for frames in (1, 81)
+    ]
     image, video = (
         resolve_for_forwards(config, T2V, CUDA, [clip], log).memory.swapped_blocks for clip in clips
     )
