@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from trainer.contract.memory_model import (
     gpu_of_memory,
     resolve_memory,
 )
+from trainer.contract.memory_model.denoising import Denoised
 from trainer.contract.memory_model.header import sizes_of_file, variant_of_file
 from trainer.contract.memory_model.stack import training_peak
 from trainer.contract.memory_model.workload import workload_of

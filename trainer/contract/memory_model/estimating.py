@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from trainer.contract.config import RunConfig
 from trainer.contract.memory_model.caching import caching_cost
-from trainer.contract.memory_model.denoising import Denoised
 from trainer.contract.memory_model.costs import whole_bytes
+from trainer.contract.memory_model.denoising import Denoised
 from trainer.contract.memory_model.gpus import Gpu
 from trainer.contract.memory_model.host import disk_parts, host_parts
 from trainer.contract.memory_model.inference_host import samples_host
