@@ -160,33 +160,30 @@ def measured(work: Workload, request: SampleRequest) -> int:
         return live.peak.num_bytes - before
 
 
+FEW: dict[str, Any] = {"num_steps": 4, "width": 480, "height": 320, "num_frames": 9}
 CACHE: dict[str, Any] = {"step_cache": "magcache"}
+TOGETHER: dict[str, Any] = {"cfg_batch": True}
+LATER: dict[str, Any] = {"slg_layers": [1], "slg_start": 0.3, "slg_end": 0.8}
 KEPT: dict[str, dict[str, Any]] = {
     "without guidance": {"guidance_scale": 1.0},
     "guidance": {},
-    "skipped": SKIP,
-    "original": ORIGINAL,
-    "batch": {"cfg_batch": True},
-    "batch, skipped": {**SKIP, "cfg_batch": True},
-    "batch, original": {**ORIGINAL, "cfg_batch": True},
+    "batch, skipped": {**SKIP, **TOGETHER},
+    "batch, original": {**ORIGINAL, **LATER, **TOGETHER},
     "cache without guidance": {**CACHE, "guidance_scale": 1.0},
     "cache": CACHE,
-    "cache, original": {**CACHE, **ORIGINAL},
-    "cache, uncond": {**CACHE, **UNCOND},
-    "cache, batch": {**CACHE, "cfg_batch": True},
-    "cache, batch, uncond": {**CACHE, **UNCOND, "cfg_batch": True},
+    "cache, uncond": {**CACHE, **UNCOND, **LATER},
+    "cache, batch": {**CACHE, **TOGETHER},
 }
 
 
 @pytest.mark.parametrize("setting", KEPT)
 def test_memory_is_what_the_sampler_takes(setting: str) -> None:
-    config = make_config(T2V, num_layers=NUM_BLOCKS, frames=9, resolution=(480, 320))
+    config = make_config(T2V, num_layers=2, frames=9, resolution=(480, 320))
     work = workload_of(config)
-    size = {"width": 480, "height": 320, "num_frames": 9}
-    video, request = planned(work.variant, {**KEPT[setting], **size})
+    video, request = planned(work.variant, {**FEW, **KEPT[setting]})
     found = measured(work, request)
     denoised = video.denoised()
-    kept = kept_parts(work, denoised)
-    expected = forward_peak(work.block_shape(denoised.clip)) + sum(kept.values())
-    print(setting, found / 2**20, expected / 2**20, {k: v / 2**20 for k, v in kept.items()})
+    live = forward_peak(work.block_shape(denoised.clip))
+    expected = live + sum(kept_parts(work, denoised).values())
+    # A residual, or a text's keys and values, is more than the tolerance.
     assert expected == pytest.approx(found, rel=0.03)
