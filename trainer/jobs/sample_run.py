@@ -23,7 +23,7 @@ from trainer.engine.failures import failing_together
 from trainer.engine.process_group import World
 from trainer.engine.sequence import sharing_clips
 from trainer.io.mapped_load import open_weights
-from trainer.jobs.automatic_memory import clip_of, resolve_for_forwards
+from trainer.jobs.automatic_memory import denoised_of, resolve_for_forwards
 from trainer.jobs.base import Emit, explain
 from trainer.jobs.build import freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
@@ -147,8 +147,15 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
         ranks.emit_first("warning", message=note)
     for note in plan.input_notes:
         ranks.emit_first("log", message=note)
-    clips = [clip_of(one) for one in plan.requests]
-    config = resolve_for_forwards(plan.config, plan.variant, world.device, clips, ranks.emit_first)
+    shared = 1 if world.sequence is None else world.sequence.size
+    config = resolve_for_forwards(
+        plan.config,
+        plan.variant,
+        world.device,
+        [denoised_of(one, plan.variant, ranks=shared) for one in plan.requests],
+        ranks.emit_first,
+        processes=world.world_size,
+    )
     tile = config.memory.vae_tile
     requests, recorder = plan.requests, None
     if request.calibrate:
