@@ -25,7 +25,7 @@ from trainer.jobs.automatic_memory import denoised_of, resolve_for_forwards
 from trainer.jobs.base import Emit, explain
 from trainer.jobs.build import freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
-from trainer.jobs.components import settle_variant
+from trainer.jobs.components import settle_variant, text_encoder_device
 from trainer.jobs.config_job import read_config
 from trainer.jobs.lora_files import is_transformer
 from trainer.jobs.sample import Sample
@@ -93,6 +93,7 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
     options = StudioOptions(
         loras=sheet.loras,
         device=device,
+        text_device=text_encoder_device(config, device),
         tile=(tile, tile) if tile else None,
         warn=lambda words: emit("warning", message=words),
     )

@@ -27,7 +27,7 @@ from trainer.jobs.automatic_memory import denoised_of, resolve_for_forwards
 from trainer.jobs.base import Emit, explain
 from trainer.jobs.build import pick_device
 from trainer.jobs.cache_run import progress_events
-from trainer.jobs.components import settle_variant
+from trainer.jobs.components import settle_variant, text_encoder_device
 from trainer.jobs.config_job import read_config
 from trainer.jobs.sample import Sample
 from trainer.jobs.sample_failures import in_phase
@@ -81,6 +81,7 @@ def run(request: SampleSessionRequest, emit: Emit) -> None:
     options = StudioOptions(
         loras=tuple(loras),
         device=device,
+        text_device=text_encoder_device(config, device),
         merge_loras=request.merge_loras,
         on_merge=merge_events(emit),
         tile=(tile, tile) if tile else None,

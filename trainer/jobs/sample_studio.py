@@ -35,6 +35,8 @@ class StudioOptions:
     loras: tuple[LoRAUse, ...] = ()
     """`SampleRequest.lora_strengths` counts by them."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    text_device: torch.device | None = None
+    """Where the text encoder works; None: on `device`."""
     merge_loras: bool = False
     """Add the LoRAs to the weights instead of attaching them."""
     on_merge: OnMerge = lambda _expert, _rounding: None
@@ -61,7 +63,7 @@ class Studio:
         self.evaluations = Evaluations(0, 0)
         self._texts: dict[str, Tensor] = {}
         self._conditions: dict[SampleRequest, tuple[list[str], Conditions]] = {}
-        self._text_encoder = _Waiting(loaders.text_encoder, options)
+        self._text_encoder = _Waiting(loaders.text_encoder, options, options.text_device)
         self._vae = _Waiting(loaders.vae, options)
         self._image_encoder = _Waiting(self._load_image_encoder, options)
         self._loras = self._new_loras()
@@ -168,11 +170,14 @@ class Studio:
 
 
 class _Waiting(Generic[M]):
-    """A model that is on the device while it is in use."""
+    """A model that is on the device while it is in use; None: on that of the options."""
 
-    def __init__(self, load: Callable[[], M], options: StudioOptions) -> None:
+    def __init__(
+        self, load: Callable[[], M], options: StudioOptions, device: torch.device | None = None
+    ) -> None:
         self._load = load
         self._options = options
+        self._device = options.device if device is None else device
         self._model: M | None = None
 
     @contextmanager
@@ -191,7 +196,7 @@ class _Waiting(Generic[M]):
 
     def _bring(self, model: M, *, on_cpu_if_full: bool) -> None:
         try:
-            _move(model, self._options.device)
+            _move(model, self._device)
         except torch.OutOfMemoryError:
             _move(model, torch.device("cpu"))
             release(self._options.device)
