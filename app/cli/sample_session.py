@@ -90,7 +90,9 @@ class _Session:
             if self._as_json:
                 output.json_line(event)
             else:
-                output.data(str(event["path"]))
+                for key in ("path", "latents"):
+                    if key in event:
+                        output.data(str(event[key]))
         elif event["type"] == "error":
             if event.get("of_line"):  # what ends the job is on its stderr, too
                 message = ": ".join(filter(None, (self.place, str(event.get("message", "")))))

@@ -98,6 +98,7 @@ def test_events_name_the_picture_from_the_first_step_on(tmp_path: Path) -> None:
     path = str(tmp_path / "preview_01.png")
     assert events[0] == {
         "type": "preview", "path": path, "index": 1, "done": 1, "total": 7, "step": 40,
+        "prompt": "a cat", "seed": 42,
     }  # fmt: skip
     assert [file.name for file in tmp_path.iterdir()] == ["preview_01.png"]
 

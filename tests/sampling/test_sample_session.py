@@ -79,7 +79,8 @@ def talk(
 ) -> list[list[dict[str, Any]]]:
     conversation = Talk(*messages)
     monkeypatch.setattr("sys.stdin", conversation)
-    request = SampleSessionRequest(config=config, output=config.parent / "out", **fields)
+    fields = {"output": config.parent / "out"} | fields
+    request = SampleSessionRequest(config=config, **fields)
     sample_session.run(request, conversation.emit)
     return conversation.answers()
 

@@ -70,7 +70,13 @@ def remade(request: SampleJobRequest) -> Remade:
             "like": None,
             "prompts": tuple(_prompts(request, fields)),
             # The words of the file are what wildcards became; they are no template any more.
-            "set": ("sampling.wildcards=false", *_settings(made, set_by_user), *request.set),
+            # Nor are LoRAs of the config added to those that the file names.
+            "set": (
+                "sampling.wildcards=false",
+                "sampling.loras=[]",
+                *_settings(made, set_by_user),
+                *request.set,
+            ),
             "loras": loras,
             "run_dir": run_dir,
         }

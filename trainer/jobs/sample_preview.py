@@ -46,6 +46,7 @@ class Previews:
         """
 
         total = walk_of(request).num_steps
+        fields = {"prompt": request.prompt[:2000], "seed": request.seed, **fields}
         fails = False
 
         def on_estimate(done: int, estimate_BCFHW: Tensor) -> None:

@@ -48,8 +48,15 @@ class Target:
         suffix = self.files.suffix(request.num_frames)
         return self.output / f"{self.pattern.format_map(values)}{suffix}"
 
-    def check(self, requests: Sequence[SampleRequest], names: Sequence[str] = ()) -> None:
+    def check(
+        self, requests: Sequence[SampleRequest], names: Sequence[str] = (), *, first_index: int = 0
+    ) -> None:
         """Refuse names that would not hold the samples, before any is made.
+
+        Args:
+            requests: the samples.
+            names: of their prompts, where they have some.
+            first_index: of the first of them among all samples.
 
         Raises:
             ConfigError: an unknown field, one name for several samples, a file that is there, an
@@ -61,7 +68,8 @@ class Target:
         self._check_fields()
         every = names or [self.name] * len(requests)
         paths: list[Path] = []
-        for index, (request, name) in enumerate(zip(requests, every, strict=True)):
+        pairs = zip(requests, every, strict=True)
+        for index, (request, name) in enumerate(pairs, first_index):
             path = self.path(index, request, name)
             self._check_ending(path, request)
             if len(path.name.encode()) > _MAX_NAME:

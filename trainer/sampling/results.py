@@ -6,7 +6,7 @@ import hashlib
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -176,18 +176,6 @@ def latents_beside(path: Path) -> Path:
     return path.with_name(_stem(path) + SUFFIX)
 
 
-def describe(request: SampleRequest) -> dict[str, Any]:
-    """Return what is needed to make the sample again, as plain JSON values.
-
-    A file is described by its name and its content: the folders of this machine are nobody's
-    business.
-    """
-    fields = {key: value for key, value in asdict(request).items() if value is not None}
-    # What says nothing new is left out: it would drown the rest.
-    fields |= fields.pop("denoising").model_dump(mode="json", exclude_defaults=True)
-    return {key: _plain(value) for key, value in fields.items()}
-
-
 def describe_file(path: Path) -> dict[str, Any]:
     """Return name, size and hash of a file; of a folder the name."""
     if not path.is_file():
@@ -195,6 +183,20 @@ def describe_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"file": path.name, "size": path.stat().st_size, "sha256": content}
+
+
+def describe(
+    request: SampleRequest, *, describe_file: Callable[[Path], dict[str, Any]] = describe_file
+) -> dict[str, Any]:
+    """Return what is needed to make the sample again, as plain JSON values.
+
+    A file is described by its name and its content: the folders of this machine are nobody's
+    business. `describe_file` may remember what it has read.
+    """
+    fields = {key: value for key, value in asdict(request).items() if value is not None}
+    # What says nothing new is left out: it would drown the rest.
+    fields |= fields.pop("denoising").model_dump(mode="json", exclude_defaults=True)
+    return {key: _plain(value, describe_file) for key, value in fields.items()}
 
 
 def read_sample_metadata(path: Path) -> dict[str, Any]:
@@ -272,11 +274,11 @@ def _stem(path: Path) -> str:
     return path.stem if formats_of_suffix(path.suffix) else path.name
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, describe_file: Callable[[Path], dict[str, Any]]) -> Any:
     if isinstance(value, Path):
         return describe_file(value)
     if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: _plain(part, describe_file) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_plain(part, describe_file) for part in value]
     return value

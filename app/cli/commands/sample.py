@@ -332,7 +332,7 @@ def _say_duration(config: RunConfig, request: dict[str, Any]) -> None:
         prompts = list(config.sampling.prompts)
     found = sampling_here(config, prompts)
     if found is not None:
-        output.say(sampling_line(*found))
+        output.say(sampling_line(found.seconds, found.gpu, at_most=found.at_most))
 
 
 def _text(path: Path | None) -> str | None:
