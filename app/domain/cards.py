@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from app.domain.environment import GIB, gpus, ram_bytes
 from trainer.contract.config import Prompt, RunConfig
@@ -90,8 +91,18 @@ def caching_here(
     return None if found is None else (found, card.gpu.name)
 
 
-def sampling_here(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[float, str] | None:
-    """Return the seconds of sampling on this machine's GPU, and its name; None: not known.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingTime:
+    """How long sampling takes on this machine's GPUs."""
+
+    seconds: float
+    at_most: bool
+    """A step cache will spare some of it."""
+    gpu: str
+
+
+def sampling_here(config: RunConfig, prompts: Sequence[Prompt]) -> SamplingTime | None:
+    """Return how long sampling takes on this machine's GPUs; None: not known.
 
     Args:
         config: checked.
@@ -103,10 +114,22 @@ def sampling_here(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[float, 
         return None
     sampling = config.sampling.model_copy(update={"prompts": tuple(prompts)})
     try:
-        found = estimate_sampling(config.model_copy(update={"sampling": sampling}), card.gpu)
+        found = estimate_sampling(
+            config.model_copy(update={"sampling": sampling}),
+            card.gpu,
+            num_gpus=card.count if _has_processes(config) else 1,
+        )
     except ConfigError:  # the job says what is wrong
         return None
-    return None if found.total_s is None else (found.total_s, card.gpu.name)
+    if found.total_s is None:
+        return None
+    return SamplingTime(seconds=found.total_s, at_most=found.at_most, gpu=card.gpu.name)
+
+
+def _has_processes(config: RunConfig) -> bool:
+    """Return whether there is a process for each GPU by itself, as the trainer decides it."""
+    engine = config.distributed.engine
+    return engine == "deepspeed" or (engine == "auto" and find_spec("deepspeed") is not None)
 
 
 def verdict_of_peak(peak_gib: float, num_gpus: int, card: Card) -> Verdict:

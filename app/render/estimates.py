@@ -84,7 +84,8 @@ def _job_times(result: Estimate) -> Iterator[str]:
 
 def _videos(job: JobCost) -> str:
     many = f"{job.items} videos, the longest" if job.items != 1 else "a video"
-    return f"{many} of {job.clip} and {job.num_forwards} passes,"
+    up_to = "up to " if job.at_most else ""
+    return f"{many} of {job.clip} and {up_to}{job.num_forwards} passes,"
 
 
 def _host_lines(result: Estimate) -> Iterator[str]:
@@ -119,8 +120,13 @@ def caching_line(value: float, gpu: str) -> str:
     return f"Caching all training clips takes about {seconds(value)} on {gpu}."
 
 
-def sampling_line(value: float, gpu: str) -> str:
-    """Say how long sampling takes."""
+def sampling_line(value: float, gpu: str, *, at_most: bool = False) -> str:
+    """Say how long sampling takes; at most: a step cache will spare some of it."""
+    if at_most:
+        return (
+            f"By the estimate this takes up to {seconds(value)} on {gpu}; the step cache spares "
+            "some of it, about half at its defaults."
+        )
     return f"By the estimate this takes about {seconds(value)} on {gpu}."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from trainer.contract.memory_model import (
     gpu_of_memory,
     resolve_memory,
 )
+from trainer.contract.memory_model.denoising import Denoised
 from trainer.contract.memory_model.header import sizes_of_file, variant_of_file
 from trainer.contract.memory_model.stack import training_peak
 from trainer.contract.memory_model.workload import workload_of
@@ -151,17 +153,13 @@ def test_forwards_alone_swap_less_than_training() -> None:
     card = gpu_of_memory(20, "RTX 4090")
     clip = Clip(width=832, height=480, num_frames=81)
     training = resolve_memory(config, card)
-    sampling = resolve_memory(config, card, forwards=[clip])
+    sampling = resolve_memory(config, card, forwards=[Denoised(clip=clip)])
     assert sampling.values["gradient_checkpointing"] is True  # it means nothing without gradients
     assert 0 < sampling.values["blocks_to_swap"] < training.values["blocks_to_swap"]
-    larger = resolve_memory(config, card, forwards=[Clip(width=1280, height=720, num_frames=81)])
-    batch = resolve_memory(config, card, forwards=[Clip(**{**vars_of(clip), "batch": 2})])
+    sizes = [Clip(width=1280, height=720, num_frames=81), replace(clip, batch=2)]
+    larger, batch = (resolve_memory(config, card, forwards=[Denoised(clip=one)]) for one in sizes)
     assert larger.values["blocks_to_swap"] > sampling.values["blocks_to_swap"]
     assert batch.values["blocks_to_swap"] > sampling.values["blocks_to_swap"]
-
-
-def vars_of(clip: Clip) -> dict[str, int]:
-    return {"width": clip.width, "height": clip.height, "num_frames": clip.num_frames}
 
 
 def test_the_estimate_is_that_of_the_values() -> None:

@@ -101,7 +101,7 @@ def test_videos_are_planned_as_requests_are_filled_in(name: str, section: dict[s
             expert = expert_at(timestep, variant)
             scale = request.guidance_scale[expert == "high_noise"]
             passes[expert] += 2 if needs_negative(scale) else 1
-        assert dict(video.forwards) == {who: many for who, many in passes.items() if many}
+        assert dict(video.passes.by_expert) == {who: many for who, many in passes.items() if many}
 
 
 def test_experts_take_turns_once_a_video() -> None:

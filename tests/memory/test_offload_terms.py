@@ -233,11 +233,15 @@ def test_processes_that_share_clips_share_a_run_s_samples(when: dict[str, Any]) 
     assert part["CUDA context"] == pytest.approx((0.55 + 0.3) * 2**30, abs=1)
 
 
-def test_a_sample_of_its_own_is_made_by_one_process() -> None:
-    alone = sampling_parts(2)
-    assert alone == sampling_parts(1)
-    assert alone["live block"] == sampling_parts(1, every_steps=5)["live block"]
+def test_a_sample_of_its_own_is_made_by_the_processes_that_share_clips() -> None:
+    alone, shared = sampling_parts(1), sampling_parts(2)
+    during = sampling_parts(2, every_steps=5)
+    for part in ("live block", "sequence exchange", "kept results"):
+        assert shared[part] == during[part]
+    assert shared["live block"] == pytest.approx(alone["live block"] / 2, rel=0.05)
+    # One prompt: a process, or as many as share it; the others of the config are not started.
     assert alone["CUDA context"] == pytest.approx(0.55 * 2**30, abs=1)
+    assert shared["CUDA context"] == pytest.approx((0.55 + 0.3) * 2**30, abs=1)
 
 
 def test_exchanging_a_sequence_takes_four_all_to_alls_a_block_and_pass() -> None:

@@ -21,6 +21,7 @@ from trainer.contract.denoising_options import (
     SectionDenoising,
 )
 from trainer.contract.errors import ConfigError
+from trainer.contract.passes import guided_steps
 from trainer.contract.variants import get_variant
 from trainer.memory.block_swap import BlockSwap
 from trainer.memory.streams import HostStreams
@@ -35,7 +36,6 @@ from trainer.sampling.guidance import (
     methods_of,
     planned_passes,
 )
-from trainer.sampling.guidance_methods.cfg_skip import guided_steps
 from trainer.sampling.guidance_methods.cfg_zero_star import best_scale
 from trainer.sampling.guidance_methods.skip_layers import SKIPPING
 from trainer.sampling.pipeline import SamplingModels, generate

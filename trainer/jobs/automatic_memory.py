@@ -19,6 +19,7 @@ from trainer.contract.memory_model import (
     measured_correction,
     resolve_memory,
 )
+from trainer.contract.memory_model.denoising import Denoised, plan_passes
 from trainer.contract.memory_model.gpus import GIB
 from trainer.contract.memory_model.phases import COMMUNICATION_BYTES, CONTEXT_BYTES
 from trainer.contract.variants import Variant
@@ -26,6 +27,7 @@ from trainer.engine.process_group import World
 from trainer.jobs.base import Emit
 from trainer.jobs.components import with_variant
 from trainer.sampling.requests import SampleRequest
+from trainer.sampling.schedule import walk_of
 
 _MAX_BYTES = 1200
 """Of one text, so that all of a decision fit the 4 KiB that a rank can tell the others."""
@@ -88,8 +90,10 @@ def resolve_for_forwards(
     config: RunConfig,
     variant: Variant,
     device: torch.device,
-    clips: Sequence[Clip],
+    forwards: Sequence[Denoised],
     emit: Emit,
+    *,
+    processes: int = 1,
 ) -> RunConfig:
     """Return the config with values in the place of `auto`, for sampling or measuring alone.
 
@@ -97,8 +101,9 @@ def resolve_for_forwards(
         config: what the user wrote.
         variant: what `model.variant` was found to be.
         device: where it runs.
-        clips: what the transformer will work on, whole batches.
+        forwards: what the transformer will work on.
         emit: told of the decision.
+        processes: how many there are.
 
     Raises:
         RunError: it fits with no value.
@@ -107,8 +112,8 @@ def resolve_for_forwards(
         return config
     # The clips of the dataset may not be here any more, and do not matter.
     bare = with_variant(config, variant).model_copy(update={"dataset": DatasetSection()})
-    known = _circumstances(bare, 1)
-    resolved = resolve_memory(bare, usable_gpu(device), known, forwards=clips)
+    card, known = usable_gpu(device, world_size=processes), _circumstances(bare, processes)
+    resolved = resolve_memory(bare, card, known, forwards=forwards)
     warning = resolved.require_fit()
     emit("log", message=resolved.in_words(), memory=dict(resolved.values))
     if warning:
@@ -116,10 +121,30 @@ def resolve_for_forwards(
     return _with_values(config, resolved.values)
 
 
-def clip_of(request: SampleRequest) -> Clip:
-    """Return the size of a sample."""
+def denoised_of(request: SampleRequest, variant: Variant, *, ranks: int = 1) -> Denoised:
+    """Return what the transformer works on for a sample, and what is kept of it.
+
+    Args:
+        request: the sample.
+        variant: the model.
+        ranks: processes that share its tokens.
+    """
     frames = request.num_walked_frames
-    return Clip(width=request.width, height=request.height, num_frames=frames)
+    passes = plan_passes(
+        request.denoising,
+        request.guidance_scale,
+        walk_of(request).timesteps.tolist(),
+        variant,
+        texts_alike=len(set(request.texts)) == 1,
+        one_frame=request.one_frame is not None,
+    )
+    clip = Clip(
+        width=request.width,
+        height=request.height,
+        num_frames=frames,
+        batch=passes.largest_batch,
+    )
+    return Denoised(clip=clip, keeps=passes.keeps, ranks=ranks)
 
 
 def memory_values(config: RunConfig) -> dict[str, bool | int]:

@@ -19,12 +19,13 @@ from trainer.contract.errors import ConfigError
 from trainer.contract.experts import single_expert, trained_experts
 from trainer.contract.jobs import EvalRequest
 from trainer.contract.memory_model import Clip
+from trainer.contract.memory_model.denoising import Denoised
 from trainer.contract.run_dir import RunDir
 from trainer.contract.validation_config import ValidationSection
 from trainer.contract.variants import Expert, Variant
 from trainer.core.seams import BuildContext, Probe
 from trainer.io.mapped_load import open_weights
-from trainer.jobs.automatic_memory import clip_of, resolve_for_forwards
+from trainer.jobs.automatic_memory import denoised_of, resolve_for_forwards
 from trainer.jobs.base import Emit
 from trainer.jobs.build import build_plugin, freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
@@ -66,8 +67,8 @@ def run(request: EvalRequest, emit: Emit) -> None:
     build = BuildContext(variant=variant, seed=config.training.seed, device=device, total_steps=0)
     probe: Probe = build_plugin(config.probe, "kind", build, where="probe")
     shots = shot_requests(probe.shots(), variant, config.sampling, probe=config.probe.kind)
-    clips = _clips(config, validation, shots)
-    config = resolve_for_forwards(config, variant, device, clips, emit) if clips else config
+    if forwards := _forwards(config, variant, validation, shots):
+        config = resolve_for_forwards(config, variant, device, forwards, emit)
     tile = config.memory.vae_tile
     files = partial(transformer_files, config, variant)
     measured = measure(
@@ -112,9 +113,12 @@ def run(request: EvalRequest, emit: Emit) -> None:
     )
 
 
-def _clips(
-    config: RunConfig, validation: ValidationSet | None, shots: Sequence[SampleRequest]
-) -> list[Clip]:
+def _forwards(
+    config: RunConfig,
+    variant: Variant,
+    validation: ValidationSet | None,
+    shots: Sequence[SampleRequest],
+) -> list[Denoised]:
     """Return all that the transformer works on; empty: it is not loaded."""
     buckets = {item.bucket for item in validation.items} if validation is not None else set()
     batch = config.validation.batch_size
@@ -122,7 +126,10 @@ def _clips(
         Clip(width=one.width, height=one.height, num_frames=one.num_frames, batch=batch)
         for one in sorted(buckets)
     ]
-    return measured + [clip_of(request) for request in shots]
+    return [
+        *(Denoised(clip=clip) for clip in measured),
+        *(denoised_of(request, variant) for request in shots),
+    ]
 
 
 def _trained(

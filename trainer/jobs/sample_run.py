@@ -23,7 +23,7 @@ from trainer.engine.failures import failing_together
 from trainer.engine.process_group import World
 from trainer.engine.sequence import sharing_clips
 from trainer.io.mapped_load import open_weights
-from trainer.jobs.automatic_memory import clip_of, resolve_for_forwards
+from trainer.jobs.automatic_memory import denoised_of, resolve_for_forwards
 from trainer.jobs.base import Emit, explain
 from trainer.jobs.build import freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
@@ -147,8 +147,15 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
         ranks.emit_first("warning", message=note)
     for note in plan.input_notes:
         ranks.emit_first("log", message=note)
-    clips = [clip_of(one) for one in plan.requests]
-    config = resolve_for_forwards(plan.config, plan.variant, world.device, clips, ranks.emit_first)
+    shared = 1 if world.sequence is None else world.sequence.size
+    config = resolve_for_forwards(
+        plan.config,
+        plan.variant,
+        world.device,
+        [denoised_of(one, plan.variant, ranks=shared) for one in plan.requests],
+        ranks.emit_first,
+        processes=world.world_size,
+    )
     tile = config.memory.vae_tile
     requests, recorder = plan.requests, None
     if request.calibrate:
@@ -222,7 +229,7 @@ def loras_of(
     *,
     use_run: bool = True,
 ) -> list[LoRAUse]:
-    """Return the LoRAs of a request: named, by their slots, and the newest of its run.
+    """Return the LoRAs of the config, of a request, of its slots, and the newest of its run.
 
     Args:
         request: names them.
@@ -235,7 +242,7 @@ def loras_of(
         ConfigError: a slot has no file, or the run has no output yet.
     """
     slots = resolve_loraids(request.loraids, request.loraid_from, both_experts=variant.experts)
-    loras: list[LoRAUse] = [*request.loras, *slots]
+    loras: list[LoRAUse] = [*config.sampling.loras, *request.loras, *slots]
     if use_run and request.run_dir is not None:
         _use_run(request.run_dir, config, files, loras, request.loraids)
     return loras

@@ -15,12 +15,13 @@ from typing import Final, Self
 
 from torch import Tensor
 
+from trainer.contract import passes as planned
 from trainer.contract.catalog import GUIDANCE_METHODS
 from trainer.contract.denoising_options import DenoisingOptions
 from trainer.contract.variants import Expert
 
-POSITIVE: Final = "positive"
-NEGATIVE: Final = "negative"
+POSITIVE: Final = planned.POSITIVE
+NEGATIVE: Final = planned.NEGATIVE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,8 @@ from typing import Any
 from trainer.contract.config import DatasetSection, RunConfig
 from trainer.contract.config_rules import check_rules
 from trainer.contract.errors import ConfigError, RunError
-from trainer.contract.memory_model.clips import Clip
 from trainer.contract.memory_model.costs import JobCost
+from trainer.contract.memory_model.denoising import Denoised
 from trainer.contract.memory_model.estimating import (
     Circumstances,
     estimate_inference,
@@ -36,7 +36,7 @@ from trainer.contract.memory_model.search import (
     paced,
     with_settings,
 )
-from trainer.contract.memory_model.videos import planned_videos
+from trainer.contract.memory_model.videos import planned_videos, sampling_processes
 from trainer.contract.memory_model.workload import variant_of, workload_of
 
 _ON_CPU: Settings = {SWAP: 0, CHECKPOINTING: True}
@@ -115,7 +115,7 @@ def resolve_memory(
     gpu: Gpu | None,
     known: Circumstances | None = None,
     *,
-    forwards: Sequence[Clip] = (),
+    forwards: Sequence[Denoised] = (),
 ) -> Automatic:
     """Return the config with values in the place of `auto`; what else there is stays.
 
@@ -197,7 +197,7 @@ def estimate(
     return replace(with_jobs(result, resolved.config, known), automatic=resolved.values)
 
 
-def estimate_sampling(config: RunConfig, gpu: Gpu) -> JobCost:
+def estimate_sampling(config: RunConfig, gpu: Gpu, *, num_gpus: int = 1) -> JobCost:
     """Return what `menma sample` takes for the config's prompts, with `auto` as it chooses it.
 
     The dataset is not looked at.
@@ -205,14 +205,21 @@ def estimate_sampling(config: RunConfig, gpu: Gpu) -> JobCost:
     Args:
         config: checked.
         gpu: the card.
+        num_gpus: processes where `distributed.num_processes` is left open.
 
     Raises:
         ConfigError: the variant cannot be told.
     """
     bare = config.model_copy(update={"dataset": DatasetSection()})
     videos = planned_videos(bare.sampling, variant_of(bare))
-    resolved = resolve_memory(bare, gpu, forwards=[video.clip for video in videos])
-    return sampling_cost(workload_of(resolved.config), gpu)
+    work = workload_of(resolve_memory(bare, None).config, num_gpus=num_gpus)
+    resolved = resolve_memory(
+        bare,
+        gpu,
+        Circumstances(num_gpus=sampling_processes(work, len(videos))),
+        forwards=[video.denoised(work.sequence_ranks) for video in videos],
+    )
+    return sampling_cost(workload_of(resolved.config, num_gpus=num_gpus), gpu)
 
 
 def _swapping(

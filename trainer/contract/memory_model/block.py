@@ -135,10 +135,21 @@ def checkpointed_block(
 
 
 def forward_only(
-    shape: BlockShape, trained: Trained, *, keep_attention: bool = False
+    shape: BlockShape,
+    trained: Trained,
+    *,
+    keep_attention: bool = False,
+    in_place: bool = False,
 ) -> BlockProfile:
-    """Return the bytes of a forward that keeps nothing but, if wanted, attention outputs."""
-    ledger = Ledger(recording=False)
+    """Return the bytes of a forward that keeps nothing but, if wanted, attention outputs.
+
+    Args:
+        shape: sizes.
+        trained: what gets gradients.
+        keep_attention: attention's outputs are kept.
+        in_place: gradients are switched off, so that operators may reuse memory.
+    """
+    ledger = Ledger(recording=False, in_place=in_place)
     block = _Block(ledger, shape, trained, first=True, keep_attention=keep_attention)
     out, _ = block.forward(Buffer(0))
     ledger.drop(out)
@@ -196,11 +207,14 @@ class _Block:
         full = self.trained.modulated
         update, attend = self._self_attention(x)
         tokens, gate1 = op.gate(update, size, trained=full)
+        if self.ledger.in_place:  # else a local variable holds it
+            drop(update)
         seen, see = self._cross_attention(tokens)
-        summed = self.ledger.new(size)
+        summed = self.ledger.over(seen)
         drop(seen, tokens)
         product, feed = self._feed_forward(summed, unused=recomputing and not full)
-        drop(update)
+        if not self.ledger.in_place:
+            drop(update)
         out, gate2 = op.gate(product, size, trained=full, unused=recomputing)
         drop(product, summed)
 

@@ -41,7 +41,10 @@ class JobCost:
     total_s: float | None = None
     """Seconds of all items, with what is done once."""
     num_forwards: int = 0
-    """Passes of a transformer for one item of that size."""
+    """Passes of a transformer for one item of that size, those that a step cache may spare
+    included."""
+    at_most: bool = False
+    """A step cache may spare passes, so that it takes less time."""
     rounds: int = 0
     """How often a run does it; 0: it is a job of its own."""
 
@@ -67,6 +70,7 @@ class JobCost:
             "clip": str(self.clip),
             "items": self.items,
             "num_forwards": self.num_forwards,
+            "at_most": self.at_most,
             "rounds": self.rounds,
             "host_gib": round(self.host_bytes / GIB, 3),
             "host_phase": self.host_phase,

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from trainer.contract.config import RunConfig
 from trainer.contract.memory_model.caching import caching_cost
-from trainer.contract.memory_model.clips import Clip
 from trainer.contract.memory_model.costs import whole_bytes
+from trainer.contract.memory_model.denoising import Denoised
 from trainer.contract.memory_model.gpus import Gpu
 from trainer.contract.memory_model.host import disk_parts, host_parts
 from trainer.contract.memory_model.inference_host import samples_host
@@ -93,25 +93,26 @@ def with_jobs(result: Estimate, config: RunConfig, known: Circumstances | None =
 
 
 def estimate_inference(
-    work: Workload, clips: Sequence[Clip], card: Gpu, known: Circumstances | None = None
+    work: Workload, forwards: Sequence[Denoised], card: Gpu, known: Circumstances | None = None
 ) -> Estimate:
     """Return what forwards alone take: sampling, or measuring a loss. One phase, `sampling`.
 
     Args:
-        work: of the config, on one GPU.
-        clips: what the transformer works on, whole batches.
+        work: of the config.
+        forwards: what the transformer works on.
         card: the GPU.
-        known: as in `estimate`.
+        known: as in `estimate`; `num_gpus` is how many processes there are.
     """
     known = known or Circumstances()
+    phase = inference_phase(work, forwards, known.correction, processes=known.num_gpus)
     return Estimate(
         variant=work.variant.name,
         clip=work.clip,
         tokens=work.tokens,
         num_blocks=work.shape.num_layers,
-        world_size=1,
+        world_size=known.num_gpus,
         gpu=card,
-        phases=(inference_phase(work, clips, known.correction),),
+        phases=(phase,),
         host_parts={},
         disk_parts={},
         step_seconds=None,

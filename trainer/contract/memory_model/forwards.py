@@ -13,7 +13,7 @@ from trainer.contract.memory_model import encoders
 from trainer.contract.memory_model.clips import Clip
 from trainer.contract.memory_model.gpus import Gpu
 from trainer.contract.memory_model.timing import FP8_GAIN, MEMORY_SHARE, POINTWISE_BYTES, peak_rate
-from trainer.contract.memory_model.traffic import beside
+from trainer.contract.memory_model.traffic import beside, exchange_seconds
 from trainer.contract.memory_model.weights import block_layers, block_linear_parameters
 from trainer.contract.memory_model.workload import Workload
 from trainer.contract.variants import TransformerConfig
@@ -105,6 +105,9 @@ def forward_seconds(work: Workload, gpu: Gpu, clip: Clip, *, ranks: int = 1) -> 
         parts["fp8 to bf16"] = shape.num_layers * block_linear_parameters(shape) * 7 / memory
     copied = work.swapped * work.block_bytes / (gpu.host_gb_s * 1e9)
     parts["copies from RAM"] = beside(copied, sum(parts.values()))
+    parts["sequence exchange"] = exchange_seconds(
+        work.block_shape(clip, ranks=ranks), ranks, shape.num_layers, gpu
+    )
     return {name: seconds for name, seconds in parts.items() if seconds}
 
 

@@ -27,14 +27,16 @@ class Ledger:
         gradients: bytes of parameters' gradients made so far, part of `now`.
         recording: whether operators keep what their backward needs.
         adding: gradients are added to those that are there.
+        in_place: without gradients operators write where nobody reads any more.
     """
 
-    def __init__(self, *, recording: bool = True) -> None:
+    def __init__(self, *, recording: bool = True, in_place: bool = False) -> None:
         self.now = 0.0
         self.peak = 0.0
         self.gradients = 0.0
         self.recording = recording
         self.adding = False
+        self.in_place = in_place
 
     def start_peak(self) -> None:
         """Forget the peak so far."""
@@ -45,6 +47,10 @@ class Ledger:
         self.now += size
         self.peak = max(self.peak, self.now)
         return Buffer(size)
+
+    def over(self, buffer: Buffer) -> Buffer:
+        """Make a buffer of the size of one that is read for the last time, in place if it may."""
+        return self.share(buffer) if self.in_place else self.new(buffer.size)
 
     def known(self, size: float) -> Buffer:
         """Return a buffer with one owner that has been counted before."""

@@ -269,7 +269,7 @@ class Operators:
         """Add a gated update to the tokens; the backward makes the update's gradient."""
         ledger = self.ledger
         kept = ledger.keep(update) if trained else None
-        out = ledger.new(0 if unused else size)
+        out = ledger.new(0) if unused else ledger.over(update)
 
         def backward() -> Buffer:
             given = ledger.new(size)
@@ -284,7 +284,7 @@ class Operators:
         """Apply a function to each element."""
         ledger = self.ledger
         kept = ledger.keep(x)
-        out = ledger.new(x.size)
+        out = ledger.over(x)
 
         def backward(grad: Buffer) -> Buffer:
             given = ledger.new(x.size)
@@ -294,11 +294,11 @@ class Operators:
         return out, backward
 
     def add(self, first: Buffer | None, second: Buffer | None) -> Buffer:
-        """Add two gradients, of which one may be missing, and take both over."""
+        """Add two results, of which one may be missing, and take both over."""
         if first is None or second is None:
             only = first if second is None else second
             assert only is not None
             return only
-        total = self.ledger.new(first.size)
+        total = self.ledger.over(first)
         self.ledger.drop(first, second)
         return total

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from trainer.contract.config import SamplingSection
 from trainer.contract.memory_model import encoders
 from trainer.contract.memory_model.clips import Clip, cached_clips
+from trainer.contract.memory_model.denoising import Denoised, kept_parts
 from trainer.contract.memory_model.gpus import GIB
 from trainer.contract.memory_model.result import PHASES, Phase
 from trainer.contract.memory_model.stack import forward_peak
@@ -17,9 +17,8 @@ from trainer.contract.memory_model.training import (
     standing_parts,
     step_peak,
 )
-from trainer.contract.memory_model.videos import planned_videos
+from trainer.contract.memory_model.videos import planned_videos, sampling_processes
 from trainer.contract.memory_model.workload import ELEMENT, Workload
-from trainer.contract.variants import Variant
 
 CONTEXT_BYTES = 0.55 * GIB
 """CUDA's context, libraries and workspaces of matrix products."""
@@ -55,12 +54,6 @@ def training_parts(work: Workload) -> Parts:
     return {**standing, **step}
 
 
-def sampling_clip(sampling: SamplingSection, variant: Variant) -> Clip:
-    """Return the largest video that the config's prompts ask for."""
-    clips = [video.clip for video in planned_videos(sampling, variant)]
-    return max(clips, key=lambda one: (one.tokens(variant), one.width * one.height))
-
-
 def _captions(work: Workload) -> Parts:
     return {} if on_cpu(work) else text_parts(work)
 
@@ -81,13 +74,16 @@ def _latents(work: Workload) -> Parts:
     return parts
 
 
-def inference_phase(work: Workload, clips: Sequence[Clip], correction: float = 1.0) -> Phase:
+def inference_phase(
+    work: Workload, forwards: Sequence[Denoised], correction: float = 1.0, *, processes: int = 1
+) -> Phase:
     """Return the phase of forwards without an optimizer: `menma sample`, or a loss measured.
 
     Args:
         work: the config's.
-        clips: what the transformer works on, whole batches.
+        forwards: what the transformer works on.
         correction: multiplies everything but the context.
+        processes: how many there are.
     """
     standing = {"weights": work.resident_bytes, "block swap": work.ring_bytes}
     if not work.full:
@@ -95,35 +91,42 @@ def inference_phase(work: Workload, clips: Sequence[Clip], correction: float = 1
     if work.companion_bytes:
         standing["frozen adapters"] = work.companion_bytes
     most: Parts = {}
-    for clip in clips:
+    for one in forwards:
         # `menma sample` lets the transformer go before it decodes.
-        parts = [{**standing, **_forwarding(work, clip)}, _decoding(work, clip)]
+        parts = [{**standing, **_forwarding(work, one)}, _decoding(work, one.clip)]
         most = max(most, *parts, key=_total)
-    return _phase("sampling", most, correction)
+    return _phase("sampling", most, correction, ranks=processes)
 
 
 def _sampling(work: Workload, correction: float) -> Phase:
     """Samples during training if the config wants them; else those of `menma sample`."""
-    variant, sampling = work.variant, work.config.sampling
-    clip = sampling_clip(sampling, variant)
-    if not sampling.while_training:
-        return inference_phase(work, (clip,), correction)
-    standing = {name: size for name, size in standing_parts(work).items() if name != "inputs"}
+    videos = planned_videos(work.config.sampling, work.variant)
     # Processes that share clips make a sample together, too.
-    forward = _forwarding(work, clip, ranks=work.sequence_ranks)
-    if variant.experts and work.turns is None:
-        forward["other expert"] = work.resident_bytes + work.ring_bytes
-    most = max(({**standing, **parts} for parts in (forward, _decoding(work, clip))), key=_total)
+    forwards = dict.fromkeys(video.denoised(work.sequence_ranks) for video in videos)
+    if not work.config.sampling.while_training:
+        processes = sampling_processes(work, len(videos))
+        return inference_phase(work, list(forwards), correction, processes=processes)
+    standing = {name: size for name, size in standing_parts(work).items() if name != "inputs"}
+    if work.variant.experts and work.turns is None:
+        other = {"other expert": work.resident_bytes + work.ring_bytes}
+    else:
+        other = {}
+    partitioned = work.zero_stage == 3
+    made = [_forwarding(work, one, partitioned=partitioned) | other for one in forwards]
+    made += [_decoding(work, one.clip) for one in forwards]
+    most = max(({**standing, **parts} for parts in made), key=_total)
     return _phase("sampling", most, correction, ranks=work.world_size)
 
 
-def _forwarding(work: Workload, clip: Clip, *, ranks: int = 1) -> Parts:
+def _forwarding(work: Workload, denoised: Denoised, *, partitioned: bool = False) -> Parts:
+    clip, ranks = denoised.clip, denoised.ranks
     variant, shape = work.variant, work.block_shape(clip, ranks=ranks)
     latents = SAMPLING_LATENTS * 4 * variant.latent_channels * clip.latent_frames(variant)
     latents = latents * clip.width * clip.height // variant.vae_stride[1] ** 2
     return {
         "live block": forward_peak(shape),
         "latents": clip.batch * latents,
+        **kept_parts(work, denoised, partitioned=partitioned),
         **exchange_parts(shape, ranks),
     }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from trainer.contract.memory_model import encoders
 from trainer.contract.memory_model.clips import Clip
@@ -25,7 +27,12 @@ from trainer.contract.memory_model.texts import caption_seconds
 from trainer.contract.memory_model.timing import peak_rate
 from trainer.contract.memory_model.traffic import forward_traffic
 from trainer.contract.memory_model.vae_flops import vae_flops
-from trainer.contract.memory_model.videos import Video, planned_videos, turns
+from trainer.contract.memory_model.videos import (
+    Video,
+    planned_videos,
+    sampling_processes,
+    turns,
+)
 from trainer.contract.memory_model.workload import ELEMENT, Workload
 
 VIDEO_BYTES_PER_PIXEL = 0.125
@@ -36,19 +43,22 @@ def sampling_cost(work: Workload, gpu: Gpu | None) -> JobCost:
     """Return what `menma sample` takes for the config's prompts."""
     videos = planned_videos(work.config.sampling, work.variant)
     largest = _largest(work, videos)
+    shared, processes = work.sequence_ranks, sampling_processes(work, len(videos))
+    mine = videos[:: max(processes // shared, 1)]  # rank 0 has no fewer than the others
     once: dict[str, float] = {}
     item: dict[str, float] = {}
     total = None
     if gpu is not None and peak_rate(gpu, 2):
-        once = _once(work, gpu, videos)
-        item = video_parts(work, gpu, largest)
+        once = _once(work, gpu, mine)
+        item = video_parts(work, gpu, largest, ranks=shared)
         total = sum(once.values()) + sum(
-            sum(video_parts(work, gpu, video).values()) for video in videos
+            sum(video_parts(work, gpu, video, ranks=shared).values()) for video in mine
         )
     return JobCost(
         clip=largest.clip,
         host_phases={
-            phase: whole_bytes(parts) for phase, parts in sampling_host(work, videos).items()
+            phase: whole_bytes({name: processes * size for name, size in parts.items()})
+            for phase, parts in sampling_host(work, mine).items()
         },
         disk_parts=_disk(largest.clip),
         once_s=once,
@@ -56,6 +66,7 @@ def sampling_cost(work: Workload, gpu: Gpu | None) -> JobCost:
         items=len(videos),
         total_s=total,
         num_forwards=largest.num_forwards,
+        at_most=any(video.step_cache for video in videos),
     )
 
 
@@ -90,6 +101,7 @@ def samples_cost(work: Workload, gpu: Gpu | None) -> JobCost | None:
         total_s=total,
         num_forwards=largest.num_forwards,
         rounds=rounds,
+        at_most=any(video.step_cache for video in videos),
     )
 
 
@@ -106,10 +118,15 @@ def video_parts(
         trains: by the processes of a run, which may hold weights in parts.
     """
     variant, memory = work.variant, work.config.memory
-    forward = forward_seconds(work, gpu, video.clip, ranks=ranks)
-    if trains:
-        forward |= forward_traffic(work, gpu, sum(forward.values()))
-    parts = {name: video.num_forwards * seconds for name, seconds in forward.items()}
+    blocks = video.num_forwards * work.shape.num_layers
+    share = 1 - video.passes.blocks_left_out / blocks if blocks else 1.0
+    parts: dict[str, float] = defaultdict(float)
+    for size, count in video.passes.batches:
+        forward = forward_seconds(work, gpu, replace(video.clip, batch=size), ranks=ranks)
+        if trains:
+            forward |= forward_traffic(work, gpu, sum(forward.values()))
+        for name, seconds in forward.items():
+            parts[name] += count * seconds * share
     decoded = vae_flops(variant, video.clip, "decode", memory.vae_tile)
     parts["VAE decoding"] = convolution_seconds(decoded, gpu, ELEMENT[memory.vae_dtype])
     return {name: seconds for name, seconds in parts.items() if seconds}

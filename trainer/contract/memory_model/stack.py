@@ -109,9 +109,10 @@ def training_peak(
     return peak
 
 
+@lru_cache(maxsize=1024)
 def forward_peak(shape: BlockShape) -> float:
-    """Return the peak of a forward that nothing follows."""
-    profile = _profile(shape, Trained(), _IDLE)
+    """Return the peak of a forward without gradients."""
+    profile = forward_only(shape, Trained(), in_place=True)
     return 2 * shape.tokens_bytes + profile.forward_peak  # the first block's input is held, too
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trainer.contract.memory_model.block import BlockShape
 from trainer.contract.memory_model.gpus import Gpu
 from trainer.contract.memory_model.offload import (
     offloaded_disk_parts,
@@ -149,9 +150,22 @@ def forward_traffic(work: Workload, gpu: Gpu, computing: float) -> dict[str, flo
 
 def _exchange(work: Workload, gpu: Gpu) -> float:
     """All-to-all of a rank's tokens, in the forward, its recomputation and the backward."""
-    sent = EXCHANGES * work.block_shape().tokens_bytes * _others(work.sequence_ranks)
     passes = 2 * work.shape.num_layers + work.recomputed
-    return _repeats(work) * passes * sent / (gpu.link_gb_s * 1e9)
+    once = exchange_seconds(work.block_shape(), work.sequence_ranks, passes, gpu)
+    return _repeats(work) * once
+
+
+def exchange_seconds(shape: BlockShape, ranks: int, passes: int, gpu: Gpu) -> float:
+    """Return the seconds of the all-to-alls of so many passes through a block.
+
+    Args:
+        shape: of a block, with this rank's tokens.
+        ranks: processes that share them.
+        passes: how often a block runs.
+        gpu: the card.
+    """
+    sent = EXCHANGES * shape.tokens_bytes * _others(ranks)
+    return passes * sent / (gpu.link_gb_s * 1e9)
 
 
 def _change_of_expert(work: Workload, gpu: Gpu) -> float:

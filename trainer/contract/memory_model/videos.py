@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from trainer.contract.config import Prompt, SamplingSection
+from trainer.contract.denoising_options import DenoisingOptions, PromptDenoising, denoising_of
 from trainer.contract.memory_model.clips import Clip
+from trainer.contract.memory_model.denoising import Denoised, Expert, Passes, plan_passes
+from trainer.contract.memory_model.workload import Workload
 from trainer.contract.variants import Variant
 from trainer.contract.walk import DEFAULT_STRENGTH, planned_timesteps
-
-Expert = Literal["low_noise", "high_noise"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,9 +23,8 @@ class Video:
     clip: Clip
     num_steps: int
     """Evaluations of the velocity."""
-    forwards: tuple[tuple[Expert, int], ...]
-    """Experts in the order they work, each with its passes, those for guidance included; models
-    with one transformer have `low_noise`."""
+    passes: Passes
+    """Of the experts; models with one transformer have `low_noise`."""
     texts: tuple[str, ...]
     """What is encoded for it."""
     images: int = 0
@@ -33,11 +33,22 @@ class Video:
     """It follows another video."""
     starts_from_video: bool = False
     """It starts from another video, not from noise alone."""
+    step_cache: bool = False
+    """Some of the passes may be spared."""
 
     @property
     def num_forwards(self) -> int:
-        """Passes of a transformer."""
-        return sum(passes for _, passes in self.forwards)
+        """Passes of a transformer, at most."""
+        return sum(many for _, many in self.passes.by_expert)
+
+    def denoised(self, ranks: int = 1) -> Denoised:
+        """Return what a transformer works on at a time.
+
+        Args:
+            ranks: processes that share the tokens.
+        """
+        clip = replace(self.clip, batch=self.passes.largest_batch)
+        return Denoised(clip=clip, keeps=self.passes.keeps, ranks=ranks)
 
 
 def planned_videos(sampling: SamplingSection, variant: Variant) -> tuple[Video, ...]:
@@ -48,9 +59,17 @@ def planned_videos(sampling: SamplingSection, variant: Variant) -> tuple[Video, 
     return tuple(_video(prompt, sampling, variant) for prompt in sampling.prompts or (None,))
 
 
+def sampling_processes(work: Workload, num_videos: int) -> int:
+    """Return how many processes `menma sample` has: a group for each video at most."""
+    if work.config.distributed.engine == "local":
+        return 1
+    shared = work.sequence_ranks
+    return shared * min(max(work.processes_here // shared, 1), num_videos)
+
+
 def turns(videos: Sequence[Video]) -> list[Expert]:
     """Return the experts in the order in which they have to be on the GPU; each is another."""
-    order = [expert for video in videos for expert, passes in video.forwards if passes]
+    order = [expert for video in videos for expert, _ in video.passes.by_expert]
     return [expert for index, expert in enumerate(order) if order[index - 1 : index] != [expert]]
 
 
@@ -71,30 +90,36 @@ def _video(prompt: Prompt | None, sampling: SamplingSection, variant: Variant) -
         schedule=pick("schedule"),
         strength=_strength(prompt),
     )
-    steps, high = len(timesteps), 0
-    if variant.experts:
-        high = sum(timestep >= 1000 * variant.expert_boundary for timestep in timesteps)
-    low_scale, high_scale = _guidance(prompt, sampling, variant)
-    passes: list[tuple[Expert, int]] = [
-        ("high_noise", high * (1 if high_scale == 1 else 2)),
-        ("low_noise", (steps - high) * (1 if low_scale == 1 else 2)),
-    ]
+    scales, options = _guidance(prompt, sampling, variant), _denoising(prompt, sampling)
     texts = ["" if prompt is None else prompt.prompt]
-    if low_scale != 1 or high_scale != 1:
+    if any(scale != 1 for scale in scales):
         texts.append(pick("negative_prompt", variant.negative_prompt))
+    passes = plan_passes(
+        options,
+        scales,
+        timesteps,
+        variant,
+        texts_alike=len(set(texts)) == 1,
+        one_frame=prompt is not None and prompt.one_frame is not None,
+    )
     given: tuple[Path | None, ...] = ()
     if prompt is not None:
         given = (prompt.image, prompt.last_image, *(prompt.control_images or ()))
     needed = {"first_frame": 1, "first_last_frame": 2}.get(variant.conditioning, 0)
     return Video(
         clip=clip,
-        num_steps=steps,
-        forwards=tuple(one for one in passes if one[1]),
+        num_steps=len(timesteps),
+        passes=passes,
         texts=tuple(dict.fromkeys(texts)),
         images=max(needed, sum(image is not None for image in given)),
         control=variant.conditioning == "control",
         starts_from_video=prompt is not None and prompt.video is not None,
+        step_cache=options.step_cache != "none",
     )
+
+
+def _denoising(prompt: Prompt | None, sampling: SamplingSection) -> DenoisingOptions:
+    return denoising_of(sampling, prompt or PromptDenoising())
 
 
 def _walked_frames(prompt: Prompt | None, num_frames: int) -> int:

@@ -64,7 +64,7 @@ class KeptResults:
     Attributes:
         times: timesteps of the step, embedded.
         texts: the text of each context, embedded, and its bias.
-        images: CLIP tokens, embedded.
+        images: CLIP tokens, embedded, for each number of passes that run as one batch.
         keys_and_values: of each block's cross-attention, for each text and image.
         starts: tokens (B, L, D) behind the first block's self-attention. No text has reached them
             yet, so a step's passes with prompt and negative prompt have them in common. None: not
@@ -75,13 +75,15 @@ class KeptResults:
         """Keep nothing yet."""
         self.times = Kept(1)
         self.texts = Kept(_TEXTS)
-        self.images = Kept(1)
-        self.keys_and_values = Kept((_TEXTS + 1) * num_blocks)
+        self.images = Kept(_BATCHES)
+        self.keys_and_values = Kept((_TEXTS + _BATCHES) * num_blocks)
         self.starts = Kept(1) if starts else None
 
 
 _TEXTS = 4
 """Prompt, negative prompt, and room for others."""
+_BATCHES = 2
+"""Prompt and negative prompt together, and a pass alone."""
 
 
 def _identity(given: Iterable[Tensor | None], layers: Iterable[nn.Module]) -> Hashable | None:

@@ -10,6 +10,7 @@ from typing import Final, Self
 
 from torch import Tensor
 
+from trainer.contract import passes as planned
 from trainer.contract.denoising_options import DenoisingOptions
 from trainer.sampling.guidance import (
     NEGATIVE,
@@ -20,7 +21,7 @@ from trainer.sampling.guidance import (
     Velocities,
 )
 
-SKIPPING: Final = "skipping"
+SKIPPING: Final = planned.SKIPPING
 """The pass with the prompt that leaves blocks out."""
 
 
@@ -49,7 +50,7 @@ class SkipLayers(GuidanceMethod):
 
     def passes(self, step: Step, passes: Passes) -> Passes:
         """Return the passes with one that leaves blocks out, within the share of the steps."""
-        if not int(self.start * step.num_steps) <= step.index < int(self.end * step.num_steps):
+        if not planned.skips_layers(self.start, self.end, step.index, step.num_steps):
             return passes
         source = POSITIVE if self.own_pass else NEGATIVE
         if source not in passes:
