@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -108,13 +110,19 @@ def varies_prompts(sheet: dict[str, Any]) -> bool:
 
 
 def sheet_folder(request: dict[str, Any], target: Path | None) -> Path:
-    """Return the folder of a sheet: the one that was given, or one named after what it varies."""
+    """Return the folder of a sheet: the one that was given, or one named after what it varies.
+
+    Its name ends in a hash of the prompts, so that other prompts do not replace its page.
+    """
     if target is not None:
         return target
     names = [axis["key"].partition(":") for axis in request["axes"]]
     words = [key if not file else f"{key}-{Path(file).stem}" for key, _, file in names]
     name = re.sub(r"[^\w.+-]+", "_", "-".join(["sheet", *words]))
-    return Path(request["output"]) / name[:100]
+    prompts = [request["prompts"], request["prompts_file"], request["config"]]
+    prompts += [axis for axis in request["axes"] if axis["key"] == "prompt"]
+    digest = hashlib.sha256(json.dumps(prompts, default=str).encode()).hexdigest()
+    return Path(request["output"]) / f"{name[:100]}-{digest[:6]}"
 
 
 def refuse_with_session(request: dict[str, Any], sheet: dict[str, Any]) -> None:

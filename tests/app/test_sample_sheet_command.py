@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-REQUEST = {"prompts": [], "prompts_file": None, "output": "samples"}
+REQUEST = {"config": "c.toml", "prompts": [], "prompts_file": None, "output": "samples"}
 
 
 def test_options_make_the_request_of_a_sheet(folder: Path) -> None:
@@ -76,7 +77,12 @@ def test_options_make_the_request_of_a_sheet(folder: Path) -> None:
         ],
         "columns": "guidance_scale",
     }  # fmt: skip
-    assert sheet_folder(REQUEST | fields, None) == Path("samples/sheet-guidance_scale-seed")
+    chosen = sheet_folder(REQUEST | fields, None)
+    assert re.fullmatch("sheet-guidance_scale-seed-[0-9a-f]{6}", chosen.name)
+    assert chosen.parent == Path("samples")
+    assert sheet_folder(REQUEST | fields, None) == chosen
+    other = REQUEST | fields | {"prompts": [{"prompt": "b"}]}
+    assert sheet_folder(other, None) != chosen, "another page would replace this one"
     assert sheet_folder(REQUEST | fields, Path("x")) == Path("x")
     assert sheet_fields(REQUEST, None, None, None) == {}
 
