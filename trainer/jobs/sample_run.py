@@ -198,6 +198,11 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
     if recorder is not None:
         path = write_measured(recorder, requests, config, plan.variant, plan.files)
         emit("output", path=str(path), what="calibration of step caches")
+    _end(samples, ranks)
+
+
+def _end(samples: Sequence[Sample], ranks: SampleRanks) -> None:
+    """Say what was made, and what a step cache has spared."""
     passes = _evaluations(samples)
     if spared := passes["reused_evaluations"]:
         whole = spared + passes["evaluations"]
