@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
+from app.runs.printable import printable
 from trainer.contract.errors import ConfigError, MenmaError, Problem
 
 _RED, _YELLOW, _BOLD, _RESET = "\x1b[31m", "\x1b[33m", "\x1b[1m", "\x1b[0m"
@@ -47,7 +48,7 @@ def title(text: str) -> None:
 
 def warn(text: str, *, hint: str = "") -> None:
     """Write a warning to stderr."""
-    say(f"{_coloured('warning:', _YELLOW)} {text}")
+    say(f"{_coloured('warning:', _YELLOW)} {printable(text)}")
     _say_hint(hint)
 
 
@@ -64,14 +65,15 @@ def show_error(error: MenmaError) -> None:
     if only is not None and (only.key or only.file):
         show_problem(only, mark=f"{mark} ")
         return
-    say(f"{mark} {error.message}")
+    say(f"{mark} {printable(error.message)}")
     _say_hint(error.hint)
 
 
 def show_problem(problem: Problem, *, mark: str = "  ") -> None:
     """Write one problem to stderr, its hint on a line of its own."""
     place = ":".join(str(part) for part in (problem.file, problem.line) if part is not None)
-    say(mark + ": ".join(part for part in (place, problem.key, problem.message) if part))
+    words = ": ".join(part for part in (place, problem.key, problem.message) if part)
+    say(mark + printable(words))  # a file that is wrong is quoted
     _say_hint(problem.hint, indent=4 if mark == "  " else 2)
 
 
@@ -139,7 +141,7 @@ def width() -> int:
 
 def _say_hint(hint: str, *, indent: int = 2) -> None:
     for line in hint.splitlines():
-        say(" " * indent + line)
+        say(" " * indent + printable(line))
 
 
 def _coloured(text: str, colour: str) -> str:

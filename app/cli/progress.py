@@ -148,9 +148,10 @@ class LiveProgress:
             print_strips(self._console, strips_of(event))
 
     def say(self, text: str) -> None:
-        """Show a line above the bar."""
+        """Show a line above the bar, without what would steer the terminal."""
         # A pipe gets lines as they are; on a terminal words stay whole.
-        self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
+        soft_wrap = not self._console.is_terminal
+        self._console.print(printable(text), markup=False, soft_wrap=soft_wrap)
 
 
 class _Picture:

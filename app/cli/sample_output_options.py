@@ -114,8 +114,9 @@ def source_of(
         raise UserError("no config", hint="menma sample CONFIG|RUN; see --help")
     from app.runs.state import is_run_dir
 
-    run = like.absolute().parent.parent
-    if is_run_dir(run):
+    # samples/x.mp4 of a run, or samples/SHEET/cells/x.mp4.
+    run = next((folder for folder in like.absolute().parents[1:4] if is_run_dir(folder)), None)
+    if run is not None:
         return run
     raise UserError(
         f"{like} is not in a run, so its models are not known",
@@ -147,11 +148,8 @@ def refuse_beside(*, interactive: bool, sheet: bool, request: dict[str, Any]) ->
     if not (interactive or sheet):
         return
     what = "--interactive" if interactive else "a sheet"
-    given = [f"--{name}" for name in ("force", "like", "decode") if request[name]]
-    if sheet:
-        keys = {text.partition("=")[0] for text in request["set"]}
-        options = {"format": "--format", "quality": "--quality", "save_latents": "--save-latents"}
-        given += [option for key, option in options.items() if f"sampling.{key}" in keys]
+    names = ("force", "like", "decode") if sheet else ("like", "decode")
+    given = [f"--{name}" for name in names if request[name]]
     if given:
         raise UserError(f"{given[0]} means nothing to {what}", hint=f"leave out {given[0]}")
 

@@ -51,7 +51,7 @@ def run_session(request: Mapping[str, Any], *, as_json: bool) -> None:
     if code != ExitCode.DONE:
         raise typer.Exit(code)
     if num_failed and not typed:
-        output.say(f"{num_failed} lines made no sample")
+        output.say(f"{num_failed} line{'s' * (num_failed > 1)} made no sample")
         raise typer.Exit(ExitCode.FAILED)
 
 
@@ -90,7 +90,9 @@ class _Session:
             if self._as_json:
                 output.json_line(event)
             else:
-                output.data(str(event["path"]))
+                for key in ("path", "latents"):
+                    if key in event:
+                        output.data(str(event[key]))
         elif event["type"] == "error":
             if event.get("of_line"):  # what ends the job is on its stderr, too
                 message = ": ".join(filter(None, (self.place, str(event.get("message", "")))))

@@ -46,6 +46,7 @@ ControlImages = Annotated[
     list[Path] | None,
     typer.Option(
         "--control-image",
+        metavar="FILE",
         help="With --one-frame: the picture of a control_index. Repeatable, in that order.",
     ),
 ]

@@ -19,6 +19,7 @@ from trainer.contract.catalog import PLUGIN_KINDS, SCHEDULES, SOLVERS
 from trainer.contract.config import Prompt, RunConfig, TechniqueSection
 from trainer.contract.dataset_config import GeneralOptions, SourceOptions
 from trainer.contract.errors import ConfigError, UserError
+from trainer.contract.lora_use import SampleLoRA
 from trainer.contract.options import Options
 from trainer.contract.options_page import value_words
 from trainer.contract.plugin_options import plugin_schemas
@@ -52,6 +53,7 @@ _TABLES: dict[str, type[Options]] = {
     "dataset.sources": SourceOptions,
     "validation.sources": SourceOptions,
     "sampling.prompts": Prompt,
+    "sampling.loras": SampleLoRA,
 }
 
 
@@ -211,7 +213,7 @@ def _names(key: str) -> tuple[str, ...]:
         return tuple(SOLVERS.names)
     if key == "sampling.format":
         return SAMPLE_FORMATS.names
-    if name == "schedule":
+    if name == "schedule" and ".loras[" not in key:  # there it is a list of points
         return tuple(SCHEDULES.names)
     if key == "model.variant":
         return ("auto", *VARIANTS)

@@ -27,6 +27,7 @@ PERSONAL = (
     "dataset",
     "validation.sources",
     "sampling.prompts",
+    "sampling.loras",
     "output.title",
     "output.author",
     "output.description",

@@ -59,6 +59,8 @@ class RunLog:
     steps: array[int] = field(default_factory=lambda: array("q"))
     validation: list[tuple[int, float]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    previews: dict[str, Sample] = field(default_factory=dict)
+    """Subject -> rough picture of what is being made at the moment."""
     checkpoints: list[int] = field(default_factory=list)
     outputs: list[Path] = field(default_factory=list)
     messages: deque[tuple[str, str]] = field(default_factory=lambda: deque(maxlen=MAX_MESSAGES))
@@ -139,6 +141,7 @@ class RunLog:
         self._layout = ()
         for told in (self.validation, self.samples, self.checkpoints, self.outputs):
             told.clear()
+        self.previews.clear()
         self.messages.clear()
         self.last_step = {}
         self.restarts += 1
@@ -163,6 +166,9 @@ class RunLog:
             self._take_validation(step, event)
         elif kind == "sample" and (sample := sample_of(self.run, step, event)) is not None:
             self.samples.append(sample)
+            self.previews.pop(sample.subject, None)
+        elif kind == "preview" and (sample := sample_of(self.run, step, event)) is not None:
+            self.previews[sample.subject] = sample
         elif kind == "checkpoint":
             self.checkpoints.append(step)
 
@@ -178,6 +184,7 @@ class RunLog:
                 del column[keep:]
             self.restarts += 1
         self.steps.append(step)
+        self.previews.clear()  # a sample that was not made is not made any more
         self.last_step = event
         if tuple(event) != self._layout:
             self._lay_out(event)

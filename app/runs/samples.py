@@ -12,8 +12,9 @@ from app.runs.printable import printable
 from trainer.contract.run_dir import RunDir
 
 MAX_WORDS = 4_000
-_NAME = re.compile(r"step\d+_(?P<index>\d+)_(?P<seed>\d+)")
-"""How the trainer names them: step, place of the prompt in the config, seed."""
+_NAME = re.compile(r"step\d+_(?P<index>\d+)_(?P<seed>\d+)|preview_(?P<work>\d+)")
+"""How the trainer names them: step, place of the prompt in the config, seed; while they are made
+the place alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class Sample:
     prompt: str = ""
     """Empty: the run did not say."""
     seed: int | None = None
+    work: str = ""
+    """How far it is: a rough picture of a sample that is being made; empty: it is made."""
 
     @property
     def subject(self) -> str:
@@ -33,11 +36,13 @@ class Sample:
             seed = "" if self.seed is None else f"  (seed {self.seed})"
             return f"{self.prompt}{seed}"
         named = _NAME.match(self.path.stem)
-        return f"prompt {int(named['index']) + 1}, seed {named['seed']}" if named else "sample"
+        if not named or not named["seed"]:
+            return "sample"
+        return f"prompt {int(named['index']) + 1}, seed {named['seed']}"
 
 
 def sample_of(run: RunDir, step: int, event: Mapping[str, Any]) -> Sample | None:
-    """Return the sample of a `sample` event; None where it names no file.
+    """Return the sample of a `sample` or a `preview` event; None where it names no file.
 
     A run directory may have been moved since: the file in its `samples` folder comes first.
     """
@@ -51,6 +56,7 @@ def sample_of(run: RunDir, step: int, event: Mapping[str, Any]) -> Sample | None
         path=moved if moved.exists() else Path(told),
         prompt=" ".join(printable(prompt[:MAX_WORDS]).split()) if isinstance(prompt, str) else "",
         seed=seed if isinstance(seed, int) else None,
+        work=_work(event) if event.get("type") == "preview" else "",
     )
 
 
@@ -68,4 +74,10 @@ def by_subject(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
 def _first_name(steps: Mapping[int, Sample]) -> str:
     """Return what orders the subjects: the place of the prompt is in the files' names."""
     named = _NAME.match(steps[min(steps)].path.stem)
-    return named["index"] if named else ""
+    return (named["index"] or named["work"]) if named else ""
+
+
+def _work(event: Mapping[str, Any]) -> str:
+    done, total = event.get("done"), event.get("total")
+    known = isinstance(done, int) and isinstance(total, int)
+    return f"being made, {done} of {total}" if known else "being made"

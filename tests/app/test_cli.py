@@ -239,6 +239,20 @@ def test_sample_refuses_wrong_guidance_before_anything_starts(menma, config):
         assert problem in answer.err
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--strength", "2"], "--strength: input should be less than or equal to 1, not 2.0"),
+        (["--strength", "nan"], "--strength: input should be a finite number"),
+    ],
+)
+def test_sample_refuses_what_no_prompt_may_have(menma, config, words, problem):
+    answer = menma("sample", config, "-p", "x", "--video", "a.mp4", *words)
+    assert answer.code == 2
+    assert problem in answer.err
+    assert "Traceback" not in answer.err
+
+
 def test_sample_without_a_prompt_is_a_mistake(menma, config):
     assert "there is no prompt" in menma("sample", config).err
     assert menma("sample", config, "--image", "a.png").code == 2

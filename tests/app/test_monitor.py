@@ -20,6 +20,7 @@ from app.domain.load import GpuLoad, Load
 from app.runs.ask import Cancelled
 from app.runs.frames import ClipFrames
 from app.runs.lock import RunLock
+from app.runs.metrics import RunLog
 from app.runs.processes import ProcessId, boot_id
 from app.runs.samples import Sample
 from app.runs.status import Status
@@ -214,6 +215,56 @@ def test_samples_of_steps_stand_beside_one_another(sources):
         await seen(pilot, app, "read single steps")
 
     drive(sources, steps)
+
+
+def test_a_sample_in_work_is_looked_at_until_it_is_made(sources):
+    run = a_run(sources)
+    write_samples(run)
+    emit = EventWriter(run.events)
+    told = {"step": 75, "prompt": "a fish", "seed": 42}
+    preview, sample = (run.samples / name for name in ("preview_00.png", "step00000075_00_42.png"))
+
+    def draw(done: int, colour: str) -> None:
+        Image.new("RGB", (8, 8), colour).save(preview)
+        emit("preview", path=str(preview), index=0, done=done, total=20, **told)
+
+    async def steps(pilot, app):
+        await pilot.press("v")
+        await seen(pilot, app, "step 3 of 3")
+        draw(1, "red")
+        await seen(pilot, app, "step 4 of 4")
+        await seen(pilot, app, "step 75  being made, 1 of 20")
+        drawn = app.screen.query_one("#after", pictures.Picture)
+        while not drawn._lines:
+            await pilot.pause(0.05)
+        red = drawn._lines
+        draw(5, "blue")
+        await seen(pilot, app, "step 75  being made, 5 of 20")
+        while drawn._lines == red:
+            assert drawn._lines, "the picture before stays until the next one is read"
+            await pilot.pause(0.05)
+        Image.new("RGB", (8, 8), "green").save(sample)
+        emit("sample", path=str(sample), **told)
+        text = await seen(pilot, app, sample.name)
+        assert "being made" not in text
+        assert "step 4 of 4" in text
+
+    drive(sources, steps)
+
+
+def test_what_was_being_made_is_forgotten_with_the_next_step(tmp_path):
+    run = RunDir(tmp_path)
+    emit = EventWriter(run.events)
+    log = RunLog(run)
+    emit("preview", step=3, path="x/preview_00.png", index=0, done=1, total=9, prompt="a", seed=1)
+    emit("preview", step=3, path="x/preview_01.png", index=1, done=1, total=9, prompt="b", seed=2)
+    emit("sample", step=3, path="x/step00000003_00_1.png", prompt="a", seed=1)
+    log.read()
+    assert [one.work for one in log.previews.values()] == ["being made, 1 of 9"]
+    assert [one.work for one in log.samples] == [""]
+    emit("step", step=4, loss=0.5)
+    log.read()
+    assert not log.previews
 
 
 def test_videos_are_gone_through_frame_by_frame_and_played_when_asked(sources, monkeypatch):

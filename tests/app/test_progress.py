@@ -10,6 +10,7 @@ from rich.console import Console
 
 from app.cli import output
 from app.cli.progress import (
+    LiveProgress,
     PlainProgress,
     _Picture,
     _preview_lines,
@@ -196,6 +197,27 @@ def test_plain_lines_have_no_control_characters_on_a_terminal_too(capsys, monkey
     lines = capsys.readouterr().err.splitlines()
     assert lines[1] == "red bell end"
     assert all(line.isprintable() for line in lines)
+
+
+HOSTILE = "a\x1b]0;title\x07b\x1b[2Jc"
+"""What a file that is quoted may hold."""
+
+
+def test_lines_above_the_bar_have_no_control_characters(monkeypatch):
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, highlight=False, color_system=None)
+    monkeypatch.setattr("rich.console.Console", lambda **_: console)
+    progress = LiveProgress(show_errors=True)
+    progress.say(HOSTILE)
+    progress.event({"type": "warning", "message": HOSTILE})
+    assert written.getvalue() == "abc\nwarning: abc\n"
+
+
+def test_errors_that_quote_a_file_do_not_steer_the_terminal(capsys):
+    output.show_error(RunError(HOSTILE, hint=HOSTILE))
+    output.show_error(ConfigError(problems=[Problem(HOSTILE, HOSTILE, hint=HOSTILE)]))
+    output.warn(HOSTILE)
+    assert capsys.readouterr().err == ("error: abc\n  abc\nerror: abc: abc\n  abc\nwarning: abc\n")
 
 
 def test_a_counted_phase_says_how_long_the_rest_takes():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app.cli.sample_lora_options import sample_lora
+from app.domain.config_document import ConfigDocument
+from app.domain.config_options import options_of
+from trainer.contract.config import load_config
+from trainer.contract.config_rules import check_files
 from trainer.contract.errors import UserError
 from trainer.contract.lora_use import SampleLoRA
 
@@ -70,3 +75,33 @@ def test_mistakes_say_what_to_write(lora: str, text: str, words: str) -> None:
         sample_lora(text)
     assert words in caught.value.message
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("words", "merges"), [([], False), (["--merge"], True), (["--attach"], False),
+                          (["--merge", "--attach"], False)],
+)  # fmt: skip
+def test_attached_unless_merging_is_asked_for(menma, config, words, merges):
+    assert menma("sample", config, "-p", "x", *words).code == 0
+    content = json.loads(Path("request.json").read_text(encoding="utf-8"))
+    assert content["request"]["merge_loras"] is merges
+
+
+def test_a_missing_lora_of_the_config_is_told_with_its_line(menma, config):
+    text = config.read_text(encoding="utf-8")
+    loras = '[[sampling.loras]]\npath = "vae.safetensors"\n[[sampling.loras]]\npath = "gone"\n'
+    config.write_text(f"{text}\n{loras}", encoding="utf-8")
+    answer = menma("sample", config, "-p", "x")
+    assert answer.code == 2
+    line = 1 + f"{text}\n{loras}".splitlines().index('path = "gone"')
+    assert f"{config}:{line}: sampling.loras[1].path: no such file or folder: gone" in answer.err
+    loaded = load_config(config)
+    for job in ("cache", "train"):  # what `menma check` looks at
+        assert "sampling.loras[1].path" in {problem.key for problem in check_files(loaded, job)}
+
+
+def test_loras_of_the_config_are_edited_one_by_one():
+    text = '[[sampling.loras]]\npath = "a"\n[[sampling.loras]]\npath = "b"\nstrength = 0.5\n'
+    options = {option.key: option for option in options_of(ConfigDocument(text))}
+    assert options["sampling.loras[1].strength"].raw == "0.5"
+    assert options["sampling.loras[0].schedule"].choices == ()

@@ -72,6 +72,12 @@ def test_the_config_of_a_sample_of_a_run_is_known(menma, config):
     (run / "config.toml").write_text(config.read_text(encoding="utf-8"), encoding="utf-8")
     assert menma("sample", "--like", run / "samples/x.mp4").code == 0
     assert recorded().config.samefile(run / "config.toml")
+    cell = run / "samples/sheet-seed/cells/seed-1-0123456789ab.mp4"
+    cell.parent.mkdir(parents=True)
+    cell.write_bytes(b"")
+    assert menma("sample", "--like", cell).code == 0
+    assert recorded().run_dir is not None
+    assert recorded().run_dir.samefile(run)
     Path("x.mp4").write_bytes(b"")
     answer = menma("sample", "--like", "x.mp4")
     assert answer.code == 2
@@ -110,15 +116,24 @@ def test_options_that_contradict_each_other(menma, config, words, problem):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["-p", "x", "--vary", "seed=1,2", "--format", "gif"], "--format means nothing to a sheet"),
         (["-p", "x", "--vary", "seed=1,2", "--force"], "--force means nothing to a sheet"),
         (["--interactive", "--like", "vae.safetensors"], "--like means nothing to --interactive"),
     ],
 )
-def test_sheets_and_sessions_write_files_of_their_own(menma, config, words, problem):
+def test_what_means_nothing_to_sheets_and_sessions(menma, config, words, problem):
     answer = menma("sample", config, *words)
     assert answer.code == 2
     assert problem in answer.err
+
+
+def test_a_sheet_is_told_which_files_are_wanted(menma, config):
+    words = ["--format", "vp9", "--quality", "40", "--save-latents", "--no-metadata"]
+    assert menma("sample", config, "-p", "x", "--vary", "seed=1,2", *words).code == 0
+    content = json.loads(Path("request.json").read_text(encoding="utf-8"))
+    request = REQUESTS["sample_matrix"].model_validate(content["request"])
+    sampling = load_config(request.config, request.set).sampling
+    assert (sampling.format, sampling.quality) == ("vp9", 40)
+    assert (sampling.save_latents, sampling.metadata) == (True, False)
 
 
 def test_previews_are_drawn_where_they_can_be(monkeypatch):

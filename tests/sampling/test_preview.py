@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def test_events_name_the_picture_from_the_first_step_on(tmp_path: Path) -> None:
     path = str(tmp_path / "preview_01.png")
     assert events[0] == {
         "type": "preview", "path": path, "index": 1, "done": 1, "total": 7, "step": 40,
+        "prompt": "a cat", "seed": 42,
     }  # fmt: skip
     assert [file.name for file in tmp_path.iterdir()] == ["preview_01.png"]
 
@@ -113,3 +115,19 @@ def test_none_are_made_unless_asked_for(tmp_path: Path) -> None:
     assert made[1] is not None
     assert made[1].every_steps == 2
     assert made[1].projection is not PUBLISHED["2.1"]  # fitted: the VAE is of another size
+
+
+def test_a_full_disk_ends_the_previews_and_not_the_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("tempfile.mkstemp", full)
+    events: list[tuple[str, dict[str, Any]]] = []
+    drawn = Previews(PUBLISHED["2.1"], tmp_path, 1, lambda kind, /, **f: events.append((kind, f)))
+    on_estimate = drawn(3, SampleRequest.of(Prompt(prompt="x", num_steps=5), T2V))
+    for done in range(1, 6):
+        on_estimate(done, torch.zeros(1, 16, 2, 4, 4))
+    assert [kind for kind, _ in events] == ["warning"]
+    assert events[0][1]["message"].startswith("no more previews of sample 3: ")

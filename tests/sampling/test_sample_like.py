@@ -19,6 +19,8 @@ from trainer.contract.errors import ConfigError, DataError
 from trainer.contract.jobs import LoRAUse, SampleJobRequest
 from trainer.contract.run_dir import RunDir
 from trainer.jobs import sample_run
+from trainer.jobs.sample_like import remade
+from trainer.sampling.latent_files import write_latents
 from trainer.sampling.results import read_sample_metadata
 from trainer.sampling.video_io import read_video, write_png, write_video
 
@@ -189,6 +191,40 @@ def test_files_that_say_nothing_or_nonsense(config: Path, tmp_path: Path) -> Non
         like(config, tmp_path / "none.mp4", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ({"video": "/etc/hostname"}, "video is not described by name and content"),
+        ({"image": {"size": 1}}, "None is no file name"),
+        ({"control_images": ["/etc/hostname"], "one_frame": "target_index=1"}, "control_images"),
+        ({"video": {"file": ".."}}, "no file name"),
+        ({"video": {"file": ""}}, "no file name"),
+        ({"video": {"file": "a\0b"}}, "no file name"),
+        (
+            {"loras": [{"file": "x.**", "size": 1, "sha256": "0"}]},
+            r"with x\.\*\*, which is not found",
+        ),
+        ({"loras": [{"file": 7}]}, "no file name"),
+    ],
+)
+def test_a_file_names_no_places_of_this_machine(
+    config: Path, tmp_path: Path, words: dict[str, Any], problem: str
+) -> None:
+    path = tmp_path / "hostile.png"
+    write_png(path, np.zeros((8, 8, 3), np.uint8), {"prompt": "x", "seed": 1, **words})
+    with pytest.raises((DataError, ConfigError), match=problem):
+        like(config, path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("step", ["**", "7", 1.5, None])
+def test_a_step_that_is_no_number_is_no_step(config: Path, tmp_path: Path, step: object) -> None:
+    path = tmp_path / "samples/hostile.png"
+    path.parent.mkdir()
+    write_png(path, np.zeros((8, 8, 3), np.uint8), {"prompt": "x", "seed": 1, "step": step})
+    asked = SampleJobRequest(config=config, like=path, output=tmp_path / "out")
+    assert "no LoRA is used" in remade(asked).warnings[0]
+
+
 def decode(config: Path, source: Path, output: Path, *settings: str) -> list[dict[str, Any]]:
     return events_of(SampleJobRequest(config=config, decode=source, output=output, set=settings))
 
@@ -229,6 +265,16 @@ def test_a_folder_of_latents_of_musubi(config: Path, original: Path, tmp_path: P
     for event in events:
         assert (frames_of(Path(event["path"])) == frames_of(original)).all()
     assert read_sample_metadata(Path(events[0]["path"]))["num_steps"] == 2
+
+
+@pytest.mark.parametrize(("told", "rate"), [(0.2, 1), (999, 240), (30, 30)])
+def test_latents_of_odd_rates_and_seeds_are_decoded(
+    config: Path, original: Path, tmp_path: Path, told: float, rate: int
+) -> None:
+    latents = load_file(original.with_suffix(".safetensors"))["latents"]
+    write_latents(tmp_path / "a.safetensors", latents, {"prompt": "x", "seed": 2**70}, fps=told)
+    made = sample_of(decode(config, tmp_path / "a.safetensors", tmp_path / "out"))
+    assert read_video(made).fps == rate
 
 
 def test_latents_that_cannot_be_decoded(config: Path, tmp_path: Path) -> None:

@@ -219,6 +219,24 @@ def test_a_stopped_sheet_goes_on_where_it_was(
     assert seeds == [1, 2, 3, 3, 4]  # 1 and 2 waited as latents
 
 
+def test_latents_that_wait_and_are_damaged_are_drawn_anew(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_args: Any, **_rest: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_matrix._Making, "decode", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            make(config, parse_vary("seed=1,2"))
+    waiting = sorted((tmp_path / "sheet/latents").iterdir())
+    waiting[0].write_bytes(waiting[0].read_bytes()[:40])
+    events = make(config, parse_vary("seed=1,2"))
+    assert len(samples(events)) == 1
+    assert waiting[0].name in str(events[-1]["error"])
+    assert len(samples(make(config, parse_vary("seed=1,2")))) == 1
+
+
 def test_a_sample_that_fails_is_shown_and_tried_again(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

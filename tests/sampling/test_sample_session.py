@@ -10,15 +10,22 @@ from typing import Any
 
 import pytest
 from test_sample_matrix import CONFIG, Loads, write_lora, write_transformer
+from torch import nn
 
 from trainer.contract.config import Prompt
-from trainer.contract.errors import ConfigError
+from trainer.contract.errors import ConfigError, DataError
 from trainer.contract.jobs import SampleJobRequest, SampleSessionRequest
 from trainer.contract.lora_use import SampleLoRA
-from trainer.jobs import sample_session
+from trainer.contract.variants import get_variant
+from trainer.jobs import sample_session, sample_studio
+from trainer.jobs.sample import SampleLoaders
 from trainer.jobs.sample_run import run as run_plain
 from trainer.models.wan.tiny import write_tiny_text_encoder, write_tiny_vae
+from trainer.sampling.conditions import Conditions
+from trainer.sampling.requests import SampleRequest
 from trainer.sampling.video_io import read_metadata, read_video
+
+T2V = get_variant("wan2.1-t2v-1.3b")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +79,8 @@ def talk(
 ) -> list[list[dict[str, Any]]]:
     conversation = Talk(*messages)
     monkeypatch.setattr("sys.stdin", conversation)
-    request = SampleSessionRequest(config=config, output=config.parent / "out", **fields)
+    fields = {"output": config.parent / "out"} | fields
+    request = SampleSessionRequest(config=config, **fields)
     sample_session.run(request, conversation.emit)
     return conversation.answers()
 
@@ -131,3 +139,38 @@ def test_what_is_wrong_with_the_models_ends_it(
     broken.write_bytes(b"no weights")
     with pytest.raises(ConfigError, match="broken"):
         talk(config, monkeypatch, set=(f"model.vae={broken}",))
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_an_image_that_was_changed_is_encoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_folder: bool
+) -> None:
+    encoded: list[str] = []
+
+    def encode(request: SampleRequest, *_: object) -> Conditions:
+        encoded.append(request.prompt)
+        return Conditions()
+
+    monkeypatch.setattr(sample_studio, "encode_files", encode)
+    loaders = SampleLoaders(text_encoder=list, transformer=lambda _: nn.Identity(), vae=list)  # type: ignore[arg-type]
+    studio = sample_studio.Studio(T2V, loaders, sample_studio.StudioOptions())
+    given = tmp_path / "given"
+    picture = given
+    if is_folder:
+        given.mkdir()
+        picture = given / "1.png"
+    picture.write_bytes(b"red")
+
+    def ask(prompt: str) -> None:
+        studio.encode_files(SampleRequest.of(Prompt(prompt=prompt, video=given), T2V))
+
+    ask("first")
+    ask("the same")
+    picture.write_bytes(b"green")
+    ask("changed")
+    ask("the same again")
+    assert encoded == ["first", "changed"]
+    picture.unlink()
+    if not is_folder:
+        with pytest.raises(DataError, match="cannot be read"):
+            ask("gone")

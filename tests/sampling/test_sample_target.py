@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from trainer.contract.config import Prompt, SamplingSection
 from trainer.contract.errors import ConfigError
@@ -34,6 +35,46 @@ FRAMES = np.zeros((5, 16, 32, 3), np.uint8)
 
 def target(output: Path, **files: object) -> Target:
     return Target(output, "my run", FileOptions(**files))
+
+
+@pytest.mark.parametrize("name", ["taken", "taken/further/on", "taken/a.mp4"])
+def test_a_folder_that_is_a_file_is_refused_before_anything_is_made(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "taken").write_text("words", encoding="utf-8")
+    with pytest.raises(ConfigError, match="taken is a file, no folder"):
+        target(tmp_path / name).check([REQUEST])
+    assert (tmp_path / "taken").read_text(encoding="utf-8") == "words"
+
+
+def test_long_names_in_letters_of_several_bytes_are_written(tmp_path: Path) -> None:
+    """120 letters would take 360 bytes, and file systems take 255."""
+    request = replace(REQUEST, prompt="猫" * 300)
+    path = write_sample(tmp_path, "猫" * 120, request, FRAMES)
+    assert path.is_file()
+    assert path.name.startswith("猫" * 40 + "_7")
+    named = Target(tmp_path / "{name}_{prompt}_{seed}.mp4", "猫" * 120, FileOptions())
+    with pytest.raises(ConfigError, match="takes more than 240 bytes"):
+        named.check([request])
+    Target(tmp_path / "{index}_{prompt}_{seed}.mp4", "猫" * 120, FileOptions()).check([request])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seed": 2**63}, {"fps": 241}, {"fps": 0}, {"seed": -1}], ids=str
+)
+def test_what_generators_and_encoders_do_not_take_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValidationError):
+        Prompt.model_validate({"prompt": "x", **wrong})
+    with pytest.raises(ValidationError):
+        SamplingSection.model_validate(wrong)
+
+
+def test_a_folder_that_takes_no_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, _mode: path != tmp_path)
+    with pytest.raises(ConfigError, match="is not writable"):
+        target(tmp_path / "new/folder").check([REQUEST])
 
 
 @pytest.mark.parametrize(

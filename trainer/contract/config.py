@@ -23,12 +23,18 @@ from trainer.contract.denoising_options import PromptDenoising, SectionDenoising
 from trainer.contract.expert_config import ExpertSection, ExpertsSection
 from trainer.contract.hub import MODEL_FIELDS, is_reference, parse_reference
 from trainer.contract.intervals import Repeated
+from trainer.contract.lora_use import SampleLoRA
 from trainer.contract.optimizer_config import EmaSection, LRScheduleSection, OptimizerSection
 from trainer.contract.options import Options
 from trainer.contract.plugin_section import PluginSection
 from trainer.contract.sample_file_options import SampleFiles
 from trainer.contract.validation_config import ValidationSection
 from trainer.contract.webhook import is_webhook
+
+MAX_SEED = 2**63
+"""Seeds of samples are below: generators take 64 bits, and the next prompts count on."""
+MAX_FPS = 240
+"""Frames a second of a sample's file; encoders of AV1 take no more."""
 
 if TYPE_CHECKING:
     from trainer.contract.dataset_config import DatasetConfig
@@ -209,8 +215,12 @@ class MemorySection(Options):
     """Precision of the VAE. Norms are computed in fp32 either way."""
     vae_tile: int | None = Field(None, ge=128, multiple_of=32)
     """Encode and decode in square tiles of this many pixels; empty: whole frames."""
-    text_encoder_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the text encoder."""
+    text_encoder_dtype: Literal["bf16", "fp32", "fp8_scaled"] = "bf16"
+    """Precision of the text encoder; `fp8_scaled` is for the weights of its linear layers (6.9 GB
+    instead of 11.4), everything else is then bf16."""
+    text_encoder_device: Literal["same", "cpu"] = "same"
+    """Where the text encoder works: on the device of everything else, or on the CPU. Slower there
+    by far, and it takes no memory of the GPU."""
     cache_dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of cached latents and text embeddings."""
 
@@ -318,7 +328,7 @@ class Prompt(PromptDenoising):
     """Solver: unipc, euler, dpm++, heun or lcm."""
     schedule: str | None = None
     """Where the steps are: training_grid, full_range, full_range_cut, beta; empty: the solver's."""
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, lt=MAX_SEED)
     """Fixes the noise."""
     image: Path | None = None
     """First frame, for image-to-video models."""
@@ -335,7 +345,7 @@ class Prompt(PromptDenoising):
     image-to-video and first-last-frame models."""
     control_images: tuple[Path, ...] | None = None
     """With `one_frame`: a picture for each control_index."""
-    fps: int | None = Field(None, ge=1)
+    fps: int | None = Field(None, ge=1, le=MAX_FPS)
     """Frames a second of the written video."""
     name: str | None = Field(None, min_length=1, max_length=80)
     """Short name: in the file's name, and as a heading of sheets."""
@@ -354,6 +364,9 @@ class SamplingSection(SectionDenoising, SampleFiles, Repeated):
     """`[[sampling.prompts]]`: what to sample."""
     prompts_file: Path | None = None
     """Prompts in a .txt (musubi-tuner's flags), .toml or .json file instead."""
+    loras: tuple[SampleLoRA, ...] = ()
+    """`[[sampling.loras]]`: LoRAs of `menma sample`, before those of its command line. Samples
+    that a training makes do without them: they show what is trained."""
     text_cache: Path | None = None
     """Folder where encoded prompts are kept, so that the text encoder is not loaded for a text
     that it has encoded before; empty: nothing is kept."""
@@ -382,7 +395,7 @@ class SamplingSection(SectionDenoising, SampleFiles, Repeated):
     schedule: str = ""
     """Default of the prompts: training_grid, full_range, full_range_cut, beta; empty: the solver's
     own."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=MAX_SEED)
     """Seed of the first prompt; the next prompts count on from it."""
 
     @property
@@ -390,7 +403,7 @@ class SamplingSection(SectionDenoising, SampleFiles, Repeated):
         """Whether a run makes samples without being asked."""
         return self.repeats or self.at_start
 
-    fps: int | None = Field(None, ge=1)
+    fps: int | None = Field(None, ge=1, le=MAX_FPS)
     """Frames a second of the written video; empty: the variant's."""
 
 

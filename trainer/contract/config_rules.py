@@ -59,6 +59,8 @@ def check_files(config: RunConfig, job: JobName) -> list[Problem]:
     named += adapter_files(config)
     named.append(("dataset.file", config.dataset.file))
     named.append(("sampling.prompts_file", config.sampling.prompts_file))
+    for index, use in enumerate(config.sampling.loras):
+        named.append((f"sampling.loras[{index}].path", use.path))
     for index, prompt in enumerate(config.sampling.prompts):
         named.append((f"sampling.prompts[{index}].image", prompt.image))
         named.append((f"sampling.prompts[{index}].last_image", prompt.last_image))

@@ -22,6 +22,7 @@ DISK_ERRNOS = {
     errno.EPERM: "no permission to write",
     errno.EIO: "input/output error",
     errno.EFBIG: "file too large for this file system",
+    errno.ENAMETOOLONG: "its name is too long",
 }
 
 
@@ -52,7 +53,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
-            prefix=f".{path.name[:80]}.", suffix=".partial", dir=path.parent
+            prefix=f".{in_bytes(path.name, 80)}.", suffix=".partial", dir=path.parent
         )
         os.close(handle)
         temporary = Path(name)
@@ -66,6 +67,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def in_bytes(text: str, limit: int) -> str:
+    """Return the beginning of a text that takes `limit` bytes at most: file systems count those."""
+    return text.encode()[:limit].decode(errors="ignore")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

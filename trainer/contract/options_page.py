@@ -14,6 +14,7 @@ from trainer.contract.catalog import PLUGIN_KINDS
 from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.dataset_config import GeneralOptions, SharedOptions, SourceOptions
 from trainer.contract.files import write_text
+from trainer.contract.lora_use import SampleLoRA
 from trainer.contract.options import Options
 from trainer.contract.plugin_options import plugin_schemas
 
@@ -75,6 +76,8 @@ def _page() -> Iterator[str]:
         if name == "sampling":
             prompt = Prompt.model_json_schema()["properties"]
             yield from _table("`[[sampling.prompts]]`", Prompt.__doc__ or "", prompt, level=3)
+            lora = SampleLoRA.model_json_schema()["properties"]
+            yield from _table("`[[sampling.loras]]`", SampleLoRA.__doc__ or "", lora, level=3)
     yield "## `[[techniques]]`\n\nOptional behaviour of a training step, in this order.\n"
     yield from _plugins("name", "technique")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from trainer.contract.config import SamplingSection
-from trainer.contract.errors import Problem
+from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.registry import Entry, Registry, nearest
 
 
@@ -23,14 +23,28 @@ class FormatEntry(Entry):
     """Whether it holds frames, which a VAE has to decode."""
     holds: str = "video"
     """`video`: more than one frame. `any`: images and videos alike. `folder`: one frame a file."""
+    in_browsers: bool = True
+    """Whether browsers show its files."""
 
 
 _FORMATS = "trainer.sampling.formats"
 SAMPLE_FORMATS: Registry[Any] = Registry(
     "sample format",
     FormatEntry("h264", f"{_FORMATS}.h264:H264", "mp4 that plays everywhere", ".mp4"),
-    FormatEntry("h265", f"{_FORMATS}.h265:H265", "mp4, smaller; newer players", ".mp4"),
-    FormatEntry("prores", f"{_FORMATS}.prores:ProRes", "mov of 10 bits, for editing", ".mov"),
+    FormatEntry(
+        "h265",
+        f"{_FORMATS}.h265:H265",
+        "mp4, smaller; newer players",
+        ".mp4",
+        in_browsers=False,
+    ),
+    FormatEntry(
+        "prores",
+        f"{_FORMATS}.prores:ProRes",
+        "mov of 10 bits, for editing",
+        ".mov",
+        in_browsers=False,
+    ),
     FormatEntry("vp9", f"{_FORMATS}.vp9:VP9", "webm for web pages", ".webm"),
     FormatEntry("av1", f"{_FORMATS}.av1:AV1", "webm, the smallest; slow to write", ".webm"),
     FormatEntry("gif", f"{_FORMATS}.gif:GIF", "a palette for each frame", ".gif", holds="any"),
@@ -51,6 +65,7 @@ SAMPLE_FORMATS: Registry[Any] = Registry(
         has_quality=False,
         decodes=False,
         holds="any",
+        in_browsers=False,
     ),
 )
 
@@ -70,6 +85,22 @@ def formats_of_suffix(suffix: str) -> tuple[str, ...]:
         entry.name
         for entry in SAMPLE_FORMATS
         if cast("FormatEntry", entry).suffix == suffix.lower()
+    )
+
+
+def require_in_browsers(entry: FormatEntry) -> None:
+    """Refuse a format for a page.
+
+    Raises:
+        ConfigError: browsers do not show its files.
+    """
+    if entry.in_browsers:
+        return
+    others = (cast("FormatEntry", other) for other in SAMPLE_FORMATS)
+    shown = ", ".join(other.name for other in others if other.in_browsers)
+    raise ConfigError(
+        f"a sheet is a page for browsers, which do not show {entry.name}",
+        hint=f"--format one of {shown}; `menma sample` without --vary writes {entry.name}",
     )
 
 

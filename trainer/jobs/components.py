@@ -21,6 +21,7 @@ from trainer.models.wan.image_encoder import ImageEncoder, check_image_encoder
 from trainer.models.wan.text_encoder import TextEncoder, check_text_encoder, check_tokenizer
 from trainer.models.wan.vae import WanVAE
 from trainer.models.wan.vae_keys import recognise_vae
+from trainer.quant.fp8 import Fp8Spec
 
 
 def settle_variant(config: RunConfig) -> Variant:
@@ -112,17 +113,45 @@ def lazy_text_encoder(config: RunConfig, device: torch.device) -> LazyModel[Text
     check_text_encoder(files)  # now, not after all clips were looked at
     check_tokenizer(files, tokenizer)
 
+    where = text_encoder_device(config, device)
+
     def load() -> TextEncoder:
-        dtype = DTYPES[config.memory.text_encoder_dtype]
-        return load_text_encoder(path, tokenizer=tokenizer, dtype=dtype, device=device)
+        return load_text_encoder(
+            path,
+            tokenizer=tokenizer,
+            dtype=text_encoder_dtype(config),
+            device=where,
+            fp8=Fp8Spec(scaled=True) if _is_fp8_text(config) else None,
+        )
 
-    return LazyModel(text_encoder_identity(path, tokenizer), load)
+    return LazyModel(text_encoder_identity(config, path), load)
 
 
-def text_encoder_identity(path: Path, tokenizer: Path | None) -> str:
-    """Return the identity of a text encoder with its tokenizer."""
-    identity = model_identity(path)
-    return identity if tokenizer is None else digest([identity, model_identity(tokenizer)])
+def text_encoder_device(config: RunConfig, device: torch.device) -> torch.device:
+    """Return where the text encoder works, while the other models work on `device`."""
+    return torch.device("cpu") if config.memory.text_encoder_device == "cpu" else device
+
+
+def text_encoder_dtype(config: RunConfig) -> torch.dtype:
+    """Return the dtype that the text encoder computes in, and of its answers."""
+    return torch.bfloat16 if _is_fp8_text(config) else DTYPES[config.memory.text_encoder_dtype]
+
+
+def text_encoder_identity(config: RunConfig, path: Path) -> str:
+    """Return the identity of the text encoder in `path`, with its tokenizer and its precision.
+
+    bf16 is not named in it: so were identities before there was a choice of rounded weights.
+    """
+    identity, tokenizer = model_identity(path), config.model.tokenizer
+    if tokenizer is not None:
+        identity = digest([identity, model_identity(tokenizer)])
+    if config.memory.text_encoder_dtype == "bf16":
+        return identity
+    return digest([identity, config.memory.text_encoder_dtype])
+
+
+def _is_fp8_text(config: RunConfig) -> bool:
+    return config.memory.text_encoder_dtype == "fp8_scaled"
 
 
 def lazy_image_encoder(config: RunConfig, device: torch.device) -> LazyModel[ImageEncoder] | None:

@@ -105,7 +105,7 @@ def cache_settings(config: RunConfig, variant: Variant) -> CacheSettings:
     model = config.model
     text_encoder = None
     if model.text_encoder is not None:
-        text_encoder = text_encoder_identity(model.text_encoder, model.tokenizer)
+        text_encoder = text_encoder_identity(config, model.text_encoder)
     return CacheSettings.of(
         variant,
         vae=model_identity(model.vae) if model.vae else None,

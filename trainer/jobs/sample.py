@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Expert, Variant
 from trainer.jobs.sample_failures import Failures, StopDrawing, in_phase, subject_of
-from trainer.jobs.sample_loras import LoRASwitch, OnMerge, uses_in
-from trainer.jobs.sample_metadata import lora_metadata
+from trainer.jobs.sample_loras import LoRASwitch, OnMerge
+from trainer.jobs.sample_metadata import sample_metadata
 from trainer.jobs.sample_target import Target
+from trainer.jobs.sample_write import decode_with, write_drawn
 from trainer.models.wan.conditioning import LatentEncoder
 from trainer.sampling.conditions import (
     Conditions,
@@ -37,11 +38,10 @@ from trainer.sampling.pipeline import (
     OnEstimate,
     SamplingModels,
     VideoDecoder,
-    decode_frames,
     generate,
 )
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.results import FileOptions, describe, latents_beside, write_files
+from trainer.sampling.results import FileOptions, latents_beside
 from trainer.sampling.schedule import walk_of
 from trainer.sampling.step_cache.cache import BlockObserver
 from trainer.sampling.step_cache.values import StepCacheValues
@@ -284,33 +284,25 @@ class _Run:
 
     def _write(self, index: int, vae: Vae | None, result: Tensor, target: Target) -> Sample:
         request, options = self.requests[index], self.options
-        files, metadata = options.files, {}
-        if files.metadata:
-            metadata = describe(request) | self._metadata(request, self.evaluations[index])
-        bits = files.writer(request.num_frames).bits
-        path = write_files(
+        files, made = options.files, self.evaluations[index]
+        models = {"variant": self.variant.name, **options.metadata}
+        path = write_drawn(
             target.path(index, request, request.name or ""),
-            ()
-            if vae is None
-            else decode_frames(vae, result.to(options.device), tile=options.tile, bits=bits),
-            num_frames=request.num_frames,
-            fps=request.fps,
-            metadata=metadata,
+            request,
+            result,
+            decode=None if vae is None else decode_with(vae, options.device, options.tile),
             files=files,
-            latents_BCFHW=result,
+            metadata=sample_metadata(request, options.loras, made, models)
+            if files.metadata
+            else {},
         )
         beside = latents_beside(path) if files.save_latents else None
-        return Sample(path, request, self.evaluations[index], index, beside)
+        return Sample(path, request, made, index, beside)
 
     def _image_encoder(self) -> ImageEncoder | None:
         if self.variant.transformer.image_dim is None or self.loaders.image_encoder is None:
             return None
         return self.loaders.image_encoder()
-
-    def _metadata(self, request: SampleRequest, evaluations: Evaluations) -> dict[str, Any]:
-        loras = lora_metadata(uses_in(request, self.options.loras))
-        described_run = {"variant": self.variant.name, "evaluations": asdict(evaluations)}
-        return described_run | ({"loras": loras} if loras else {}) | dict(self.options.metadata)
 
     def _report(self, phase: str, done: int) -> None:
         self.options.progress(phase, done, len(self.requests))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainer.contract.config import Prompt, RunConfig
+from trainer.contract.config import MAX_FPS, MAX_SEED, Prompt, RunConfig
 from trainer.contract.errors import ConfigError, DataError
 from trainer.contract.jobs import SampleJobRequest
 from trainer.contract.variants import Variant
@@ -108,12 +108,12 @@ def _request(file: LatentFile, config: RunConfig, variant: Variant) -> SampleReq
     prompt, seed = told.get("prompt"), told.get("seed")
     values: dict[str, Any] = {
         "prompt": prompt if isinstance(prompt, str) else "",
-        "seed": seed if isinstance(seed, int) and seed >= 0 else None,
+        "seed": seed if isinstance(seed, int) and 0 <= seed < MAX_SEED else None,
         "num_frames": (frames - 1) * stride[0] + 1,
         "height": height * stride[1],
         "width": width * stride[2],
     }
     request = SampleRequest.of(Prompt.model_validate(values), variant, config.sampling)
     if config.sampling.fps is None and file.fps is not None:
-        request = replace(request, fps=round(file.fps))
+        request = replace(request, fps=min(max(round(file.fps), 1), MAX_FPS))
     return request

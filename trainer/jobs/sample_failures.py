@@ -16,7 +16,7 @@ Phase = Literal["texts", "inputs", "steps", "decode"]
 
 _SMALLER = "smaller --width and --height or fewer --frames"
 _TO_USE_LESS: dict[Phase, str] = {
-    "texts": "memory.text_encoder_dtype = 'bf16', or distributed.device = 'cpu'",
+    "texts": "memory.text_encoder_dtype = 'fp8_scaled', or memory.text_encoder_device = 'cpu'",
     "inputs": f"memory.vae_dtype = 'bf16', or {_SMALLER}",
     "steps": f"{_SMALLER}, memory.weight_format = 'fp8_scaled', memory.blocks_to_swap = 'auto', "
     "memory.feed_forward_chunks, memory.attention_chunks; or several GPUs for one video, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from trainer.sampling.video_io import read_texts
 
 _LORA_FOLDERS = ("loras", "models/loras", "models", "output")
 """Looked through beside what is at hand."""
+_INPUTS = frozenset({"image", "last_image", "control", "video", "control_images"})
+"""Fields of `Prompt` that are files."""
 _GUIDANCE = ("guidance_scale", "guidance_scale_high_noise")
 _ABOUT_A_FILE = frozenset({"file", "size", "sha256"})
 
@@ -67,7 +70,13 @@ def remade(request: SampleJobRequest) -> Remade:
             "like": None,
             "prompts": tuple(_prompts(request, fields)),
             # The words of the file are what wildcards became; they are no template any more.
-            "set": ("sampling.wildcards=false", *_settings(made, set_by_user), *request.set),
+            # Nor are LoRAs of the config added to those that the file names.
+            "set": (
+                "sampling.wildcards=false",
+                "sampling.loras=[]",
+                *_settings(made, set_by_user),
+                *request.set,
+            ),
             "loras": loras,
             "run_dir": run_dir,
         }
@@ -126,12 +135,22 @@ def _prompt_fields(
 
 
 def _with_files(value: Any, option: str, request: SampleJobRequest) -> Any:
-    """Return a value with the paths of the files that it describes."""
-    if isinstance(value, Mapping) and "file" in value:
+    """Return a value with the paths of the files that it describes.
+
+    Raises:
+        DataError: it is a path itself. Menma writes none, and one from elsewhere is not followed.
+        ConfigError: a file is not found.
+    """
+    if option not in _INPUTS:
+        return value
+    if isinstance(value, Mapping):
         return _found_file(value, option, request)
     if isinstance(value, list):
         return [_with_files(part, option, request) for part in value]
-    return value
+    raise DataError(
+        f"{request.like}: {option} is not described by name and content",
+        hint=f"give it by --{option.replace('_', '-').removesuffix('s')}",
+    )
 
 
 def _prompts(request: SampleJobRequest, fields: Mapping[str, Any]) -> Iterator[Prompt]:
@@ -177,8 +196,10 @@ def _loras(
     if "step" not in made:
         return (), None
     step, file = made["step"], request.like
-    of_step = sorted(file.parent.parent.glob(f"output/*step{step:08d}*{SUFFIX}")) if file else []
-    if of_step and isinstance(step, int):
+    of_step: list[Path] = []
+    if file is not None and isinstance(step, int):
+        of_step = sorted(file.parent.parent.glob(f"output/*step{step:08d}*{SUFFIX}"))
+    if of_step:
         logs.append(f"made at step {step} of a training: {of_step[0].name} is used")
         return tuple(SampleLoRA(path=path) for path in of_step), None
     what = "the run's newest output" if request.run_dir else "no LoRA"
@@ -210,12 +231,12 @@ def _found_file(entry: Mapping[str, Any], option: str, request: SampleJobRequest
     """
     name, size, content = (entry.get(key) for key in ("file", "size", "sha256"))
     folders = _folders(request)
-    if not isinstance(name, str) or Path(name).name != name:  # a name, never a way out of a folder
+    if not isinstance(name, str) or not _is_plain(name):
         raise DataError(f"{request.like}: {name!r} is no file name")
     named = [folder / name for folder in folders if (folder / name).exists()]
     if content is None and named:
         return named[0]
-    pattern = f"*{Path(name).suffix}"
+    pattern = f"*{glob.escape(Path(name).suffix)}"
     others = (file for folder in folders for file in sorted(folder.glob(pattern)))
     for file in (*named, *others):
         same_size = content and file.is_file() and file.stat().st_size == size
@@ -230,6 +251,11 @@ def _found_file(entry: Mapping[str, Any], option: str, request: SampleJobRequest
         f"{request.like} was made with {name}, which {reason}",
         hint=f"give it, or another one, by --{flag} FILE; looked in {looked}",
     )
+
+
+def _is_plain(name: str) -> bool:
+    """Tell whether it is the name of a file, and no way out of a folder."""
+    return Path(name).name == name and name not in {"", ".", ".."} and "\0" not in name
 
 
 def _folders(request: SampleJobRequest) -> Sequence[Path]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.errors import ConfigError, DiskError, RunError
 from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.jobs import SampleMatrixRequest
+from trainer.contract.sample_formats import require_in_browsers
 from trainer.contract.variants import Expert, Variant
 from trainer.contract.vary import CHECKPOINT, PROMPT, Axis, check_axes
 from trainer.io.mapped_load import open_weights
@@ -23,23 +25,29 @@ from trainer.jobs.automatic_memory import denoised_of, resolve_for_forwards
 from trainer.jobs.base import Emit, explain
 from trainer.jobs.build import freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
-from trainer.jobs.components import settle_variant
+from trainer.jobs.components import settle_variant, text_encoder_device
 from trainer.jobs.config_job import read_config
 from trainer.jobs.lora_files import is_transformer
+from trainer.jobs.sample import Sample
 from trainer.jobs.sample_failures import in_phase
 from trainer.jobs.sample_lora_checks import check_loras
+from trainer.jobs.sample_metadata import model_metadata, sample_metadata
 from trainer.jobs.sample_run import (
     TransformerFiles,
     loaders_of,
     loras_of,
     prompts_of,
+    sample_fields,
     transformer_files,
 )
 from trainer.jobs.sample_sheet_folder import SheetFacts, SheetFolder
 from trainer.jobs.sample_studio import Studio, StudioOptions
 from trainer.jobs.step_cache_values import step_cache_values
 from trainer.sampling.inputs import check_inputs
-from trainer.sampling.matrix import Cell, build_sheet
+from trainer.sampling.matrix import Cell, Sheet, build_sheet
+from trainer.sampling.pipeline import Evaluations
+from trainer.sampling.requests import SampleRequest
+from trainer.sampling.results import FileOptions, require_formats
 from trainer.sampling.schedule import walk_of
 from trainer.sampling.step_cache.values import StepCacheValues
 
@@ -71,6 +79,7 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
     for note in check_loras(sheet.loras, variant, files):
         emit("warning", message=note)
     cells = [cell.request for cell in sheet.cells]
+    _check_formats(FileOptions.of(config.sampling), cells)
     for note in check_inputs(cells, multiple=variant.pixel_multiple, place="samples"):
         emit("log", message=note)
     device = pick_device(config)
@@ -84,6 +93,7 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
     options = StudioOptions(
         loras=sheet.loras,
         device=device,
+        text_device=text_encoder_device(config, device),
         tile=(tile, tile) if tile else None,
         warn=lambda words: emit("warning", message=words),
     )
@@ -92,7 +102,7 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
         base: _Base.of(base, config, variant, files, sheet.cells)
         for base in dict.fromkeys(cell.base for cell in sheet.cells)
     }
-    making = _Making(config, device, folder, studio, bases, emit)
+    making = _Making(config, device, sheet, folder, studio, bases, emit)
     try:
         making.draw(missing)
         making.decode(missing)
@@ -117,12 +127,21 @@ def _prompts_and_axes(
     return prompts, [axis for axis in request.axes if axis.key != PROMPT]
 
 
+def _check_formats(files: FileOptions, requests: Sequence[SampleRequest]) -> None:
+    """Refuse what a page cannot show, or this machine cannot write."""
+    for num_frames in {request.num_frames for request in requests}:
+        require_in_browsers(files.entry(num_frames))
+    require_formats(files, requests)
+
+
 @dataclass(frozen=True, slots=True)
 class _Base:
     """The transformers of some cells, and what step caches know of them."""
 
     files: TransformerFiles
     step_cache: StepCacheValues
+    metadata: Mapping[str, Any]
+    """What a sample's file says of the models."""
 
     @classmethod
     def of(
@@ -137,7 +156,8 @@ class _Base:
         for path in base:
             own[_expert_of(path) if variant.experts else "low_noise"] = path
         requests = [cell.request for cell in cells if cell.base == base]
-        return cls(own, step_cache_values(config, variant, lambda: own, requests))
+        step_cache = step_cache_values(config, variant, lambda: own, requests)
+        return cls(own, step_cache, model_metadata(config, variant, own))
 
 
 def _expert_of(path: Path) -> Expert:
@@ -154,6 +174,7 @@ class _Making:
 
     config: RunConfig
     device: torch.device
+    sheet: Sheet
     folder: SheetFolder
     studio: Studio
     bases: Mapping[tuple[Path, ...], _Base]
@@ -186,9 +207,8 @@ class _Making:
                 if cell.base != base:
                     base = cell.base
                     self.studio.change_base(self._loader(base))
-                step_cache = self.bases[base].step_cache
-                latents = self.studio.draw(cell.request, on_step, step_cache)
-                self.folder.keep_latents(cell, latents)
+                latents = self.studio.draw(cell.request, on_step, self.bases[base].step_cache)
+                self.folder.keep_latents(cell, latents, self._metadata(cell))
             done += walk_of(cell.request).num_steps
         self.studio.change_base(None)
 
@@ -198,13 +218,14 @@ class _Making:
         if not drawn:
             return
         progress = progress_events(self.emit)
-        with self.studio.decoding() as frames:
+        with self.studio.decoding() as decode:
             for number, cell in enumerate(drawn, start=1):
                 with self._failure_of(cell), in_phase("decode"):
-                    path = self.folder.write(cell, frames(self.folder.read_latents(cell)))
-                    request = cell.request
-                    fields = {"prompt": request.prompt[:2000], "seed": request.seed}
-                    self.emit("sample", path=str(path), **fields)
+                    latents = self.folder.read_latents(cell)
+                    path, beside = self.folder.write(cell, latents, decode)
+                    evaluations = Evaluations(**latents.metadata["evaluations"])
+                    sample = Sample(path, cell.request, evaluations, latents=beside)
+                    self.emit("sample", **sample_fields(sample))
                 progress("decode", number, len(drawn))
                 self.folder.write_page_now_and_then(self.failures)
 
@@ -221,6 +242,16 @@ class _Making:
                 hint=f"see {self.folder.page}; the same command tries these again",
             )
         self.emit("end", reason="done", num_samples=num_cells, page=str(self.folder.page))
+
+    def _metadata(self, cell: Cell) -> dict[str, Any]:
+        """Return what the file of the sample that was drawn last says."""
+        return sample_metadata(
+            cell.request,
+            self.sheet.loras,
+            self.studio.evaluations,
+            self.bases[cell.base].metadata,
+            describe_file=self.folder.describe_file,
+        )
 
     def _loader(self, base: tuple[Path, ...]) -> Callable[[Expert], nn.Module]:
         files = self.bases[base].files

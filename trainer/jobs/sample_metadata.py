@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ from trainer.contract.config import RunConfig, SamplingSection
 from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Variant
 from trainer.jobs.environment import menma_version
-from trainer.jobs.sample_loras import described
-from trainer.sampling.results import describe_file
+from trainer.jobs.sample_loras import described, uses_in
+from trainer.sampling.pipeline import Evaluations
+from trainer.sampling.requests import SampleRequest
+from trainer.sampling.results import describe, describe_file
 
 NOT_OF_A_SAMPLE = frozenset(
     {"every_steps", "every_epochs", "at_start", "prompts", "prompts_file", "seed"}
     | {"wildcards", "wildcards_folder"}
-    | {"format", "quality", "save_latents", "metadata", "preview_every_steps"}
+    | {"loras", "format", "quality", "save_latents", "metadata", "preview_every_steps"}
 )
 """Keys of `[sampling]` that do not change what a sample shows, or are in the request itself."""
 _MODELS = {
@@ -27,6 +30,41 @@ _MODELS = {
     "weight_format": "memory.weight_format",
     "menma": "Menma",
 }
+
+
+DescribeFile = Callable[[Path], dict[str, Any]]
+
+
+def sample_metadata(
+    request: SampleRequest,
+    loras: Sequence[LoRAUse],
+    evaluations: Evaluations,
+    models: Mapping[str, Any],
+    *,
+    describe_file: DescribeFile = describe_file,
+) -> dict[str, Any]:
+    """Return all that a sample's file says: enough to make it again, see `sample_like`.
+
+    Args:
+        request: what it shows.
+        loras: of the run, as `request.lora_strengths` counts them.
+        evaluations: how often the transformer worked for it.
+        models: see `model_metadata`.
+        describe_file: tells name and content of an input or a LoRA.
+    """
+    acting = acting_loras(request, loras)
+    # Strengths are those of the LoRAs that are named; the run's list of them is not in the file.
+    told = describe(replace(request, lora_strengths=None), describe_file=describe_file)
+    told |= {"evaluations": asdict(evaluations)} | dict(models)
+    if acting:
+        told["loras"] = lora_metadata(acting, describe_file=describe_file)
+    return told
+
+
+def acting_loras(request: SampleRequest, loras: Sequence[LoRAUse]) -> list[LoRAUse]:
+    """Return the LoRAs that do anything in a sample, as strong as they are in it."""
+    uses = uses_in(request, loras)
+    return [use for use in uses if use.acts(high_noise=True) or use.acts(high_noise=False)]
 
 
 def model_metadata(
@@ -51,7 +89,9 @@ def sampling_metadata(sampling: SamplingSection) -> dict[str, Any]:
     return {key: value.name if isinstance(value, Path) else value for key, value in values.items()}
 
 
-def lora_metadata(loras: Sequence[LoRAUse]) -> list[dict[str, Any]]:
+def lora_metadata(
+    loras: Sequence[LoRAUse], *, describe_file: DescribeFile = describe_file
+) -> list[dict[str, Any]]:
     """Return name, hash and use of each LoRA."""
     return [describe_file(lora.path) | described(lora) for lora in loras]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.contract.config import RunConfig
+from trainer.contract.errors import DiskError
 from trainer.contract.variants import Variant
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.base import Emit
@@ -45,12 +46,20 @@ class Previews:
         """
 
         total = walk_of(request).num_steps
+        fields = {"prompt": request.prompt[:2000], "seed": request.seed, **fields}
+        fails = False
 
         def on_estimate(done: int, estimate_BCFHW: Tensor) -> None:
-            if (done - 1) % self.every_steps or done == total:
+            nonlocal fails
+            if fails or (done - 1) % self.every_steps or done == total:
                 return
             path = self.folder / f"preview_{index:02d}.png"
-            write_strip(path, self.projection, estimate_BCFHW[0])
+            try:
+                write_strip(path, self.projection, estimate_BCFHW[0])
+            except DiskError as error:  # it is no reason to lose the sample
+                fails = True
+                self.emit("warning", message=f"no more previews of sample {index}: {error.message}")
+                return
             self.emit("preview", path=str(path), index=index, done=done, total=total, **fields)
 
         return on_estimate

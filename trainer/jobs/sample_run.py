@@ -229,7 +229,7 @@ def loras_of(
     *,
     use_run: bool = True,
 ) -> list[LoRAUse]:
-    """Return the LoRAs of a request: named, by their slots, and the newest of its run.
+    """Return the LoRAs of the config, of a request, of its slots, and the newest of its run.
 
     Args:
         request: names them.
@@ -242,7 +242,7 @@ def loras_of(
         ConfigError: a slot has no file, or the run has no output yet.
     """
     slots = resolve_loraids(request.loraids, request.loraid_from, both_experts=variant.experts)
-    loras: list[LoRAUse] = [*request.loras, *slots]
+    loras: list[LoRAUse] = [*config.sampling.loras, *request.loras, *slots]
     if use_run and request.run_dir is not None:
         _use_run(request.run_dir, config, files, loras, request.loraids)
     return loras

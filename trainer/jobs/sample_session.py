@@ -12,8 +12,8 @@ import queue
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from pydantic import ValidationError
@@ -27,24 +27,27 @@ from trainer.jobs.automatic_memory import denoised_of, resolve_for_forwards
 from trainer.jobs.base import Emit, explain
 from trainer.jobs.build import pick_device
 from trainer.jobs.cache_run import progress_events
-from trainer.jobs.components import settle_variant
+from trainer.jobs.components import settle_variant, text_encoder_device
 from trainer.jobs.config_job import read_config
+from trainer.jobs.sample import Sample
 from trainer.jobs.sample_failures import in_phase
 from trainer.jobs.sample_lora_checks import check_loras, check_merge
-from trainer.jobs.sample_loras import uses_in
-from trainer.jobs.sample_metadata import lora_metadata
+from trainer.jobs.sample_metadata import model_metadata, sample_metadata
 from trainer.jobs.sample_run import (
     TransformerFiles,
     loaders_of,
     loras_of,
     merge_events,
+    sample_fields,
     transformer_files,
 )
 from trainer.jobs.sample_studio import Studio, StudioOptions
+from trainer.jobs.sample_target import Target, file_options
+from trainer.jobs.sample_write import write_drawn
 from trainer.jobs.step_cache_values import step_cache_values
 from trainer.sampling.inputs import check_inputs
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.results import FileOptions, write_sample
+from trainer.sampling.results import latents_beside, require_formats
 
 READY = "ready"
 
@@ -67,6 +70,9 @@ def run(request: SampleSessionRequest, emit: Emit) -> None:
         emit("warning", message=note)
     device = pick_device(config)
     usual = SampleRequest.of("", variant, config.sampling)
+    kind = file_options(request.output, request.set, config.sampling, force=request.force)
+    target = Target(request.output, config.name, kind)
+    require_formats(kind, [usual])
     if request.merge_loras:
         check_merge(loras, [usual], config)
     forwards = [denoised_of(usual, variant)]
@@ -75,6 +81,7 @@ def run(request: SampleSessionRequest, emit: Emit) -> None:
     options = StudioOptions(
         loras=tuple(loras),
         device=device,
+        text_device=text_encoder_device(config, device),
         merge_loras=request.merge_loras,
         on_merge=merge_events(emit),
         tile=(tile, tile) if tile else None,
@@ -82,7 +89,7 @@ def run(request: SampleSessionRequest, emit: Emit) -> None:
         warn=lambda words: emit("warning", message=words),
     )
     studio = Studio(variant, loaders_of(config, variant, files, device), options)
-    session = _Session(config, variant, files, studio, options, request.output, lines, emit)
+    session = _Session(config, variant, files, studio, options, target, lines, emit)
     emit("phase", name=READY)
     for line in lines:
         session.answer(line)
@@ -129,7 +136,7 @@ class _Session:
     files: TransformerFiles
     studio: Studio
     options: StudioOptions
-    output: Path
+    target: Target
     lines: Lines
     emit: Emit
     num_made: int = field(default=0)
@@ -158,6 +165,7 @@ class _Session:
         index, self._num_asked = self._num_asked, self._num_asked + 1
         request = SampleRequest.of(prompt, self.variant, self.config.sampling, index=index)
         request.check(self.variant)
+        self.target.check([request], [request.name or ""], first_index=index)
         for note in check_inputs([request], multiple=self.variant.pixel_multiple):
             self.emit("log", message=note)
         return request
@@ -174,25 +182,23 @@ class _Session:
         self.studio.encode_files(request)
         self._leave_if_stopped()
         latents = self.studio.draw(request, on_step, step_cache)
-        with in_phase("decode"), self.studio.decoding() as frames:
-            self._leave_if_stopped()
-            path = write_sample(
-                self.output,
-                f"{request.name or self.config.name}_{self._num_asked - 1:02d}",
+        self._leave_if_stopped()
+        made, kind = self.studio.evaluations, self.target.files
+        models = model_metadata(self.config, self.variant, self.files)
+        index = self._num_asked - 1
+        decoding = self.studio.decoding() if kind.decodes else nullcontext()
+        with in_phase("decode"), decoding as decode:
+            path = write_drawn(
+                self.target.path(index, request, request.name or ""),
                 request,
-                frames(latents),
-                metadata=self._metadata(request),
-                files=FileOptions.of(self.config.sampling),
-                latents_BCFHW=latents,
+                latents,
+                decode=decode,
+                files=kind,
+                metadata=sample_metadata(request, self.options.loras, made, models),
             )
         self.num_made += 1
-        self.emit("sample", path=str(path), prompt=request.prompt[:2000], seed=request.seed)
-
-    def _metadata(self, request: SampleRequest) -> dict[str, Any]:
-        loras = lora_metadata(uses_in(request, self.options.loras))
-        evaluations = asdict(self.studio.evaluations)
-        described_run = {"variant": self.variant.name, "evaluations": evaluations}
-        return described_run | ({"loras": loras} if loras else {})
+        beside = latents_beside(path) if kind.save_latents else None
+        self.emit("sample", **sample_fields(Sample(path, request, made, index, beside)))
 
     def _leave_if_stopped(self) -> None:
         if self.lines.stop.is_set():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -13,20 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer.contract.config import RunConfig
+from trainer.contract.errors import DataError
 from trainer.contract.files import write_text
 from trainer.contract.variants import Expert, Variant
-from trainer.data.fingerprint import digest, model_identity
-from trainer.io.atomic_save import save_safetensors
-from trainer.jobs.sample_loras import described, uses_in
+from trainer.data.fingerprint import digest, identify, model_identity
+from trainer.jobs.sample_loras import described
+from trainer.jobs.sample_metadata import acting_loras
+from trainer.jobs.sample_write import Decode, write_drawn
 from trainer.sampling.grid import Grid, GridCell, is_drawable, write_grid
+from trainer.sampling.latent_files import SUFFIX, LatentFile, read_latents, write_latents
 from trainer.sampling.matrix import Cell, Sheet, short
 from trainer.sampling.page import Page, PageCell, page_html
-from trainer.sampling.results import describe
-from trainer.sampling.video_io import Frame, read_video, write_png, write_video
+from trainer.sampling.results import FileOptions, describe, describe_file, latents_beside
+from trainer.sampling.video_io import read_frames
 
 FRAMES_PER_CELL = 3
 """Of a video on the contact sheet: the first, the last and what is between them."""
@@ -43,12 +45,12 @@ class SheetFacts:
     variant: str
     models: tuple[str, ...]
     """Identity of all that shapes a sample and is not in its request."""
-    metadata: bool = True
-    """Whether each sample's file says what made it."""
+    files: FileOptions
+    """What kind of file a sample is."""
 
     @classmethod
     def of(cls, config: RunConfig, variant: Variant, files: Mapping[Expert, Path]) -> SheetFacts:
-        """Return the facts of a config.
+        """Return the facts of a config; a sample that is made anew takes the place of the old one.
 
         Raises:
             ModelFileError: a model cannot be read.
@@ -58,29 +60,45 @@ class SheetFacts:
         identities = [model_identity(path) for path in paths if path is not None]
         precision = str(config.memory.weight_format)
         models = (*identities, precision)
-        return cls(config.name, variant.name, models, config.sampling.metadata)
+        options = FileOptions.of(config.sampling, force=True)
+        return cls(config.name, variant.name, models, options)
 
 
 class SheetFolder:
-    """Knows each cell by everything that shapes its sample, so that none is made twice."""
+    """Knows each cell by everything that shapes its sample, so that none is made twice.
+
+    Attributes:
+        page: the HTML page.
+        contact_sheet: the picture of all samples.
+        describe_file: tells name and content of a file; each is read once.
+    """
 
     def __init__(self, root: Path, sheet: Sheet, facts: SheetFacts) -> None:
         """Look which samples are there.
 
         Raises:
             ModelFileError: a LoRA or a checkpoint cannot be read.
+            DataError: a folder of images cannot be read.
         """
+        self.describe_file = cache(describe_file)
         self.page = root / "index.html"
         self.contact_sheet = root / "sheet.png"
         self._root = root
         self._sheet = sheet
         self._facts = facts
+        self._told = {
+            cell.place: describe(cell.request, describe_file=self.describe_file)
+            for cell in sheet.cells
+        }
         identity_of = cache(model_identity)
-        self._identities = {cell.place: self._identity(cell, identity_of) for cell in sheet.cells}
+        content_of = cache(lambda path: identify(path).content)
+        self._identities = {
+            cell.place: self._identity(cell, identity_of, content_of) for cell in sheet.cells
+        }
         self._files = {
-            path.stem.rpartition("-")[2]: path
-            for path in sorted((root / "cells").glob("*-*.*"))
-            if path.suffix in {".mp4", ".png"} and not path.name.startswith(".")
+            path.name.rpartition("-")[2].partition(".")[0]: path
+            for path in sorted((root / "cells").glob("*-*"))
+            if path.suffix != SUFFIX and not path.name.startswith(".")
         }
         self._page_due = 0.0
 
@@ -89,50 +107,60 @@ class SheetFolder:
         return self._identities[cell.place]
 
     def missing(self) -> list[Cell]:
-        """Return the cells that have no file, each sample once."""
+        """Return the cells that lack a file, each sample once."""
         found = {self.identity(cell): cell for cell in reversed(self._sheet.cells)}
-        missing = [cell for identity, cell in found.items() if identity not in self._files]
+        missing = [cell for identity, cell in found.items() if not self._is_whole(identity)]
         return sorted(missing, key=lambda cell: cell.place)
 
     def latents(self, cell: Cell) -> Path:
         """Return where the latents of a cell wait for being decoded."""
         return self._root / "latents" / f"{self.identity(cell)}.safetensors"
 
-    def keep_latents(self, cell: Cell, latents_BCFHW: Tensor) -> None:
-        """Write the latents of a cell.
+    def keep_latents(self, cell: Cell, latents_BCFHW: Tensor, metadata: Mapping[str, Any]) -> None:
+        """Write the latents of a cell, and what made them.
 
         Raises:
             DiskError: disk full or read-only.
         """
-        save_safetensors({"latents": latents_BCFHW}, self.latents(cell))
+        path = self.latents(cell)
+        write_latents(path, latents_BCFHW[0], metadata, fps=cell.request.fps)
 
-    def read_latents(self, cell: Cell) -> Tensor:
-        """Return what `keep_latents` has written."""
-        return load_file(self.latents(cell))["latents"]
+    def read_latents(self, cell: Cell) -> LatentFile:
+        """Return what `keep_latents` has written.
 
-    def write(self, cell: Cell, frames: Iterable[Frame]) -> Path:
-        """Write the sample of a cell; its latents are not needed any more.
+        Raises:
+            DataError: it is damaged, and removed, so that the next start draws it anew.
+        """
+        try:
+            return read_latents(self.latents(cell))
+        except DataError:
+            self.latents(cell).unlink(missing_ok=True)
+            raise
+
+    def write(self, cell: Cell, drawn: LatentFile, decode: Decode) -> tuple[Path, Path | None]:
+        """Write the sample of a cell; the latents that have waited are not needed any more.
+
+        Returns:
+            The file, and that of the latents beside it where they are wanted.
 
         Raises:
             DiskError: disk full or read-only.
         """
-        request = cell.request
-        stem = self._root / "cells" / f"{self._slug(cell)}-{self.identity(cell)}"
-        metadata = describe(request) | {"variant": self._facts.variant}
-        if loras := self._loras(cell):
-            metadata["loras"] = loras
-        metadata = metadata if self._facts.metadata else {}
-        if request.num_frames == 1:
-            path = stem.with_name(f"{stem.name}.png")
-            write_png(path, next(iter(frames)), metadata)
-        else:
-            path = stem.with_name(f"{stem.name}.mp4")
-            write_video(path, frames, request.fps, metadata)
+        request, files = cell.request, self._facts.files
+        name = f"{self._slug(cell)}-{self.identity(cell)}{files.suffix(request.num_frames)}"
+        path = write_drawn(
+            self._files.get(self.identity(cell), self._root / "cells" / name),
+            request,
+            drawn.latents_CFHW[None],
+            decode=decode,
+            files=files,
+            metadata=drawn.metadata,
+        )
         self._files[self.identity(cell)] = path
         self.latents(cell).unlink(missing_ok=True)
         with suppress(OSError):  # others wait in it
             self.latents(cell).parent.rmdir()
-        return path
+        return path, latents_beside(path) if files.save_latents else None
 
     def write_page_now_and_then(self, failures: Mapping[str, str]) -> None:
         """Write the page, unless that was a moment ago."""
@@ -181,24 +209,34 @@ class SheetFolder:
         )
         write_grid(self.contact_sheet, grid)
 
-    def _identity(self, cell: Cell, identity_of: Callable[[Path], str]) -> str:
-        request = {k: v for k, v in describe(cell.request).items() if k not in _HIDDEN}
+    def _is_whole(self, identity: str) -> bool:
+        path = self._files.get(identity)
+        if path is None:
+            return False
+        return not self._facts.files.save_latents or latents_beside(path).exists()
+
+    def _identity(
+        self,
+        cell: Cell,
+        identity_of: Callable[[Path], str],
+        content_of: Callable[[Path], str],
+    ) -> str:
+        request = {k: v for k, v in self._told[cell.place].items() if k not in _HIDDEN}
         loras = [
             [identity_of(use.path), described(use)]
-            for use in uses_in(cell.request, self._sheet.loras)
-            if use.acts(high_noise=True) or use.acts(high_noise=False)
+            for use in acting_loras(cell.request, self._sheet.loras)
         ]
-        own = [identity_of(path) for path in (*cell.base, *cell.request.files.values())]
+        base = [identity_of(path) for path in cell.base]
+        # Files are known by their content already, folders by their name alone.
+        folders = [content_of(path) for path in cell.request.files.values() if path.is_dir()]
+        files = self._facts.files
+        entry = files.entry(cell.request.num_frames)
+        kind = [entry.name, files.quality if entry.has_quality else None, files.metadata]
         request = json.loads(json.dumps(request, default=str))
-        return digest([request, loras, own, list(self._facts.models)])[:12]
+        return digest([request, loras, base, folders, list(self._facts.models), kind])[:12]
 
     def _loras(self, cell: Cell) -> list[dict[str, Any]]:
-        uses = uses_in(cell.request, self._sheet.loras)
-        return [
-            described(use)
-            for use in uses
-            if use.acts(high_noise=True) or use.acts(high_noise=False)
-        ]
+        return [described(use) for use in acting_loras(cell.request, self._sheet.loras)]
 
     def _slug(self, cell: Cell) -> str:
         parts = [
@@ -209,7 +247,7 @@ class SheetFolder:
         return slug[:100].strip("_.") or "sample"
 
     def _fixed(self) -> list[tuple[str, str]]:
-        told = [describe(cell.request) for cell in self._sheet.cells]
+        told = list(self._told.values())
         first = told[0]
         same = [
             (key, short(_plain(value)))
@@ -221,10 +259,13 @@ class SheetFolder:
     def _page_cell(self, cell: Cell, failures: Mapping[str, str]) -> PageCell:
         identity = self.identity(cell)
         path = self._files.get(identity)
-        told = describe(cell.request).items()
+        told = self._told[cell.place].items()
         lines = [f"{k}: {_plain(v)}" for k, v in told if k not in _HIDDEN and v != ""]
         lines += [f"lora: {one['file']}, strength {one['strength']:g}" for one in self._loras(cell)]
         lines += [f"base: {base.name}" for base in cell.base]
+        if path and path.is_dir():  # of frames, which a page does not play
+            lines.insert(0, f"the first of {cell.request.num_frames} frames in {path.name}/")
+            path = min(path.glob("*.png"))
         return PageCell(
             cell.place,
             file=path.relative_to(self._root).as_posix() if path else "",
@@ -238,7 +279,7 @@ class SheetFolder:
             failure = failures.get(self.identity(cell))
             words = "not made yet" if failure is None else f"failed: {failure}"
             return GridCell(words=words, failed=failure is not None)
-        frames = read_video(path).frames
+        frames = list(read_frames(path))
         num = min(FRAMES_PER_CELL, len(frames))
         chosen = np.linspace(0, len(frames) - 1, num).round().astype(int)
         return GridCell(frames=[frames[index].copy() for index in chosen])
@@ -258,4 +299,6 @@ def _plain(value: Any) -> str:
     """Return a value in words; of equal ones, such as the guidance of both experts, one."""
     if isinstance(value, list | tuple):
         return " ".join(dict.fromkeys(map(_plain, value)))
+    if isinstance(value, Mapping) and "file" in value:
+        return str(value["file"])
     return f"{value:g}" if isinstance(value, float) else f"{value}"

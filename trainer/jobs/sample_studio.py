@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from trainer.contract.denoising_options import DenoisingOptions
 from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Expert, Variant
+from trainer.data.fingerprint import stat_of
 from trainer.jobs.sample import SampleLoaders
 from trainer.jobs.sample_failures import in_phase
 from trainer.jobs.sample_loras import LoRASwitch, OnMerge
+from trainer.jobs.sample_write import Decode, decode_with
 from trainer.sampling.conditions import Conditions, encode_files, encode_texts
 from trainer.sampling.experts import ExpertSwitch
-from trainer.sampling.pipeline import Evaluations, OnStep, SamplingModels, decode_frames, generate
+from trainer.sampling.pipeline import Evaluations, OnStep, SamplingModels, generate
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.step_cache.values import StepCacheValues
-from trainer.sampling.video_io import Frame
 
 M = TypeVar("M")
 
@@ -34,6 +35,8 @@ class StudioOptions:
     loras: tuple[LoRAUse, ...] = ()
     """`SampleRequest.lora_strengths` counts by them."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    text_device: torch.device | None = None
+    """Where the text encoder works; None: on `device`."""
     merge_loras: bool = False
     """Add the LoRAs to the weights instead of attaching them."""
     on_merge: OnMerge = lambda _expert, _rounding: None
@@ -59,8 +62,8 @@ class Studio:
         self._options = options
         self.evaluations = Evaluations(0, 0)
         self._texts: dict[str, Tensor] = {}
-        self._conditions: dict[SampleRequest, Conditions] = {}
-        self._text_encoder = _Waiting(loaders.text_encoder, options)
+        self._conditions: dict[SampleRequest, tuple[list[str], Conditions]] = {}
+        self._text_encoder = _Waiting(loaders.text_encoder, options, options.text_device)
         self._vae = _Waiting(loaders.vae, options)
         self._image_encoder = _Waiting(self._load_image_encoder, options)
         self._loras = self._new_loras()
@@ -80,14 +83,17 @@ class Studio:
     def encode_files(self, request: SampleRequest) -> None:
         """Encode images and videos of a request, unless a request with the same is known.
 
+        A file that was changed since is encoded anew.
+
         Raises:
             DataError: one cannot be read.
         """
         key = _seen(request)
-        if key in self._conditions:
+        stats = [stat_of(path) for path in request.files.values()]
+        if key in self._conditions and self._conditions[key][0] == stats:
             return
         if not request.files:
-            self._conditions[key] = Conditions()
+            self._conditions[key] = stats, Conditions()
             return
         with (
             in_phase("inputs"),
@@ -96,7 +102,7 @@ class Studio:
         ):
             device = self._options.device
             found = encode_files(request, self._variant, vae, image_encoder, device)
-        self._conditions[key] = found.to("cpu")
+        self._conditions[key] = stats, found.to("cpu")
 
     def change_base(self, load: Callable[[Expert], nn.Module] | None) -> None:
         """Let the transformers go; the next sample loads `load`'s, or the first ones again."""
@@ -129,7 +135,7 @@ class Studio:
             on_step(done, steps)
 
         self._loras.begin(request)
-        conditions = self._conditions[_seen(request)]
+        _, conditions = self._conditions[_seen(request)]
         with in_phase("steps"):
             latents = generate(
                 models,
@@ -141,12 +147,10 @@ class Studio:
             return latents.cpu()
 
     @contextmanager
-    def decoding(self) -> Iterator[Callable[[Tensor], Iterator[Frame]]]:
-        """Give a function from latents to frames, uint8 (H, W, 3), that come as they are made."""
+    def decoding(self) -> Iterator[Decode]:
+        """Give a function from latents to frames, which come as they are made."""
         with self._vae.in_use() as vae:
-            yield lambda latents: decode_frames(
-                vae, latents.to(self._options.device), tile=self._options.tile
-            )
+            yield decode_with(vae, self._options.device, self._options.tile)
 
     def _note_evaluations(self, evaluations: Evaluations) -> None:
         self.evaluations = evaluations
@@ -166,11 +170,14 @@ class Studio:
 
 
 class _Waiting(Generic[M]):
-    """A model that is on the device while it is in use."""
+    """A model that is on the device while it is in use; None: on that of the options."""
 
-    def __init__(self, load: Callable[[], M], options: StudioOptions) -> None:
+    def __init__(
+        self, load: Callable[[], M], options: StudioOptions, device: torch.device | None = None
+    ) -> None:
         self._load = load
         self._options = options
+        self._device = options.device if device is None else device
         self._model: M | None = None
 
     @contextmanager
@@ -189,7 +196,7 @@ class _Waiting(Generic[M]):
 
     def _bring(self, model: M, *, on_cpu_if_full: bool) -> None:
         try:
-            _move(model, self._options.device)
+            _move(model, self._device)
         except torch.OutOfMemoryError:
             _move(model, torch.device("cpu"))
             release(self._options.device)

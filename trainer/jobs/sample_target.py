@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from trainer.sampling.results import FileOptions, latents_beside, safe_name
 FIELDS = ("name", "index", "seed", "prompt", "width", "height", "num_frames", "num_steps")
 """What may stand in braces in the name of an output file."""
 _MAX_WORDS = 60
+_MAX_NAME = 240
+"""Bytes of a file's name; file systems take 255, and a number may follow where it is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +48,35 @@ class Target:
         suffix = self.files.suffix(request.num_frames)
         return self.output / f"{self.pattern.format_map(values)}{suffix}"
 
-    def check(self, requests: Sequence[SampleRequest], names: Sequence[str] = ()) -> None:
+    def check(
+        self, requests: Sequence[SampleRequest], names: Sequence[str] = (), *, first_index: int = 0
+    ) -> None:
         """Refuse names that would not hold the samples, before any is made.
 
+        Args:
+            requests: the samples.
+            names: of their prompts, where they have some.
+            first_index: of the first of them among all samples.
+
         Raises:
-            ConfigError: an unknown field, one name for several samples, a file that is there, or
-                an ending that is not of such a sample.
+            ConfigError: an unknown field, one name for several samples, a file that is there, an
+                ending that is not of such a sample, or a folder that nothing can be written to.
         """
+        _check_folder(self.output.parent if self.is_file else self.output)
         if not self.is_file:
             return
         self._check_fields()
         every = names or [self.name] * len(requests)
         paths: list[Path] = []
-        for index, (request, name) in enumerate(zip(requests, every, strict=True)):
+        pairs = zip(requests, every, strict=True)
+        for index, (request, name) in enumerate(pairs, first_index):
             path = self.path(index, request, name)
             self._check_ending(path, request)
+            if len(path.name.encode()) > _MAX_NAME:
+                raise ConfigError(
+                    f"--output: {path.name} takes more than {_MAX_NAME} bytes",
+                    hint="use fewer fields in its name",
+                )
             if path in paths:
                 raise ConfigError(
                     f"several samples would be named {path}",
@@ -97,6 +114,15 @@ class Target:
             )
         what = "one frame" if request.num_frames == 1 else self.files.format
         raise ConfigError(f"{path.name}: {what} is written as {wanted}", hint="change the ending")
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that is none, or takes no files: better now than when they are made."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigError(f"--output: {there} is a file, no folder", hint="give another name")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output: {there} is not writable", hint="choose another folder")
 
 
 def is_file(output: Path) -> bool:

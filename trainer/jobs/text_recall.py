@@ -11,8 +11,11 @@ from trainer.contract.config import RunConfig
 from trainer.contract.errors import DataError
 from trainer.data.entries import FORMAT_VERSION, TEXT_SUFFIX, read_entry, write_entry
 from trainer.data.fingerprint import digest
-from trainer.jobs.build import DTYPES
-from trainer.jobs.components import lazy_text_encoder
+from trainer.jobs.components import (
+    lazy_text_encoder,
+    text_encoder_device,
+    text_encoder_dtype,
+)
 from trainer.jobs.window_encoder import LazyModel
 from trainer.models.wan.text_encoder import TextEncoder
 from trainer.sampling.conditions import TextEncoder as TextEncoding
@@ -44,6 +47,13 @@ class RecallingEncoder:
         """
         self._lazy, self._folder, self._dtype, self._device = encoder, folder, dtype, device
         self._encoder: TextEncoder | None = None
+
+    def to(self, device: torch.device) -> RecallingEncoder:
+        """Move the encoder, if it is loaded; entries are from then on those of this device."""
+        if self._encoder is not None:
+            self._encoder.to(device)
+            self._device = device
+        return self
 
     def __call__(self, texts: list[str]) -> list[Tensor]:
         """Return one (T, D) a text, in the encoder's dtype.
@@ -86,4 +96,5 @@ def prompt_encoder(config: RunConfig, device: torch.device) -> TextEncoding:
     lazy, folder = lazy_text_encoder(config, device), config.sampling.text_cache
     if folder is None:
         return lazy.load()
-    return RecallingEncoder(lazy, folder, DTYPES[config.memory.text_encoder_dtype], device)
+    where = text_encoder_device(config, device)
+    return RecallingEncoder(lazy, folder, text_encoder_dtype(config), where)

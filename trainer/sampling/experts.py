@@ -33,10 +33,19 @@ class ExpertSwitch:
         if expert == self._working:
             return self._loaded[expert]
         if self._working is not None:
-            self._loaded[self._working].to("cpu")
+            # Where the other one does not fit, neither is on the device, and either may be next.
+            leaving, self._working = self._loaded[self._working], None
+            leaving.to("cpu")
         if expert in self._loaded:
-            self._loaded[expert].to(self._device)
+            self._bring(self._loaded[expert])
         else:
             self._loaded[expert] = self._load(expert)
         self._working = expert
         return self._loaded[expert]
+
+    def _bring(self, module: nn.Module) -> None:
+        try:
+            module.to(self._device)
+        except torch.OutOfMemoryError:
+            module.to("cpu")  # what has moved already
+            raise

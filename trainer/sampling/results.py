@@ -6,7 +6,7 @@ import hashlib
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer.contract.config import SamplingSection
 from trainer.contract.errors import ConfigError, DataError
-from trainer.contract.files import disk_errors
+from trainer.contract.files import disk_errors, in_bytes
 from trainer.contract.sample_formats import (
     SAMPLE_FORMATS,
     FormatEntry,
@@ -33,7 +33,7 @@ MAX_PROMPT = 4_000
 """Characters of a prompt that an event has; the whole one is in the file's metadata."""
 _FRAME = re.compile(r"\d+\.png")
 MAX_STEM = 120
-"""Characters of a file's name without its ending: file systems take 255 bytes."""
+"""Bytes of a part of a file's name: file systems take 255 bytes in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,18 +176,6 @@ def latents_beside(path: Path) -> Path:
     return path.with_name(_stem(path) + SUFFIX)
 
 
-def describe(request: SampleRequest) -> dict[str, Any]:
-    """Return what is needed to make the sample again, as plain JSON values.
-
-    A file is described by its name and its content: the folders of this machine are nobody's
-    business.
-    """
-    fields = {key: value for key, value in asdict(request).items() if value is not None}
-    # What says nothing new is left out: it would drown the rest.
-    fields |= fields.pop("denoising").model_dump(mode="json", exclude_defaults=True)
-    return {key: _plain(value) for key, value in fields.items()}
-
-
 def describe_file(path: Path) -> dict[str, Any]:
     """Return name, size and hash of a file; of a folder the name."""
     if not path.is_file():
@@ -195,6 +183,20 @@ def describe_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"file": path.name, "size": path.stat().st_size, "sha256": content}
+
+
+def describe(
+    request: SampleRequest, *, describe_file: Callable[[Path], dict[str, Any]] = describe_file
+) -> dict[str, Any]:
+    """Return what is needed to make the sample again, as plain JSON values.
+
+    A file is described by its name and its content: the folders of this machine are nobody's
+    business. `describe_file` may remember what it has read.
+    """
+    fields = {key: value for key, value in asdict(request).items() if value is not None}
+    # What says nothing new is left out: it would drown the rest.
+    fields |= fields.pop("denoising").model_dump(mode="json", exclude_defaults=True)
+    return {key: _plain(value, describe_file) for key, value in fields.items()}
 
 
 def read_sample_metadata(path: Path) -> dict[str, Any]:
@@ -215,7 +217,7 @@ def read_sample_metadata(path: Path) -> dict[str, Any]:
 
 def safe_name(text: str) -> str:
     """Return a text as part of a file's name: what file systems refuse becomes `_`."""
-    return re.sub(r"[^\w.+-]+", "_", text)[:MAX_STEM]
+    return in_bytes(re.sub(r"[^\w.+-]+", "_", text), MAX_STEM)
 
 
 def free_path(path: Path, *, with_latents: bool = False) -> Path:
@@ -252,7 +254,7 @@ def _room_for(path: Path, *, force: bool) -> Iterator[Path]:
             f"{path} holds more than frames, and --force would remove it",
             hint="choose another --output",
         )
-    place = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}")
+    place = path.with_name(f".{in_bytes(path.name, 80)}.{secrets.token_hex(4)}")
     yield place
     with disk_errors(path):
         old = path.with_name(f"{place.name}.old")
@@ -272,11 +274,11 @@ def _stem(path: Path) -> str:
     return path.stem if formats_of_suffix(path.suffix) else path.name
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, describe_file: Callable[[Path], dict[str, Any]]) -> Any:
     if isinstance(value, Path):
         return describe_file(value)
     if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: _plain(part, describe_file) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_plain(part, describe_file) for part in value]
     return value

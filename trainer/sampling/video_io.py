@@ -188,11 +188,15 @@ def read_video(path: Path) -> Video:
 
 
 def read_frames(path: Path) -> Iterator[Frame]:
-    """Decode a video, or a moving WebP, picture by picture, uint8 (H, W, 3).
+    """Decode a video, a WebP or a folder of PNGs, picture by picture, uint8 (H, W, 3).
 
     Raises:
         DataError: missing or damaged.
     """
+    if path.is_dir():
+        for file in sorted(path.glob("*.png")):
+            yield from _moving_image(file)
+        return
     if path.suffix.lower() == ".webp":
         yield from _moving_image(path)
         return

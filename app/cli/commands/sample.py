@@ -10,7 +10,6 @@ import typer
 from app.cli import completion, jobs, output
 from app.cli import sample_output_options as files
 from app.cli.loraid_options import (
-    LoraidCommand,
     LoraidFrom,
     Loraids,
     LoraidStrengths,
@@ -39,6 +38,7 @@ from app.cli.sample_guidance_options import (
     denoising_settings,
     refuse_calibration,
 )
+from app.cli.sample_help import SampleCommand
 from app.cli.sample_lora_options import MergeLoras, SampleLoras, sample_lora
 from app.cli.sample_sheet_options import (
     Columns,
@@ -62,7 +62,7 @@ from app.cli.sample_start_options import (
     Video,
     start_settings,
 )
-from trainer.contract.errors import UserError
+from trainer.contract.errors import ConfigError, Problem, UserError
 
 if TYPE_CHECKING:
     from trainer.contract.config import RunConfig
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 app = command_app()
 
 
-@app.command(cls=LoraidCommand)
+@app.command(cls=SampleCommand)
 def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     context: typer.Context,
     source: Annotated[
@@ -84,7 +84,8 @@ def sample(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         ),
     ] = None,
     prompts: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="What to show. Repeatable.")
+        list[str] | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="What to show. Repeatable."),
     ] = None,
     prompts_file: Annotated[
         Path | None,
@@ -277,7 +278,32 @@ def _prompts(
         raise UserError(
             f"--{option} needs a --prompt", hint="in a prompts file, each prompt names its own"
         )
-    return [{"prompt": text, **given} for text in texts]
+    found = [{"prompt": text, **given} for text in texts]
+    for values in found[:1]:  # they differ in their text alone
+        _refuse_wrong_values(values)
+    return found
+
+
+def _refuse_wrong_values(prompt: dict[str, Any]) -> None:
+    """Refuse what no prompt may have, by the option that says it.
+
+    Raises:
+        ConfigError: a value is wrong.
+    """
+    from pydantic import ValidationError
+
+    from trainer.contract.config import Prompt
+    from trainer.contract.config_io import problems_of
+
+    try:
+        Prompt.model_validate(prompt)
+    except ValidationError as error:
+        raise ConfigError(
+            problems=[
+                Problem(found.message, f"--{found.key.replace('_', '-')}", hint=found.hint)
+                for found in problems_of(error, Prompt)
+            ]
+        ) from None
 
 
 def _check(config: Path, request: dict[str, Any], *, needs_prompts: bool = True) -> RunConfig:

@@ -39,6 +39,11 @@ TASKS: Mapping[str, str] = {
 DEFAULT_TASK = "t2v-14B"
 UPLOAD = Done("`menma push RUN owner/repo` uploads outputs, when you say so", off=(False, None, ""))
 RESUME = "give the last LoRA file as adapter.init_from; the optimizer begins anew"
+FP8_TEXT = To(
+    "memory.text_encoder_dtype",
+    v.one_of({"true": "fp8_scaled", "false": "bf16"}),
+    note="with scales; embeddings and norms stay bf16",
+)
 _WORKERS = "cached items are read ahead of the step, by threads"
 
 
@@ -129,7 +134,7 @@ RULES: Mapping[str, Rule] = {
                   "float": "fp32", "float16": "bf16", "fp16": "bf16"}),
     ),
     "vae_cache_cpu": Done("memory.vae_tile saves memory of the VAE"),
-    "fp8_t5": Done("captions are encoded once, before training; the text encoder is bf16"),
+    "fp8_t5": FP8_TEXT,
     "one_frame": Lacks("Menma has no one-frame training"),
     "guidance_scale": Done("of HunyuanVideo only: without effect for Wan, there too", off=()),
     "show_timesteps": Done("it shows a picture instead of training"),
@@ -188,7 +193,7 @@ PATTERNS: tuple[tuple[str, Rule], ...] = (
      Done("memory.vae_tile saves memory of the VAE")),
     (r"wan_cache_latents\.(debug_mode|console_\w+)", Done("`menma check` shows the buckets", ())),
     (r"wan_cache_latents\.one_frame", Lacks("Menma has no one-frame training")),
-    (r"wan_cache_text_encoder_outputs\.fp8_t5", Done("the text encoder is bf16")),
+    (r"wan_cache_text_encoder_outputs\.fp8_t5", FP8_TEXT),
     (r"accelerate\..*", Done("Menma starts its processes by itself", off=())),
 )  # fmt: skip
 

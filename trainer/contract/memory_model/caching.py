@@ -16,11 +16,11 @@ from trainer.contract.memory_model.costs import (
 from trainer.contract.memory_model.forwards import (
     convolution_seconds,
     image_seconds,
-    text_seconds,
 )
 from trainer.contract.memory_model.gpus import Gpu
 from trainer.contract.memory_model.host import cache_disk_parts
 from trainer.contract.memory_model.inference_host import caching_host
+from trainer.contract.memory_model.texts import caption_seconds
 from trainer.contract.memory_model.timing import peak_rate
 from trainer.contract.memory_model.vae_flops import vae_flops
 from trainer.contract.memory_model.workload import ELEMENT, Workload, workload_of
@@ -36,7 +36,7 @@ def caching_cost(work: Workload, gpu: Gpu | None) -> JobCost:
     once, each = {}, {}
     if gpu is not None and peak_rate(gpu, 2):
         once = {"loading": _loading_seconds(work, gpu)}
-        each = {**window_parts(work, gpu, largest), "caption": _caption_seconds(work, gpu)}
+        each = {**window_parts(work, gpu, largest), "caption": caption_seconds(work, gpu)}
     return JobCost(
         clip=largest,
         host_phases={
@@ -73,7 +73,7 @@ def caching_seconds(
     encoding = sum(
         count * sum(window_parts(work, gpu, clip).values()) for clip, count in windows.items()
     )
-    return _loading_seconds(work, gpu) + encoding + num_captions * _caption_seconds(work, gpu)
+    return _loading_seconds(work, gpu) + encoding + num_captions * caption_seconds(work, gpu)
 
 
 def window_parts(work: Workload, gpu: Gpu, clip: Clip) -> dict[str, float]:
@@ -88,11 +88,6 @@ def window_parts(work: Workload, gpu: Gpu, clip: Clip) -> dict[str, float]:
         images = 2 if variant.conditioning == "first_last_frame" else 1
         parts["image encoder"] = images * image_seconds(gpu, element)
     return parts
-
-
-def _caption_seconds(work: Workload, gpu: Gpu) -> float:
-    element = ELEMENT[work.config.memory.text_encoder_dtype]
-    return text_seconds(work.shape.text_len, gpu, element)
 
 
 def _loading_seconds(work: Workload, gpu: Gpu) -> float:

@@ -33,6 +33,12 @@ def text_encoder_bytes(element: int) -> float:
     return UMT5_PARAMETERS * element
 
 
+def fp8_text_encoder_bytes() -> float:
+    """Return the weights of umT5-XXL with linear layers in fp8, a bf16 scale for each 64 inputs."""
+    linear = UMT5_LAYERS * (4 * UMT5_DIM**2 + 3 * UMT5_DIM * UMT5_FFN)
+    return linear * (1 + 2 / 64) + (UMT5_PARAMETERS - linear) * 2
+
+
 def text_encoding_bytes(text_len: int, element: int) -> float:
     """Return what encoding a caption of full length takes; each caption runs alone."""
     attention = 2 * UMT5_HEADS * text_len**2 + 7 * text_len * UMT5_DIM

@@ -13,6 +13,7 @@ from trainer.contract.memory_model.clips import Clip
 from trainer.contract.memory_model.costs import FILE_ELEMENT
 from trainer.contract.memory_model.host import PROCESS_BYTES
 from trainer.contract.memory_model.techniques import uses_masks
+from trainer.contract.memory_model.texts import on_cpu, text_parts
 from trainer.contract.memory_model.videos import Video, planned_videos, turns
 from trainer.contract.memory_model.weights import block_layers, outer_layers
 from trainer.contract.memory_model.workload import ELEMENT, Workload
@@ -99,12 +100,15 @@ def samples_host(work: Workload) -> Parts:
     element = ELEMENT[work.config.memory.vae_dtype]
     clips = [video.clip for video in planned_videos(sampling, work.variant)]
     parts = {"parked VAE": encoders.vae_bytes(work.variant, element), **writing_host(work, clips)}
+    if on_cpu(work):  # gone before the first video is written
+        parts = max(parts, text_parts(work), key=lambda one: sum(one.values()))
     return {name: work.processes_here * size for name, size in parts.items()}
 
 
 def _text_phase(work: Workload) -> Parts:
     table = encoders.UMT5_TABLE_PARAMETERS * FILE_ELEMENT
-    return {"processes": PROCESS_BYTES, "weights in transit": table}
+    parts: Parts = {"processes": PROCESS_BYTES, "weights in transit": table}
+    return parts | text_parts(work) if on_cpu(work) else parts
 
 
 def _weights(work: Workload, *, num_experts: int) -> Parts:

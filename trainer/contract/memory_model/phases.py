@@ -10,6 +10,7 @@ from trainer.contract.memory_model.denoising import Denoised, kept_parts
 from trainer.contract.memory_model.gpus import GIB
 from trainer.contract.memory_model.result import PHASES, Phase
 from trainer.contract.memory_model.stack import forward_peak
+from trainer.contract.memory_model.texts import on_cpu, text_parts
 from trainer.contract.memory_model.training import (
     Parts,
     exchange_parts,
@@ -54,11 +55,7 @@ def training_parts(work: Workload) -> Parts:
 
 
 def _captions(work: Workload) -> Parts:
-    element = ELEMENT[work.config.memory.text_encoder_dtype]
-    return {
-        "text encoder": encoders.text_encoder_bytes(element),
-        "encoding": encoders.text_encoding_bytes(work.shape.text_len, element),
-    }
+    return {} if on_cpu(work) else text_parts(work)
 
 
 def _latents(work: Workload) -> Parts:

@@ -20,10 +20,10 @@ from trainer.contract.memory_model.forwards import (
     convolution_seconds,
     forward_seconds,
     image_seconds,
-    text_seconds,
 )
 from trainer.contract.memory_model.gpus import Gpu
 from trainer.contract.memory_model.inference_host import sampling_host
+from trainer.contract.memory_model.texts import caption_seconds
 from trainer.contract.memory_model.timing import peak_rate
 from trainer.contract.memory_model.traffic import forward_traffic
 from trainer.contract.memory_model.vae_flops import vae_flops
@@ -146,12 +146,11 @@ def _once(work: Workload, gpu: Gpu, videos: Sequence[Video]) -> dict[str, float]
         size += file_bytes(model.image_encoder, encoders.CLIP_PARAMETERS)
         inputs += sum(max(video.images, 1) for video in videos) * image_seconds(gpu, element)
     texts = {text for video in videos for text in video.texts}
-    caption = text_seconds(work.shape.text_len, gpu, ELEMENT[memory.text_encoder_dtype])
     # With each turn one expert goes to RAM; the other comes back unless it is loaded then.
     moves = len(order) - 1 + len(order) - len(set(order))
     parts = {
         "loading": loading_seconds(size, gpu),
-        "texts": len(texts) * caption,
+        "texts": len(texts) * caption_seconds(work, gpu),
         "inputs": inputs,
         "experts to and from RAM": moves * moving_seconds(work.resident_bytes, gpu),
     }

@@ -114,17 +114,41 @@ def put_fp8_layer(
     device: torch.device | str,
     quantisation: Quantisation,
 ) -> bool:
-    """Put an fp8 layer with the file's weight `name` in the place of a linear layer.
+    """Put an fp8 layer with the file's weight `name` in the place of a block's linear layer.
+
+    Returns:
+        False, with nothing done, for what is not fp8: other tensors, and what `take_fp8_layer`
+        leaves.
+    """
+    if not is_block_linear(name, weights[stored.name].shape):
+        return False
+    return take_fp8_layer(model, name, weights, stored, device, quantisation)
+
+
+def take_fp8_layer(
+    model: nn.Module,
+    name: str,
+    weights: WeightFiles,
+    stored: StoredTensor,
+    device: torch.device | str,
+    quantisation: Quantisation,
+) -> bool:
+    """Put an fp8 layer with the file's weight `stored` in the place of a linear layer.
 
     Numbers that are fp8 in the file are used as they are. The bias stays what it is by now.
 
+    Args:
+        model: any; changed in place.
+        name: of the layer's weight in it.
+        weights: the file.
+        stored: the weight in the file, (O, I).
+        device: of the layer.
+        quantisation: how; what became of the layer is noted there.
+
     Returns:
-        False, with nothing done, for what is not fp8: other tensors, and layers of a file in fp8
-        that its maker left in more precision.
+        False, with nothing done, for a layer that a file in fp8 holds in more precision.
     """
     info = weights[stored.name]
-    if not is_block_linear(name, info.shape):
-        return False
     layer_name = name.removesuffix(".weight")
     spec = quantisation.spec
     if info.dtype in FP8_DTYPES:

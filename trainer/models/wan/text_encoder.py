@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.contract.errors import ModelFileError
 from trainer.io.mapped_load import WeightFiles, open_weights
@@ -28,6 +28,8 @@ from trainer.models.wan.tokenizer import (
     load_tokenizer,
     truncate,
 )
+from trainer.quant.fp8 import Fp8Spec
+from trainer.quant.linear import Fp8Linear
 
 _EMBEDDED_TOKENIZER = "spiece_model"
 _TIED = ("shared.weight", "encoder.embed_tokens.weight")
@@ -71,6 +73,7 @@ def load_text_encoder(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    fp8: Fp8Spec | None = None,
 ) -> TextEncoder:
     """Load umT5 and its tokenizer.
 
@@ -82,6 +85,9 @@ def load_text_encoder(
         dtype: of weights and computation; None keeps float32 files as they are and takes
             bfloat16 for all others. float16 keeps the last feed-forward layers in float32, which
             would overflow otherwise.
+        device: where it computes.
+        fp8: hold the weights of the linear layers so; embeddings and norms are in `dtype`. Those
+            that are fp8 in the file are used as they are, with the file's own scales.
 
     Raises:
         ModelFileError: it is not umT5 (T5 is another model), damaged, or has no tokenizer.
@@ -98,13 +104,16 @@ def load_text_encoder(
     }
     # The tokenizer is no weight, and the table's second name no second table.
     ignore = {_EMBEDDED_TOKENIZER, *_TIED} - {source.name for source in sources.values()}
-    place = Placement(dtype, device, mapped=True)
+    place = Placement(dtype, device, mapped=True, fp8=fp8)
     fill(model, files, sources, place, what="umT5 encoder", ignore=ignore)
     _refuse_different_tables(files)
     _tie(model)
-    if dtype == torch.float16:
-        for block in model.encoder.block:
-            block.layer[1].DenseReluDense.wo.float()
+    for block in model.encoder.block:
+        dense = block.layer[1].DenseReluDense
+        if isinstance(dense.wo, Fp8Linear):
+            dense.wo = _Unseen(dense.wo)
+        elif dtype == torch.float16:
+            dense.wo.float()
     chosen = tokenizer_of(files, tokenizer)
     _require_fit(chosen, config, files)
     return TextEncoder(model.eval(), chosen, config)
@@ -180,6 +189,22 @@ class TextEncoder:
         output = self.model(input_ids=torch.tensor([ids], device=self.device))
         states: Tensor = output.last_hidden_state[0]
         return states.to(self.dtype)
+
+
+class _Unseen(nn.Module):
+    """A layer whose weight transformers does not see: it rounds activations to the dtype of `wo`'s,
+    which must not happen for fp8."""
+
+    weight = None
+
+    def __init__(self, layer: Fp8Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., I) to (..., O)."""
+        out: Tensor = self.layer(x)
+        return out
 
 
 def build_umt5(config: TextEncoderConfig) -> Any:

@@ -71,6 +71,8 @@ class GalleryScreen(LiveScreen, ModalScreen[None]):
         self._films: Sequence[Film] = ()
         self._wanted: object = None
         """What is shown or being read: samples and room."""
+        self._files: object = None
+        """Their files, and the room."""
         self._playing = False
 
     def compose(self) -> ComposeResult:
@@ -162,15 +164,23 @@ class GalleryScreen(LiveScreen, ModalScreen[None]):
 
     def _take_new(self) -> None:
         """Take in what there is; whoever looked at the newest one sees the new one."""
-        at_end = self._after >= len(self._steps()) - 1
+        at_end, shown = self._after >= len(self._steps()) - 1, self._pair()
         self._subjects = by_subject(self._samples())
         if not self._subjects:
             return
         if self._subject not in self._subjects:
             self._choose(next(iter(self._subjects)))
-        elif at_end and self._after != len(self._steps()) - 1:
+            return
+        if at_end:
             self._after = len(self._steps()) - 1
+        if self._pair() != shown:
             self._show()
+
+    def _pair(self) -> tuple[Sample, ...]:
+        """Return the samples on the left and on the right; () where there is none."""
+        steps = self._steps()
+        places = (self._before, self._after) if steps else ()
+        return tuple(steps[min(place, len(steps) - 1)] for place in places)
 
     def _choose(self, subject: str) -> None:
         self._subject = subject
@@ -188,10 +198,10 @@ class GalleryScreen(LiveScreen, ModalScreen[None]):
         self.query_one("#prompt", Static).update(whole)
         self._before = min(self._before, len(steps) - 1)
         self._after = min(self._after, len(steps) - 1)
-        pair = (steps[self._before], steps[self._after])
+        pair = self._pair()
         for side, sample in zip(("before", "after"), pair, strict=True):
             head = Text(f"step {sample.step}", style="bold")
-            head.append(f"  {sample.path.name}", style="not bold")
+            head.append(f"  {sample.work or sample.path.name}", style="not bold")
             head.no_wrap, head.overflow = True, "ellipsis"
             self.query_one(f"#{side}-head", Static).update(head)
         room = (self.size.width // 2 - 2, self.size.height - AROUND)
@@ -201,9 +211,12 @@ class GalleryScreen(LiveScreen, ModalScreen[None]):
         if wanted == self._wanted:
             self._draw()
             return
-        self._wanted, self._films = wanted, ()
-        for picture in self.query(Picture):
-            picture.tell("reading ...")
+        self._wanted = wanted
+        files = ([sample.path for sample in pair], room)
+        if files != self._files:  # else the picture grows clearer where it is
+            self._files, self._films = files, ()
+            for picture in self.query(Picture):
+                picture.tell("reading ...")
         self._read(pair, room, wanted)
 
     def _draw(self) -> None:

@@ -263,7 +263,9 @@ class MonitorScreen(SteeringScreen):
 
     def _samples(self) -> list[Sample]:
         with self._columns:
-            return list(self._log.samples) if self._log is not None else []
+            if self._log is None:
+                return []
+            return [*self._log.samples, *self._log.previews.values()]
 
     def _start_lines(self) -> None:
         smoothing = SMOOTHINGS[self._smoothing]

@@ -1,0 +1,58 @@
+"""From latents to a sample's files: the one way that samples, sheets and sessions write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.sampling.formats.base import Bits
+from trainer.sampling.pipeline import VideoDecoder, decode_frames
+from trainer.sampling.requests import SampleRequest
+from trainer.sampling.results import FileOptions, write_files
+from trainer.sampling.video_io import AnyFrame
+
+Decode = Callable[[Tensor, Bits], Iterable[AnyFrame]]
+"""From latents (1, C, F, H, W) to frames (H, W, 3) of so many bits a colour."""
+
+
+def decode_with(vae: VideoDecoder, device: torch.device, tile: tuple[int, int] | None) -> Decode:
+    """Return how a VAE on `device` decodes; `tile` is (height, width) in pixels."""
+    return lambda latents, bits: decode_frames(vae, latents.to(device), tile=tile, bits=bits)
+
+
+def write_drawn(
+    path: Path,
+    request: SampleRequest,
+    latents_BCFHW: Tensor,
+    *,
+    decode: Decode | None,
+    files: FileOptions,
+    metadata: Mapping[str, Any],
+) -> Path:
+    """Decode a sample as its format wants it, and write it.
+
+    Args:
+        path: where it goes; see `write_files`.
+        request: what was drawn.
+        latents_BCFHW: normalised, B = 1.
+        decode: makes frames of latents; None where the format holds none.
+        files: what kind of file.
+        metadata: all that the file says, where `files` wants it.
+
+    Raises:
+        DiskError: disk full or read-only; nothing is left of this sample.
+    """
+    bits = files.writer(request.num_frames).bits
+    return write_files(
+        path,
+        () if decode is None else decode(latents_BCFHW, bits),
+        num_frames=request.num_frames,
+        fps=request.fps,
+        metadata=metadata if files.metadata else {},
+        files=files,
+        latents_BCFHW=latents_BCFHW,
+    )
