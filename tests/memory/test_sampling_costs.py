@@ -66,7 +66,7 @@ def test_auto_swaps_more_blocks_for_passes_in_one_batch() -> None:
     for batch in (False, True):
         config = config_of(memory={"blocks_to_swap": "auto"}, cfg_batch=batch)
         (video,) = planned_videos(config.sampling, get_variant(FOURTEEN))
-        resolved = resolve_memory(config, find_gpu("RTX 4090"), forwards=[video.denoised()])
+        resolved = resolve_memory(config, find_gpu("RTX 4090"), forwards=[video.working_set()])
         swapped.append(resolved.values["blocks_to_swap"])
     assert 0 < swapped[0] < swapped[1]
 

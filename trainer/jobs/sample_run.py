@@ -23,7 +23,7 @@ from trainer.engine.failures import failing_together
 from trainer.engine.process_group import World
 from trainer.engine.sequence import sharing_clips
 from trainer.io.mapped_load import open_weights
-from trainer.jobs.automatic_memory import denoised_of, resolve_for_forwards
+from trainer.jobs.automatic_memory import resolve_for_forwards, working_set_of
 from trainer.jobs.base import Emit, explain
 from trainer.jobs.build import freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
@@ -152,7 +152,7 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
         plan.config,
         plan.variant,
         world.device,
-        [denoised_of(one, plan.variant, ranks=shared) for one in plan.requests],
+        [working_set_of(one, plan.variant, ranks=shared) for one in plan.requests],
         ranks.emit_first,
         processes=world.world_size,
     )
