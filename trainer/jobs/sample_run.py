@@ -147,15 +147,7 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
         ranks.emit_first("warning", message=note)
     for note in plan.input_notes:
         ranks.emit_first("log", message=note)
-    shared = 1 if world.sequence is None else world.sequence.size
-    config = resolve_for_forwards(
-        plan.config,
-        plan.variant,
-        world.device,
-        [working_set_of(one, plan.variant, ranks=shared) for one in plan.requests],
-        ranks.emit_first,
-        processes=world.world_size,
-    )
+    config = _resolved(plan, world, ranks.emit_first)
     tile = config.memory.vae_tile
     requests, recorder = plan.requests, None
     if request.calibrate:
@@ -203,6 +195,19 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
         whole = spared + passes["evaluations"]
         ranks.emit_first("log", message=f"the step cache spared {spared} of {whole} evaluations")
     ranks.emit_first("end", reason="done", num_samples=len(samples), **passes)
+
+
+def _resolved(plan: _Plan, world: World, emit: Emit) -> RunConfig:
+    """Return the config with values in the place of `auto`."""
+    shared = 1 if world.sequence is None else world.sequence.size
+    return resolve_for_forwards(
+        plan.config,
+        plan.variant,
+        world.device,
+        [working_set_of(one, plan.variant, ranks=shared) for one in plan.requests],
+        emit,
+        processes=world.world_size,
+    )
 
 
 def sample_fields(sample: Sample) -> dict[str, Any]:
