@@ -92,6 +92,7 @@ def test_a_script_of_musubi_with_its_dataset_and_prompts(tmp_path):
     assert config.optimizer.kind == "adamw8bit"
     assert config.lr_schedule.warmup_ratio == 0.1
     assert config.memory.weight_format == "fp8"
+    assert config.memory.text_encoder_dtype == "fp8_scaled"
     assert config.output.dtype == "fp32"  # their default
     sources = config.dataset.load().sources
     assert [source.kind for source in sources] == ["video", "image"]
@@ -190,6 +191,7 @@ def test_takenoko_with_both_experts_and_clips_to_validate_on(tmp_path):
     sources = config.load_all_sources().sources
     assert [source.resolution for source in sources] == [(512, 512), (832, 480), (512, 512)]
     assert config.validation.every_steps == 500
+    assert config.memory.text_encoder_dtype == "fp8_scaled"
     assert config.validation.timesteps == (100, 300, 500, 700, 800, 900, 1000)
     assert config.sampling.prompts[0].num_frames == 45
     assert "dit_high_noise" in rows_of(imported)

@@ -70,6 +70,7 @@ def test_files_of_both_experts_are_one_checkpoint() -> None:
         ("lora=much", "'much' is no strength"),
         ("lora:none.safetensors=1", "no such LoRA file: none.safetensors"),
         ("checkpoint=none-such/*.safetensors", "no file none-such"),
+        ("checkpoint=a**b/*.safetensors", r"checkpoint: (no file )?a\*\*b"),  # by version of Python
         ('prompt="a', "unexpected end of data"),
     ],
 )

@@ -250,7 +250,10 @@ def _files(pattern: str) -> Iterator[str]:
         yield str(path)
         return
     anchor = Path(path.anchor)
-    found = sorted(anchor.glob(str(path.relative_to(anchor)))) if "*" in pattern else []
+    try:
+        found = sorted(anchor.glob(str(path.relative_to(anchor)))) if "*" in pattern else []
+    except ValueError as error:
+        raise ConfigError(f"checkpoint: {pattern}: {error}") from None
     if not found:
         raise ConfigError(f"checkpoint: no file {pattern}", hint=f"or {NO_CHECKPOINT!r}: the base")
     yield from map(str, found)

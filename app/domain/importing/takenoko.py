@@ -187,6 +187,7 @@ RULES: Mapping[str, Rule] = {
 PATTERNS: tuple[tuple[str, Rule], ...] = (
     *musubi.PATTERNS,
     (r"latent_cache\.vae_dtype", Done("see memory.vae_dtype")),
+    (r"text_encoder_cache\.fp8_t5", musubi.FP8_TEXT),
     (r"latent_cache\..*|text_encoder_cache\..*", Done("`menma cache` chooses this", off=())),
     (r"log_.*|tensorboard_.*|performance_.*|throughput_.*|ema_loss_.*|attention_metrics_.*|"
      r"snr_.*|val_split_.*|train_metrics_.*|alternate_.*",
