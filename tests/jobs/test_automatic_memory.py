@@ -15,7 +15,7 @@ from tests.swap.swapped_models import CONFIG
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.memory_model import Clip, Gpu, estimate, find_gpu, gpu_of_memory
-from trainer.contract.memory_model.denoising import Denoised
+from trainer.contract.memory_model.denoising import WorkingSet
 from trainer.contract.variants import VARIANTS
 from trainer.engine.process_group import World
 from trainer.jobs import automatic_memory
@@ -174,7 +174,7 @@ def test_sampling_decides_by_its_own_clips_and_needs_no_dataset(tmp_path, monkey
     gone = config.dataset.model_copy(update={"file": tmp_path / "none.toml", "sources": ()})
     config = config.model_copy(update={"dataset": gone})
     log = Log()
-    clips = [Denoised(clip=Clip(width=832, height=480, num_frames=frames)) for frames in (1, 81)]
+    clips = [WorkingSet(clip=Clip(width=832, height=480, num_frames=frames)) for frames in (1, 81)]
     image, video = (
         resolve_for_forwards(config, T2V, CUDA, [clip], log).memory.swapped_blocks for clip in clips
     )

@@ -23,7 +23,7 @@ from trainer.contract.memory_model import (
     gpu_of_memory,
     resolve_memory,
 )
-from trainer.contract.memory_model.denoising import Denoised
+from trainer.contract.memory_model.denoising import WorkingSet
 from trainer.contract.memory_model.header import sizes_of_file, variant_of_file
 from trainer.contract.memory_model.stack import training_peak
 from trainer.contract.memory_model.workload import workload_of
@@ -153,11 +153,11 @@ def test_forwards_alone_swap_less_than_training() -> None:
     card = gpu_of_memory(20, "RTX 4090")
     clip = Clip(width=832, height=480, num_frames=81)
     training = resolve_memory(config, card)
-    sampling = resolve_memory(config, card, forwards=[Denoised(clip=clip)])
+    sampling = resolve_memory(config, card, forwards=[WorkingSet(clip=clip)])
     assert sampling.values["gradient_checkpointing"] is True  # it means nothing without gradients
     assert 0 < sampling.values["blocks_to_swap"] < training.values["blocks_to_swap"]
     sizes = [Clip(width=1280, height=720, num_frames=81), replace(clip, batch=2)]
-    larger, batch = (resolve_memory(config, card, forwards=[Denoised(clip=one)]) for one in sizes)
+    larger, batch = (resolve_memory(config, card, forwards=[WorkingSet(clip=one)]) for one in sizes)
     assert larger.values["blocks_to_swap"] > sampling.values["blocks_to_swap"]
     assert batch.values["blocks_to_swap"] > sampling.values["blocks_to_swap"]
 

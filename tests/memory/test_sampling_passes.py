@@ -18,7 +18,7 @@ from trainer.contract.memory_model.stack import forward_peak
 from trainer.contract.memory_model.videos import Video, planned_videos
 from trainer.contract.memory_model.workload import Workload, workload_of
 from trainer.contract.variants import Variant, get_variant
-from trainer.jobs.automatic_memory import denoised_of
+from trainer.jobs.automatic_memory import working_set_of
 from trainer.models.block_stack import BlockStack
 from trainer.models.wan.transformer import FLOAT32_MODULES, WanTransformer
 from trainer.sampling.conditions import Conditions
@@ -131,7 +131,7 @@ def test_passes_are_those_that_the_sampler_makes(name: str, setting: str) -> Non
     run = sum(counts.blocks for counts in counted.values())
     assert video.num_forwards * NUM_BLOCKS - video.passes.blocks_left_out == run
     # What `menma sample` decides by is what `menma estimate` counts.
-    assert denoised_of(request, variant) == video.denoised()
+    assert working_set_of(request, variant) == video.working_set()
 
 
 def measured(work: Workload, request: SampleRequest) -> int:
@@ -182,8 +182,8 @@ def test_memory_is_what_the_sampler_takes(setting: str) -> None:
     work = workload_of(config)
     video, request = planned(work.variant, {**FEW, **KEPT[setting]})
     found = measured(work, request)
-    denoised = video.denoised()
-    live = forward_peak(work.block_shape(denoised.clip))
-    expected = live + sum(kept_parts(work, denoised).values())
+    working_set = video.working_set()
+    live = forward_peak(work.block_shape(working_set.clip))
+    expected = live + sum(kept_parts(work, working_set).values())
     # A residual, or a text's keys and values, is more than the tolerance.
     assert expected == pytest.approx(found, rel=0.03)

@@ -18,7 +18,7 @@ import torch
 
 from trainer.bench.config_job import card_of, device_name
 from trainer.bench.grid_rows import Row, cpu_rows, gpu_rows, sampling_rows, tiny_sampling_rows
-from trainer.bench.sampling_job import denoised
+from trainer.bench.sampling_job import working_set
 from trainer.contract.config_io import load_config
 from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.files import write_text
@@ -145,7 +145,7 @@ def too_large(config: Path, card: Gpu, *, sampling: bool = False) -> str | None:
     loaded = load_config(config)
     if sampling:
         work = workload_of(loaded)
-        guess = estimate_inference(work, [denoised(work)], card)
+        guess = estimate_inference(work, [working_set(work)], card)
     else:
         guess = estimate(loaded, card)
     phase = guess.phase("sampling" if sampling else "training")

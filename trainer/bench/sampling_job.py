@@ -19,12 +19,12 @@ from trainer.bench.stopwatch import forget_peaks, now, random_weights
 from trainer.contract.config import Prompt, RunConfig
 from trainer.contract.jobs import BenchConfigRequest
 from trainer.contract.memory_model import Gpu, gpu_of_memory
-from trainer.contract.memory_model.denoising import Denoised
+from trainer.contract.memory_model.denoising import WorkingSet
 from trainer.contract.memory_model.estimating import estimate_inference
 from trainer.contract.memory_model.forwards import forward_flops
 from trainer.contract.memory_model.workload import Workload, workload_of
 from trainer.core.rng import generator
-from trainer.jobs.automatic_memory import denoised_of, resolve_for_forwards
+from trainer.jobs.automatic_memory import resolve_for_forwards, working_set_of
 from trainer.jobs.base import Emit
 from trainer.jobs.build import freeze, make_base, pick_device
 from trainer.sampling.pipeline import SamplingModels, generate
@@ -49,7 +49,7 @@ def run(request: BenchConfigRequest, emit: Emit) -> None:
     config = read(request)
     device = pick_device(config)
     work = workload_of(with_nothing_automatic(config))
-    config = resolve_for_forwards(config, work.variant, device, [denoised(work)], emit)
+    config = resolve_for_forwards(config, work.variant, device, [working_set(work)], emit)
     work = workload_of(config)
     forget_peaks(device)
     emit("phase", name="load", detail="random weights")
@@ -92,14 +92,14 @@ def request_of(work: Workload, num_steps: int) -> SampleRequest:
     return SampleRequest.of(prompt, work.variant)
 
 
-def denoised(work: Workload) -> Denoised:
+def working_set(work: Workload) -> WorkingSet:
     """Return what the transformer works on: one sample at a time, with guidance."""
-    return denoised_of(request_of(work, VIDEO_STEPS), work.variant)
+    return working_set_of(request_of(work, VIDEO_STEPS), work.variant)
 
 
 def sampling_peak_gib(work: Workload, card: Gpu | None) -> float:
     """Return the estimated peak of sampling, without CUDA's context."""
-    guess = estimate_inference(work, [denoised(work)], card or gpu_of_memory(80))
+    guess = estimate_inference(work, [working_set(work)], card or gpu_of_memory(80))
     phase = guess.phase("sampling")
     return (phase.peak_bytes - phase.parts["CUDA context"]) / GIB
 

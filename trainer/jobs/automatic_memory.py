@@ -19,7 +19,7 @@ from trainer.contract.memory_model import (
     measured_correction,
     resolve_memory,
 )
-from trainer.contract.memory_model.denoising import Denoised, plan_passes
+from trainer.contract.memory_model.denoising import WorkingSet, plan_passes
 from trainer.contract.memory_model.gpus import GIB
 from trainer.contract.memory_model.phases import COMMUNICATION_BYTES, CONTEXT_BYTES
 from trainer.contract.variants import Variant
@@ -90,7 +90,7 @@ def resolve_for_forwards(
     config: RunConfig,
     variant: Variant,
     device: torch.device,
-    forwards: Sequence[Denoised],
+    forwards: Sequence[WorkingSet],
     emit: Emit,
     *,
     processes: int = 1,
@@ -121,7 +121,7 @@ def resolve_for_forwards(
     return _with_values(config, resolved.values)
 
 
-def denoised_of(request: SampleRequest, variant: Variant, *, ranks: int = 1) -> Denoised:
+def working_set_of(request: SampleRequest, variant: Variant, *, ranks: int = 1) -> WorkingSet:
     """Return what the transformer works on for a sample, and what is kept of it.
 
     Args:
@@ -144,7 +144,7 @@ def denoised_of(request: SampleRequest, variant: Variant, *, ranks: int = 1) -> 
         num_frames=frames,
         batch=passes.largest_batch,
     )
-    return Denoised(clip=clip, keeps=passes.keeps, ranks=ranks)
+    return WorkingSet(clip=clip, keeps=passes.keeps, ranks=ranks)
 
 
 def memory_values(config: RunConfig) -> dict[str, bool | int]:

@@ -19,13 +19,13 @@ from trainer.contract.errors import ConfigError
 from trainer.contract.experts import single_expert, trained_experts
 from trainer.contract.jobs import EvalRequest
 from trainer.contract.memory_model import Clip
-from trainer.contract.memory_model.denoising import Denoised
+from trainer.contract.memory_model.denoising import WorkingSet
 from trainer.contract.run_dir import RunDir
 from trainer.contract.validation_config import ValidationSection
 from trainer.contract.variants import Expert, Variant
 from trainer.core.seams import BuildContext, Probe
 from trainer.io.mapped_load import open_weights
-from trainer.jobs.automatic_memory import denoised_of, resolve_for_forwards
+from trainer.jobs.automatic_memory import resolve_for_forwards, working_set_of
 from trainer.jobs.base import Emit
 from trainer.jobs.build import build_plugin, freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
@@ -118,7 +118,7 @@ def _forwards(
     variant: Variant,
     validation: ValidationSet | None,
     shots: Sequence[SampleRequest],
-) -> list[Denoised]:
+) -> list[WorkingSet]:
     """Return all that the transformer works on; empty: it is not loaded."""
     buckets = {item.bucket for item in validation.items} if validation is not None else set()
     batch = config.validation.batch_size
@@ -127,8 +127,8 @@ def _forwards(
         for one in sorted(buckets)
     ]
     return [
-        *(Denoised(clip=clip) for clip in measured),
-        *(denoised_of(request, variant) for request in shots),
+        *(WorkingSet(clip=clip) for clip in measured),
+        *(working_set_of(request, variant) for request in shots),
     ]
 
 

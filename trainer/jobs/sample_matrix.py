@@ -21,7 +21,7 @@ from trainer.contract.sample_formats import require_in_browsers
 from trainer.contract.variants import Expert, Variant
 from trainer.contract.vary import CHECKPOINT, PROMPT, Axis, check_axes
 from trainer.io.mapped_load import open_weights
-from trainer.jobs.automatic_memory import denoised_of, resolve_for_forwards
+from trainer.jobs.automatic_memory import resolve_for_forwards, working_set_of
 from trainer.jobs.base import Emit, explain
 from trainer.jobs.build import freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
@@ -83,7 +83,7 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
     for note in check_inputs(cells, multiple=variant.pixel_multiple, place="samples"):
         emit("log", message=note)
     device = pick_device(config)
-    forwards = list({denoised_of(cell.request, variant): None for cell in sheet.cells})
+    forwards = list({working_set_of(cell.request, variant): None for cell in sheet.cells})
     config = resolve_for_forwards(config, variant, device, forwards, emit)
     folder = SheetFolder(request.output, sheet, SheetFacts.of(config, variant, files))
     missing = folder.missing()

@@ -23,7 +23,7 @@ from trainer.engine.failures import failing_together
 from trainer.engine.process_group import World
 from trainer.engine.sequence import sharing_clips
 from trainer.io.mapped_load import open_weights
-from trainer.jobs.automatic_memory import denoised_of, resolve_for_forwards
+from trainer.jobs.automatic_memory import resolve_for_forwards, working_set_of
 from trainer.jobs.base import Emit, explain
 from trainer.jobs.build import freeze, load_base, pick_device
 from trainer.jobs.cache_run import progress_events
@@ -147,15 +147,7 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
         ranks.emit_first("warning", message=note)
     for note in plan.input_notes:
         ranks.emit_first("log", message=note)
-    shared = 1 if world.sequence is None else world.sequence.size
-    config = resolve_for_forwards(
-        plan.config,
-        plan.variant,
-        world.device,
-        [denoised_of(one, plan.variant, ranks=shared) for one in plan.requests],
-        ranks.emit_first,
-        processes=world.world_size,
-    )
+    config = _resolved(plan, world, ranks.emit_first)
     tile = config.memory.vae_tile
     requests, recorder = plan.requests, None
     if request.calibrate:
@@ -208,6 +200,19 @@ def _end(samples: Sequence[Sample], ranks: SampleRanks) -> None:
         whole = spared + passes["evaluations"]
         ranks.emit_first("log", message=f"the step cache spared {spared} of {whole} evaluations")
     ranks.emit_first("end", reason="done", num_samples=len(samples), **passes)
+
+
+def _resolved(plan: _Plan, world: World, emit: Emit) -> RunConfig:
+    """Return the config with values in the place of `auto`."""
+    shared = 1 if world.sequence is None else world.sequence.size
+    return resolve_for_forwards(
+        plan.config,
+        plan.variant,
+        world.device,
+        [working_set_of(one, plan.variant, ranks=shared) for one in plan.requests],
+        emit,
+        processes=world.world_size,
+    )
 
 
 def sample_fields(sample: Sample) -> dict[str, Any]:

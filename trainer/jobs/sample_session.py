@@ -23,7 +23,7 @@ from trainer.contract.config_io import problems_of
 from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import SampleSessionRequest
 from trainer.contract.variants import Variant
-from trainer.jobs.automatic_memory import denoised_of, resolve_for_forwards
+from trainer.jobs.automatic_memory import resolve_for_forwards, working_set_of
 from trainer.jobs.base import Emit, explain
 from trainer.jobs.build import pick_device
 from trainer.jobs.cache_run import progress_events
@@ -75,7 +75,7 @@ def run(request: SampleSessionRequest, emit: Emit) -> None:
     require_formats(kind, [usual])
     if request.merge_loras:
         check_merge(loras, [usual], config)
-    forwards = [denoised_of(usual, variant)]
+    forwards = [working_set_of(usual, variant)]
     config = resolve_for_forwards(config, variant, device, forwards, emit)
     tile = config.memory.vae_tile
     options = StudioOptions(

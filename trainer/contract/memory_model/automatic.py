@@ -14,7 +14,7 @@ from trainer.contract.config import DatasetSection, RunConfig
 from trainer.contract.config_rules import check_rules
 from trainer.contract.errors import ConfigError, RunError
 from trainer.contract.memory_model.costs import JobCost
-from trainer.contract.memory_model.denoising import Denoised
+from trainer.contract.memory_model.denoising import WorkingSet
 from trainer.contract.memory_model.estimating import (
     Circumstances,
     estimate_inference,
@@ -115,7 +115,7 @@ def resolve_memory(
     gpu: Gpu | None,
     known: Circumstances | None = None,
     *,
-    forwards: Sequence[Denoised] = (),
+    forwards: Sequence[WorkingSet] = (),
 ) -> Automatic:
     """Return the config with values in the place of `auto`; what else there is stays.
 
@@ -217,7 +217,7 @@ def estimate_sampling(config: RunConfig, gpu: Gpu, *, num_gpus: int = 1) -> JobC
         bare,
         gpu,
         Circumstances(num_gpus=sampling_processes(work, len(videos))),
-        forwards=[video.denoised(work.sequence_ranks) for video in videos],
+        forwards=[video.working_set(work.sequence_ranks) for video in videos],
     )
     return sampling_cost(workload_of(resolved.config, num_gpus=num_gpus), gpu)
 

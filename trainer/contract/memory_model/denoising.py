@@ -32,7 +32,7 @@ class Keeps:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Denoised:
+class WorkingSet:
     """What a transformer works on at a time, without an optimizer."""
 
     clip: Clip
@@ -99,16 +99,18 @@ def plan_passes(
     )
 
 
-def kept_parts(work: Workload, denoised: Denoised, *, partitioned: bool = False) -> Parts:
+def kept_parts(work: Workload, working_set: WorkingSet, *, partitioned: bool = False) -> Parts:
     """Return the bytes of what is kept between passes.
 
     Args:
         work: the config's.
-        denoised: what is worked on.
+        working_set: what is worked on.
         partitioned: processes hold the weights in parts, and gather them in a fixed order.
     """
-    shape, keeps = work.shape, denoised.keeps
-    tokens = -(-denoised.clip.tokens(work.variant) // denoised.ranks) * shape.dim * work.element
+    shape, keeps = work.shape, working_set.keeps
+    tokens = (
+        -(-working_set.clip.tokens(work.variant) // working_set.ranks) * shape.dim * work.element
+    )
     parts = {"step cache": float(keeps.residuals * tokens)}
     if work.swapped or partitioned or work.config.memory.compile_blocks:
         return parts  # `WanTransformer.remembering` remembers nothing then
@@ -118,7 +120,7 @@ def kept_parts(work: Workload, denoised: Denoised, *, partitioned: bool = False)
         rows += keeps.images * images * shape.image_tokens
     # Each row as it is embedded, and as a key and a value of every block.
     parts["kept results"] = float(rows * shape.dim * work.element * (1 + 2 * shape.num_layers))
-    if keeps.start and denoised.ranks == 1:
+    if keeps.start and working_set.ranks == 1:
         parts["kept results"] += tokens
     return parts
 

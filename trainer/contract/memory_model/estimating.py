@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from trainer.contract.config import RunConfig
 from trainer.contract.memory_model.caching import caching_cost
 from trainer.contract.memory_model.costs import whole_bytes
-from trainer.contract.memory_model.denoising import Denoised
+from trainer.contract.memory_model.denoising import WorkingSet
 from trainer.contract.memory_model.gpus import Gpu
 from trainer.contract.memory_model.host import disk_parts, host_parts
 from trainer.contract.memory_model.inference_host import samples_host
@@ -93,7 +93,7 @@ def with_jobs(result: Estimate, config: RunConfig, known: Circumstances | None =
 
 
 def estimate_inference(
-    work: Workload, forwards: Sequence[Denoised], card: Gpu, known: Circumstances | None = None
+    work: Workload, forwards: Sequence[WorkingSet], card: Gpu, known: Circumstances | None = None
 ) -> Estimate:
     """Return what forwards alone take: sampling, or measuring a loss. One phase, `sampling`.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from trainer.contract.memory_model import encoders
 from trainer.contract.memory_model.clips import Clip, cached_clips
-from trainer.contract.memory_model.denoising import Denoised, kept_parts
+from trainer.contract.memory_model.denoising import WorkingSet, kept_parts
 from trainer.contract.memory_model.gpus import GIB
 from trainer.contract.memory_model.result import PHASES, Phase
 from trainer.contract.memory_model.stack import forward_peak
@@ -75,7 +75,7 @@ def _latents(work: Workload) -> Parts:
 
 
 def inference_phase(
-    work: Workload, forwards: Sequence[Denoised], correction: float = 1.0, *, processes: int = 1
+    work: Workload, forwards: Sequence[WorkingSet], correction: float = 1.0, *, processes: int = 1
 ) -> Phase:
     """Return the phase of forwards without an optimizer: `menma sample`, or a loss measured.
 
@@ -102,7 +102,7 @@ def _sampling(work: Workload, correction: float) -> Phase:
     """Samples during training if the config wants them; else those of `menma sample`."""
     videos = planned_videos(work.config.sampling, work.variant)
     # Processes that share clips make a sample together, too.
-    forwards = dict.fromkeys(video.denoised(work.sequence_ranks) for video in videos)
+    forwards = dict.fromkeys(video.working_set(work.sequence_ranks) for video in videos)
     if not work.config.sampling.while_training:
         processes = sampling_processes(work, len(videos))
         return inference_phase(work, list(forwards), correction, processes=processes)
@@ -118,15 +118,15 @@ def _sampling(work: Workload, correction: float) -> Phase:
     return _phase("sampling", most, correction, ranks=work.world_size)
 
 
-def _forwarding(work: Workload, denoised: Denoised, *, partitioned: bool = False) -> Parts:
-    clip, ranks = denoised.clip, denoised.ranks
+def _forwarding(work: Workload, working_set: WorkingSet, *, partitioned: bool = False) -> Parts:
+    clip, ranks = working_set.clip, working_set.ranks
     variant, shape = work.variant, work.block_shape(clip, ranks=ranks)
     latents = SAMPLING_LATENTS * 4 * variant.latent_channels * clip.latent_frames(variant)
     latents = latents * clip.width * clip.height // variant.vae_stride[1] ** 2
     return {
         "live block": forward_peak(shape),
         "latents": clip.batch * latents,
-        **kept_parts(work, denoised, partitioned=partitioned),
+        **kept_parts(work, working_set, partitioned=partitioned),
         **exchange_parts(shape, ranks),
     }
 

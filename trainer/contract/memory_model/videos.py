@@ -10,7 +10,7 @@ from typing import Any
 from trainer.contract.config import Prompt, SamplingSection
 from trainer.contract.denoising_options import DenoisingOptions, PromptDenoising, denoising_of
 from trainer.contract.memory_model.clips import Clip
-from trainer.contract.memory_model.denoising import Denoised, Expert, Passes, plan_passes
+from trainer.contract.memory_model.denoising import Expert, Passes, WorkingSet, plan_passes
 from trainer.contract.memory_model.workload import Workload
 from trainer.contract.variants import Variant
 from trainer.contract.walk import DEFAULT_STRENGTH, planned_timesteps
@@ -41,14 +41,14 @@ class Video:
         """Passes of a transformer, at most."""
         return sum(many for _, many in self.passes.by_expert)
 
-    def denoised(self, ranks: int = 1) -> Denoised:
+    def working_set(self, ranks: int = 1) -> WorkingSet:
         """Return what a transformer works on at a time.
 
         Args:
             ranks: processes that share the tokens.
         """
         clip = replace(self.clip, batch=self.passes.largest_batch)
-        return Denoised(clip=clip, keeps=self.passes.keeps, ranks=ranks)
+        return WorkingSet(clip=clip, keeps=self.passes.keeps, ranks=ranks)
 
 
 def planned_videos(sampling: SamplingSection, variant: Variant) -> tuple[Video, ...]:
