@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.contract.denoising_options import SectionDenoising
 from trainer.contract.errors import UserError
 
 CFGSkip = Annotated[
@@ -112,6 +111,8 @@ def denoising_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: something in `--slg-layers` is no number.
     """
+    from trainer.contract.denoising_options import SectionDenoising
+
     found = {name: given[name] for name in SectionDenoising.model_fields if name in given}
     if (file := found.get("step_cache_file")) is not None:
         found["step_cache_file"] = str(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 import threading
@@ -36,6 +37,7 @@ def run(app: Shell) -> None:
     """
     app.error_console = Console(file=io.StringIO())  # Textual's account, with all local variables
     app.owns_process = True
+    _trust_the_terminal()
     with _terminal_kept(), _signals_raise(), lost_output_dropped():
         try:
             app.run()
@@ -45,6 +47,17 @@ def run(app: Shell) -> None:
         raise SystemExit(128 + app.ended_by)
     if app.crash is not None:
         raise RunError(f"the app has crashed. {_log(app.crash)} Runs and jobs go on.")
+
+
+def _trust_the_terminal() -> None:
+    """Ask the terminal itself for its size from now on.
+
+    Programs that use readline leave COLUMNS and LINES to what they start; with these Textual sees
+    neither the window that there is nor that it changes.
+    """
+    if sys.__stdout__ is not None and sys.__stdout__.isatty():
+        for name in ("COLUMNS", "LINES"):
+            os.environ.pop(name, None)
 
 
 def crash_log() -> Path:

@@ -16,7 +16,7 @@ from trainer.contract.config import Prompt
 from trainer.contract.errors import ConfigError
 from trainer.contract.jobs import SampleJobRequest
 from trainer.contract.lora_use import LoRAUse, SampleLoRA
-from trainer.jobs import sample
+from trainer.jobs import sample_write
 from trainer.jobs.sample_run import run
 
 
@@ -30,7 +30,7 @@ def kept_frames() -> Iterator[list[np.ndarray]]:
             kept.append(np.stack(list(frames)).astype(int))
             return path
 
-        patch.setattr(sample, "write_files", keep)
+        patch.setattr(sample_write, "write_files", keep)
         yield kept
 
 
