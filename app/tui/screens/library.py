@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import ClassVar
 
 from rich.cells import cell_len
@@ -20,7 +21,7 @@ from app.queue.adding import job_spec
 from app.queue.worker import ensure_worker
 from app.runs.child import child_environment
 from app.tui.keyed import Keyed
-from app.tui.outputs import Output, find_outputs
+from app.tui.outputs import Output, find_outputs, sampling_command
 from app.tui.sources import Sources
 from app.tui.widgets import Ask, Rows, TextView, Titles
 from trainer.contract.errors import MenmaError
@@ -156,7 +157,7 @@ class LibraryScreen(Keyed, Screen[None]):
         output = self._output()
         if output is None:
             return
-        argv = _command(kind, output)
+        argv = _command(kind, output, self._outputs)
 
         def answered(agreed: bool | None) -> None:
             if agreed:
@@ -194,10 +195,10 @@ class LibraryScreen(Keyed, Screen[None]):
         self.query_one("#details", Static).update(Text(str(words)))
 
 
-def _command(kind: str, output: Output) -> list[str]:
-    file, run = output.file, output.run.root
+def _command(kind: str, output: Output, outputs: Sequence[Output]) -> list[str]:
+    file = output.file
     if kind == "sample":
-        return ["sample", str(run)]
+        return sampling_command(output, outputs)
     if kind == "merge":
         merged = file.with_name(f"{file.stem}-merged.safetensors")
         config = str(output.run.config)
