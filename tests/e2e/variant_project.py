@@ -33,8 +33,7 @@ from trainer.contract.variants import VARIANTS, TransformerConfig
 from trainer.core.types import Batch, NoisyInput
 from trainer.engine import process_group
 from trainer.engine.process_group import World
-from trainer.jobs import sample as sample_job
-from trainer.jobs import train_samples
+from trainer.jobs import sample_write, train_samples
 from trainer.jobs.base import run_guarded
 from trainer.models.wan.fan_in import init_fan_in
 from trainer.models.wan.tiny import (
@@ -334,7 +333,7 @@ def _in_folder(folder: Path) -> Iterator[None]:
 @contextmanager
 def _recording(done: Done) -> Iterator[None]:
     """Note what the training forwards see, and the latents that are decoded."""
-    predict, decode = TrainStep.predict, sample_job.decode_frames
+    predict, decode = TrainStep.predict, sample_write.decode_frames
 
     def seen_predict(self: TrainStep, noisy: NoisyInput, batch: Batch) -> Tensor:
         done.steps.append((noisy, batch))
@@ -346,7 +345,7 @@ def _recording(done: Done) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainStep, "predict", seen_predict)
-        patch.setattr(sample_job, "decode_frames", seen_decode)
+        patch.setattr(sample_write, "decode_frames", seen_decode)
         patch.setattr(train_samples, "decode_frames", seen_decode)
         yield
 

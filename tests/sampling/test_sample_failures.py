@@ -157,9 +157,9 @@ def test_a_text_encoder_that_does_not_fit_says_so(tmp_path: Path) -> None:
 def test_a_full_disk_ends_the_run_after_what_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer.jobs import sample
+    from trainer.jobs import sample_write
 
-    write, written = sample.write_files, []
+    write, written = sample_write.write_files, []
 
     def one_only(*args: Any, **kwargs: Any) -> Path:
         if written:
@@ -167,7 +167,7 @@ def test_a_full_disk_ends_the_run_after_what_was_written(
         written.append(write(*args, **kwargs))
         return written[-1]
 
-    monkeypatch.setattr(sample, "write_files", one_only)
+    monkeypatch.setattr(sample_write, "write_files", one_only)
     with pytest.raises(DiskError, match="1 of 3 samples are made and written"):
         run_sample(requests(32, 48, 64), T2V, loaders(), tmp_path)
     assert names(tmp_path) == ["sample_00_42.mp4"]
