@@ -146,11 +146,11 @@ def test_every_combination_with_one_load(
 def test_a_cell_is_the_sample_that_the_plain_command_makes(config: Path, tmp_path: Path) -> None:
     lora = write_lora(tmp_path / "cat.safetensors", 0.4)
     events = make(
-        config, parse_vary(f"lora:{lora}=0,0.5"), parse_vary("seed=7"), parse_vary("frames=5")
-    )
+        config, parse_vary(f"lora:{lora}=0,0.5"), parse_vary("seed=7"), parse_vary("frames=1")
+    )  # a PNG: x264 does not give the same bits each time
     request = SampleMatrixRequest(
         config=config,
-        prompts=(Prompt(prompt="a cat", seed=7, num_frames=5),),
+        prompts=(Prompt(prompt="a cat", seed=7, num_frames=1),),
         loras=(SampleLoRA(path=lora, strength=0.5),),
         output=tmp_path / "plain",
     )
