@@ -83,7 +83,7 @@ class Shell(App[None]):
 
         A screen that missed a change of the window learns of it here.
         """
-        if not self._has_begun:
+        if not self._has_begun or not self.screen_stack:  # the last one goes before the timers
             return
         covered = any(isinstance(screen, TooSmall) for screen in self.screen_stack)
         if is_too_small(self.size) and not covered:

@@ -104,7 +104,7 @@ def test_the_list_has_every_option_of_a_complete_config_once():
         keys = [option.key for option in options_of(document)]
         assert len(set(keys)) == len(keys)
         hidden = {part for one in document.spans.hidden for part in one.path[-1:]}
-        assert hidden - {"preset", "sources"} <= {key.rpartition(".")[2] for key in keys}
+        assert hidden - {"preset", "sources", "loras"} <= {key.rpartition(".")[2] for key in keys}
         assert all(option.help for option in options_of(document))
     bare = {key.replace("[0]", "") for key in keys}
     arrays = {"sampling.prompts.prompt", "techniques.name", "preset"}
