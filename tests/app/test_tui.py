@@ -112,6 +112,7 @@ def test_runs_and_jobs_are_one_list(folders, size):
 
     async def steps(pilot, app):
         await seen(pilot, app, "fish")
+        await seen(pilot, app, "Stop")  # the footer
         text = await seen(pilot, app, "menma cache first.toml")  # the last that is laid out
         lines = [line.split() for line in text.splitlines()]
         assert lines[1] == ["ID", "KIND", "NAME", "STATE", "STEP", "ETA", "GPU", "LOSS"]
