@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.contract.denoising_options import DenoisingOptions
+from trainer.contract.errors import DataError
 from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Expert, Variant
 from trainer.data.fingerprint import stat_of
@@ -90,6 +91,9 @@ class Studio:
         """
         key = _seen(request)
         stats = [stat_of(path) for path in request.files.values()]
+        if "" in stats:
+            gone = list(request.files.values())[stats.index("")]
+            raise DataError(f"{gone} cannot be read")
         if key in self._conditions and self._conditions[key][0] == stats:
             return
         if not request.files:
