@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from textual.screen import Screen
 
+from app.tui.fitting import Fitting
 from app.tui.keyed import Keyed
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def interval_s(
     return SLOW_INTERVAL_S if far and num_characters >= LARGE_WINDOW else INTERVAL_S
 
 
-class LiveScreen(Keyed, Screen[None]):
+class LiveScreen(Fitting, Keyed, Screen[None]):
     """A screen that calls `look` when it comes up, and in intervals while it can be seen."""
 
     def look(self) -> object:

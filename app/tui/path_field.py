@@ -17,6 +17,7 @@ from textual.screen import ModalScreen
 from textual.suggester import Suggester
 from textual.widgets import DirectoryTree, Input, Label
 
+from app.tui.fitting import Fitting
 from app.tui.keyed import LISTS, Keyed, key_of
 
 _KEYS = {"folder-above": "h", "cancel": "esc"}
@@ -180,7 +181,7 @@ class _Folders(Keyed, DirectoryTree):
                 yield path
 
 
-class PathTree(Keyed, ModalScreen[Path | None]):
+class PathTree(Fitting, Keyed, ModalScreen[Path | None]):
     """A tree to choose a file or a folder from; the answer is its path, or None."""
 
     DEFAULT_CSS = """

@@ -12,6 +12,8 @@ from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from app.tui.fitting import Fitting
+
 WIDTH, HEIGHT = 60, 15
 """The least that every screen can be read in; they are made for 80 by 24."""
 
@@ -21,7 +23,7 @@ def is_too_small(size: Size) -> bool:
     return size.width < WIDTH or size.height < HEIGHT
 
 
-class TooSmall(ModalScreen[None]):
+class TooSmall(Fitting, ModalScreen[None]):
     """Words in place of a torn layout; the app takes it away once there is room."""
 
     DEFAULT_CSS = """

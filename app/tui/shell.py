@@ -13,10 +13,12 @@ from typing import Any
 from textual import actions, events, on, work
 from textual.actions import ActionParseResult
 from textual.app import App, SystemCommand
+from textual.command import CommandPalette
 from textual.dom import DOMNode
 from textual.screen import Screen
 
 from app.domain.app_memory import remember_theme
+from app.tui.fitting import Base, Palette
 from app.tui.preferences import Preferences
 from app.tui.read_only import is_refused
 from app.tui.room import TooSmall, is_too_small
@@ -52,6 +54,15 @@ class Shell(App[None]):
         """It is alone in its process: signals end it as `q` does, threads end with it."""
         for theme in self.preferences.themes:
             self.register_theme(theme)
+
+    def get_default_screen(self) -> Screen[None]:
+        """Return what is under all other screens."""
+        return Base(id="_default")
+
+    def action_command_palette(self) -> None:
+        """Show the command palette."""
+        if self.use_command_palette and not isinstance(self.screen, CommandPalette):
+            self.push_screen(Palette(id="--command-palette"))
 
     def begin(self) -> None:
         """Take the user's keys, say what is wrong with them, look at the room."""

@@ -13,6 +13,7 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Button, DataTable, Label, Static
 
+from app.tui.fitting import Fitting
 from app.tui.keyed import LISTS, Keyed, key_of
 from trainer.contract.files import write_text
 
@@ -72,7 +73,7 @@ class Rows(Keyed, DataTable[Text]):
         super().__init__(cursor_type="row", **attributes)
 
 
-class Ask(Keyed, ModalScreen[bool]):
+class Ask(Fitting, Keyed, ModalScreen[bool]):
     """A question before something that cannot be taken back. Cancel has the focus."""
 
     DEFAULT_CSS = """
@@ -111,7 +112,7 @@ class Ask(Keyed, ModalScreen[bool]):
         self.dismiss(yes)
 
 
-class TextView(Keyed, ModalScreen[None]):
+class TextView(Fitting, Keyed, ModalScreen[None]):
     """Text to read, to copy and to keep: a command, an error, the end of a log."""
 
     DEFAULT_CSS = """

@@ -20,6 +20,7 @@ from app.domain.comparison import BEST, UNLIKE
 from app.domain.run_comparison import ComparedRun, config_rows, figure_rows, read_runs
 from app.render.curve import Curve
 from app.tui.curve_view import OverlaidCurves
+from app.tui.fitting import Fitting
 from app.tui.keyed import Keyed
 from app.tui.widgets import Titles
 from trainer.contract.run_dir import RunDir
@@ -32,7 +33,7 @@ MOST = len(LINES)
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
-class CompareScreen(Keyed, ModalScreen[None]):
+class CompareScreen(Fitting, Keyed, ModalScreen[None]):
     """Two runs or more, as they were when the screen was opened."""
 
     DEFAULT_CSS = """

@@ -20,6 +20,7 @@ from textual.widgets import DataTable, Footer, Static
 from app.queue.adding import job_spec
 from app.queue.worker import ensure_worker
 from app.runs.child import child_environment
+from app.tui.fitting import Fitting
 from app.tui.keyed import Keyed
 from app.tui.outputs import Output, find_outputs, sampling_command
 from app.tui.sources import Sources
@@ -31,7 +32,7 @@ INSPECT_TIMEOUT_S = 120
 COLUMNS = ("FILE", "RUN", "SIZE", "WRITTEN")
 
 
-class LibraryScreen(Keyed, Screen[None]):
+class LibraryScreen(Fitting, Keyed, Screen[None]):
     """Outputs of all runs, the newest first."""
 
     DEFAULT_CSS = """

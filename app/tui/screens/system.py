@@ -15,12 +15,13 @@ from textual.screen import Screen
 from textual.widgets import Footer, Static
 
 from app.render.environment import report_lines
+from app.tui.fitting import Fitting
 from app.tui.keyed import Keyed
 from app.tui.meters import Meters
 from app.tui.widgets import Titles
 
 
-class SystemScreen(Keyed, Screen[None]):
+class SystemScreen(Fitting, Keyed, Screen[None]):
     """What GPUs and RAM do now, and what `menma doctor` finds."""
 
     DEFAULT_CSS = "SystemScreen VerticalScroll { padding: 0 1; }"

@@ -12,10 +12,11 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Label, OptionList
 
+from app.tui.fitting import Fitting
 from app.tui.keyed import Keyed, key_of
 
 
-class Choose(Keyed, ModalScreen[int | None]):
+class Choose(Fitting, Keyed, ModalScreen[int | None]):
     """Lines to choose from; the answer is the place of one, or None."""
 
     DEFAULT_CSS = """

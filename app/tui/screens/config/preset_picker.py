@@ -21,6 +21,7 @@ from app.domain.config_document import ConfigDocument
 from app.domain.preset_choice import PresetChoice, choose_preset
 from app.domain.preset_offers import Offer, all_offers
 from app.domain.toml_text import toml_value
+from app.tui.fitting import Fitting
 from app.tui.keyed import Keyed, key_of
 from app.tui.preset_pane import PresetPane, changes_words, purpose_words, title_words
 from app.tui.screens.config.card_choice import CardChoice
@@ -29,7 +30,7 @@ from app.tui.screens.config.words import memory_words
 _KEYS = {"give-way": "f", "cancel": "esc"}
 
 
-class PresetPicker(Keyed, ModalScreen[str | None]):
+class PresetPicker(Fitting, Keyed, ModalScreen[str | None]):
     """All presets, what each would change, and whether it fits; the answer is the new text.
 
     Args:

@@ -19,6 +19,7 @@ from app.domain.config_check import Checked, check_text, problem_line
 from app.domain.config_document import ConfigDocument
 from app.domain.config_file import ConfigFile
 from app.domain.config_options import Option, options_of
+from app.tui.fitting import Fitting
 from app.tui.keyed import Keyed
 from app.tui.screens.config.card_choice import CardChoice
 from app.tui.screens.config.options_table import OptionsTable
@@ -50,7 +51,7 @@ ConfigView #memory, ConfigView #problems { text-wrap: nowrap; text-overflow: ell
 """
 
 
-class ConfigView(Keyed, Screen[None]):
+class ConfigView(Fitting, Keyed, Screen[None]):
     """Options and text of one config, and what is wrong with it."""
 
     DEFAULT_CSS = _LAYOUT

@@ -21,6 +21,7 @@ from app.domain.data_report import ClipRow, DataReport
 from app.render.data_report import summary
 from app.runs.ask import Cancelled
 from app.runs.frames import ClipFrames, clip_frames
+from app.tui.fitting import Fitting
 from app.tui.keyed import Keyed
 from app.tui.screens.data.frames import FrameView
 from app.tui.screens.data.tables import CLIPS, clip_cells, details, fill, table_of
@@ -36,7 +37,7 @@ REST_S = 0.3
 """The cursor rests for this long before frames of its clip are asked for."""
 
 
-class DataView(Keyed, Screen[None]):
+class DataView(Fitting, Keyed, Screen[None]):
     """A report of a dataset, to be looked through."""
 
     AUTO_FOCUS = "#clips"

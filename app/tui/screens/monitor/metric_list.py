@@ -12,12 +12,13 @@ from textual.screen import ModalScreen
 from textual.widgets import Label, OptionList
 from textual.widgets.option_list import Option
 
+from app.tui.fitting import Fitting
 from app.tui.keyed import Keyed
 
 NONE = "none: the loss alone"
 
 
-class MetricList(Keyed, ModalScreen[str | None]):
+class MetricList(Fitting, Keyed, ModalScreen[str | None]):
     """Gives the name of a series, empty for none; None where the choice stays as it was."""
 
     DEFAULT_CSS = """

@@ -19,6 +19,7 @@ from app.queue.adding import job_spec
 from app.queue.chain import chain
 from app.queue.store import QueueStore
 from app.queue.worker import ensure_worker
+from app.tui.fitting import Fitting
 from app.tui.keyed import Keyed
 from app.tui.screens.wizard.data_steps import DataStep, GoalStep
 from app.tui.screens.wizard.draft import Draft
@@ -53,7 +54,7 @@ class Finished:
     """Numbers in the queue; none: the config was only saved."""
 
 
-class WizardScreen(Keyed, ModalScreen[Finished | None]):
+class WizardScreen(Fitting, Keyed, ModalScreen[Finished | None]):
     """Asks for everything that a training needs, and starts it."""
 
     DEFAULT_CSS = """
