@@ -184,7 +184,7 @@ class _Session:
         latents = self.studio.draw(request, on_step, step_cache)
         self._leave_if_stopped()
         made, kind = self.studio.evaluations, self.target.files
-        models = model_metadata(self.config, self.variant, self.files)
+        models = model_metadata(self.config, self.variant, self.files, step_cache)
         index = self._num_asked - 1
         decoding = self.studio.decoding() if kind.decodes else nullcontext()
         with in_phase("decode"), decoding as decode:
