@@ -18,7 +18,6 @@ from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import (
     FileOptions,
     describe,
-    free_path,
     latents_beside,
     read_sample_metadata,
     write_sample,
@@ -210,6 +209,9 @@ def test_a_folder_of_frames_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_names_with_dots_count_on_behind_them(tmp_path: Path) -> None:
-    (tmp_path / "v1.5_7").mkdir()
-    assert free_path(tmp_path / "v1.5_7").name == "v1.5_7_2"
+    taken = tmp_path / "v1.5_7"
+    taken.mkdir()
+    (taken / "notes.txt").touch()
+    frames = FileOptions(format="png")
+    assert write_sample(tmp_path, "v1.5", REQUEST, FRAMES, files=frames).name == "v1.5_7_2"
     assert latents_beside(tmp_path / "v1.5_7").name == "v1.5_7.safetensors"

@@ -185,6 +185,7 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
                     observer=recorder,
                     preview=drawn,
                     on_failure=lambda words: ranks.emit("warning", message=words),
+                    on_kept=lambda kept: ranks.emit("warning", message=kept.words()[:8000]),
                 ),
             )
     except BaseException as error:

@@ -32,6 +32,7 @@ def write_drawn(
     decode: Decode | None,
     files: FileOptions,
     metadata: Mapping[str, Any],
+    on_latents: Callable[[Path], None] = lambda _path: None,
 ) -> Path:
     """Decode a sample as its format wants it, and write it.
 
@@ -42,6 +43,7 @@ def write_drawn(
         decode: makes frames of latents; None where the format holds none.
         files: what kind of file.
         metadata: all that the file says, where `files` wants it.
+        on_latents: told of the latents' file beside it, when that is written.
 
     Raises:
         DiskError: disk full or read-only; nothing is left of this sample.
@@ -55,4 +57,5 @@ def write_drawn(
         metadata=metadata if files.metadata else {},
         files=files,
         latents_BCFHW=latents_BCFHW,
+        on_latents=on_latents,
     )
