@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli import jobs, output
+from app.cli import completion, jobs, output
 from app.cli.commands.lora_options import Dtype, Expert, File, Force, refuse_existing, show_written
 from app.cli.options import Json
 
@@ -37,6 +37,7 @@ def convert(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument
         typer.Option(
             "--layout",
             help="comfy (ComfyUI, diffusers), kohya (musubi-tuner) or peft (diffusers).",
+            autocompletion=completion.layouts,
         ),
     ] = "comfy",
     dtype: Dtype = None,
