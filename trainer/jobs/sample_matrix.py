@@ -43,6 +43,7 @@ from trainer.jobs.sample_run import (
 from trainer.jobs.sample_settings import step_cache_identity
 from trainer.jobs.sample_sheet_folder import SheetFacts, SheetFolder
 from trainer.jobs.sample_studio import Studio, StudioOptions
+from trainer.jobs.sample_target import check_no_fields
 from trainer.jobs.step_cache_values import step_cache_values
 from trainer.sampling.inputs import check_inputs
 from trainer.sampling.matrix import Cell, Sheet, build_sheet
@@ -66,6 +67,7 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
     """
     if request.merge_loras or request.calibrate:
         raise ConfigError("a sheet merges no LoRAs and calibrates nothing", hint="do it without")
+    check_no_fields(request.output)
     config = read_config(request, "sample")
     variant = settle_variant(config)
     prompts, axes = _prompts_and_axes(request, config)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import DataError
-from trainer.contract.files import write_text
+from trainer.contract.files import in_bytes, write_text
 from trainer.contract.variants import Expert, Variant
 from trainer.data.fingerprint import digest, identify, model_identity
 from trainer.jobs.sample_loras import described
@@ -287,7 +287,7 @@ class SheetFolder:
             for axis in self._sheet.varied
         ]
         slug = re.sub(r"[^\w.+-]+", "_", "_".join(parts))
-        return slug[:100].strip("_.") or "sample"
+        return in_bytes(slug, 100).strip("_.") or "sample"
 
     def _fixed(self) -> list[tuple[str, str]]:
         told = list(self._told.values())

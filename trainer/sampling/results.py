@@ -246,6 +246,19 @@ def require_formats(files: FileOptions, requests: Iterable[SampleRequest]) -> No
         files.writer(num_frames)
 
 
+def require_only_frames(path: Path) -> None:
+    """Refuse a folder that `force` would remove, and that holds more than a sample's frames.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if path.is_dir() and any(not _FRAME.fullmatch(file.name) for file in path.iterdir()):
+        raise ConfigError(
+            f"{path} holds more than frames, and --force would remove it",
+            hint="choose another --output",
+        )
+
+
 @contextmanager
 def _finished(path: Path) -> Iterator[Path]:
     """Yield a hidden place beside `path` for what has no name yet; nothing stays there."""
@@ -299,11 +312,7 @@ def _room_for(path: Path) -> Iterator[Path]:
     if not path.is_dir():
         yield path
         return
-    if any(not _FRAME.fullmatch(file.name) for file in path.iterdir()):
-        raise ConfigError(
-            f"{path} holds more than frames, and --force would remove it",
-            hint="choose another --output",
-        )
+    require_only_frames(path)
     place = _hidden(path)
     yield place
     with disk_errors(path):
