@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -16,7 +17,7 @@ from app.cli.progress import Progress, open_progress
 from app.domain.state_folder import state_folder
 from app.runs.child import Event
 from app.runs.conversation import Conversation
-from trainer.contract.errors import ConfigError, Problem, UserError
+from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.prompts import parse_prompt_line
 
 _INTRO = """One line, one sample: a fish in the rain --w 480 --h 272 --f 33 --d 7 --s 20
@@ -115,17 +116,12 @@ def _values(line: str, place: str) -> dict[str, Any] | None:
 
 def _lines(*, typed: bool) -> Iterator[tuple[int, str]]:
     """Yield number and text of each line that is neither empty nor a comment."""
-    number = 0
-    try:
-        for number, line in enumerate(_typed_lines() if typed else sys.stdin, start=1):
-            text = line.strip()
-            if text and not text.startswith("#"):
-                yield number, text
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"line {number + 1} or one behind it is no UTF-8 text: {error.reason}",
-            hint="save the prompts as UTF-8",
-        ) from None
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is the mistake of its line alone
+        sys.stdin.reconfigure(errors="surrogateescape")
+    for number, line in enumerate(_typed_lines() if typed else sys.stdin, start=1):
+        text = line.strip()
+        if text and not text.startswith("#"):
+            yield number, text
 
 
 def _typed_lines() -> Iterator[str]:

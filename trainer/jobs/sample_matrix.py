@@ -88,10 +88,7 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
     device = pick_device(config)
     forwards = list({working_set_of(cell.request, variant): None for cell in sheet.cells})
     config = resolve_for_forwards(config, variant, device, forwards, emit)
-    bases = {
-        base: _Base.of(base, config, variant, files, sheet.cells)
-        for base in dict.fromkeys(cell.base for cell in sheet.cells)
-    }
+    bases = _bases(config, variant, files, sheet.cells)
     step_caches = {base: step_cache_identity(of.step_cache) for base, of in bases.items()}
     facts = SheetFacts.of(config, variant, files, step_caches)
     folder = SheetFolder(request.output, sheet, facts)
@@ -163,6 +160,16 @@ class _Base:
         requests = [cell.request for cell in cells if cell.base == base]
         step_cache = step_cache_values(config, variant, lambda: own, requests)
         return cls(own, step_cache, model_metadata(config, variant, own, step_cache))
+
+
+def _bases(
+    config: RunConfig, variant: Variant, files: TransformerFiles, cells: Sequence[Cell]
+) -> dict[tuple[Path, ...], _Base]:
+    """Return the transformers that cells have, by `Cell.base`."""
+    return {
+        base: _Base.of(base, config, variant, files, cells)
+        for base in dict.fromkeys(cell.base for cell in cells)
+    }
 
 
 def _expert_of(path: Path) -> Expert:
