@@ -16,10 +16,11 @@ import pytest
 import torch
 from test_sample_failures import T2V, Breaking, loaders, names, requests
 from test_sample_run import config, models
+from test_sample_session import talk
 
 from tests.sampling.sampling_fakes import FakeVae
 from trainer.engine.launch import worker_environment
-from trainer.jobs import sample
+from trainer.jobs import sample, sample_write
 from trainer.jobs.sample import SampleOptions, run_sample
 from trainer.jobs.sample_kept import KeptLatents, undisturbed
 from trainer.sampling.latent_files import read_latents
@@ -133,6 +134,28 @@ def test_a_full_disk_keeps_what_it_takes(tmp_path: Path) -> None:
     kept.keep({0: torch.ones(1), 1: torch.ones(1)})
     assert kept.paths == {1: tmp_path / "one"}
     kept.done(1)  # a file that is gone is no error
+
+
+def test_a_session_keeps_what_it_cannot_decode(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, broken = sample_write.decode_frames, [True]
+
+    def frames(*arguments: Any, **rest: Any) -> Any:
+        if broken and broken.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(*arguments, **rest)
+
+    monkeypatch.setattr(sample_write, "decode_frames", frames)
+    line = {"prompt": {"prompt": "a cat", "seed": 7}}
+    first, second, _ = talk(config, monkeypatch, line, line)
+    (kept,) = (tmp_path / "out").glob("*.safetensors")
+    assert [event["type"] for event in first if event["type"] != "step"][-2:] == [
+        "warning", "error"
+    ]  # fmt: skip
+    assert kept.name in first[-2]["message"]
+    assert read_latents(kept).metadata["seed"] == 7
+    assert [event["type"] for event in second][-1] == "sample"
 
 
 WORKER = """

@@ -26,7 +26,7 @@ from trainer.jobs.sample_kept import KeptLatents
 from trainer.jobs.sample_loras import LoRASwitch, OnMerge
 from trainer.jobs.sample_metadata import DescribeFile, sample_metadata
 from trainer.jobs.sample_target import Target
-from trainer.jobs.sample_write import decode_with, write_drawn
+from trainer.jobs.sample_write import decode_with, write_drawn, write_latents_alone
 from trainer.models.wan.conditioning import LatentEncoder
 from trainer.sampling.conditions import (
     Conditions,
@@ -331,11 +331,13 @@ class _Run:
         return Sample(path, request, self.evaluations[index], index, beside)
 
     def _write_latents(self, index: int, latents: Tensor) -> Path:
-        # What is there is not replaced, whatever `force` says: it was not asked for this file.
-        kind = FileOptions(format="latents", metadata=self.options.files.metadata)
-        path, metadata = latents_beside(self._path(index)), self._metadata(index)
-        request = self.requests[index]
-        return write_drawn(path, request, latents, decode=None, files=kind, metadata=metadata)
+        return write_latents_alone(
+            self._path(index),
+            self.requests[index],
+            latents,
+            files=self.options.files,
+            metadata=self._metadata(index),
+        )
 
     def _path(self, index: int) -> Path:
         request = self.requests[index]

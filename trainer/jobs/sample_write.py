@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.sampling.formats.base import Bits
 from trainer.sampling.pipeline import VideoDecoder, decode_frames
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.results import FileOptions, write_files
+from trainer.sampling.results import FileOptions, latents_beside, write_files
 from trainer.sampling.video_io import AnyFrame
 
 Decode = Callable[[Tensor, Bits], Iterable[AnyFrame]]
@@ -59,3 +59,23 @@ def write_drawn(
         latents_BCFHW=latents_BCFHW,
         on_latents=on_latents,
     )
+
+
+def write_latents_alone(
+    path: Path,
+    request: SampleRequest,
+    latents_BCFHW: Tensor,
+    *,
+    files: FileOptions,
+    metadata: Mapping[str, Any],
+) -> Path:
+    """Write the latents of a sample that is not decoded, under its name; return where.
+
+    What is there is not replaced, whatever `files` says: nobody asked for this file.
+
+    Raises:
+        DiskError: disk full or read-only.
+    """
+    kind = FileOptions(format="latents", metadata=files.metadata)
+    path = latents_beside(path)
+    return write_drawn(path, request, latents_BCFHW, decode=None, files=kind, metadata=metadata)
