@@ -163,6 +163,8 @@ class AdapterFile(Mapping[str, Update]):
             `+` when a file mixes them.
         metadata: the string table of the file's header.
         notes: what had to be assumed while reading, for people.
+        differences: what is added to parameters that are no weights of linear layers, by their
+            canonical names (`blocks.0.norm3.bias`); the dtype is that of the file.
     """
 
     def __init__(
@@ -173,8 +175,10 @@ class AdapterFile(Mapping[str, Update]):
         layout: str,
         metadata: Mapping[str, str],
         notes: tuple[str, ...] = (),
+        differences: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._modules = dict(modules)
+        self.differences = dict(differences or {})
         self.path = path
         self.layout = layout
         self.metadata = dict(metadata)

@@ -100,6 +100,7 @@ def _part_lines(part: dict[str, Any]) -> list[str]:
             ("alpha", _counts(part.get("alphas"))),
             ("dtype", _counts(part.get("dtypes"))),
             ("norm", _figure(part.get("norm"))),
+            ("differences", _differences(part.get("differences") or {})),
         ]
     )
     if zero := part.get("zero_modules"):
@@ -113,6 +114,15 @@ def _part_lines(part: dict[str, Any]) -> list[str]:
     for program, answer in _items(part, "programs"):
         lines.append(f"{program:<12} {'loads it' if answer['loads'] else answer.get('why', 'no')}")
     return lines
+
+
+def _differences(whole: dict[str, Any]) -> str:
+    """Say how many parameters have whole differences, how large they are, and which."""
+    if not whole.get("num"):
+        return ""
+    zero = f", {whole['num_zero']} of them zero" if whole.get("num_zero") else ""
+    names = ", ".join(whole.get("names") or {})
+    return f"{whole['num']} whole{zero}, norm {_figure(whole.get('norm'))}: {names}"
 
 
 def _pairs(shown: list[tuple[str, Any]]) -> list[str]:

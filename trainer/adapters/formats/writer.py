@@ -12,10 +12,12 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from trainer.adapters.base import Update
+from trainer.adapters.difference import WeightDifference
 from trainer.adapters.formats.peft_config import HEADER_KEY, header_settings
 from trainer.adapters.formats.reader import load_adapter
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.layer_names import diffusers_name
+from trainer.contract.parameter_names import is_bare, stored_name
 from trainer.contract.registry import nearest
 from trainer.contract.stored_kinds import STORED_KINDS, StoredKind, layout_problem
 from trainer.io.atomic_save import same_bytes, save_safetensors
@@ -32,6 +34,7 @@ def save_adapter(
     layout: str = "comfy",
     dtype: torch.dtype = torch.bfloat16,
     metadata: Mapping[str, str] | None = None,
+    differences: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter and verify that reading it gives the same update again.
 
@@ -45,30 +48,41 @@ def save_adapter(
             DoRA are float32 always: their rounding would change whole rows of weights.
         metadata: of the header; what describes the tensors (ss_network_dim, ss_network_alpha,
             sshs_model_hash) is set here.
+        differences: of parameters that are no weights of linear layers, by canonical name; written
+            as they are, in their own dtypes.
 
     Raises:
-        ConfigError: no such layout, or not for this kind of adapter.
+        ConfigError: no such layout, not for this kind of adapter, or it has no name for a
+            difference.
         ModelFileError: a value does not fit `dtype`, or is not finite.
         DiskError: the disk is full, read-only or faulty.
     """
     if layout not in _WRITERS:
         raise ConfigError(f"unknown LoRA layout {layout!r}", hint=nearest(layout, _WRITERS))
-    if not updates:
+    vectors = dict(differences or {})
+    if not updates and not vectors:
         raise ModelFileError(f"there is no module to write to {path}")
     kinds = {name: _kind(name, update) for name, update in updates.items()}
     problems = {p for u in updates.values() if (p := layout_problem(u.kind, layout)) is not None}
     if problems:
         raise ConfigError(problems=sorted(problems, key=lambda problem: problem.message))
+    named = _named(vectors, layout, path)
     prepare, write = _WRITERS[layout]
     stored = {name: _rounded(name, prepare(update), dtype) for name, update in updates.items()}
     tensors, header = write(stored, kinds)
+    tensors |= named
+    if vectors and "ss_network_module" in header:
+        header["ss_network_module"] = _LYCORIS
     table = {**(metadata or {}), **_facts(stored), **header}
     if "menma.kind" in table:
-        table["menma.kind"] = "+".join(sorted({update.kind for update in updates.values()}))
+        own = {update.kind for update in updates.values()} or {WeightDifference.kind}
+        table["menma.kind"] = "+".join(sorted(own))
     table["sshs_model_hash"] = model_hash(tensors)
 
     def check(file: Path) -> None:
-        _check_equal(stored, load_adapter(file))
+        read = load_adapter(file, differences=True)
+        _check_equal(stored, read)
+        _check_differences(vectors, read.differences)
 
     save_safetensors(tensors, Path(path), table, check=check)
 
@@ -86,10 +100,41 @@ def _write_kohya(stored: Updates, kinds: Kinds) -> tuple[Table, dict[str, str]]:
 
     tensors = _tensors("kohya", stored, kinds, stem)
     for name, update in stored.items():
-        tensors[f"{stem(name)}.alpha"] = torch.tensor(update.alpha)
+        if update.kind != WeightDifference.kind:  # it has none
+            tensors[f"{stem(name)}.alpha"] = torch.tensor(update.alpha)
     modules = {kind.network_module for kind in kinds.values()}
     # LyCORIS's module reads every kind, so a mixture too.
-    return tensors, {"ss_network_module": modules.pop() if len(modules) == 1 else "lycoris.kohya"}
+    return tensors, {"ss_network_module": modules.pop() if len(modules) == 1 else _LYCORIS}
+
+
+_LYCORIS = "lycoris.kohya"
+
+
+def _named(vectors: Table, layout: str, path: Path | str) -> Table:
+    """Return differences by the keys that a layout has for them."""
+    none = [name for name in vectors if layout == "peft" or (layout == "kohya" and is_bare(name))]
+    if none:
+        others = "comfy" if layout == "kohya" or any(map(is_bare, vectors)) else "comfy or kohya"
+        raise ConfigError(
+            f"{path}: layout {layout!r} has no name for {stored_name(none[0])}, a whole difference"
+            + (f" ({len(none)} of them)" if len(none) > 1 else ""),
+            hint=f"write layout {others}, or merge it into the model (menma merge)",
+        )
+    if layout == "comfy":
+        return {f"diffusion_model.{stored_name(name)}": t for name, t in vectors.items()}
+    table: Table = {}
+    for name, tensor in vectors.items():
+        module, _, role = stored_name(name).rpartition(".")
+        table[f"lora_unet_{module.replace('.', '_')}.{role}"] = tensor
+    return table
+
+
+def _check_differences(stored: Table, read: Mapping[str, Tensor]) -> None:
+    if stored.keys() != read.keys():
+        raise RuntimeError("the LoRA file that was written does not hold the same differences")
+    for name, tensor in stored.items():
+        if not same_bytes(tensor, read[name]):
+            raise RuntimeError(f"{name} differs in the LoRA file that was written")
 
 
 def _write_peft(stored: Updates, kinds: Kinds) -> tuple[Table, dict[str, str]]:
@@ -159,8 +204,9 @@ def _rounded(name: str, update: Update, dtype: torch.dtype) -> Update:
 
 def _facts(stored: Updates) -> dict[str, str]:
     # One figure where all modules agree; kohya-style tools write "Dynamic" where they do not.
-    ranks = {u.rank for u in stored.values()}
-    alphas = {u.alpha for u in stored.values()}
+    scaled = [u for u in stored.values() if u.kind != WeightDifference.kind]
+    ranks = {u.rank for u in scaled}
+    alphas = {u.alpha for u in scaled}
     return {
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
