@@ -190,14 +190,17 @@ def parameter_shapes(model: nn.Module, parameters: Sequence[str]) -> dict[str, t
 
 
 def parameter_of(model: nn.Module, name: str) -> Tensor:
-    """Return a parameter of a model, or what stands for it where blocks are streamed.
+    """Return a parameter under all adapters, or what stands for it where blocks are streamed.
 
     Raises:
         LookupError: the model has none of this name.
     """
     module, _, leaf = name.rpartition(".")
     try:
-        tensor = getattr(model.get_submodule(module), leaf)
+        owner = model.get_submodule(module)
+        while isinstance(owner, AdapterLinear):
+            owner = owner.base
+        tensor = getattr(owner, leaf)
     except AttributeError:
         tensor = None
     if isinstance(tensor, Tensor):
@@ -232,6 +235,17 @@ def fitting_differences(
             )
         found[parameter] = difference
     return found
+
+
+def shown_in_blocks(adapter: AdapterFile) -> str | None:
+    """Return a difference that a block is shown while it runs, which compiled code does not take.
+
+    None where there is none: biases and weights of linear layers are layers of their own.
+    """
+    for module, own in on_modules(adapter.differences, biases=False).items():
+        if module.startswith("blocks."):
+            return stored_name(f"{module}.{next(iter(own))}")
+    return None
 
 
 def on_modules(differences: Mapping[str, Tensor], *, biases: bool) -> dict[str, dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import attach, fitting_modules
 from trainer.adapters.base import AdapterFile
-from trainer.adapters.difference import fitting_differences, on_modules
+from trainer.adapters.difference import fitting_differences, on_modules, shown_in_blocks
 from trainer.adapters.rank_mask import METADATA_KEY
 from trainer.contract.config import FrozenAdapter, RunConfig
 from trainer.contract.errors import MenmaError, Problem
@@ -65,6 +65,15 @@ def companion_problems(
                 "they are changed",
                 key,
                 hint="set distributed.zero_stage to 2, or merge the file into the model "
+                "(`menma merge`)",
+            )
+        shown = shown_in_blocks(adapter)
+        if config.memory.compile_blocks and shown is not None:
+            yield Problem(
+                f"{companion.path} holds {shown}, a whole difference that compiled blocks do not "
+                "take (memory.compile_blocks)",
+                key,
+                hint="set memory.compile_blocks to false, or merge the file into the model "
                 "(`menma merge`)",
             )
         if config.adapter.kind == "dora" and METADATA_KEY in adapter.metadata:
