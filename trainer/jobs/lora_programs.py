@@ -92,6 +92,8 @@ def _diffusers_kohya(adapter: Mapping[str, Any], outside: list[str], has_alpha: 
 
 
 def _musubi(layouts: set[str], kinds: set[str]) -> str:
+    if _WHOLE in kinds:
+        return "it does not know whole differences (.diff)"
     if layouts != {"kohya"}:
         return "it is sure to read kohya names only: convert to kohya"
     return _other_kind(kinds, _MUSUBI_KINDS)
