@@ -29,6 +29,9 @@ class Update(ABC):
     precise: ClassVar[frozenset[str]] = frozenset()
     """Roles that files hold in float32, whatever the others are rounded to."""
 
+    keeps_dtype: ClassVar[bool] = False
+    """Whether files hold it in the precision that it has, whatever the others are rounded to."""
+
     alpha: float
     """Strength as the kind counts it; usually `scale` is alpha / rank."""
 

@@ -74,6 +74,7 @@ class WeightDifference(Update):
     """The whole difference of one linear layer's weight, (O, I)."""
 
     kind = "difference"
+    keeps_dtype = True
 
     difference_OI: Tensor
     alpha: float = 1.0

@@ -35,6 +35,7 @@ from trainer.jobs.lora_output import (
     dtype_name,
     in_dtype,
     is_power_of_two,
+    matrices_in_dtype,
     write_lora,
     write_together,
 )
@@ -238,6 +239,7 @@ def _folded(metadata: Mapping[str, str], expert: Expert | None) -> dict[str, Any
 
 def _write(adapter: AdapterFile, target: Target, expert: Expert | None) -> ConvertReport:
     updates = dict(adapter) if target.layout == "comfy" else restored(adapter, expert)
+    updates = matrices_in_dtype(updates, target.dtype)
     metadata = kept_metadata(adapter) | {
         "menma.converted_from": f"{adapter.layout}, {adapter.path.name}"
     }
@@ -273,6 +275,7 @@ def _write_pair(
     source_layout: str,
 ) -> ConvertReport:
     layout = target.layout or "comfy"
+    updates = {expert: matrices_in_dtype(own, target.dtype) for expert, own in updates.items()}
     kept = layout == "comfy" and target.dtype is None
     dtype = target.dtype or common_dtype(list(pair.values() if kept else updates.values()))
     differences = {

@@ -20,6 +20,7 @@ from trainer.jobs.lora_output import (
     Written,
     check_output,
     in_dtype,
+    matrices_in_dtype,
     write_lora,
 )
 from trainer.jobs.lora_sum import (
@@ -114,7 +115,7 @@ def sum_and_write(
         metadata, notes = combined_metadata(adapters, tool, **facts)
     metadata = only_held(metadata, updates)
     written = write_lora(
-        updates,
+        matrices_in_dtype(updates, target.dtype),
         target,
         adapters,
         metadata,

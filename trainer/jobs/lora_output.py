@@ -166,7 +166,7 @@ def common_dtype(inputs: Sequence[Mapping[str, Update]]) -> torch.dtype:
     for adapter in inputs:
         for update in adapter.values():
             for role, tensor in update.tensors().items():
-                if role in update.precise:
+                if role in update.precise or update.keeps_dtype:
                     continue
                 wide = tensor.dtype if tensor.dtype.itemsize > 1 else torch.bfloat16
                 found = wide if found is None else torch.promote_types(found, wide)
@@ -209,6 +209,20 @@ def in_dtype(
     return found
 
 
+def matrices_in_dtype(
+    updates: Mapping[str, Update], dtype: torch.dtype | None
+) -> dict[str, Update]:
+    """Return updates with the whole differences among them in a precision; None: as they are."""
+    if dtype is None:
+        return dict(updates)
+    return {
+        name: update.with_tensors({role: part.to(dtype) for role, part in update.tensors().items()})
+        if update.keeps_dtype
+        else update
+        for name, update in updates.items()
+    }
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return `bfloat16` and its like."""
     return str(dtype).removeprefix("torch.")
@@ -224,5 +238,5 @@ def _is_lossless(updates: Mapping[str, Update], layout: str, dtype: torch.dtype)
         bool((tensor.to(dtype).double() == tensor.double()).all())
         for update in updates.values()
         for role, tensor in (update.folded() if layout == "comfy" else update).tensors().items()
-        if role not in update.precise
+        if role not in update.precise and not update.keeps_dtype
     )

@@ -45,11 +45,11 @@ def save_adapter(
             ComfyUI and diffusers load whole), `kohya` (`lora_unet_…`, with alpha) or `peft`
             (diffusers' names, scale in the header; LoRA and DoRA only, and not both in one file).
         dtype: of the factors in the file; they are rounded once, from what is given. Magnitudes of
-            DoRA are float32 always: their rounding would change whole rows of weights.
+            DoRA are float32 always: their rounding would change whole rows of weights. Whole
+            differences stay in the dtypes that they have.
         metadata: of the header; what describes the tensors (ss_network_dim, ss_network_alpha,
             sshs_model_hash) is set here.
-        differences: of parameters that are no weights of linear layers, by canonical name; written
-            as they are, in their own dtypes.
+        differences: of parameters that are no weights of linear layers, by canonical name.
 
     Raises:
         ConfigError: no such layout, not for this kind of adapter, or it has no name for a
@@ -62,15 +62,15 @@ def save_adapter(
     vectors = dict(differences or {})
     if not updates and not vectors:
         raise ModelFileError(f"there is no module to write to {path}")
+    _check_names(updates, vectors, layout, path)
     kinds = {name: _kind(name, update) for name, update in updates.items()}
     problems = {p for u in updates.values() if (p := layout_problem(u.kind, layout)) is not None}
     if problems:
         raise ConfigError(problems=sorted(problems, key=lambda problem: problem.message))
-    named = _named(vectors, layout, path)
     prepare, write = _WRITERS[layout]
     stored = {name: _rounded(name, prepare(update), dtype) for name, update in updates.items()}
     tensors, header = write(stored, kinds)
-    tensors |= named
+    tensors |= _named(vectors, layout)
     if vectors and "ss_network_module" in header:
         header["ss_network_module"] = _LYCORIS
     table = {**(metadata or {}), **_facts(stored), **header}
@@ -110,16 +110,22 @@ def _write_kohya(stored: Updates, kinds: Kinds) -> tuple[Table, dict[str, str]]:
 _LYCORIS = "lycoris.kohya"
 
 
-def _named(vectors: Table, layout: str, path: Path | str) -> Table:
-    """Return differences by the keys that a layout has for them."""
-    none = [name for name in vectors if layout == "peft" or (layout == "kohya" and is_bare(name))]
+def _check_names(updates: Updates, vectors: Table, layout: str, path: Path | str) -> None:
+    """Refuse whole differences that a layout has no name for."""
+    whole = [f"{n}.weight" for n, u in updates.items() if u.kind == WeightDifference.kind]
+    bare = [name for name in vectors if is_bare(name)]
+    none = {"peft": [*whole, *vectors], "kohya": bare}.get(layout, [])
     if none:
-        others = "comfy" if layout == "kohya" or any(map(is_bare, vectors)) else "comfy or kohya"
+        others = "comfy" if bare else "comfy or kohya"
         raise ConfigError(
-            f"{path}: layout {layout!r} has no name for {stored_name(none[0])}, a whole difference"
+            f"{path}: layout {layout} has no name for {stored_name(none[0])}, a whole difference"
             + (f" ({len(none)} of them)" if len(none) > 1 else ""),
             hint=f"write layout {others}, or merge it into the model (menma merge)",
         )
+
+
+def _named(vectors: Table, layout: str) -> Table:
+    """Return differences by the keys that a layout has for them."""
     if layout == "comfy":
         return {f"diffusion_model.{stored_name(name)}": t for name, t in vectors.items()}
     table: Table = {}
@@ -190,16 +196,22 @@ LAYOUTS = tuple(_WRITERS)
 
 def _rounded(name: str, update: Update, dtype: torch.dtype) -> Update:
     rounded = {
-        role: tensor.detach().to("cpu", torch.float32 if role in update.precise else dtype)
+        role: tensor.detach().to("cpu", _dtype_of(update, role, tensor, dtype))
         for role, tensor in update.tensors().items()
     }
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in rounded.values()):
+    if not all(bool(torch.isfinite(tensor.float()).all()) for tensor in rounded.values()):
         raise ModelFileError(
             f"the {STORED_KINDS[update.kind].title} of {name} has values that {dtype} cannot hold, "
             "or NaN",
             hint="write bf16 or fp32; if that fails too, the training had diverged",
         )
     return update.with_tensors(rounded)
+
+
+def _dtype_of(update: Update, role: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    if update.keeps_dtype:
+        return tensor.dtype
+    return torch.float32 if role in update.precise else dtype
 
 
 def _facts(stored: Updates) -> dict[str, str]:
