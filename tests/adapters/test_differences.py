@@ -15,7 +15,7 @@ from trainer.quant.fp8 import Fp8Spec, quantise
 from trainer.quant.linear import Fp8Linear
 
 from .difference_files import by_formula, distilled, draw, exact_model, key_of, write
-from .tiny_models import make_transformer, make_twin, model_inputs, run, run_twin
+from .tiny_models import make_factors, make_transformer, make_twin, model_inputs, run, run_twin
 
 IMAGE = {
     "extra_channels": torch.randn(1, 20, 2, 4, 4, generator=torch.Generator().manual_seed(7)),
@@ -181,6 +181,34 @@ def test_an_adapter_is_trained_on_top(tmp_path, build):
     assert len(gradients[0]) == len(gradients[1]) > 10
     for found, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dora_first", [False, True])
+def test_a_dora_measures_what_is_under_it(tmp_path, dora_first):
+    """Over whole differences of weight and bias it is the DoRA of the changed layer."""
+    name = "blocks.1.self_attn.q"
+    model = make_transformer()
+    tensors = {key_of(n): t for n, t in draw(model, [f"{name}.weight", f"{name}.bias"]).items()}
+    pair = make_factors(model, names=[name], alpha=4.0)[name]
+    weight, bias = (model.get_submodule(name).get_parameter(n).double() for n in ("weight", "bias"))
+    dora = {
+        f"diffusion_model.{name}.lora_A.weight": pair.down_RI,
+        f"diffusion_model.{name}.lora_B.weight": pair.up_OR,
+        f"diffusion_model.{name}.dora_scale": torch.linspace(0.5, 2, 24).unsqueeze(1),
+    }
+    under = weight if dora_first else weight + tensors[f"diffusion_model.{name}.diff"].double()
+    total = under + pair.up_OR.double() @ pair.down_RI.double()
+    total *= torch.linspace(0.5, 2, 24).double().unsqueeze(1) / total.norm(dim=1, keepdim=True)
+    if dora_first:
+        total += tensors[f"diffusion_model.{name}.diff"].double()
+    state = {n: t.double() for n, t in model.state_dict().items()}
+    state[f"{name}.weight"] = total
+    state[f"{name}.bias"] = bias + tensors[f"diffusion_model.{name}.diff_b"].double()
+    files = [adapter_of(tmp_path, tensors, "whole"), adapter_of(tmp_path, dora, "dora")]
+    for adapter in reversed(files) if dora_first else files:
+        attach(model, adapter)
+    wanted = answer(exact_model(model, state))
+    torch.testing.assert_close(answer(model), wanted, rtol=1e-4, atol=1e-5)
 
 
 def in_diffusers(model, path):

@@ -195,3 +195,9 @@ class AdapterFile(Mapping[str, Update]):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that are stored, without alphas."""
+        whole = sum(tensor.numel() for tensor in self.differences.values())
+        return whole + sum(update.num_parameters for update in self.values())

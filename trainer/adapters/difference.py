@@ -41,7 +41,11 @@ class DifferenceLinear(AdapterLinear):
         out: Tensor = self.base(x)
         if self.strength == 0.0:
             return out
-        return out.add(F.linear(x, self.difference.to(x.dtype)), alpha=self.strength)
+        difference_OI = self.difference.to(x.dtype)
+        if torch.is_grad_enabled():
+            return out.add(F.linear(x, difference_OI), alpha=self.strength)
+        x_NI, out_NO = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+        return out_NO.addmm_(x_NI, difference_OI.t(), alpha=self.strength).view(out.shape)
 
 
 class BiasLinear(AdapterLinear):
@@ -58,15 +62,10 @@ class BiasLinear(AdapterLinear):
         out: Tensor = self.base(x)
         if self.strength == 0.0:
             return out
-        return out.add(self.difference.to(out.dtype), alpha=self.strength)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias that the layer acts with: an adapter around it that measures it must see it."""
-        own: Tensor | None = self.base.bias  # type: ignore[assignment]
-        if own is None or self.strength == 0.0:
-            return own
-        return (own.float() + self.strength * self.difference.float()).to(own.dtype)
+        difference_O = self.difference.to(out.dtype)
+        if torch.is_grad_enabled():
+            return out.add(difference_O, alpha=self.strength)
+        return out.add_(difference_O, alpha=self.strength)  # as large as all tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)

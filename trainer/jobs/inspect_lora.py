@@ -78,8 +78,7 @@ def _summary(adapter: AdapterFile, expert: Expert | None) -> dict[str, Any]:
     return {
         "kind": "+".join(sorted(kinds)),
         "num_modules": len(adapter),
-        "num_parameters": sum(update.num_parameters for update in updates)
-        + sum(tensor.numel() for tensor in adapter.differences.values()),
+        "num_parameters": adapter.num_parameters,
         "ranks": _counts(update.rank for update in scaled),
         "alphas": _counts(f"{update.alpha:g}" for update in scaled),
         "scales": _counts(f"{update.scale:g}" for update in scaled),
