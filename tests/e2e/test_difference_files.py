@@ -53,7 +53,8 @@ def test_sampling_with_differences_is_sampling_the_merged_model(tmp_path):
 def test_each_expert_samples_with_its_own_differences(tmp_path):
     project = make_project(tmp_path, "wan2.2-t2v-a14b")
     section = project.config["model"]
-    section["expert"] = "shared"
+    section["expert"] = "both"
+    project.config["training"]["max_steps"] = 200
     bases = {"low_noise": section["transformer"], "high_noise": section["transformer_high_noise"]}
     loras = []
     for seed, (expert, base) in enumerate(bases.items()):
