@@ -100,9 +100,9 @@ def _part_lines(part: dict[str, Any]) -> list[str]:
             ("alpha", _counts(part.get("alphas"))),
             ("dtype", _counts(part.get("dtypes"))),
             ("norm", _figure(part.get("norm"))),
-            ("differences", _differences(part.get("differences") or {})),
         ]
     )
+    lines += _differences(part.get("differences") or {})
     if zero := part.get("zero_modules"):
         lines.append(f"{'untrained':<12}{zero} modules change nothing")
     lines += [f"{'largest':<12}{name}  {norm:.4g}" for name, norm in _items(part, "largest")]
@@ -116,13 +116,16 @@ def _part_lines(part: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _differences(whole: dict[str, Any]) -> str:
+def _differences(whole: dict[str, Any]) -> list[str]:
     """Say how many parameters have whole differences, how large they are, and which."""
     if not whole.get("num"):
-        return ""
+        return []
     zero = f", {whole['num_zero']} of them zero" if whole.get("num_zero") else ""
-    names = ", ".join(whole.get("names") or {})
-    return f"{whole['num']} whole{zero}, norm {_figure(whole.get('norm'))}: {names}"
+    names = [f"{name} ({count})" for name, count in _items(whole, "names")]
+    found = [f"{'differences':<12}{whole['num']} whole{zero}, norm {_figure(whole.get('norm'))}"]
+    for start in range(0, len(names), 4):
+        found.append(f"{'':<12}{', '.join(names[start : start + 4])}")
+    return found
 
 
 def _pairs(shown: list[tuple[str, Any]]) -> list[str]:
