@@ -122,10 +122,10 @@ def _differences(whole: dict[str, Any]) -> list[str]:
         return []
     zero = f", {whole['num_zero']} of them zero" if whole.get("num_zero") else ""
     names = [f"{name} ({count})" for name, count in _items(whole, "names")]
-    found = [f"{'differences':<12}{whole['num']} whole{zero}, norm {_figure(whole.get('norm'))}"]
-    for start in range(0, len(names), 4):
-        found.append(f"{'':<12}{', '.join(names[start : start + 4])}")
-    return found
+    return [
+        f"{'differences':<12}{whole['num']} whole{zero}, norm {_figure(whole.get('norm'))}",
+        *(f"{'':<12}{', '.join(names[start : start + 4])}" for start in range(0, len(names), 4)),
+    ]
 
 
 def _pairs(shown: list[tuple[str, Any]]) -> list[str]:
