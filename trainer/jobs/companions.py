@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import attach, fitting_modules
-from trainer.adapters.rank_mask import METADATA_KEY
+from trainer.contract.adapter_start import TLORA_KEY
 from trainer.contract.config import FrozenAdapter, RunConfig
 from trainer.contract.errors import MenmaError, Problem
 from trainer.contract.expert_turns import EXPERTS
@@ -53,7 +53,7 @@ def companion_problems(
         except MenmaError as error:
             yield Problem(error.message, key, hint=error.hint)
             continue
-        if config.adapter.kind == "dora" and METADATA_KEY in adapter.metadata:
+        if config.adapter.kind == "dora" and TLORA_KEY in adapter.metadata:
             yield Problem(
                 f"{companion.path} is a T-LoRA, whose update is another one at each timestep, and "
                 "a DoRA measures the weights that it is put on",
