@@ -89,7 +89,13 @@ def require_fitting(
     found = {layer.rank: layer.key for layer in in_file.values()}
     if len(found) > 1 and kind in _ONE_RANK:
         told = ", ".join(f"{rank} ({key})" for rank, key in list(found.items())[:3])
-        problems.append(Problem(f"{path} has layers of different ranks: {told}", _PATH_KEY))
+        problems.append(
+            Problem(
+                f"{path} has layers of different ranks: {told}",
+                _PATH_KEY,
+                hint=f'{kind} has one; name another file, or set adapter.kind = "lora"',
+            )
+        )
     if problems:
         raise ConfigError(problems=problems)
 
