@@ -16,6 +16,7 @@ from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.kronecker import lokr_shapes
 from trainer.contract.lora_header import FileLayer, lora_layers
 from trainer.contract.stored_kinds import STORED_KINDS
+from trainer.contract.targets import FROM_WEIGHTS
 
 TLORA_KEY = "menma.tlora"
 """Of an output file: the rank schedule as a JSON object, without which it acts at full rank."""
@@ -84,7 +85,7 @@ def require_fitting(
     """
     path = options["init_from"]
     problems = list(_size_problems(path, sizes, in_file))
-    if not problems and kind == "lokr" and options["rank"] != "from_weights":
+    if not problems and kind == "lokr" and options["rank"] != FROM_WEIGHTS:
         problems += _shape_problems(path, options, sizes, in_file, ranks)
     found = {layer.rank: layer.key for layer in in_file.values()}
     if len(found) > 1 and kind in _ONE_RANK:
