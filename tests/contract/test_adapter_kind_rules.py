@@ -193,6 +193,20 @@ def test_steps_of_relora_make_a_larger_estimate():
         )
         return standing_parts(workload_of(config))["adapter"]
 
+    both = {"variant": "wan2.2-t2v-a14b", "expert": "both"}
+    one, two = (
+        standing_parts(
+            workload_of(
+                config_of(
+                    {"kind": "relora", "restart_every_steps": 500},
+                    training={"max_steps": 500},
+                    model=model,
+                )
+            )
+        )["adapter"]
+        for model in ({**both, "expert": "low_noise"}, both)
+    )
+    assert two == 2 * one
     first = standing(499)
     sides = 1_367_040
     assert standing(500) - first == 16 * sides * 4
