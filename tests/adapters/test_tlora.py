@@ -14,8 +14,9 @@ from trainer.adapters.apply import attach
 from trainer.adapters.base import AdapterFile
 from trainer.adapters.dora import DoRA
 from trainer.adapters.formats.writer import save_adapter
-from trainer.adapters.rank_mask import METADATA_KEY, RankSchedule
+from trainer.adapters.rank_mask import RankSchedule
 from trainer.adapters.tlora import TLoRA
+from trainer.contract.adapter_start import TLORA_KEY
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.memory.block_swap import BlockSwap
 from trainer.memory.streams import HostStreams
@@ -205,7 +206,7 @@ def test_the_file_attached_is_the_adapter_trained(build, tmp_path, layout):
     path = tmp_path / "t.safetensors"
     adapter.write_output(state, path, layout=layout, dtype=torch.float32, metadata={})
     read = load_adapter(path)
-    assert json.loads(read.metadata[METADATA_KEY]) == {
+    assert json.loads(read.metadata[TLORA_KEY]) == {
         "rank": 4, "min_rank": 2, "exponent": 1.0, "full_rank_below": 100.0,
     }  # fmt: skip
     inputs = batch(model)
@@ -232,9 +233,7 @@ def test_two_files_with_masks_of_their_own_work_side_by_side(build, tmp_path):
         schedule = RankSchedule(rank=4, min_rank=low, exponent=1.0)
         path = tmp_path / f"{number}.safetensors"
         factors = make_factors(model, names=names, seed=number + 5)
-        save_adapter(
-            factors, path, dtype=torch.float32, metadata={METADATA_KEY: schedule.in_words()}
-        )
+        save_adapter(factors, path, dtype=torch.float32, metadata={TLORA_KEY: schedule.in_words()})
         attach(both, load_adapter(path))
         rank = oracle(500, 4, low, 1, 0)
         for name, pair in factors.items():
@@ -275,10 +274,10 @@ def test_two_experts_with_the_same_file_keep_their_own_timesteps(build, tmp_path
 def test_a_file_whose_mask_does_not_fit_is_refused_and_the_model_left_alone(tmp_path, value, words):
     model = make_transformer()
     path = tmp_path / "t.safetensors"
-    save_adapter(make_factors(model), path, metadata={METADATA_KEY: value})
+    save_adapter(make_factors(model), path, metadata={TLORA_KEY: value})
     with pytest.raises(ModelFileError, match=words) as caught:
         attach(model, load_adapter(path))
-    assert METADATA_KEY in str(caught.value.hint) + caught.value.message
+    assert TLORA_KEY in str(caught.value.hint) + caught.value.message
     assert not any(hasattr(module, "down") for module in model.modules())
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import attach
-from trainer.adapters.vera import METADATA_KEY, Projections, VeRA, VeRALinear
+from trainer.adapters.vera import Projections, VeRA, VeRALinear
+from trainer.contract.adapter_start import VERA_KEY
 
 from .tiny_models import make_transformer, model_inputs, run
 
@@ -102,7 +103,7 @@ def test_the_file_is_a_lora_with_the_vectors_in_it(build, tmp_path, layout):
     path = tmp_path / "v.safetensors"
     adapter.write_output(state, path, layout=layout, dtype=torch.float32, metadata={})
     read = load_adapter(path)
-    assert json.loads(read.metadata[METADATA_KEY]) == {"projection_seed": 5, "rank": RANK}
+    assert json.loads(read.metadata[VERA_KEY]) == {"projection_seed": 5, "rank": RANK}
     attach(other, read)
     inputs = model_inputs(model)
     changed = run(model, inputs)

@@ -54,7 +54,7 @@ def injected(config: RunConfig, shape: TransformerConfig) -> Any:
 
 
 def compare(options: dict[str, Any]) -> None:
-    config = RunConfig.model_validate({"adapter": options})
+    config = RunConfig.model_validate({"adapter": options, "training": {"max_steps": 1}})
     targets = find_targets(config, TINY)
     adapter = injected(config, TINY)
     trained = adapter.trainable()

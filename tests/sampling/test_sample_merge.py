@@ -14,8 +14,9 @@ from tests.sampling.test_sample_loras import answer, request, transformer, write
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import merge_into
 from trainer.adapters.formats.writer import save_adapter
-from trainer.adapters.rank_mask import METADATA_KEY, RankSchedule
+from trainer.adapters.rank_mask import RankSchedule
 from trainer.adapters.targets import linear_layers
+from trainer.contract.adapter_start import TLORA_KEY
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.lora_use import LoRAUse, SampleLoRA
@@ -117,7 +118,7 @@ def test_two_loras_on_one_weight_are_rounded_once(tmp_path: Path) -> None:
 
 def tlora(path: Path) -> Path:
     schedule = RankSchedule(rank=4, min_rank=1, exponent=1.0)
-    return write_lora(path, 3, **{METADATA_KEY: schedule.in_words()})
+    return write_lora(path, 3, **{TLORA_KEY: schedule.in_words()})
 
 
 def test_what_cannot_be_merged_says_why(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.adapters.base import Update
 from trainer.adapters.dora_linear import DoRAFactors, DoRALinear, squared_rows
+from trainer.adapters.linear_adapter import Rank
 from trainer.adapters.scaled_adapter import ScaledAdapter, ScaledOptions, by_module
 from trainer.core.rng import generator
 
@@ -19,13 +19,15 @@ from trainer.core.rng import generator
 class DoRA(ScaledAdapter):
     """Trains factors and magnitudes; the transformer itself stays frozen."""
 
+    kind = "dora"
     network_module = "lycoris.kohya"
 
     class Config(ScaledOptions):
         """Options of `[adapter] kind = "dora"`."""
 
-        rank: int = Field(16, ge=1, le=4096)
-        """Rank of the update of the rows' directions."""
+        rank: Rank = 16
+        """Rank of the update of the rows' directions.
+        `from_weights`: layers and ranks of `init_from`."""
 
     config: DoRA.Config
 

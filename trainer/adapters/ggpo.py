@@ -26,6 +26,8 @@ from trainer.core.types import Batch
 class GGPO(LowRankAdapter):
     """Trains a LoRA under noise; the file is an ordinary LoRA."""
 
+    kind = "ggpo"
+
     class Config(LowRankOptions):
         """Options of `[adapter] kind = "ggpo"`."""
 
@@ -45,7 +47,8 @@ class GGPO(LowRankAdapter):
     def make_layer(self, name: str, base: nn.Module, seed: int) -> PerturbedLinear:
         """Return a branch that adds nothing yet but noise; initial factors are those of LoRA."""
         factors, dropout = self.first_factors(name, base, seed), self.config.dropout
-        return PerturbedLinear(base, *factors, self.scale, dropout, name=name, noise=self._noise)
+        scale = self.scale_of(name)
+        return PerturbedLinear(base, *factors, scale, dropout, name=name, noise=self._noise)
 
     def perturbed_layers(self) -> dict[str, PerturbedLinear]:
         """Return the layers by canonical module name."""

@@ -16,14 +16,18 @@ from torch import Tensor, nn
 from trainer.adapters.adapter_linear import AdapterLinear
 from trainer.adapters.base import Update
 from trainer.adapters.formats.writer import save_adapter
+from trainer.adapters.start import load_start, tensors_at
 from trainer.adapters.targets import linear_layers
 from trainer.adapters.wrapping import readable, unwrap, wrap
+from trainer.contract.adapter_start import require_fitting, start_layers
 from trainer.contract.lora_header import FileLayer
 from trainer.contract.loraid import LoraidOptions, Partition, include_patterns, partition_of
 from trainer.contract.loraid_metadata import loraid_metadata
 from trainer.contract.options import Options
-from trainer.contract.targets import LayerPlan, plan_layers
+from trainer.contract.targets import FROM_WEIGHTS, LayerPlan, plan_layers
 from trainer.core.seams import BuildContext, Technique
+
+Rank = Annotated[int, Field(ge=1, le=4096)] | Literal["from_weights"]
 
 
 class TargetOptions(Options):
@@ -45,6 +49,8 @@ class LinearOptions(TargetOptions):
 
     loraid: LoraidOptions | None = None
     """`[adapter.loraid]`: train one of several disjoint parts of the network; empty: all of it."""
+    init_from: Path | None = None
+    """File of what this kind trains (safetensors, any known layout), to start from its weights."""
 
 
 class RankOptions(LinearOptions):
@@ -62,6 +68,8 @@ class LinearAdapter(ABC):
     Trained parameters are named `<canonical module name>.<name in the layer>`.
     """
 
+    kind: ClassVar[str]
+    """Its name in a config."""
     network_module: ClassVar[str] = "networks.lora_wan"
     """`ss_network_module` of the files: which module of kohya-style tools reads them."""
 
@@ -70,6 +78,11 @@ class LinearAdapter(ABC):
         self.build = build
         self.plan: dict[str, LayerPlan] = {}
         """Rank, alpha and learning rate of each layer, once it is injected."""
+        self.in_file: Mapping[str, FileLayer] = {}
+        """Layers of the file that training starts from, once it is injected."""
+        self.file_alphas: Mapping[str, float] = {}
+        """Alphas of that file, where the config takes them from it."""
+        self._start: Mapping[str, Update] = {}
         self._layers: dict[str, AdapterLinear] = {}
         self._transformer: nn.Module | None = None
         self._partition: Partition | None = None
@@ -102,9 +115,23 @@ class LinearAdapter(ABC):
         """Return the factor of one trained tensor that its part in the kind asks for."""
         return 1.0
 
-    def in_file(self) -> Mapping[str, FileLayer] | None:
-        """Return the layers of the file that training starts from; None: it starts anew."""
-        return None
+    def begin(self, layer: AdapterLinear, update: Update) -> None:
+        """Give a new layer the weights of the file that training starts from.
+
+        Raises:
+            ModelFileError: they are not what this kind writes.
+        """
+        with torch.no_grad():
+            for name, tensor in self.from_file(layer, update).items():
+                layer.get_parameter(name).copy_(tensor)
+
+    def from_file(self, layer: AdapterLinear, update: Update) -> Mapping[str, Tensor]:
+        """Return the trained tensors of a layer, by their names in it, that make an update.
+
+        Raises:
+            ModelFileError: they are not what this kind writes.
+        """
+        return tensors_at(update, float(layer.scale))  # type: ignore[arg-type]
 
     def techniques(self) -> Sequence[Technique]:
         """Return what this kind does beyond its layers while it trains."""
@@ -120,17 +147,42 @@ class LinearAdapter(ABC):
         if self._layers:
             raise RuntimeError("this adapter has been injected already")
         linears = linear_layers(transformer)
-        self.plan = plan_layers(linears, self.config.model_dump(), self.in_file())
+        self._plan(linears)
         if self.config.loraid is not None:
             self._partition = partition_of(self.config.loraid, linears)
         transformer.requires_grad_(False)
         for name in self.plan:
             with readable(transformer, name):
                 layer = self.make_layer(name, linears[name], seed)
+            if name in self._start:
+                self.begin(layer, self._start[name])
             layer.train(transformer.training)
             wrap(transformer, name, layer)
             self._layers[name] = layer
         self._transformer = transformer
+        self._start = {}  # it is in the layers now
+
+    def _plan(self, linears: Mapping[str, nn.Module]) -> None:
+        """Choose layers and ranks, and open the file that training starts from.
+
+        A run that is resumed has its weights in the checkpoint, and takes none from that file.
+        """
+        options, path = self.config.model_dump(), self.config.init_from
+        layers = None if path is None else start_layers(path, self.kind)
+        self.plan = plan_layers(linears, options, layers)
+        if layers is None:
+            return
+        sizes = {n: (int(m.in_features), int(m.out_features)) for n, m in linears.items()}  # type: ignore[arg-type]
+        ranks = {name: layer.rank for name, layer in self.plan.items()}
+        require_fitting(self.kind, options, sizes, layers, ranks)
+        self.in_file = layers
+        takes_alpha = options["rank"] == FROM_WEIGHTS and options.get("alpha", 1.0) is None
+        if self.build.resumes and not takes_alpha:
+            return
+        start = load_start(self.kind, options, layers)
+        if takes_alpha:  # a file of scale 0 has an update of 0
+            self.file_alphas = {n: update.alpha or update.rank for n, update in start.items()}
+        self._start = {} if self.build.resumes else start
 
     def remove(self) -> None:
         """Take the adapter off the transformer again; the base stays frozen."""

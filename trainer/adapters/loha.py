@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.adapters.base import Update
 from trainer.adapters.branch import BranchLinear
+from trainer.adapters.linear_adapter import Rank
 from trainer.adapters.loha_linear import NAMES, HadamardProduct, loha_factors
 from trainer.adapters.scaled_adapter import ScaledAdapter, ScaledOptions, by_module
 from trainer.core.rng import generator
@@ -21,13 +21,15 @@ _STD = {"w1_a": 0.1, "w1_b": 1.0, "w2_a": 0.0, "w2_b": 1.0}
 class LoHa(ScaledAdapter):
     """Trains the factors of LoHa; the transformer itself stays frozen."""
 
+    kind = "loha"
     network_module = "networks.loha"
 
     class Config(ScaledOptions):
         """Options of `[adapter] kind = "loha"`."""
 
-        rank: int = Field(16, ge=1, le=4096)
-        """Rank of each of the two products; the update's own rank may reach its square."""
+        rank: Rank = 16
+        """Rank of each of the two products; the update's own rank may reach its square.
+        `from_weights`: layers and ranks of `init_from`."""
 
     config: LoHa.Config
 

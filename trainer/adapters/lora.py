@@ -13,8 +13,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -22,26 +21,25 @@ from torch import Tensor, nn
 
 from trainer.adapters.adapter_linear import AdapterLinear
 from trainer.adapters.base import LoRAFactors, Update
-from trainer.adapters.formats.reader import load_adapter
-from trainer.adapters.linear_adapter import LinearAdapter, RankOptions
+from trainer.adapters.linear_adapter import LinearAdapter, Rank, RankOptions
 from trainer.adapters.lora_dropout import BranchDropout
 from trainer.adapters.lora_linear import LoRALinear
 from trainer.adapters.max_norm import MaxNorm
 from trainer.adapters.pissa import KeptStart, principal_factors
 from trainer.adapters.wrapping import base_weight
-from trainer.contract.errors import ConfigError, ModelFileError
-from trainer.contract.lora_header import FileLayer, lora_layers
 from trainer.core.rng import generator
-from trainer.core.seams import BuildContext, Technique
+from trainer.core.seams import Technique
 
 
 class LoRA(LinearAdapter):
     """Trains the factors of LoRA; the transformer itself stays frozen."""
 
+    kind = "lora"
+
     class Config(RankOptions):
         """Options of `[adapter] kind = "lora"`."""
 
-        rank: Annotated[int, Field(ge=1, le=4096)] | Literal["from_weights"] = 16
+        rank: Rank = 16
         """Rank of the update: more capacity, memory and file size with more. `from_weights`: the
         layers and the ranks of the file `init_from`."""
         alpha: float | None = Field(None, gt=0)
@@ -53,8 +51,6 @@ class LoRA(LinearAdapter):
         """How factors begin: `kaiming` (random down, zero up), `pissa` (the principal part of the
         base's weight; the output is a LoRA of twice the rank), `pissa_niter_4` (nearly the same by
         a randomised SVD with 4 iterations, which is much quicker)."""
-        init_from: Path | None = None
-        """LoRA (safetensors, any known layout) whose weights training starts from."""
         loraplus_lr_ratio: float | None = Field(None, gt=0)
         """LoRA+: the up factors learn so many times as fast; 16 in the paper, try 4 first."""
         dropout: float = Field(0.0, ge=0, lt=1)
@@ -69,12 +65,6 @@ class LoRA(LinearAdapter):
 
     config: LoRA.Config
 
-    def __init__(self, config: LoRA.Config, build: BuildContext) -> None:
-        super().__init__(config, build)
-        self._start: Mapping[str, LoRAFactors] = {}
-        if config.init_from is not None:
-            self._start = _plain_lora(config.init_from)
-
     @property
     def facts(self) -> Mapping[str, Any]:
         """The same factors are another update at another scale, or beside another start."""
@@ -84,10 +74,6 @@ class LoRA(LinearAdapter):
             told = f"by layer, {zlib.crc32(json.dumps(scales).encode()):08x}"
         start = {} if self.config.init == "kaiming" else {"init": "pissa"}
         return {"scale (alpha / rank)": told, **start}
-
-    def in_file(self) -> Mapping[str, FileLayer] | None:
-        """Return the layers of `init_from`."""
-        return None if self.config.init_from is None else lora_layers(self.config.init_from)
 
     def lr_factor(self, name: str) -> float:
         """Return LoRA+'s ratio for up factors."""
@@ -106,18 +92,8 @@ class LoRA(LinearAdapter):
             found.append(KeptStart(layers))
         return found
 
-    def inject(self, transformer: nn.Module, seed: int) -> None:
-        """Freeze the transformer and put a branch on every target.
-
-        Raises:
-            ConfigError: the patterns are wrong or select nothing.
-            ModelFileError: the file that training starts from cannot be used.
-        """
-        super().inject(transformer, seed)
-        self._start = {}  # it is in the layers now
-
     def make_layer(self, name: str, base: nn.Module, seed: int) -> AdapterLinear:
-        """Return a branch that adds nothing yet, or what `init_from` holds.
+        """Return a branch that adds nothing yet.
 
         The down factor (R, I) is Kaiming-uniform (a = √5, so ±1/√I); the up factor (O, R) is zero,
         so that the model is unchanged at the start. PiSSA's factors are those of the weight, and
@@ -128,9 +104,7 @@ class LoRA(LinearAdapter):
         scale = self._scale(name, rank)
         random = generator(seed, "adapter", name)
         start: tuple[Tensor, Tensor] | None = None
-        if name in self._start:
-            down, up = _at_scale(self._start[name], scale, base, self.config.init_from)
-        elif self.config.init != "kaiming":
+        if self.config.init != "kaiming":
             weight_OI = base_weight(base).to(device, torch.float32)
             iterations = self.config.init.removeprefix("pissa").removeprefix("_niter_")
             down, up = start = principal_factors(
@@ -167,34 +141,7 @@ class LoRA(LinearAdapter):
         alpha = self.plan[name].alpha
         if alpha is not None:
             return alpha / divisor
-        if self.config.rank == "from_weights":
-            return self._start[name].scale or 1.0  # a file of scale 0 has an update of 0
-        return 1.0
+        return self.file_alphas[name] / rank if name in self.file_alphas else 1.0
 
     def _lora_layers(self) -> dict[str, LoRALinear]:
         return {n: layer for n, layer in self._layers.items() if isinstance(layer, LoRALinear)}
-
-
-def _plain_lora(path: Path) -> dict[str, LoRAFactors]:
-    found: dict[str, LoRAFactors] = {}
-    for name, update in load_adapter(path).items():
-        if not isinstance(update, LoRAFactors):
-            raise ModelFileError(
-                f"{path}: {name} is a {update.kind}, and a LoRA can start from a plain LoRA only",
-                hint="name another adapter.init_from",
-            )
-        found[name] = update
-    return found
-
-
-def _at_scale(
-    factors: LoRAFactors, scale: float, base: nn.Module, path: Path | None
-) -> tuple[Tensor, Tensor]:
-    """Return down and up, float32, that make the same update at another scale."""
-    shape = (int(base.out_features), int(base.in_features))  # type: ignore[arg-type]
-    if factors.shape != shape:
-        raise ConfigError(
-            f"adapter.init_from: {path} is for another model: a layer is {factors.shape} in it and "
-            f"{shape} in the model"
-        )
-    return factors.down_RI.float(), factors.up_OR.float() * (factors.scale / scale)

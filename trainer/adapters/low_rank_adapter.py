@@ -7,42 +7,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.adapters.base import LoRAFactors, Update
-from trainer.adapters.linear_adapter import LinearAdapter, LinearOptions
+from trainer.adapters.linear_adapter import LinearOptions, Rank
+from trainer.adapters.scaled_adapter import ScaledAdapter
 from trainer.core.rng import generator
-from trainer.core.seams import BuildContext
 
 
 class LowRankOptions(LinearOptions):
     """Options of such a kind."""
 
-    rank: int = Field(16, ge=1, le=4096)
-    """Rank of the update: more capacity, memory and file size with more."""
+    rank: Rank = 16
+    """Rank of the update: more capacity, memory and file size with more. `from_weights`: layers and
+    ranks of `init_from`."""
     alpha: float | None = Field(None, gt=0)
-    """The update is scaled by alpha / rank; empty: the rank, so that the scale is 1."""
+    """The update is scaled by alpha / rank; empty: the rank, so that the scale is 1, or the file's
+    with rank `from_weights`."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the rank-wide activations set to zero while training."""
 
 
-class LowRankAdapter(LinearAdapter):
+class LowRankAdapter(ScaledAdapter):
     """Trains down and up factors; the file is an ordinary LoRA."""
 
     config: LowRankOptions
-
-    def __init__(self, config: LowRankOptions, build: BuildContext) -> None:
-        super().__init__(config, build)
-        self.scale = (config.rank if config.alpha is None else config.alpha) / config.rank
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """The same factors are another update at another scale."""
-        return {"scale (alpha / rank)": self.scale}
 
     def first_factors(self, name: str, base: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
         """Return factors to train that add nothing yet, float32 on the build's device.
@@ -50,17 +42,16 @@ class LowRankAdapter(LinearAdapter):
         The down factor (R, I) is Kaiming-uniform (a = √5, so ±1/√I), the up factor (O, R) zero.
         """
         inputs, outputs = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
-        down = random_down(self.config.rank, inputs, generator(seed, "adapter", name))
-        up = torch.zeros(outputs, self.config.rank)
+        rank = self.rank_of(name)
+        down = random_down(rank, inputs, generator(seed, "adapter", name))
+        up = torch.zeros(outputs, rank)
         down, up = (nn.Parameter(factor.to(self.build.device)) for factor in (down, up))
         return down, up
 
     def updates(self, state: Mapping[str, Tensor]) -> dict[str, Update]:
         """Return the update of each layer that `state`, keyed as `trainable`, stands for."""
         return {
-            name: LoRAFactors(
-                state[f"{name}.down"], state[f"{name}.up"], self.scale * self.config.rank
-            )
+            name: LoRAFactors(state[f"{name}.down"], state[f"{name}.up"], self.alpha_of(name))
             for name in self._layers
         }
 

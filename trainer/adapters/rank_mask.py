@@ -18,12 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from trainer.adapters.base import LoRAFactors, Update
 from trainer.adapters.lora_linear import LoRALinear, add_low_rank
+from trainer.contract.adapter_start import TLORA_KEY
 from trainer.contract.errors import ModelFileError
 from trainer.core.flow import NUM_TRAIN_TIMESTEPS
 from trainer.core.forward_values import ForwardValue
-
-METADATA_KEY = "menma.tlora"
-"""Of an output file: the schedule as a JSON object, without which the LoRA acts at full rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +66,7 @@ class RankSchedule:
         return (ranks_R < self.active(timestep_B)[:, None]).float()
 
     def in_words(self) -> str:
-        """Return the schedule as the value of `METADATA_KEY`."""
+        """Return the schedule as the value of `TLORA_KEY`."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
@@ -78,14 +76,14 @@ class RankSchedule:
         Raises:
             ModelFileError: what is there is no schedule.
         """
-        text = metadata.get(METADATA_KEY)
+        text = metadata.get(TLORA_KEY)
         if text is None:
             return None
         try:
             return cls(**json.loads(text))
         except (TypeError, ValueError) as error:
             raise ModelFileError(
-                f"{path}: the metadata {METADATA_KEY} hold no rank schedule: {error}",
+                f"{path}: the metadata {TLORA_KEY} hold no rank schedule: {error}",
                 hint="the file was edited; without this key it is a plain LoRA",
             ) from error
 
@@ -172,7 +170,7 @@ def masked_beside(
             f"the T-LoRA's mask is for LoRA of rank {rank}, a layer is {update.kind} of rank "
             f"{update.rank}",
             hint="the file was changed by a tool that did not know what it is; remove the metadata "
-            f"{METADATA_KEY} to use it with all ranks at every timestep",
+            f"{TLORA_KEY} to use it with all ranks at every timestep",
         )
     down, up = (factor.to(device, dtype) for factor in (update.down_RI, update.up_OR))
     return TLoRALinear(base, down, up, update.scale, mask=mask)

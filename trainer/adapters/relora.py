@@ -12,14 +12,17 @@ Shape letters: R rank, K rank of the frozen part, I input width, O output width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from trainer.adapters.adapter_linear import AdapterLinear
 from trainer.adapters.base import LoRAFactors, Update
 from trainer.adapters.lora_linear import LoRALinear
 from trainer.adapters.low_rank_adapter import LowRankAdapter, LowRankOptions, random_down
+from trainer.adapters.start import tensors_at
 from trainer.adapters.wrapping import unwrap
 from trainer.contract.errors import ConfigError
 from trainer.core.rng import generator
@@ -47,9 +50,18 @@ class FrozenPart(LoRALinear):
 class ReLoRA(LowRankAdapter):
     """Trains a LoRA in cycles; the file is an ordinary LoRA that holds all of them."""
 
+    kind = "relora"
+
     class Config(LowRankOptions):
         """Options of `[adapter] kind = "relora"`."""
 
+        rank: int = Field(16, ge=1, le=4096)
+        """Rank of what is trained in one cycle."""
+        alpha: float | None = Field(None, gt=0)
+        """The update is scaled by alpha / rank; empty: the rank, so that the scale is 1."""
+        init_from: Path | None = None
+        """LoRA (safetensors, any known layout, any rank) that training starts from: it is frozen,
+        as if a cycle had ended with it."""
         restart_every_steps: int = Field(500, ge=1)
         """Steps of a cycle."""
         restart_warmup_steps: int = Field(50, ge=0)
@@ -79,9 +91,16 @@ class ReLoRA(LowRankAdapter):
         device = self.build.device
         inputs, outputs = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
         none_yet = torch.zeros(0, inputs, device=device), torch.zeros(outputs, 0, device=device)
-        frozen = FrozenPart(base, *none_yet, self.scale)
+        frozen = FrozenPart(base, *none_yet, self.scale_of(name))
         factors = self.first_factors(name, base, seed)
-        return LoRALinear(frozen, *factors, self.scale, self.config.dropout)
+        return LoRALinear(frozen, *factors, self.scale_of(name), self.config.dropout)
+
+    def begin(self, layer: AdapterLinear, update: Update) -> None:
+        """Freeze what the file holds: its whole product, of whatever rank it is."""
+        part = layer.base
+        assert isinstance(part, FrozenPart), "make_layer puts one under each layer"
+        tensors = tensors_at(update, part.scale)
+        part.down, part.up = (tensors[name].to(part.down.device) for name in ("down", "up"))
 
     def set_strength(self, strength: float) -> None:
         """Multiply the update by `strength`; 0 gives the base model, exactly."""
@@ -121,7 +140,7 @@ class ReLoRA(LowRankAdapter):
                 began = bool(up.any())
                 down = torch.cat((part.down.to(down.device), *([down] if began else [])))
                 up = torch.cat((part.up.to(up.device), *([up] if began else [])), dim=1)
-            found[name] = LoRAFactors(down, up, self.scale * down.shape[0])
+            found[name] = LoRAFactors(down, up, self.scale_of(name) * down.shape[0])
         return found
 
 

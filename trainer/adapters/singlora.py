@@ -10,6 +10,7 @@ Shape letters: R rank, I input width, O output width, M the larger of the two, N
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,8 +22,12 @@ from torch.nn import functional as F
 
 from trainer.adapters.adapter_linear import AdapterLinear
 from trainer.adapters.base import LoRAFactors, Update
-from trainer.adapters.linear_adapter import LinearAdapter, LinearOptions
+from trainer.adapters.linear_adapter import LinearOptions, Rank
 from trainer.adapters.lora_linear import add_low_rank
+from trainer.adapters.scaled_adapter import ScaledAdapter
+from trainer.adapters.start import CLOSE
+from trainer.contract.adapter_start import SINGLORA_KEY
+from trainer.contract.errors import ModelFileError
 from trainer.core.rng import generator
 from trainer.core.seams import BuildContext, Technique
 
@@ -91,30 +96,34 @@ class Ramp(Technique):
         self.after_step(int(state["step"]))
 
 
-class SingLoRA(LinearAdapter):
+class SingLoRA(ScaledAdapter):
     """Trains one factor a layer; the file is an ordinary LoRA."""
+
+    kind = "singlora"
 
     class Config(LinearOptions):
         """Options of `[adapter] kind = "singlora"`."""
 
-        rank: int = Field(16, ge=1, le=4096)
-        """Rank of the update; a layer has about half the parameters of a LoRA of this rank."""
+        rank: Rank = 16
+        """Rank of the update; a layer has about half the parameters of a LoRA of this rank.
+        `from_weights`: layers and ranks of `init_from`."""
         alpha: float | None = Field(None, gt=0)
-        """The update is scaled by alpha / rank; empty: the rank, so that the scale is 1."""
+        """The update is scaled by alpha / rank; empty: the rank, so that the scale is 1, or the
+        file's with rank `from_weights`."""
         ramp_steps: int = Field(1000, ge=0)
-        """Steps over which the update is faded in; 0: it is whole from the start."""
+        """Steps over which the update is faded in; 0: it is whole from the start, as it has to be
+        with `init_from`."""
 
     config: SingLoRA.Config
 
     def __init__(self, config: SingLoRA.Config, build: BuildContext) -> None:
         super().__init__(config, build)
-        self.scale = (config.rank if config.alpha is None else config.alpha) / config.rank
         self._ramp = Ramp(config.ramp_steps, build.device)
 
     @property
     def facts(self) -> Mapping[str, Any]:
         """The same factor at another scale or faded in otherwise is another update."""
-        return {"scale (alpha / rank)": self.scale, "ramp_steps": self.config.ramp_steps}
+        return {**super().facts, "ramp_steps": self.config.ramp_steps}
 
     def techniques(self) -> Sequence[Technique]:
         """Return what fades the update in."""
@@ -125,12 +134,36 @@ class SingLoRA(LinearAdapter):
         inputs, outputs = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
         longer = max(inputs, outputs)
         bound = 1 / math.sqrt(longer)
-        factor = torch.empty(longer, self.config.rank).uniform_(
+        factor = torch.empty(longer, self.rank_of(name)).uniform_(
             -bound, bound, generator=generator(seed, "adapter", name)
         )
         return SingLoRALinear(
-            base, nn.Parameter(factor.to(self.build.device)), self.scale, self._ramp
+            base, nn.Parameter(factor.to(self.build.device)), self.scale_of(name), self._ramp
         )
+
+    def from_file(self, layer: AdapterLinear, update: Update) -> Mapping[str, Tensor]:
+        """Return the factor (M, R) of a LoRA with down = A_Iᵀ and up = c · A_O.
+
+        c is found by least squares; it has the file's ramp in it, and its scale where that is
+        folded in. What it is more than the layer's own scale goes into A, by its root.
+
+        Raises:
+            ModelFileError: up and down are not of one matrix.
+        """
+        down_IR, up_OR = (update.tensors()[name].double() for name in ("down", "up"))
+        down_IR = down_IR.t()
+        shared = min(len(down_IR), len(up_OR))
+        both = down_IR[:shared], up_OR[:shared]
+        ratio = float((both[0] * both[1]).sum() / both[0].square().sum().clamp(min=1e-300))
+        if ratio <= 0 or float((both[1] - ratio * both[0]).norm()) > CLOSE * float(both[1].norm()):
+            raise ModelFileError(
+                f"{self.config.init_from}: a layer of {update.shape} has factors that are not of "
+                "one matrix, as those of a SingLoRA are",
+                hint='name another adapter.init_from, or set adapter.kind = "lora"',
+            )
+        factor_MR = torch.cat((down_IR, up_OR[shared:] / ratio))
+        root = math.sqrt(ratio * update.scale / float(layer.scale))  # type: ignore[arg-type]
+        return {"factor": (factor_MR * root).float()}
 
     def updates(self, state: Mapping[str, Tensor]) -> dict[str, Update]:
         """Return down = A_Iᵀ and up = u · A_O, in float32."""
@@ -140,5 +173,9 @@ class SingLoRA(LinearAdapter):
             layer = self._layers[name]
             down = factor_MR[: layer.in_features].t().contiguous()
             up = factor_MR[: layer.out_features] * self._ramp.value
-            found[name] = LoRAFactors(down, up, self.scale * self.config.rank)
+            found[name] = LoRAFactors(down, up, self.alpha_of(name))
         return found
+
+    def file_metadata(self) -> dict[str, str]:
+        """Return how far the update in the file was faded in."""
+        return {SINGLORA_KEY: json.dumps({"share": self._ramp.value})}

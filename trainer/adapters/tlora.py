@@ -7,6 +7,7 @@ with all its ranks soon knows the layout of the training clips; with few it cann
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from pydantic import Field
@@ -14,7 +15,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from trainer.adapters.low_rank_adapter import LowRankAdapter, LowRankOptions
-from trainer.adapters.rank_mask import METADATA_KEY, RankMask, RankSchedule, TLoRALinear
+from trainer.adapters.rank_mask import RankMask, RankSchedule, TLoRALinear
+from trainer.contract.adapter_start import TLORA_KEY
 from trainer.contract.errors import ConfigError
 from trainer.core.seams import BuildContext
 
@@ -24,6 +26,8 @@ class TLoRA(LowRankAdapter):
 
     The file is an ordinary LoRA; that it is a T-LoRA its metadata say.
     """
+
+    kind = "tlora"
 
     class Config(LowRankOptions):
         """Options of `[adapter] kind = "tlora"`."""
@@ -39,14 +43,21 @@ class TLoRA(LowRankAdapter):
 
     def __init__(self, config: TLoRA.Config, build: BuildContext) -> None:
         super().__init__(config, build)
-        self.schedule = RankSchedule(
-            rank=config.rank,
-            min_rank=config.min_rank,
-            exponent=config.rank_exponent,
-            full_rank_below=config.full_rank_below,
-        )
-        self._mask = RankMask(self.schedule)
         self._following: RemovableHandle | None = None
+
+    @cached_property
+    def schedule(self) -> RankSchedule:
+        """How many ranks act; all layers have the same rank, which is known once it is injected."""
+        return RankSchedule(
+            rank=self.rank_of(next(iter(self.plan))),
+            min_rank=self.config.min_rank,
+            exponent=self.config.rank_exponent,
+            full_rank_below=self.config.full_rank_below,
+        )
+
+    @cached_property
+    def _mask(self) -> RankMask:
+        return RankMask(self.schedule)
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -85,8 +96,9 @@ class TLoRA(LowRankAdapter):
     def make_layer(self, name: str, base: nn.Module, seed: int) -> TLoRALinear:
         """Return a masked branch that adds nothing yet; initial factors are those of LoRA."""
         factors = self.first_factors(name, base, seed)
-        return TLoRALinear(base, *factors, self.scale, self.config.dropout, mask=self._mask)
+        scale, dropout = self.scale_of(name), self.config.dropout
+        return TLoRALinear(base, *factors, scale, dropout, mask=self._mask)
 
     def file_metadata(self) -> dict[str, str]:
         """Return the schedule, by which `attach` masks again."""
-        return {METADATA_KEY: self.schedule.in_words()}
+        return {TLORA_KEY: self.schedule.in_words()}

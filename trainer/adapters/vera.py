@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,13 +22,12 @@ from torch.nn import functional as F
 
 from trainer.adapters.adapter_linear import AdapterLinear
 from trainer.adapters.base import LoRAFactors, Update
-from trainer.adapters.linear_adapter import LinearAdapter, LinearOptions
+from trainer.adapters.linear_adapter import LinearAdapter, LinearOptions, Rank
 from trainer.adapters.lora_linear import add_low_rank
+from trainer.adapters.start import CLOSE
+from trainer.contract.adapter_start import VERA_KEY
+from trainer.contract.errors import ModelFileError
 from trainer.core.rng import generator
-from trainer.core.seams import BuildContext
-
-METADATA_KEY = "menma.vera"
-"""Of an output file: what its random matrices were made from, as a JSON object."""
 
 
 class Projections:
@@ -98,11 +98,14 @@ class VeRALinear(AdapterLinear):
 class VeRA(LinearAdapter):
     """Trains two vectors a layer; the file is an ordinary LoRA."""
 
+    kind = "vera"
+
     class Config(LinearOptions):
         """Options of `[adapter] kind = "vera"`."""
 
-        rank: int = Field(256, ge=1, le=4096)
-        """Rank of the random matrices; it costs few parameters, and the file is a LoRA of it."""
+        rank: Rank = 256
+        """Rank of the random matrices; it costs few parameters, and the file is a LoRA of it.
+        `from_weights`: layers and rank of `init_from`."""
         d_initial: float = Field(0.1, gt=0)
         """What the weights of the ranks start at."""
         projection_seed: int = Field(0, ge=0)
@@ -110,9 +113,12 @@ class VeRA(LinearAdapter):
 
     config: VeRA.Config
 
-    def __init__(self, config: VeRA.Config, build: BuildContext) -> None:
-        super().__init__(config, build)
-        self._projections = Projections(config.rank, config.projection_seed, build.device)
+    @cached_property
+    def _projections(self) -> Projections:
+        """The random matrices; all layers have the same rank, known once it is injected."""
+        rank = next(iter(self.plan.values())).rank
+        assert rank is not None, "plan_layers gives a kind with a rank its rank"
+        return Projections(rank, self.config.projection_seed, self.build.device)
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -123,9 +129,27 @@ class VeRA(LinearAdapter):
         """Return a branch that adds nothing yet; nothing of it is random but the matrices."""
         outputs = int(base.out_features)  # type: ignore[arg-type]
         device = self.build.device
-        down_scale = torch.full((self.config.rank,), self.config.d_initial, device=device)
+        down_scale = torch.full((self._projections.rank,), self.config.d_initial, device=device)
         up_scale = torch.zeros(outputs, device=device)
         return VeRALinear(base, self._projections, nn.Parameter(down_scale), nn.Parameter(up_scale))
+
+    def from_file(self, layer: AdapterLinear, update: Update) -> Mapping[str, Tensor]:
+        """Return d and b of a LoRA with down = diag(d) A and up = diag(b) B, by least squares.
+
+        Raises:
+            ModelFileError: its factors are not made of these A and B.
+        """
+        down_RI, up_OR = (update.tensors()[name].double() for name in ("down", "up"))
+        a_RI = self._projections.down(layer.in_features).to(down_RI)
+        b_OR = self._projections.up(layer.out_features).to(up_OR)
+        d_R, b_O = _weights_of(down_RI, a_RI), _weights_of(up_OR, b_OR)
+        if d_R is None or b_O is None:
+            raise ModelFileError(
+                f"{self.config.init_from}: a layer of {update.shape} is not made of the random "
+                f"matrices of projection_seed {self.config.projection_seed}",
+                hint='name another adapter.init_from, or set adapter.kind = "lora"',
+            )
+        return {"down_scale": d_R.float(), "up_scale": (b_O * update.scale).float()}
 
     def updates(self, state: Mapping[str, Tensor]) -> dict[str, Update]:
         """Return down = diag(d) A and up = diag(b) B, in float32."""
@@ -136,10 +160,20 @@ class VeRA(LinearAdapter):
             d_R, b_O = state[f"{name}.down_scale"], state[f"{name}.up_scale"]
             down = d_R[:, None] * self._projections.down(layer.in_features).to(d_R.device)
             up = b_O[:, None] * self._projections.up(layer.out_features).to(b_O.device)
-            found[name] = LoRAFactors(down, up, float(self.config.rank))
+            found[name] = LoRAFactors(down, up, float(len(d_R)))
         return found
 
     def file_metadata(self) -> dict[str, str]:
         """Return what the matrices were made from."""
-        made_from = {"rank": self.config.rank, "projection_seed": self.config.projection_seed}
-        return {METADATA_KEY: json.dumps(made_from)}
+        made_from = {
+            "rank": self._projections.rank,
+            "projection_seed": self.config.projection_seed,
+        }
+        return {VERA_KEY: json.dumps(made_from)}
+
+
+def _weights_of(weighed: Tensor, rows: Tensor) -> Tensor | None:
+    """Return w with diag(w) rows = weighed, both (M, K); None: there is none."""
+    weights_M = (weighed * rows).sum(1) / rows.square().sum(1)
+    left = (weighed - weights_M[:, None] * rows).norm()
+    return weights_M if float(left) <= CLOSE * float(weighed.norm()) else None

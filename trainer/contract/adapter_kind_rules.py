@@ -11,6 +11,7 @@ from trainer.contract.errors import Problem
 from trainer.contract.experts import SHARED
 from trainer.contract.optimizer_traits import traits_of
 from trainer.contract.plugin_options import plugin_schemas
+from trainer.contract.targets import FROM_WEIGHTS
 
 OUTER_LAYERS = (
     "text_embedding.0",
@@ -40,7 +41,7 @@ def _with_defaults(config: RunConfig) -> Mapping[str, Any]:
 
 
 def _tlora(config: RunConfig, options: Mapping[str, Any]) -> Iterator[Problem]:
-    if options["min_rank"] > options["rank"]:
+    if options["rank"] != FROM_WEIGHTS and options["min_rank"] > options["rank"]:
         yield Problem(
             f"more ranks on pure noise ({options['min_rank']}) than there are ({options['rank']})",
             "adapter.min_rank",
@@ -55,6 +56,25 @@ def _tlora(config: RunConfig, options: Mapping[str, Any]) -> Iterator[Problem]:
                 "adapter.include",
                 hint='take it out, or set adapter.kind = "lora"',
             )
+
+
+def _singlora(config: RunConfig, options: Mapping[str, Any]) -> Iterator[Problem]:
+    if options["init_from"] is not None and options["ramp_steps"]:
+        yield Problem(
+            "the update of adapter.init_from is there from the first step, and this would fade it "
+            f"in over {options['ramp_steps']}",
+            "adapter.ramp_steps",
+            hint="set it to 0",
+        )
+
+
+def _vera(config: RunConfig, options: Mapping[str, Any]) -> Iterator[Problem]:
+    if options["init_from"] is not None and "d_initial" in config.adapter.options("kind"):
+        yield Problem(
+            "the weights of the ranks begin with those of adapter.init_from",
+            "adapter.d_initial",
+            hint="leave it out",
+        )
 
 
 def _relora(config: RunConfig, options: Mapping[str, Any]) -> Iterator[Problem]:
@@ -148,6 +168,8 @@ def _matches(pattern: str, name: str) -> bool:
 
 _RULES: Mapping[str, Callable[[RunConfig, Mapping[str, Any]], Iterator[Problem]]] = {
     "tlora": _tlora,
+    "singlora": _singlora,
+    "vera": _vera,
     "relora": _relora,
     "ggpo": _ggpo,
 }

@@ -10,7 +10,7 @@ from trainer.contract.errors import Problem
 from trainer.contract.targets import FROM_WEIGHTS
 from trainer.contract.variants import VARIANTS
 
-_CHOICES = ("targets", "include", "exclude", "rank_pattern")
+_CHOICES = ("targets", "include", "exclude", "rank_pattern", "factor", "decompose_both")
 _DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 
 
@@ -48,9 +48,9 @@ def _start(options: dict[str, object]) -> Iterator[Problem]:
     """Yield what does not go with how the weights begin."""
     if options.get("rank") == FROM_WEIGHTS:
         for key in _CHOICES:
-            if options.get(key) not in (None, (), {}, "all"):
+            if options.get(key) not in (None, False, (), {}, "all"):
                 yield Problem(
-                    "with rank = from_weights the layers and their ranks are those of the file",
+                    "with rank = from_weights the layers and their shapes are those of the file",
                     f"adapter.{key}",
                     hint="leave it out, or give adapter.rank as a number",
                 )

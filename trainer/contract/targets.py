@@ -223,7 +223,11 @@ def _differences(
             "adapter.init_from",
             hint=hint,
         )
-    other = [n for n, rank in ranks.items() if n in in_file and in_file[n].rank != rank]
+    other = [
+        name
+        for name, rank in ranks.items()
+        if name in in_file and not in_file[name].any_rank and in_file[name].rank != rank
+    ]
     if other:
         layer = in_file[other[0]]
         yield Problem(

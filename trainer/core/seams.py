@@ -47,6 +47,8 @@ class BuildContext:
     encoded: Callable[[str], Tensor] = _no_texts
     """Gives the embedding, (T, D) float32 on the CPU, of a text that `Technique.texts` named; for
     use while training, not at birth."""
+    resumes: bool = False
+    """The weights come from a checkpoint: what they begin with is not needed."""
     observe_loss: LossObserver | None = None
     """Told of the loss of each item, for figures; None: nobody asks."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from trainer.adapters.rank_mask import METADATA_KEY
+from trainer.contract.adapter_start import start_layers, start_problems
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import ConfigError, MenmaError, Problem
 from trainer.contract.experts import trained_experts
-from trainer.contract.memory_model.trained import Targets, find_targets
+from trainer.contract.memory_model.trained import Targets, adapter_options, find_targets
 from trainer.contract.optimizer_traits import traits_of
 from trainer.contract.safetensors_header import metadata_of, read_header
 from trainer.contract.variants import Expert, TransformerConfig
@@ -49,7 +49,7 @@ def adapter_problems(config: RunConfig) -> Iterator[Problem]:
         except MenmaError as error:
             yield Problem(error.message, "adapter.init_from", hint=error.hint)
     if start is not None and start.exists():
-        yield from _start_problems(start, shapes)
+        yield from _start_problems(config, start, shapes)
     told = [
         problem
         for expert, own in shapes.items()
@@ -70,15 +70,16 @@ def _rate_problems(config: RunConfig, targets: Targets) -> Iterator[Problem]:
         )
 
 
-def _start_problems(start: Path, experts: Iterable[Expert | None]) -> Iterator[Problem]:
+def _start_problems(
+    config: RunConfig, start: Path, experts: Iterable[Expert | None]
+) -> Iterator[Problem]:
     """Yield why what a file says of itself forbids that training starts from it."""
-    metadata = metadata_of(read_header(start))
-    if METADATA_KEY in metadata:
-        yield Problem(
-            f"{start} is a T-LoRA: with all ranks at every timestep it is not what was trained",
-            "adapter.init_from",
-            hint=f"name another file, or remove the metadata {METADATA_KEY} to start from it so",
-        )
+    kind, metadata = config.adapter.kind, metadata_of(read_header(start))
+    try:
+        layers = start_layers(start, kind)
+    except MenmaError:  # told already
+        return
+    yield from start_problems(kind, adapter_options(config), metadata, layers)
     for expert in experts:
         trained = other_expert(metadata, expert)
         if trained is not None:

@@ -9,7 +9,7 @@ from trainer.adapters import load_adapter
 from trainer.adapters.apply import attach, fitting_modules
 from trainer.adapters.base import AdapterFile
 from trainer.adapters.difference import fitting_differences, on_modules, shown_in_blocks
-from trainer.adapters.rank_mask import METADATA_KEY
+from trainer.contract.adapter_start import TLORA_KEY
 from trainer.contract.config import FrozenAdapter, RunConfig
 from trainer.contract.errors import MenmaError, Problem
 from trainer.contract.expert_turns import EXPERTS
@@ -76,7 +76,7 @@ def companion_problems(
                 hint="set memory.compile_blocks to false, or merge the file into the model "
                 "(`menma merge`)",
             )
-        if config.adapter.kind == "dora" and METADATA_KEY in adapter.metadata:
+        if config.adapter.kind == "dora" and TLORA_KEY in adapter.metadata:
             yield Problem(
                 f"{companion.path} is a T-LoRA, whose update is another one at each timestep, and "
                 "a DoRA measures the weights that it is put on",

@@ -63,6 +63,7 @@ def exported_config(config: RunConfig) -> dict[str, Any]:
         seed=config.training.seed,
         device=torch.device("meta"),
         total_steps=max(1, config.training.max_steps),
+        resumes=True,  # sizes count, not what the weights begin with
     )
     factory: OptimizerFactory = build_plugin(config.optimizer, "kind", build, where="optimizer")
     model = assemble_model(config, build, _ANY_BATCH, lambda: _empty_transformer(config, variant))

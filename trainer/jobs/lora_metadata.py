@@ -8,14 +8,13 @@ from typing import Any
 
 from trainer.adapters.base import AdapterFile
 from trainer.adapters.formats.peft_config import HEADER_KEY
+from trainer.contract.adapter_start import STATE_KEYS, TLORA_KEY
 from trainer.contract.loraid_metadata import joined_loraid
 from trainer.jobs.lora_output import FOLDED_KEY
 
 HISTORY_KEY = "menma.history"
 _OF_THE_TENSORS = (HEADER_KEY, FOLDED_KEY, "sshs_model_hash", "sshs_legacy_hash")
 """Describe the tensors of one file; whoever writes tensors writes them anew."""
-_TIMED_RANKS = "menma.tlora"
-"""Says which ranks act at which timestep; no longer true when ranks are joined, cut or scaled."""
 _SLOT = "ss_loraid"
 
 
@@ -33,7 +32,8 @@ def tool_metadata(adapter: AdapterFile, tool: str, **facts: Any) -> dict[str, st
         facts: what it was asked for; JSON values.
     """
     kept = kept_metadata(adapter)
-    kept.pop(_TIMED_RANKS, None)
+    for key in STATE_KEYS.values():  # no longer true when ranks are joined, cut or scaled
+        kept.pop(key, None)
     step = {"tool": tool, "files": [adapter.path.name], **facts}
     return {**kept, HISTORY_KEY: json.dumps([*history(kept), step])}
 
@@ -52,7 +52,8 @@ def combined_metadata(
     """
     headers = [kept_metadata(adapter) for adapter in adapters]
     for header in headers:
-        header.pop(_TIMED_RANKS, None)
+        for key in STATE_KEYS.values():
+            header.pop(key, None)
     first, *others = headers
     kept = {
         key: value
@@ -75,7 +76,7 @@ def lost_notes(adapters: Sequence[AdapterFile]) -> tuple[str, ...]:
     return tuple(
         f"{adapter.path.name} is a T-LoRA: in the result all ranks act at every timestep"
         for adapter in adapters
-        if _TIMED_RANKS in adapter.metadata
+        if TLORA_KEY in adapter.metadata
     )
 
 

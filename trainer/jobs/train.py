@@ -140,6 +140,7 @@ class TrainingRun:
             seed=config.training.seed,
             device=world.device,
             total_steps=data.total_steps,
+            resumes=resume is not None,
             encoded=lru_cache(maxsize=16)(partial(load_text, data.cached)),
             observe_loss=losses.observe,
         )

@@ -1,7 +1,8 @@
 """What a layer of each kind of adapter trains, and the memory that it takes beside that.
 
 The tables have the names of `[adapter] kind`. Options are those of the layer: `rank` and `alpha`
-are its own where a config gives layers different ones.
+are its own where a config gives layers different ones, `in_file` is what it starts from where that
+is a file, and `max_steps` are those of the run (ReLoRA).
 """
 
 from __future__ import annotations
@@ -57,16 +58,32 @@ def _two_factors(options: Options, inputs: int, outputs: int) -> list[tuple[int,
     return [(_rank(options), inputs), (outputs, _rank(options))]
 
 
-def _relora_held(options: Options, layers: Sequence[tuple[Options, Sizes]]) -> int:
-    """The frozen part, where it has a limit; it grows by the trained part a cycle else."""
-    rank = int(options.get("frozen_max_rank") or 0)
-    return sum(rank * (inputs + outputs) for _, (inputs, outputs) in layers)
+def _frozen_rank(options: Options, steps: int) -> int:
+    """Largest rank of what ReLoRA has frozen in a layer up to the end of so many steps.
+
+    It begins with the rank of the file that training starts from, and grows by the trained rank
+    with each restart, which cuts it to its limit.
+    """
+    first = options["in_file"].rank if "in_file" in options else 0
+    restarts, limit = steps // int(options["restart_every_steps"]), options.get("frozen_max_rank")
+    last = first + restarts * _rank(options)
+    return max(first, min(last, int(limit)) if limit and restarts else last)
 
 
-def _vera_held(options: Options, layers: Sequence[tuple[Options, Sizes]]) -> int:
-    """One matrix for each width at each end."""
+def _relora_rank(options: Options) -> int:
+    """Rank of the frozen and of the trained part in the last step, and so that of the file."""
+    return _frozen_rank(options, int(options["max_steps"]) - 1) + _rank(options)
+
+
+def _relora_held(layers: Sequence[tuple[Options, Sizes]]) -> int:
+    """The frozen part at the end of the run."""
+    return sum(_frozen_rank(own, int(own["max_steps"])) * sum(sizes) for own, sizes in layers)
+
+
+def _vera_held(layers: Sequence[tuple[Options, Sizes]]) -> int:
+    """One matrix for each width at each end; all layers have one rank."""
     widths = {i for _, (i, _) in layers}, {o for _, (_, o) in layers}
-    return _rank(options) * sum(map(sum, widths))
+    return _rank(layers[0][0]) * sum(map(sum, widths))
 
 
 TRAINED_PARAMETERS: dict[str, Callable[[Options, int, int], int]] = {
@@ -119,14 +136,15 @@ BRANCHES: dict[str, Callable[[Options, int, int], Branch]] = {
         products=lokr_products(options, *sizes),
     ),
     "dora": lambda options, *sizes: replace(_low_rank(int(options["rank"]), *sizes), rescales=True),
+    "relora": lambda options, *sizes: _low_rank(_relora_rank(options), *sizes),
 }
 """What is not in the table is a low-rank product of the rank."""
 
 HELD: dict[str, Callable[[Options, Sequence[tuple[Options, Sizes]]], int]] = {
     "lora": lambda options, layers: _lora_held(layers) if _keeps_start(options) else 0,
-    "relora": _relora_held,
+    "relora": lambda options, layers: _relora_held(layers),
     "ggpo": lambda options, layers: sum(2 * outputs for _, (_, outputs) in layers),
-    "vera": _vera_held,
+    "vera": lambda options, layers: _vera_held(layers),
     "dora": lambda options, layers: sum(outputs for _, (_, outputs) in layers),
 }
 """Float32 elements that are kept on the GPU and not trained, of all layers together, given the
@@ -135,13 +153,11 @@ adapter's options and each layer's own. What is not in the table holds nothing."
 OUTPUT: dict[str, Callable[[Options, int, int], int]] = {
     "lora": lambda options, *sizes: _lora_width(options) * sum(sizes),
     "singlora": lambda options, *sizes: _rank(options) * sum(sizes),
-    "relora": lambda options, *sizes: (
-        (_rank(options) + int(options.get("frozen_max_rank") or 0)) * sum(sizes)
-    ),
+    "relora": lambda options, *sizes: _relora_rank(options) * sum(sizes),
     "vera": lambda options, *sizes: _rank(options) * sum(sizes),
 }
 """Elements of an output file for a layer with so many inputs and outputs; what is not in the table:
-those that are trained. What ReLoRA freezes counts where it has a limit."""
+those that are trained."""
 
 
 def trained_parameters(kind: str, options: Options, inputs: int, outputs: int) -> int:

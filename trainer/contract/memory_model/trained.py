@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from trainer.contract.adapter_start import require_fitting, start_layers
 from trainer.contract.config import RunConfig
-from trainer.contract.errors import ConfigError, Problem
-from trainer.contract.lora_header import FileLayer, lora_layers
+from trainer.contract.lora_header import FileLayer
 from trainer.contract.memory_model.adapter_kinds import (
     branch,
     held_elements,
@@ -98,10 +98,11 @@ def find_targets(config: RunConfig, shape: TransformerConfig) -> Targets:
         ConfigError: the patterns are wrong, or what they choose and `init_from` differ.
         ModelFileError: the ranks of `init_from` cannot be read.
     """
-    options = adapter_options(config)
+    options, kind = adapter_options(config), config.adapter.kind
     start = options.get("init_from")
-    in_file = None if start is None else lora_layers(Path(start))
-    kind = config.adapter.kind
+    in_file = None if start is None else start_layers(Path(start), kind)
+    if kind == "relora":
+        options["max_steps"] = config.training.max_steps
     if in_file is not None:  # the file may change, so that nothing is remembered
         return _adapter_targets(shape, kind, options, in_file)
     return _remembered(shape, kind, json.dumps(options, default=str))
@@ -124,10 +125,13 @@ def _adapter_targets(
     sizes = linear_shapes(shape)
     plan = plan_layers(sizes, options, in_file)
     if in_file is not None:
-        _require_sizes(sizes, options, in_file)
+        ranks = {name: layer.rank for name, layer in plan.items()}
+        require_fitting(kind, options, sizes, in_file, ranks)
     parts, blocks, layers = [], _Blocks(shape.num_layers), []
     for name, layer in plan.items():
         own: dict[str, Any] = {**options, "rank": layer.rank, "alpha": layer.alpha}
+        if in_file is not None:
+            own["in_file"] = in_file[name]
         inputs, outputs = sizes[name]
         trained = trained_parameters(kind, own, inputs, outputs)
         beside = branch(kind, own, inputs, outputs)
@@ -152,23 +156,6 @@ def _adapter_targets(
         held=held_elements(kind, options, layers),
         output=sum(output_elements(kind, own, *size) for own, size in layers),
     )
-
-
-def _require_sizes(
-    sizes: Mapping[str, tuple[int, int]],
-    options: Mapping[str, Any],
-    in_file: Mapping[str, FileLayer],
-) -> None:
-    wrong = [n for n, layer in in_file.items() if (layer.inputs, layer.outputs) != sizes[n]]
-    if wrong:
-        layer, (inputs, outputs) = in_file[wrong[0]], sizes[wrong[0]]
-        message = (
-            f"{options['init_from']} is for another model: {layer.key} is of a layer with "
-            f"{layer.inputs} inputs and {layer.outputs} outputs, the model's has {inputs} and "
-            f"{outputs} ({len(wrong)} of {len(in_file)} layers differ)"
-        )
-        hint = "use weights that were trained for this model"
-        raise ConfigError(problems=[Problem(message, "adapter.init_from", hint=hint)])
 
 
 def _own_targets(shape: TransformerConfig, options: Mapping[str, Any]) -> Targets:

@@ -45,7 +45,7 @@ def standing_parts(work: Workload) -> Parts:
     if work.swapped:
         parts["block swap"] = work.ring_bytes
     if not work.full:
-        parts["adapter"] = (trained + work.targets.held) * FLOAT32
+        parts["adapter"] = (trained + work.adapters * work.targets.held) * FLOAT32
     if optimizer_place(work) == "none":
         if stage >= 1 or _has_masters(work):
             parts["fp32 masters"] = trained * FLOAT32 / sharded_optimizer
