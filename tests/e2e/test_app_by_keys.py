@@ -39,11 +39,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     for process in psutil.process_iter():
         try:
-            ours = process.cwd().startswith(str(tmp_path)) and process.pid != os.getpid()
+            if process.cwd().startswith(str(tmp_path)) and process.pid != os.getpid():
+                process.kill()
         except psutil.Error:
             continue
-        if ours:
-            process.kill()
 
 
 class Hands:

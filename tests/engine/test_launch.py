@@ -86,11 +86,10 @@ def seen(folder: Path) -> list[dict]:
 
 def alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # the second: it went while we read
         return False
-    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return state not in {"Z", "X"}
+    return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
 
 
 def all_gone(pids: list[int], within_s: float = 60) -> bool:
