@@ -248,7 +248,7 @@ def test_of_many_starts_at_once_one_wins(runs):
     )
     command = [sys.executable, "-c", script, str(runs.folder)]
     started = [subprocess.Popen(command, env=ENVIRONMENT) for _ in range(4)]
-    codes = sorted(process.wait(timeout=60) for process in started)
+    codes = sorted(process.wait(timeout=120) for process in started)
     runs.started.append(RunDir(runs.folder / "run"))
     assert codes == [0, 3, 3, 3]
 
