@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
+import sys
 
 # With other load on two cores, two torch threads are many times slower than one; and a float
 # reduction's order, so a bit-for-bit comparison, depends on their number.
@@ -33,6 +35,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # And started by nohup, it outlives its terminal.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+MANY_MODULES = 20
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +73,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files with slow tests first, so that no worker is left with one when all others end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collections_stay_quick():
+    """Take what was imported out of the collector's sight.
+
+    Jobs collect garbage after each of their parts; among the millions of objects of this process,
+    that is a second each time.
+    """
+    num_modules = len(sys.modules)
+    yield
+    if len(sys.modules) > num_modules + MANY_MODULES:
+        _freeze()
+
+
+def _freeze() -> None:
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    _freeze()
 
 
 def pytest_sessionfinish() -> None:
