@@ -5,6 +5,7 @@ The functions have the parameters that Typer hands over by name. What goes wrong
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -111,6 +112,69 @@ def settings(incomplete: str) -> Offers:
     return [(f"{key}=", options.get(key, "")), *values] if not typed else values
 
 
+def _named(table: str, *others: tuple[str, str]) -> Callable[[str], Offers]:
+    """Return what offers the names of a registry, `module:name` of the contract, and `others`."""
+
+    @_quietly
+    def offer(incomplete: str) -> Offers:
+        offers = [*_entries(table), *others]
+        return [(name, words) for name, words in offers if name.startswith(incomplete)]
+
+    return offer
+
+
+def _chosen(key: str) -> Callable[[str], Offers]:
+    """Return what offers the values of an option of the config."""
+
+    @_quietly
+    def offer(incomplete: str) -> Offers:
+        return [(value, "") for value in _values(key) if value.startswith(incomplete)]
+
+    return offer
+
+
+def words(*names: str) -> Callable[[str], Offers]:
+    """Return what offers these words."""
+
+    @_quietly
+    def offer(incomplete: str) -> Offers:
+        return [(name, "") for name in names if name.startswith(incomplete)]
+
+    return offer
+
+
+_TABLES = {
+    "sampling.solver": "catalog:SOLVERS",
+    "sampling.schedule": "catalog:SCHEDULES",
+    "sampling.step_cache": "catalog:STEP_CACHES",
+    "sampling.format": "sample_formats:SAMPLE_FORMATS",
+    "memory.attention": "catalog:ATTENTION",
+    "model.variant": "variants:VARIANTS",
+}
+"""Options whose names are in a table of the contract, and not in the schema."""
+solvers = _named(_TABLES["sampling.solver"])
+schedules = _named(_TABLES["sampling.schedule"])
+step_caches = _named(_TABLES["sampling.step_cache"], ("none", "every step is computed"))
+formats = _named(_TABLES["sampling.format"])
+variants = _named(_TABLES["model.variant"])
+cfg_skip_modes = _chosen("sampling.cfg_skip_mode")
+slg_modes = _chosen("sampling.slg_mode")
+granularities = _chosen("adapter.loraid.granularity")
+allocations = _chosen("adapter.loraid.allocation")
+layouts = words("comfy", "kohya", "peft")
+dtypes = words("bf16", "fp16", "fp32")
+experts = words("high_noise", "low_noise")
+devices = words("auto", "cpu", "cuda")
+goals = words("character", "style", "motion", "images", "full")
+
+
+def _entries(table: str) -> Offers:
+    """Return names and summaries of a registry, or the names of a plain table."""
+    module, _, attribute = table.partition(":")
+    found = getattr(importlib.import_module(f"trainer.contract.{module}"), attribute)
+    return [(str(getattr(one, "name", one)), getattr(one, "summary", "")) for one in found]
+
+
 def _toml_files(start: str) -> Iterator[str]:
     folder, name = os.path.split(start)
     shown = f"{folder.rstrip('/')}/" if folder else ""
@@ -147,6 +211,8 @@ def _values(key: str) -> list[str]:
         if name == key:
             shown = [*spec.get("enum", ()), spec.get("default")]
             found += [_word(value) for value in shown if value is not None and value != []]
+    if key in _TABLES:
+        found += [name for name, _ in _entries(_TABLES[key])]
     section, _, last = key.rpartition(".")
     kind = section if last == "kind" else last
     found += list(schema["plugins"].get(kind, ()))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from app.cli import completion
 from trainer.contract.errors import UserError
 
 CFGSkip = Annotated[
@@ -16,6 +17,7 @@ CFGSkip = Annotated[
         "--cfg-skip",
         metavar="MODE",
         help="Steps without guidance: early, late, middle, early_late or alternate.",
+        autocompletion=completion.cfg_skip_modes,
     ),
 ]
 CFGApplyRatio = Annotated[
@@ -46,6 +48,7 @@ SLGMode = Annotated[
         "--slg-mode",
         metavar="MODE",
         help="original (a pass of its own; the default with --slg-layers) or uncond.",
+        autocompletion=completion.slg_modes,
     ),
 ]
 SLGScale = Annotated[
@@ -70,6 +73,7 @@ StepCacheName = Annotated[
         "--step-cache",
         metavar="METHOD",
         help="Reuse the blocks' work where little changes: teacache, magcache or none.",
+        autocompletion=completion.step_caches,
     ),
 ]
 StepCacheThreshold = Annotated[

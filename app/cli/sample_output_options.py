@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from app.cli import completion
 from trainer.contract.errors import UserError
 
 Format = Annotated[
@@ -15,6 +16,7 @@ Format = Annotated[
         "--format",
         help="Kind of file: h264 (default), h265, prores, vp9, av1, gif, webp, png or latents. "
         "Where --output names a file, its ending says it, too.",
+        autocompletion=completion.formats,
     ),
 ]
 Quality = Annotated[

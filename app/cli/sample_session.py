@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -115,6 +116,8 @@ def _values(line: str, place: str) -> dict[str, Any] | None:
 
 def _lines(*, typed: bool) -> Iterator[tuple[int, str]]:
     """Yield number and text of each line that is neither empty nor a comment."""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is the mistake of its line alone
+        sys.stdin.reconfigure(errors="surrogateescape")
     for number, line in enumerate(_typed_lines() if typed else sys.stdin, start=1):
         text = line.strip()
         if text and not text.startswith("#"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trainer.contract.errors import UserError
+from trainer.contract.files import in_bytes
 
 if TYPE_CHECKING:
     from trainer.contract.vary import Matrix
@@ -122,7 +123,7 @@ def sheet_folder(request: dict[str, Any], target: Path | None) -> Path:
     prompts = [request["prompts"], request["prompts_file"], request["config"]]
     prompts += [axis for axis in request["axes"] if axis["key"] == "prompt"]
     digest = hashlib.sha256(json.dumps(prompts, default=str).encode()).hexdigest()
-    return Path(request["output"]) / f"{name[:100]}-{digest[:6]}"
+    return Path(request["output"]) / f"{in_bytes(name, 100)}-{digest[:6]}"
 
 
 def refuse_with_session(request: dict[str, Any], sheet: dict[str, Any]) -> None:

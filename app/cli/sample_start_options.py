@@ -7,9 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from app.cli import completion
+
 Solver = Annotated[
     str | None,
-    typer.Option("--solver", help="unipc, euler, dpm++, heun (2 evaluations a step) or lcm."),
+    typer.Option(
+        "--solver",
+        help="unipc, euler, dpm++, heun (2 evaluations a step) or lcm.",
+        autocompletion=completion.solvers,
+    ),
 ]
 Schedule = Annotated[
     str | None,
@@ -17,6 +23,7 @@ Schedule = Annotated[
         "--schedule",
         help="Where the steps are: training_grid, full_range, full_range_cut or beta. Default: the "
         "solver's own.",
+        autocompletion=completion.schedules,
     ),
 ]
 Video = Annotated[

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -17,10 +19,16 @@ from app.cli import completion
 from app.cli.main import app as root
 from app.domain.config_document import ConfigDocument
 from app.domain.config_options import options_of
+from app.domain.goals import GOALS
 from app.queue.jobs import JobSpec
 from app.queue.store import QueueStore
+from trainer.contract import jobs as contract_jobs
+from trainer.contract.catalog import SOLVERS
 from trainer.contract.config_io import load_config
+from trainer.contract.denoising_options import CFGSkipMode, SLGMode
 from trainer.contract.errors import ConfigError
+from trainer.contract.loraid import Allocation, Granularity
+from trainer.contract.variants import VARIANTS, Expert
 
 APP = [sys.executable, "-m", "app"]
 HEAVY = {"torch", "numpy", "textual", "trainer.contract.config", "trainer.contract.catalog"}
@@ -44,7 +52,7 @@ def scene(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def ask(folder: Path, shell: str, line: str) -> str:
+def ask(folder: Path, shell: str, line: str, allowed: Collection[str] = ()) -> str:
     """Complete the end of a line in a process of its own, which loads nothing heavy for it."""
     words = line.split(" ")
     variables = {
@@ -62,7 +70,7 @@ def ask(folder: Path, shell: str, line: str) -> str:
     )
     names = {part.rpartition("|")[2].strip() for part in done.stderr.splitlines()}
     assert "app.cli.main" in names
-    assert names & HEAVY == set()
+    assert names & HEAVY <= set(allowed)
     return done.stdout
 
 
@@ -79,6 +87,55 @@ def ask(folder: Path, shell: str, line: str) -> str:
 )
 def test_each_kind_of_argument_is_offered_by_the_command(scene, line, words):
     assert sorted(ask(scene, "bash", line).splitlines()) == words
+
+
+TABLES = "trainer.contract.catalog"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("menma sample x --solver ", ["dpm++", "euler", "heun", "lcm", "unipc"]),
+        ("menma sample x --schedule full", ["full_range", "full_range_cut"]),
+        ("menma sample x --format p", ["png", "prores"]),
+        ("menma sample x --step-cache ", ["magcache", "none", "teacache"]),
+        ("menma sample x --cfg-skip ea", ["early", "early_late"]),
+        ("menma sample x --slg-mode ", ["none", "original", "uncond"]),
+        ("menma train x.toml --set sampling.solver=l", ["sampling.solver=lcm"]),
+        ("menma presets list --variant wan2.2-t", ["wan2.2-t2v-a14b", "wan2.2-ti2v-5b"]),
+        ("menma loraid plan --granularity ", ["block", "linear", "module", "pair"]),
+        ("menma lora convert a b --layout k", ["kohya"]),
+        ("menma new --goal m", ["motion"]),
+    ],
+)
+def test_values_of_options_are_offered(scene, line, words):
+    assert sorted(ask(scene, "bash", line, allowed={TABLES}).splitlines()) == words
+
+
+def test_names_come_with_what_they_are(scene):
+    said = ask(scene, "fish", "menma sample x --format gi", allowed={TABLES})
+    assert said.strip() == "gif\ta palette for each frame"
+
+
+def test_words_are_those_that_are_taken():
+    def offered(offer: Callable[[str], completion.Offers]) -> set[str]:
+        return {word for word, _ in offer("")}
+
+    def taken(literal: Any) -> set[str]:
+        return {str(value) for value in get_args(literal) if value is not None}
+
+    assert offered(completion.layouts) == taken(contract_jobs.LoRALayout)
+    assert offered(completion.dtypes) == taken(contract_jobs.OutputDtype)
+    assert offered(completion.experts) == taken(Expert)
+    assert offered(completion.cfg_skip_modes) == taken(CFGSkipMode)
+    assert offered(completion.slg_modes) == taken(SLGMode)
+    assert offered(completion.granularities) == taken(Granularity)
+    assert offered(completion.allocations) == taken(Allocation)
+    assert offered(completion.solvers) == set(SOLVERS.names)
+    assert offered(completion.variants) == set(VARIANTS)
+    assert offered(completion.goals) == set(GOALS)
+    devices = contract_jobs.LoRAExtractRequest.model_fields["device"].annotation
+    assert offered(completion.devices) == taken(devices)
 
 
 def test_zsh_and_fish_get_their_own_forms(scene):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from app.cli.commands import lora_files
 from trainer.contract.jobs import REQUESTS
 
 CASES = [
@@ -126,3 +127,15 @@ def test_a_rounding_is_shown(menma, monkeypatch):
     Path("a.safetensors").write_bytes(b"")
     words = ["--base", "low", "--lora", "a.safetensors", "-o", "o.safetensors"]
     assert "rounding: 61 % of what was added, 2 % of the weights" in menma("merge", *words).err
+
+
+def test_inspect_lists_whole_differences() -> None:
+    names = {"head.head.diff": 1, "norm3.diff": 40, "norm3.diff_b": 40, "q.diff_b": 40, "z.diff": 1}
+    part = {"differences": {"num": 122, "num_zero": 80, "norm": 0.25, "names": names}}
+    lines = lora_files._part_lines(part)
+    assert lines == [
+        "differences 122 whole, 80 of them zero, norm 0.25",
+        "            head.head.diff (1), norm3.diff (40), norm3.diff_b (40), q.diff_b (40)",
+        "            z.diff (1)",
+    ]
+    assert not any("difference" in line for line in lora_files._part_lines({"differences": {}}))

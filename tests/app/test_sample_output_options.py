@@ -144,3 +144,11 @@ def test_previews_are_drawn_where_they_can_be(monkeypatch):
     monkeypatch.setattr("app.cli.sample_output_options._can_draw", lambda: True)
     assert preview_setting(None, []) == [f"{key}=1"]
     assert preview_setting(None, [f"{key}=3"]) == []
+
+
+def test_a_prompt_that_is_no_text_is_refused_whichever_it_is(menma, config):
+    answer = menma("sample", config, "-p", "fine", "-p", "caf\udce9")
+    assert answer.code == 2
+    assert "no UTF-8 text" in answer.err
+    assert "Traceback" not in answer.err
+    assert not Path("request.json").exists()

@@ -117,9 +117,9 @@ def test_mistakes_of_options(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert wildcard_settings(None, None) == {"wildcards": None, "wildcards_folder": None}
 
 
-def session(monkeypatch: pytest.MonkeyPatch, lines: str, *arguments: str) -> int:
+def session(monkeypatch: pytest.MonkeyPatch, lines: str | bytes, *arguments: str) -> int:
     read, write = os.pipe()
-    os.write(write, lines.encode())
+    os.write(write, lines.encode() if isinstance(lines, str) else lines)
     os.close(write)
     with os.fdopen(read) as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
@@ -142,6 +142,15 @@ def test_each_line_of_a_pipe_is_a_sample(
     assert request["loras"][0]["strength"] == 0.5
     assert session(monkeypatch, "a cat\n", "--json") == 0
     assert json.loads(capsys.readouterr().out)["path"] == "out/1.mp4"
+
+
+def test_a_line_that_is_no_text_is_one_mistake(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert session(monkeypatch, b"a cat\na caf\xe9\na bird\n") == 1
+    said = capsys.readouterr()
+    assert said.out.split() == ["out/1.mp4", "out/2.mp4"]
+    assert "error: line 2: prompt: holds what is no UTF-8 text" in said.err
 
 
 def test_models_that_cannot_be_used_end_it_at_once(

@@ -24,6 +24,7 @@ from trainer.contract.prompt_keys import (
     parse_value,
 )
 from trainer.contract.prompts import parse_prompt_line, read_prompts
+from trainer.contract.vary import read_matrix
 
 
 def write(path: Path, text: str) -> Path:
@@ -279,3 +280,43 @@ def test_a_written_line_is_read_back(text: str, fields: dict[str, object]) -> No
 def test_any_line_is_a_prompt_or_a_clear_error(line: str) -> None:
     with suppress(ConfigError):  # anything else fails
         parse_prompt_line(line)
+
+
+def test_a_line_ends_where_the_file_says(tmp_path: Path) -> None:
+    """Prompts from web pages have separators in them that Python takes for ends of lines."""
+    path = tmp_path / "p.txt"
+    path.write_bytes("one\u2028still one\x0band\x85on --d 1\r\ntwo --d 2\rthree --w x\n".encode())
+    with pytest.raises(ConfigError) as raised:
+        read_prompts(path)
+    assert [problem.line for problem in raised.value.problems] == [3]
+    path.write_bytes("one\u2028still one --d 1\r\ntwo --d 2\n".encode())
+    assert [(p.prompt, p.seed) for p in read_prompts(path)] == [
+        ("one\u2028still one", 1), ("two", 2)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.json", f"[{'1' * 5000}]"),
+        ("p.toml", f"a = {'1' * 5000}"),
+        ("p.toml", f"a = {'[' * 5000}"),
+    ],
+)
+def test_files_without_end_are_mistakes(tmp_path: Path, name: str, text: str) -> None:
+    path = write(tmp_path / name, text)
+    with pytest.raises(ConfigError, match="not valid"):
+        read_prompts(path)
+    if path.suffix == ".toml":
+        with pytest.raises(ConfigError, match="not valid TOML"):
+            read_matrix(path)
+
+
+def test_halves_of_characters_are_no_text(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "p.json", '["fine \\ud83d\\ude00", "a \\ud83d cat", {"prompt": "a", "n": 1}]'
+    )
+    with pytest.raises(ConfigError) as raised:
+        read_prompts(path)
+    told = [problem for problem in raised.value.problems if "no UTF-8 text" in problem.message]
+    assert [problem.key for problem in told] == ["[1].prompt"]

@@ -29,7 +29,7 @@ from trainer.models.wan.tiny import (
 from trainer.models.wan.transformer import WanTransformer
 from trainer.sampling.pipeline import Expert
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.results import FileOptions, describe_file, free_path
+from trainer.sampling.results import FileOptions, describe_file
 from trainer.sampling.video_io import read_metadata, read_video
 
 T2V = get_variant("wan2.1-t2v-1.3b")
@@ -270,11 +270,3 @@ def test_tiles_have_the_same_shape(files: Path, tmp_path: Path) -> None:
     options = SampleOptions(tile=(32, 32))
     (sample,) = run_sample([wanted], T2V, Recorder(files).loaders, tmp_path, options)
     assert read_video(sample.path).frames.shape == (5, 64, 64, 3)
-
-
-def test_free_path_counts_on(tmp_path: Path) -> None:
-    path = tmp_path / "a.b_7.mp4"
-    assert free_path(path) == path
-    for expected in ("a.b_7_2.mp4", "a.b_7_3.mp4"):
-        free_path(path).touch()
-        assert free_path(path).name == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_sample_run import CONFIG, events_of, models, write_lora
 
 from trainer.contract.config import Prompt
-from trainer.contract.errors import ConfigError, DataError
+from trainer.contract.errors import ConfigError, DataError, OutOfMemoryError
 from trainer.contract.jobs import LoRAUse, SampleJobRequest
 from trainer.contract.run_dir import RunDir
 from trainer.jobs import sample_run
@@ -300,3 +301,40 @@ def test_latents_that_cannot_be_decoded(config: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="there is no file of latents"):
         decode(config, tmp_path / "empty", tmp_path / "out")
+
+
+def test_latents_of_odd_files_are_decoded_or_refused_in_words(
+    config: Path, original: Path, tmp_path: Path
+) -> None:
+    save_file({"latents": torch.zeros(16, 1, 1, 1)}, tmp_path / "small.safetensors")
+    with pytest.raises(DataError, match=r"small\.safetensors: its latents are of no sample"):
+        decode(config, tmp_path / "small.safetensors", tmp_path / "out")
+    latents = load_file(original.with_suffix(".safetensors"))["latents"]
+    # What looks like a wildcard, and half a character: the words were used as they are.
+    words = "a {cat and __nothing__ \ud83d"
+    metadata = {"prompt": words}
+    header = {"menma.kind": "latents", "menma.sample": json.dumps(metadata)}
+    save_file({"latents": latents}, tmp_path / "odd.safetensors", header)
+    wild = "sampling.wildcards=true"
+    events = decode(config, tmp_path / "odd.safetensors", tmp_path / "out", wild)
+    assert sample_of(events).exists()
+
+
+def test_decoding_that_does_not_fit_names_the_file_and_the_tiles(
+    config: Path, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: object, **_rest: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("trainer.jobs.sample_decode.decode_frames", full)
+    source = original.with_suffix(".safetensors")
+    with pytest.raises(OutOfMemoryError, match=re.escape(source.name)) as raised:
+        decode(config, source, tmp_path / "out")
+    assert "memory.vae_tile" in raised.value.hint
+
+
+def test_a_name_longer_than_names_are_is_none(config: Path, tmp_path: Path) -> None:
+    metadata = {"prompt": "a cat", "seed": 1, "loras": [{"file": "x" * 300 + ".safetensors"}]}
+    write_latents(tmp_path / "odd.safetensors", torch.zeros(16, 1, 4, 4), metadata, fps=16)
+    with pytest.raises(DataError, match="is no file name"):
+        like(config, tmp_path / "odd.safetensors", tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,14 @@ from pydantic import ValidationError
 
 from trainer.contract.config import Prompt, SamplingSection
 from trainer.contract.errors import ConfigError
+from trainer.contract.files import atomic_path
+from trainer.contract.free_names import move_unless_taken
 from trainer.contract.variants import get_variant
 from trainer.jobs.sample_target import Target, file_options
 from trainer.sampling.requests import SampleRequest
 from trainer.sampling.results import (
     FileOptions,
     describe,
-    free_path,
     latents_beside,
     read_sample_metadata,
     write_sample,
@@ -210,6 +212,72 @@ def test_a_folder_of_frames_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_names_with_dots_count_on_behind_them(tmp_path: Path) -> None:
-    (tmp_path / "v1.5_7").mkdir()
-    assert free_path(tmp_path / "v1.5_7").name == "v1.5_7_2"
+    taken = tmp_path / "v1.5_7"
+    taken.mkdir()
+    (taken / "notes.txt").touch()
+    frames = FileOptions(format="png")
+    assert write_sample(tmp_path, "v1.5", REQUEST, FRAMES, files=frames).name == "v1.5_7_2"
     assert latents_beside(tmp_path / "v1.5_7").name == "v1.5_7.safetensors"
+
+
+def test_fields_are_for_files_and_not_for_folders(tmp_path: Path) -> None:
+    for output in ("{prompt}", "out/{seed}/x_{index}.mp4"):
+        target = Target(tmp_path / output, "cats", FileOptions())
+        with pytest.raises(ConfigError, match="in the name of a folder") as raised:
+            target.check([REQUEST])
+        assert "out/{prompt}_{seed}.mp4" in raised.value.hint
+    Target(tmp_path / "{mine}", "cats", FileOptions()).check([REQUEST])  # no field: their own name
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("../../etc/passwd", "etc_passwd"),
+        ("..", "prompt"),
+        ("/", "prompt"),
+        ("--force", "force"),
+        ('a/b\\c:d*?"<>|', "a_b_c_d"),
+        ("🐈🐕", "prompt"),
+        ("eine Katze 🐈 schläft", "eine_Katze_schläft"),
+        ("a\0b\nc", "a_b_c"),
+        ("x" * 5000, "x" * 60),
+        ("猫" * 5000, "猫" * 40),
+    ],
+)
+def test_no_prompt_leads_out_of_the_folder(tmp_path: Path, prompt: str, name: str) -> None:
+    wanted = replace(REQUEST, prompt=prompt)
+    target = Target(tmp_path / "out/{prompt}.mp4", "cats", FileOptions())
+    target.check([wanted])
+    assert target.path(0, wanted) == tmp_path / f"out/{name}.mp4"
+    path = Target(tmp_path, "..", FileOptions()).path(0, wanted, prompt[:80])
+    assert path.parent == tmp_path
+    assert path.name[0] not in ".-/"
+
+
+def test_what_force_would_remove_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "cats_00_7").mkdir()
+    (tmp_path / "cats_00_7/notes.txt").touch()
+    (tmp_path / "7.mp4").mkdir()
+    (tmp_path / "7.mp4/notes.txt").touch()
+    for output, kind in ((tmp_path, "png"), (tmp_path / "{seed}.mp4", "h264")):
+        target = Target(output, "cats", FileOptions(format=kind, force=True))
+        with pytest.raises(ConfigError, match="holds more than frames"):
+            target.check([REQUEST], ["cats"])
+
+
+def test_a_link_to_nowhere_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="is a file, no folder"):
+        Target(tmp_path / "out", "cats", FileOptions()).check([REQUEST])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
+def test_a_name_that_is_not_utf_8_is_a_name(tmp_path: Path) -> None:
+    output = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.mp4"))
+    target = Target(output, "cats", FileOptions())
+    target.check([REQUEST])
+    path = write_sample(output.parent, "v", REQUEST, FRAMES)
+    assert move_unless_taken(path, output)
+    with atomic_path(output) as place:
+        place.write_bytes(b"new")
+    assert output.read_bytes() == b"new"

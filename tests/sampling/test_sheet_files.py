@@ -211,3 +211,19 @@ def test_a_session_writes_to_the_file_that_is_named(
     only, taken, _ = talk(config, monkeypatch, line, line, output=tmp_path / "only.webp")
     assert Path(only[0]["path"]).name == "only.webp"
     assert "is there already" in taken[0]["message"]
+
+
+def test_names_of_cells_fit_into_a_file_system(config: Path, tmp_path: Path) -> None:
+    """Letters of Chinese take three bytes, and several keys are in the name."""
+    words = "猫" * 40
+    axes = (
+        parse_vary(f"name={words}1,{words}2"),
+        parse_vary(f"negative_prompt={words}3,{words}4"),
+        parse_vary(f"prompt={words}5,{words}6"),
+        parse_vary("seed=1,2"),
+    )
+    cells = samples(make(config, *axes, prompts=()))
+    assert len(cells) == 8  # the name of a prompt changes no sample
+    assert max(len(cell.name.encode()) for cell in cells) < 130
+    with pytest.raises(ConfigError, match="in the name of a folder"):
+        make(config, *axes, prompts=(), output=tmp_path / "{seed}")

@@ -10,6 +10,15 @@ from torch.utils.hooks import RemovableHandle
 
 from trainer.adapters.adapter_linear import AdapterLinear
 from trainer.adapters.base import AdapterFile, Update
+from trainer.adapters.difference import (
+    BiasLinear,
+    ParameterDifference,
+    ShownSum,
+    fitting_differences,
+    on_modules,
+    parameter_of,
+    parameter_shapes,
+)
 from trainer.adapters.rank_mask import RankMask, RankSchedule, masked_beside
 from trainer.adapters.targets import linear_layers
 from trainer.adapters.wrapping import readable, unwrap, wrap
@@ -25,23 +34,29 @@ class Attachment:
     def __init__(
         self,
         transformer: nn.Module,
-        layers: dict[str, AdapterLinear],
+        layers: Sequence[tuple[str, AdapterLinear]],
         following: RemovableHandle | None = None,
+        shown: Sequence[ShownSum] = (),
     ) -> None:
         self._transformer = transformer
-        self._layers = layers
+        self._layers = list(layers)
         self._following = following
+        self._shown = list(shown)
 
     def set_strength(self, strength: float) -> None:
         """Multiply the update by `strength`; 0 gives the base model, exactly."""
-        for layer in self._layers.values():
+        for _, layer in self._layers:
             layer.strength = strength
+        for shown in self._shown:
+            shown.strength = strength
 
     def detach(self) -> None:
         """Take the LoRA off again; the model is as it was. A second call does nothing."""
-        for name, layer in self._layers.items():
+        for name, layer in reversed(self._layers):
             unwrap(self._transformer, name, layer)
-        self._layers = {}
+        for shown in self._shown:
+            shown.remove()
+        self._layers, self._shown = [], []
         if self._following is not None:
             self._following.remove()
 
@@ -71,9 +86,12 @@ def attach(
     """
     linears = linear_layers(transformer)
     fitting = fitting_modules(_shapes(linears), adapter, skip_missing=skip_missing)
+    shapes = parameter_shapes(transformer, list(adapter.differences))
+    differences = fitting_differences(shapes, adapter, skip_missing=skip_missing)
     layers: dict[str, AdapterLinear] = {}
     # Not the layer's own: a streamed layer's weight is on no device between two uses.
     device = next(transformer.parameters()).device
+    differences = {name: difference.to(device) for name, difference in differences.items()}
     schedule = RankSchedule.of_file(adapter.metadata, adapter.path)
     mask = None if schedule is None else RankMask(schedule)
     for name, update in fitting.items():
@@ -84,16 +102,33 @@ def attach(
             layer = update.beside(base, dtype, device)
         else:
             layer = masked_beside(mask, update, base, dtype, device)
-        layer.strength = strength
-        layer.train(transformer.training)
         layers[name] = layer
-    for name, layer in layers.items():
+    worn: list[tuple[str, AdapterLinear]] = list(layers.items())
+    for name, own in on_modules(differences, biases=True).items():
+        under = layers.get(name, linears[name])
+        worn.append((name, BiasLinear(under, own["bias"])))
+    for name, layer in worn:
+        layer.train(transformer.training)
         wrap(transformer, name, layer)
-    return Attachment(transformer, layers, None if mask is None else mask.follow(transformer))
+    attachment = Attachment(
+        transformer,
+        worn,
+        None if mask is None else mask.follow(transformer),
+        [
+            ShownSum(transformer.get_submodule(name), own)
+            for name, own in on_modules(differences, biases=False).items()
+        ],
+    )
+    attachment.set_strength(strength)
+    return attachment
 
 
 OnMerged = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Told of (layer, weight as it is kept, exact sum, weight before), all but the first float32."""
+
+
+_Share = tuple[Update | ParameterDifference, float]
+"""What is added to a weight, and its strength."""
 
 
 def merge_into(
@@ -128,7 +163,8 @@ def merge_several(
             changed.
     """
     linears = linear_layers(transformer)
-    shares: dict[str, list[tuple[Update, float]]] = {}
+    shares: dict[str, list[_Share]] = {}
+    vectors: dict[str, list[_Share]] = {}
     for adapter, strength in parts:
         fitting = fitting_modules(_shapes(linears), adapter, skip_missing=skip_missing)
         quantised = [name for name in fitting if _weight(linears[name]).dtype not in _FLOATS]
@@ -140,22 +176,32 @@ def merge_several(
             )
         for name, update in fitting.items():
             shares.setdefault(name, []).append((update, strength))
+        own_shapes = parameter_shapes(transformer, list(adapter.differences))
+        differences = fitting_differences(own_shapes, adapter, skip_missing=skip_missing)
+        for name, difference in differences.items():
+            vectors.setdefault(name, []).append((ParameterDifference(difference), strength))
     with torch.no_grad():
         for name, own in shares.items():
             with readable(transformer, name):
                 _merge_layer(name, _weight(linears[name]), own, on_merged)
+        for name, own in vectors.items():
+            with readable(transformer, name):
+                _merge_layer(name, parameter_of(transformer, name), own, on_merged)
 
 
 def _merge_layer(
     name: str,
     weight: torch.Tensor,
-    shares: Sequence[tuple[Update, float]],
+    shares: Sequence[_Share],
     on_merged: OnMerged | None,
 ) -> None:
     base = exact = weight.float()
     for update, strength in shares:
         # The factors are small and the sum is not: it is formed where the weight is.
-        near = update.with_tensors({k: v.to(weight.device) for k, v in update.tensors().items()})
+        near = update
+        if isinstance(near, Update):
+            moved = {role: part.to(weight.device) for role, part in near.tensors().items()}
+            near = near.with_tensors(moved)
         exact = near.added_to(exact, strength)
     if on_merged is None:
         weight.copy_(exact)
@@ -173,6 +219,8 @@ def fitting_modules(
     Raises:
         ModelFileError: modules are missing or have another shape; names what the LoRA is for.
     """
+    if not adapter and adapter.differences:
+        return {}
     missing = [name for name in adapter if name not in shapes]
     fitting = {name: update for name, update in adapter.items() if name in shapes}
     wrong = [name for name, update in fitting.items() if update.shape != shapes[name]]

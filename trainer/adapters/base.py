@@ -29,6 +29,9 @@ class Update(ABC):
     precise: ClassVar[frozenset[str]] = frozenset()
     """Roles that files hold in float32, whatever the others are rounded to."""
 
+    keeps_dtype: ClassVar[bool] = False
+    """Whether files hold it in the precision that it has, whatever the others are rounded to."""
+
     alpha: float
     """Strength as the kind counts it; usually `scale` is alpha / rank."""
 
@@ -163,6 +166,8 @@ class AdapterFile(Mapping[str, Update]):
             `+` when a file mixes them.
         metadata: the string table of the file's header.
         notes: what had to be assumed while reading, for people.
+        differences: what is added to parameters that are no weights of linear layers, by their
+            canonical names (`blocks.0.norm3.bias`); the dtype is that of the file.
     """
 
     def __init__(
@@ -173,8 +178,10 @@ class AdapterFile(Mapping[str, Update]):
         layout: str,
         metadata: Mapping[str, str],
         notes: tuple[str, ...] = (),
+        differences: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._modules = dict(modules)
+        self.differences = dict(differences or {})
         self.path = path
         self.layout = layout
         self.metadata = dict(metadata)
@@ -188,3 +195,9 @@ class AdapterFile(Mapping[str, Update]):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that are stored, without alphas."""
+        whole = sum(tensor.numel() for tensor in self.differences.values())
+        return whole + sum(update.num_parameters for update in self.values())

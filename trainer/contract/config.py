@@ -28,6 +28,7 @@ from trainer.contract.optimizer_config import EmaSection, LRScheduleSection, Opt
 from trainer.contract.options import Options
 from trainer.contract.plugin_section import PluginSection
 from trainer.contract.sample_file_options import SampleFiles
+from trainer.contract.sample_texts import SampleTexts
 from trainer.contract.validation_config import ValidationSection
 from trainer.contract.webhook import is_webhook
 
@@ -303,7 +304,7 @@ class CheckpointSection(Repeated):
     """How many checkpoints stay on disk."""
 
 
-class Prompt(PromptDenoising):
+class Prompt(PromptDenoising, SampleTexts):
     """One sample; empty fields take `[sampling]`'s, then the variant's values."""
 
     prompt: str
@@ -351,7 +352,7 @@ class Prompt(PromptDenoising):
     """Short name: in the file's name, and as a heading of sheets."""
 
 
-class SamplingSection(SectionDenoising, SampleFiles, Repeated):
+class SamplingSection(SectionDenoising, SampleFiles, SampleTexts, Repeated):
     """Samples made during training; the same keys are the defaults of `menma sample`."""
 
     every_steps: int = Field(0, ge=0)

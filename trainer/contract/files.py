@@ -71,7 +71,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def in_bytes(text: str, limit: int) -> str:
     """Return the beginning of a text that takes `limit` bytes at most: file systems count those."""
-    return text.encode()[:limit].decode(errors="ignore")
+    # Of a name that is not UTF-8 the letters that Python reads as half a character are left out.
+    return text.encode(errors="ignore")[:limit].decode(errors="ignore")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainer.contract.layer_names import canonical_from_flat, canonical_name, is_diffusers_name
+from trainer.contract.parameter_names import (
+    DIFF,
+    DIFF_B,
+    linear_of,
+    parameter_from_flat,
+    parameter_name,
+)
 from trainer.contract.stored_kinds import STORED_KINDS, VERA_SHARED
 
 ALPHA = "alpha"
@@ -21,6 +28,7 @@ class Key:
 
     `spelling` is the module as the file spells it, without prefix: PEFT's patterns match that.
     `part` is the transformer the file names where it holds two (`transformer_2`), else "".
+    `parameter` is what a whole difference belongs to (`blocks.0.norm3.weight`), else "".
     """
 
     module: str
@@ -28,6 +36,12 @@ class Key:
     layout: str
     spelling: str
     part: str
+    parameter: str = ""
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is a whole difference of anything but the weight of a linear layer."""
+        return bool(self.parameter) and (self.role != DIFF or linear_of(self.parameter) is None)
 
 
 _ENDINGS = {
@@ -37,6 +51,7 @@ _ENDINGS = {
         (ALPHA, "alpha"),
     ]
 }
+_DIFFERENCE = re.compile(rf"(?P<name>.+?)\.(?P<role>{DIFF}|{DIFF_B})")
 _PARTS = re.compile(r"(?:diffusion_model\.)?(?P<part>transformer_[12])\.")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
 _PREFIXES = (
@@ -59,7 +74,7 @@ UNSUPPORTED: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("LoCon with a middle factor", re.compile(r"\.lora_mid\.")),
     ("LoRA with a bias", re.compile(r"\.lora_(?:A|B|up|down)(?:\.[^.]+)?\.bias$")),
     ("LoRA of an embedding", re.compile(r"\.lora_embedding_[AB]")),
-    ("whole weights or differences of them", re.compile(r"\.(?:diff|diff_b|set_weight)$")),
+    ("whole weights that replace the model's", re.compile(r"\.set_weight$")),
     ("reshaped weights", re.compile(r"\.reshape_weight$")),
     ("trained norms", re.compile(r"\.[wb]_norm$")),
     ("text encoder LoRA", re.compile(r"^(?:lora_te|text_encoder)")),
@@ -70,6 +85,9 @@ UNSUPPORTED: tuple[tuple[str, re.Pattern[str]], ...] = (
 
 def parse_key(key: str) -> Key | None:
     """Return what `key` means, or None when it belongs to no known layout of adapters."""
+    difference = _DIFFERENCE.fullmatch(key)
+    if difference is not None:
+        return _locate_difference(difference["name"], difference["role"])
     for role, pattern in _ENDINGS.items():
         match = pattern.fullmatch(key)
         if match is not None:
@@ -96,6 +114,27 @@ def _locate(name: str, role: str) -> Key | None:
         return None
     layout = "peft" if is_diffusers_name(bare) else "comfy" if comfy else "bare"
     return Key(module, role, layout, bare, part["part"] if part else "")
+
+
+def _locate_difference(name: str, role: str) -> Key | None:
+    for prefix in _FLAT_PREFIXES:
+        if name.startswith(prefix):
+            flat = name.removeprefix(prefix)
+            parameter = parameter_from_flat(flat, role)
+            return None if parameter is None else _difference(parameter, role, "kohya", flat, "")
+    part = _PARTS.match(name)
+    bare, comfy = _strip(name)
+    found = parameter_name(bare, role)
+    if found is None:
+        return None
+    parameter, theirs = found
+    layout = "peft" if theirs else "comfy" if comfy else "bare"
+    return _difference(parameter, role, layout, bare, part["part"] if part else "")
+
+
+def _difference(parameter: str, role: str, layout: str, spelling: str, part: str) -> Key:
+    linear = linear_of(parameter)
+    return Key(parameter if linear is None else linear, role, layout, spelling, part, parameter)
 
 
 def _strip(name: str) -> tuple[str, bool]:

@@ -82,7 +82,8 @@ def parse_prompt_line(line: str) -> Prompt:
 
 
 def _from_text(path: Path, text: str, problems: list[Problem]) -> Iterator[Prompt]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not `splitlines`: a prompt from a web page may have a U+2028 in it, which ends no line here.
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
         stripped = line.strip()
         if not stripped or stripped.startswith("#"):
             continue
@@ -130,7 +131,7 @@ def _with_flag(problem: Problem, given: Mapping[str, str]) -> Problem:
 def _from_toml(path: Path, text: str, problems: list[Problem]) -> Iterator[Prompt]:
     try:
         content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number without end, or tables in each other
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     lines = key_lines(text)
     found: list[Problem] = [
@@ -167,6 +168,8 @@ def _from_json(path: Path, text: str, problems: list[Problem]) -> Iterator[Promp
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+    except ValueError as error:  # a number without end
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
     except RecursionError:
         raise ConfigError(f"{path}: not a list of prompts, but nested without end") from None
     found: list[Problem] = []

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from trainer.contract.config import SamplingSection
 from trainer.contract.errors import ConfigError, Problem
 from trainer.contract.registry import Entry, Registry, nearest
+
+if TYPE_CHECKING:  # the shell asks for the names at each press of Tab
+    from trainer.contract.config import SamplingSection
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,14 @@ STORED_KINDS: dict[str, StoredKind] = {
         written=_prefixed(_LOKR),
         network_module="networks.lokr",
     ),
+    "difference": StoredKind(
+        name="difference",
+        title="whole difference",
+        endings={"diff": "diff"},
+        forms=(frozenset({"diff"}),),
+        written={layout: {"diff": "diff"} for layout in ("comfy", "kohya")},
+        network_module="lycoris.kohya",
+    ),
     "vera": StoredKind(
         name="vera",
         title="VeRA",

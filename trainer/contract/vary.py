@@ -96,7 +96,7 @@ def read_matrix(path: Path) -> Matrix:
         raise ConfigError(f"matrix file not found: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}", hint="it must be UTF-8 text") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number without end, or tables in each other
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     lines = key_lines(text)
     problems: list[Problem] = [

@@ -7,11 +7,13 @@ from typing import Any
 
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import attach, fitting_modules
+from trainer.adapters.base import AdapterFile
+from trainer.adapters.difference import fitting_differences, on_modules, shown_in_blocks
 from trainer.adapters.rank_mask import METADATA_KEY
 from trainer.contract.config import FrozenAdapter, RunConfig
 from trainer.contract.errors import MenmaError, Problem
 from trainer.contract.expert_turns import EXPERTS
-from trainer.contract.memory_model.weights import linear_shapes
+from trainer.contract.memory_model.weights import linear_shapes, parameter_sizes
 from trainer.contract.variants import Expert, TransformerConfig
 from trainer.data.fingerprint import model_identity
 from trainer.models.wan.transformer import WanTransformer
@@ -31,7 +33,8 @@ def attach_companions(
         ModelFileError: one cannot be read, or is for another model.
     """
     for companion in config.adapter.companions(expert):
-        adapter = load_adapter(companion.path, expert=companion.expert or expert)
+        chosen = companion.expert or expert
+        adapter = load_adapter(companion.path, expert=chosen, differences=True)
         attach(transformer, adapter, companion.strength)
 
 
@@ -48,11 +51,31 @@ def companion_problems(
             continue
         key = f"adapter.frozen[{index}].path"
         try:
-            adapter = load_adapter(companion.path, expert=companion.expert or expert)
+            chosen = companion.expert or expert
+            adapter = load_adapter(companion.path, expert=chosen, differences=True)
             fitting_modules(shapes, adapter)
+            fitting_differences(_parameter_shapes(shape, adapter), adapter)
         except MenmaError as error:
             yield Problem(error.message, key, hint=error.hint)
             continue
+        held = next(iter(on_modules(adapter.differences, biases=False)), None)
+        if config.distributed.zero_stage == 3 and held is not None:
+            yield Problem(
+                f"{companion.path} changes parameters of {held}, which ZeRO-3 gathers later than "
+                "they are changed",
+                key,
+                hint="set distributed.zero_stage to 2, or merge the file into the model "
+                "(`menma merge`)",
+            )
+        shown = shown_in_blocks(adapter)
+        if config.memory.compile_blocks and shown is not None:
+            yield Problem(
+                f"{companion.path} holds {shown}, a whole difference that compiled blocks do not "
+                "take (memory.compile_blocks)",
+                key,
+                hint="set memory.compile_blocks to false, or merge the file into the model "
+                "(`menma merge`)",
+            )
         if config.adapter.kind == "dora" and METADATA_KEY in adapter.metadata:
             yield Problem(
                 f"{companion.path} is a T-LoRA, whose update is another one at each timestep, and "
@@ -69,6 +92,16 @@ def companion_problems(
                 hint=f'write {{ path = "…", expert = "{trained}" }} to put it on its own alone, '
                 f'or expert = "{expert}" to put it on that one all the same',
             )
+
+
+def _parameter_shapes(shape: TransformerConfig, adapter: AdapterFile) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters that a file changes; of sizes alone where they differ."""
+    sizes = parameter_sizes(shape)
+    return {
+        name: tuple(tensor.shape) if tensor.numel() == sizes[name] else (sizes[name],)
+        for name, tensor in adapter.differences.items()
+        if name in sizes
+    }
 
 
 def other_expert(metadata: Mapping[str, Any], expert: Expert | None) -> Expert | None:

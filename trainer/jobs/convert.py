@@ -33,7 +33,9 @@ from trainer.jobs.lora_output import (
     check_output,
     common_dtype,
     dtype_name,
+    in_dtype,
     is_power_of_two,
+    matrices_in_dtype,
     write_lora,
     write_together,
 )
@@ -119,7 +121,7 @@ def convert_lora(
         DiskError: the disk is full, read-only or faulty; `output` is as it was.
     """
     check_output(output, [source], force=force)
-    adapter = load_adapter(source, expert=expert)
+    adapter = load_adapter(source, expert=expert, differences=True)
     return _write(adapter, Target(path=output, layout=layout, dtype=dtype, force=force), expert)
 
 
@@ -137,7 +139,7 @@ def split_experts(source: Path, target: Target) -> list[ConvertReport]:
         check_output(output, [source], force=target.force)
     if not holds_both_experts(source):
         raise ConfigError(f"{source} holds one LoRA", hint="leave --split out")
-    adapters = {expert: load_adapter(source, expert=expert) for expert in EXPERTS}
+    adapters = {expert: load_adapter(source, expert=expert, differences=True) for expert in EXPERTS}
     reports: dict[Expert, ConvertReport] = {}
 
     def writer(expert: Expert) -> Callable[[Path], None]:
@@ -162,7 +164,7 @@ def join_experts(first: Path, second: Path, target: Target) -> ConvertReport:
     check_output(target.path, [first, second], force=target.force)
     uses = [LoRAUse(path=first), LoRAUse(path=second)]
     check_distinct(uses)
-    adapters = [load_adapter(use.path) for use in uses]
+    adapters = [load_adapter(use.path, differences=True) for use in uses]
     check_same_model(adapters)
     told = [expert_of(use, adapter) for use, adapter in zip(uses, adapters, strict=True)]
     if told[0] == told[1]:
@@ -237,6 +239,7 @@ def _folded(metadata: Mapping[str, str], expert: Expert | None) -> dict[str, Any
 
 def _write(adapter: AdapterFile, target: Target, expert: Expert | None) -> ConvertReport:
     updates = dict(adapter) if target.layout == "comfy" else restored(adapter, expert)
+    updates = matrices_in_dtype(updates, target.dtype)
     metadata = kept_metadata(adapter) | {
         "menma.converted_from": f"{adapter.layout}, {adapter.path.name}"
     }
@@ -245,7 +248,8 @@ def _write(adapter: AdapterFile, target: Target, expert: Expert | None) -> Conve
     if expert is not None and "menma.expert" not in metadata:
         metadata = of_expert(metadata, expert)
     own = replace(target, dtype=target.dtype or common_dtype([updates]))
-    written = write_lora(updates, own, [adapter], metadata)
+    differences = in_dtype(adapter.path, adapter.differences, target.dtype)
+    written = write_lora(updates, own, [adapter], metadata, differences=differences)
     return ConvertReport(
         output=target.path,
         source_layout=adapter.layout,
@@ -259,7 +263,7 @@ def _write(adapter: AdapterFile, target: Target, expert: Expert | None) -> Conve
 
 def _convert_pair(source: Path, target: Target) -> ConvertReport:
     check_output(target.path, [source], force=target.force)
-    pair = {expert: load_adapter(source, expert=expert) for expert in EXPERTS}
+    pair = {expert: load_adapter(source, expert=expert, differences=True) for expert in EXPERTS}
     updates = {expert: restored(adapter, expert) for expert, adapter in pair.items()}
     return _write_pair(pair, updates, target, pair["high_noise"].layout)
 
@@ -271,9 +275,14 @@ def _write_pair(
     source_layout: str,
 ) -> ConvertReport:
     layout = target.layout or "comfy"
+    updates = {expert: matrices_in_dtype(own, target.dtype) for expert, own in updates.items()}
     kept = layout == "comfy" and target.dtype is None
     dtype = target.dtype or common_dtype(list(pair.values() if kept else updates.values()))
-    write_pair(pair, updates, target.path, layout=layout, dtype=dtype)
+    differences = {
+        expert: in_dtype(adapter.path, adapter.differences, target.dtype)
+        for expert, adapter in pair.items()
+    }
+    write_pair(pair, updates, target.path, layout=layout, dtype=dtype, differences=differences)
     return ConvertReport(
         output=target.path,
         source_layout=source_layout,

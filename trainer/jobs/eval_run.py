@@ -271,8 +271,8 @@ def _trained_fields(
 def _num_parameters(trained: Trained) -> int:
     if trained.is_model:
         return sum(prod(tensor.shape) for tensor in open_weights(trained.path).values())
-    updates = load_adapter(trained.path, expert=trained.expert).values()
-    return sum(update.num_parameters for update in updates)
+    adapter = load_adapter(trained.path, expert=trained.expert, differences=True)
+    return adapter.num_parameters
 
 
 def _validation_fields(

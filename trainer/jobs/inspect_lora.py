@@ -7,12 +7,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import describe
 from trainer.adapters.base import AdapterFile, Update
+from trainer.adapters.difference import WeightDifference
 from trainer.contract.expert_turns import EXPERTS
 from trainer.contract.layer_names import block_index
 from trainer.contract.lora_keys import Expert
+from trainer.contract.memory_model.weights import parameter_sizes
+from trainer.contract.parameter_names import stored_name
 from trainer.contract.variants import VARIANTS, TransformerConfig
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.lora_files import inside_block, lora_file, parts_in
@@ -26,6 +31,8 @@ def inspect_lora(path: Path, *, expert: Expert | None = None) -> dict[str, Any]:
     num_parameters, ranks, alphas, scales and dtypes (value -> number of modules), blocks, modules
     (name inside the block -> how often), norm (Frobenius, of all updates together), norm_by_block
     (block, or `other` outside of them -> norm), largest (the five largest updates), zero_modules,
+    differences (whole differences of parameters: `num`, `num_zero`, `norm`, and `names` inside the
+    block -> how often; those of linear layers' weights are modules, too),
     model (what it fits, in words), variants (the released models it fits), expert, programs (who
     loads the file whole).
 
@@ -44,7 +51,7 @@ def inspect_lora(path: Path, *, expert: Expert | None = None) -> dict[str, Any]:
     parts: dict[Expert | None, AdapterFile] = {}
     summaries: dict[Expert | None, dict[str, Any]] = {}
     for part in chosen:
-        parts[part] = load_adapter(path, expert=part)
+        parts[part] = load_adapter(path, expert=part, differences=True)
         summaries[part] = _summary(parts[part], part if both else next(iter(told), None))
         summaries[part]["programs"] = programs_that_load(
             parts[part], has_alpha=has_alpha, both_experts=both
@@ -62,16 +69,19 @@ def inspect_lora(path: Path, *, expert: Expert | None = None) -> dict[str, Any]:
 
 
 def _summary(adapter: AdapterFile, expert: Expert | None) -> dict[str, Any]:
+    whole = _whole(adapter)
     norms = {name: update.norm() for name, update in adapter.items()}
     largest = sorted(norms, key=lambda name: norms[name], reverse=True)[:5]
     updates = list(adapter.values())
+    scaled = [update for update in updates if update.kind != WeightDifference.kind]
+    kinds = {update.kind for update in updates} | ({WeightDifference.kind} if whole else set())
     return {
-        "kind": "+".join(sorted({update.kind for update in updates})),
+        "kind": "+".join(sorted(kinds)),
         "num_modules": len(adapter),
-        "num_parameters": sum(update.num_parameters for update in updates),
-        "ranks": _counts(update.rank for update in updates),
-        "alphas": _counts(f"{update.alpha:g}" for update in updates),
-        "scales": _counts(f"{update.scale:g}" for update in updates),
+        "num_parameters": adapter.num_parameters,
+        "ranks": _counts(update.rank for update in scaled),
+        "alphas": _counts(f"{update.alpha:g}" for update in scaled),
+        "scales": _counts(f"{update.scale:g}" for update in scaled),
         "dtypes": _counts(_dtype(update) for update in updates),
         "blocks": sorted({i for name in adapter if (i := block_index(name)) is not None}),
         "modules": _counts(inside_block(name) for name in adapter),
@@ -79,9 +89,30 @@ def _summary(adapter: AdapterFile, expert: Expert | None) -> dict[str, Any]:
         "norm_by_block": _by_block(norms),
         "largest": {name: norms[name] for name in largest},
         "zero_modules": sum(norm == 0 for norm in norms.values()),
+        "differences": _differences(whole),
         "model": describe({name: update.shape for name, update in adapter.items()}),
         "variants": fitting_variants(adapter),
         "expert": expert or adapter.metadata.get("menma.expert"),
+    }
+
+
+def _whole(adapter: AdapterFile) -> dict[str, Tensor]:
+    """Return all whole differences by parameter, weights of linear layers among them."""
+    weights = {
+        f"{name}.weight": update.difference_OI
+        for name, update in adapter.items()
+        if isinstance(update, WeightDifference)
+    }
+    return weights | adapter.differences
+
+
+def _differences(whole: Mapping[str, Tensor]) -> dict[str, Any]:
+    norms = [float(tensor.double().norm()) for tensor in whole.values()]
+    return {
+        "num": len(whole),
+        "num_zero": sum(norm == 0 for norm in norms),
+        "norm": sum(norm * norm for norm in norms) ** 0.5,
+        "names": _counts(inside_block(stored_name(name)) for name in whole),
     }
 
 
@@ -113,7 +144,17 @@ def _fits(config: TransformerConfig, adapter: AdapterFile) -> bool:
         _shape(config, name) in (None, factors.shape)
         and (block_index(name) or 0) < config.num_layers
         for name, factors in adapter.items()
-    ) and (config.image_dim is not None or not any(_is_image(name) for name in adapter))
+    ) and (
+        (config.image_dim is not None or not any(_is_image(name) for name in adapter))
+        and _differences_fit(config, adapter)
+    )
+
+
+def _differences_fit(config: TransformerConfig, adapter: AdapterFile) -> bool:
+    if not adapter.differences:
+        return True
+    sizes = parameter_sizes(config)
+    return all(sizes.get(name) == t.numel() for name, t in adapter.differences.items())
 
 
 def _shape(config: TransformerConfig, name: str) -> tuple[int, int] | None:

@@ -195,7 +195,7 @@ def _check_readable(files: Sequence[Path]) -> int:
     read: list[AdapterFile] = []
     for path in files:
         parts = EXPERTS if holds_both_experts(path) else (None,)
-        loaded = [load_adapter(path, expert=expert) for expert in parts]
+        loaded = [load_adapter(path, expert=expert, differences=True) for expert in parts]
         if not read:
             read = loaded
         check_same_model([read[0], loaded[0]])

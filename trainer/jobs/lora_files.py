@@ -16,6 +16,7 @@ from trainer.contract.layer_names import block_index
 from trainer.contract.lora_keys import Expert
 from trainer.contract.lora_use import LoRAUse
 from trainer.contract.loraid_metadata import SLOT_EXPERTS, of_expert
+from trainer.contract.parameter_names import stored_name
 from trainer.io.mapped_load import open_weights
 
 _EXPERT_KEYS = ("menma.expert", "ss_loraid_expert")
@@ -25,27 +26,31 @@ _ANCHOR = "patch_embedding.weight"
 _FILES_IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 
-def open_loras(uses: Sequence[LoRAUse]) -> list[AdapterFile]:
+def open_loras(uses: Sequence[LoRAUse], *, differences: bool = False) -> list[AdapterFile]:
     """Read LoRAs that are to be computed with each other, in the given order.
+
+    Args:
+        uses: the files.
+        differences: as in `load_adapter`.
 
     Raises:
         ConfigError: one is given twice.
         ModelFileError: one cannot be read, or they are of different models or experts.
     """
     check_distinct(uses)
-    adapters = [load_lora(use) for use in uses]
+    adapters = [load_lora(use, differences=differences) for use in uses]
     check_same_model(adapters)
     check_same_expert(uses, adapters)
     return adapters
 
 
-def load_lora(use: LoRAUse) -> AdapterFile:
+def load_lora(use: LoRAUse, *, differences: bool = False) -> AdapterFile:
     """Read a LoRA, or the part of it that is wanted; its header then says which expert it is for.
 
     Raises:
         ModelFileError: it cannot be read.
     """
-    adapter = load_adapter(use.path, expert=use.expert)
+    adapter = load_adapter(use.path, expert=use.expert, differences=differences)
     if use.expert is not None:
         adapter.metadata.update(of_expert(adapter.metadata, use.expert))
     return adapter
@@ -76,6 +81,7 @@ def check_same_model(adapters: Sequence[AdapterFile]) -> None:
     Raises:
         ModelFileError: names two files, the layer and both models.
     """
+    _check_same_parameters(adapters)
     first: dict[str, tuple[AdapterFile, str]] = {}
     for adapter in adapters:
         for name, update in adapter.items():
@@ -88,6 +94,20 @@ def check_same_model(adapters: Sequence[AdapterFile]) -> None:
                 f"({_model(other)}; {_model(adapter)})",
                 hint="use LoRAs of one model",
             )
+
+
+def _check_same_parameters(adapters: Sequence[AdapterFile]) -> None:
+    first: dict[str, tuple[AdapterFile, str]] = {}
+    for adapter in adapters:
+        for name, tensor in adapter.differences.items():
+            other, other_name = first.setdefault(inside_block(name), (adapter, name))
+            if tensor.shape != other.differences[other_name].shape:
+                raise ModelFileError(
+                    f"{other.path} and {adapter.path} are for different models: "
+                    f"{stored_name(other_name)} is {tuple(other.differences[other_name].shape)} "
+                    f"in the one, {stored_name(name)} is {tuple(tensor.shape)} in the other",
+                    hint="use LoRAs of one model",
+                )
 
 
 def check_same_expert(uses: Sequence[LoRAUse], adapters: Sequence[AdapterFile]) -> None:

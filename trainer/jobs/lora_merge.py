@@ -14,11 +14,20 @@ from trainer.contract.loraid_metadata import only_held
 from trainer.jobs.base import Emit
 from trainer.jobs.lora_files import open_loras, union
 from trainer.jobs.lora_metadata import combined_metadata, lost_notes, tool_metadata
-from trainer.jobs.lora_output import DTYPES, Target, Written, check_output, write_lora
+from trainer.jobs.lora_output import (
+    DTYPES,
+    Target,
+    Written,
+    check_output,
+    in_dtype,
+    matrices_in_dtype,
+    write_lora,
+)
 from trainer.jobs.lora_sum import (
     Energies,
     cut_of,
     rank_counts,
+    sum_differences,
     sum_module,
     weighted_parts,
 )
@@ -69,7 +78,7 @@ def merge_lora_files(
     """
     check_output(target.path, [use.path for use in uses], force=target.force)
     uses = sorted(uses, key=lambda use: (use.path.name, str(use.path), use.expert or ""))
-    adapters = open_loras(uses)
+    adapters = open_loras(uses, differences=True)
     strengths = [use.strength for use in uses]
     return sum_and_write(adapters, strengths, target, cut or Cut(), "merge", on_module)
 
@@ -92,7 +101,8 @@ def sum_and_write(
             updates[name] = update
         if on_module is not None:
             on_module(number, len(names), name)
-    if not updates:
+    differences = sum_differences(adapters, weights)
+    if not updates and not differences:
         raise ModelFileError(
             f"nothing is left of {', '.join(str(adapter.path) for adapter in adapters)}",
             hint="at least one strength must differ from 0",
@@ -104,7 +114,14 @@ def sum_and_write(
     else:
         metadata, notes = combined_metadata(adapters, tool, **facts)
     metadata = only_held(metadata, updates)
-    written = write_lora(updates, target, adapters, metadata, exact=not energies.kept)
+    written = write_lora(
+        matrices_in_dtype(updates, target.dtype),
+        target,
+        adapters,
+        metadata,
+        exact=not energies.kept,
+        differences=in_dtype(target.path, differences, target.dtype),
+    )
     named = (note for adapter in adapters for note in _named(adapter))
     notes = (*named, *lost_notes(adapters), *notes, *written.notes)
     return Summed(written, rank_counts(updates), energies, notes)

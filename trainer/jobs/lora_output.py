@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer.adapters.base import AdapterFile, Update
 from trainer.adapters.formats.writer import LAYOUTS, save_adapter
-from trainer.contract.errors import ConfigError
+from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.files import disk_errors, fsync
+from trainer.contract.parameter_names import stored_name
 from trainer.jobs.lora_files import is_plain
 
 FOLDED_KEY = "menma.folded_alpha"
@@ -85,6 +87,7 @@ def write_lora(
     metadata: Mapping[str, str],
     *,
     exact: bool = False,
+    differences: Mapping[str, Tensor] | None = None,
 ) -> Written:
     """Write the LoRA that a tool made; see `save_adapter` for what is verified.
 
@@ -95,6 +98,7 @@ def write_lora(
         metadata: of the header.
         exact: the updates are no approximation, so without a `dtype` they are written in fp32
             where the inputs' precision would round them.
+        differences: of parameters that are no weights of linear layers, as they are written.
 
     Raises:
         ConfigError, ModelFileError, DiskError: as `save_adapter`.
@@ -111,7 +115,14 @@ def write_lora(
     table = {"menma.kind": "lora", **metadata}
     if layout == "comfy":
         table |= folded_alphas(updates, common_dtype(inputs))
-    save_adapter(updates, target.path, layout=layout, dtype=dtype, metadata=table)
+    save_adapter(
+        updates,
+        target.path,
+        layout=layout,
+        dtype=dtype,
+        metadata=table,
+        differences=differences,
+    )
     return Written(
         path=target.path, layout=layout, dtype=dtype, num_modules=len(updates), notes=notes
     )
@@ -155,7 +166,7 @@ def common_dtype(inputs: Sequence[Mapping[str, Update]]) -> torch.dtype:
     for adapter in inputs:
         for update in adapter.values():
             for role, tensor in update.tensors().items():
-                if role in update.precise:
+                if role in update.precise or update.keeps_dtype:
                     continue
                 wide = tensor.dtype if tensor.dtype.itemsize > 1 else torch.bfloat16
                 found = wide if found is None else torch.promote_types(found, wide)
@@ -173,6 +184,45 @@ def folded_alphas(updates: Mapping[str, Update], dtype: torch.dtype) -> dict[str
     return {FOLDED_KEY: json.dumps(table)}
 
 
+def in_dtype(
+    path: Path, differences: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Return the differences of parameters in a precision; None: each in its own.
+
+    Args:
+        path: the file that they are of.
+        differences: by canonical name.
+        dtype: the precision.
+
+    Raises:
+        ModelFileError: a value does not fit `dtype`; names file and parameter.
+    """
+    if dtype is None:
+        return dict(differences)
+    found = {name: tensor.to(dtype) for name, tensor in differences.items()}
+    for name, tensor in found.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelFileError(
+                f"{path}: {stored_name(name)} has values that {dtype} cannot hold",
+                hint="write bf16 or fp32",
+            )
+    return found
+
+
+def matrices_in_dtype(
+    updates: Mapping[str, Update], dtype: torch.dtype | None
+) -> dict[str, Update]:
+    """Return updates with the whole differences among them in a precision; None: as they are."""
+    if dtype is None:
+        return dict(updates)
+    return {
+        name: update.with_tensors({role: part.to(dtype) for role, part in update.tensors().items()})
+        if update.keeps_dtype
+        else update
+        for name, update in updates.items()
+    }
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return `bfloat16` and its like."""
     return str(dtype).removeprefix("torch.")
@@ -188,5 +238,5 @@ def _is_lossless(updates: Mapping[str, Update], layout: str, dtype: torch.dtype)
         bool((tensor.to(dtype).double() == tensor.double()).all())
         for update in updates.values()
         for role, tensor in (update.folded() if layout == "comfy" else update).tensors().items()
-        if role not in update.precise
+        if role not in update.precise and not update.keeps_dtype
     )

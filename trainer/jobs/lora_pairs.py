@@ -49,6 +49,7 @@ def write_pair(
     *,
     layout: str,
     dtype: torch.dtype,
+    differences: Mapping[Expert, Mapping[str, Tensor]],
 ) -> None:
     """Write both LoRAs into one file, and verify that both can be read from it.
 
@@ -58,6 +59,7 @@ def write_pair(
         path: the file.
         layout: `comfy` or `peft`.
         dtype: of the factors.
+        differences: of parameters that are no weights of linear layers, as they are written.
 
     Raises:
         ConfigError: the layout has no place for two.
@@ -77,7 +79,13 @@ def write_pair(
         with tempfile.TemporaryDirectory(prefix=".lora-", dir=path.parent) as folder:
             for expert in EXPERTS:
                 part = Path(folder) / f"{expert}.safetensors"
-                save_adapter(updates[expert], part, layout=layout, dtype=dtype)
+                save_adapter(
+                    updates[expert],
+                    part,
+                    layout=layout,
+                    dtype=dtype,
+                    differences=differences[expert],
+                )
                 files = open_weights(part)
                 for name in files:
                     renamed = of_part[expert] + name.removeprefix(prefix)
@@ -93,8 +101,9 @@ def write_pair(
 
     def check(file: Path) -> None:
         for expert in EXPERTS:
-            read = load_adapter(file, expert=expert)
-            if set(read) != set(updates[expert]):
+            read = load_adapter(file, expert=expert, differences=True)
+            same = set(read) == set(updates[expert])
+            if not same or read.differences.keys() != differences[expert].keys():
                 raise RuntimeError(f"the {expert} part that was written has other modules")
 
     save_safetensors(tensors, path, metadata, check=check)

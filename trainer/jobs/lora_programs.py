@@ -10,9 +10,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trainer.adapters.base import AdapterFile
+from trainer.adapters.difference import WeightDifference
 from trainer.contract.layer_names import block_index
+from trainer.contract.parameter_names import linear_of, stored_name
 
-_COMFY_KINDS = {"lora", "loha", "lokr", "dora"}
+_WHOLE = WeightDifference.kind
+_COMFY_KINDS = {"lora", "loha", "lokr", "dora", _WHOLE}
 _MUSUBI_KINDS = {"lora", "loha", "lokr"}
 _HALVES = ("self_attn.q", "cross_attn.q", "ffn.0")
 
@@ -31,8 +34,9 @@ def programs_that_load(
     layouts = set(adapter.layout.split("+"))
     found = {
         "ComfyUI": _comfyui(layouts, kinds, both_experts),
-        "diffusers": _diffusers(adapter, layouts, kinds, has_alpha, both_experts),
-        "musubi-tuner": _musubi(layouts, kinds),
+        "diffusers": _dropped_by_diffusers(adapter)
+        or _diffusers(adapter, layouts, kinds, has_alpha, both_experts),
+        "musubi-tuner": _musubi(layouts, kinds | ({_WHOLE} if adapter.differences else set())),
     }
     return {
         name: {"loads": not why, **({"why": why} if why else {})} for name, why in found.items()
@@ -68,6 +72,14 @@ def _diffusers(
     return ""
 
 
+def _dropped_by_diffusers(adapter: AdapterFile) -> str:
+    """Say which whole difference diffusers does not use; it takes those of biases beside LoRAs."""
+    for name in adapter.differences:
+        if linear_of(name) not in adapter or adapter.layout != "comfy":
+            return f"it leaves out {stored_name(name)}: merge it into the model (`menma merge`)"
+    return ""
+
+
 def _diffusers_kohya(adapter: Mapping[str, Any], outside: list[str], has_alpha: bool) -> str:
     if outside or not has_alpha:
         return "it cannot convert these kohya names: convert to comfy"
@@ -80,6 +92,8 @@ def _diffusers_kohya(adapter: Mapping[str, Any], outside: list[str], has_alpha: 
 
 
 def _musubi(layouts: set[str], kinds: set[str]) -> str:
+    if _WHOLE in kinds:
+        return "it does not know whole differences (.diff)"
     if layouts != {"kohya"}:
         return "it is sure to read kohya names only: convert to kohya"
     return _other_kind(kinds, _MUSUBI_KINDS)

@@ -11,7 +11,7 @@ from trainer.jobs.base import Emit
 from trainer.jobs.lora_files import is_plain, load_lora
 from trainer.jobs.lora_merge import OnModule, Summed, counting, emit_summed, target_of
 from trainer.jobs.lora_metadata import lost_notes, tool_metadata
-from trainer.jobs.lora_output import Target, check_output, write_lora
+from trainer.jobs.lora_output import Target, check_output, in_dtype, write_lora
 from trainer.jobs.lora_sum import Energies, cut_of, delta_of, rank_counts
 
 
@@ -46,7 +46,7 @@ def resize_lora(
             "nothing says how far to resize",
             hint="give --rank R, --energy E, --frobenius F or --ratio Q",
         )
-    adapter = load_lora(use)
+    adapter = load_lora(use, differences=True)
     updates: dict[str, Update] = {}
     energies = Energies()
     kept = 0
@@ -70,8 +70,17 @@ def resize_lora(
     metadata = tool_metadata(adapter, "resize", **given, energy_kept=round(energies.overall, 6))
     if not all(map(is_plain, adapter.values())):
         metadata.pop("ss_network_module", None)  # named the kind that it was
-    written = write_lora(updates, target, [adapter], metadata, exact=not energies.kept)
+    written = write_lora(
+        updates,
+        target,
+        [adapter],
+        metadata,
+        exact=not energies.kept,
+        differences=in_dtype(adapter.path, adapter.differences, target.dtype),
+    )
     notes = [*adapter.notes, *lost_notes([adapter]), *written.notes]
+    if adapter.differences:
+        notes.append(f"{len(adapter.differences)} whole differences of parameters are kept")
     if kept:
         notes.append(f"{kept} of {len(adapter)} modules have rank {cut.max_rank} or less already")
     return Summed(written, rank_counts(updates), energies, tuple(notes))

@@ -74,7 +74,7 @@ def subtract_from_lora(
     """
     everything = [minuend, *uses]
     check_output(target.path, [use.path for use in everything], force=target.force)
-    adapters = open_loras(everything)
+    adapters = open_loras(everything, differences=True)
     weights = [1.0, *(-use.strength for use in uses)]
     return sum_and_write(adapters, weights, target, cut or Cut(), "subtract", on_module)
 

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from trainer.adapters.base import AdapterFile, LoRAFactors, Update
+from trainer.adapters.difference import WeightDifference
 from trainer.adapters.low_rank import Cut, Truncated, factorise, truncate, weighted_sum
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.jobs import CutOptions
 from trainer.jobs.base import MAX_LISTED
-from trainer.jobs.lora_files import is_plain
+from trainer.jobs.lora_files import is_plain, union
 
 _ROUNDING = 1e-5
 """What is left of parts that cancel, relative to the largest: float32 sums of products."""
@@ -78,11 +79,13 @@ def cut_of(options: CutOptions) -> Cut:
 def sum_module(name: str, parts: Sequence[Part], cut: Cut, energies: Energies) -> Update | None:
     """Return Σ weight · update of one module, None where no part has a weight.
 
-    None also where a cut is wanted and the parts cancel but for the rounding of their sum.
+    None also where a cut is wanted and the parts cancel but for the rounding of their sum, and
+    where whole differences do.
 
     Plain LoRAs are concatenated, exactly; what is beyond the cut is taken off by a singular value
     decomposition. A module that one file alone has, with weight 1, is kept as it is, whatever its
-    kind. Other kinds need a cut: their sum is formed as a matrix and decomposed.
+    kind. With a whole difference among the parts the sum is one, too. Other kinds need a cut: their
+    sum is formed as a matrix and decomposed.
 
     Raises:
         ModelFileError: a kind that has no factors, and no cut; names file, module and kind.
@@ -91,6 +94,9 @@ def sum_module(name: str, parts: Sequence[Part], cut: Cut, energies: Energies) -
     if not kept:
         return None
     update = _summed(name, kept, cut, energies)
+    whole = isinstance(update, WeightDifference)
+    if whole and any(part.weight < 0 for part in kept) and not update.norm():
+        return None
     if cut.limits and any(part.weight < 0 for part in kept):
         largest = max(abs(part.weight) * part.update.norm() for part in kept)
         if update.norm() <= _ROUNDING * largest:
@@ -104,7 +110,8 @@ def _summed(name: str, kept: Sequence[Part], cut: Cut, energies: Energies) -> Up
         return _cut(name, weighted_sum(pairs), cut, energies)
     if len(kept) == 1 and kept[0].weight == 1.0 and not cut.limits:
         return kept[0].update
-    if not cut.limits:
+    whole = any(isinstance(part.update, WeightDifference) for part in kept)
+    if not cut.limits and not whole:
         other = next(part for part in kept if not is_plain(part.update))
         raise ModelFileError(
             f"{other.path}: {name} is a {other.update.kind} update, which has no factors that "
@@ -116,6 +123,8 @@ def _summed(name: str, kept: Sequence[Part], cut: Cut, energies: Energies) -> Up
         delta = delta_of(part.path, name, part.update) * part.weight
         total = delta if total is None else total.add_(delta)
     assert total is not None
+    if not cut.limits:
+        return WeightDifference(total)
     result = factorise(total, cut)
     energies.add(name, result)
     return result.factors
@@ -136,6 +145,29 @@ def delta_of(path: Path, name: str, update: Update) -> Tensor:
         ) from error
 
 
+def sum_differences(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Return Σ weight · diff of the parameters that are no weights of linear layers.
+
+    One that a single file has, with weight 1, keeps every bit; sums are float32, formed in the
+    order of the files. What has no weight, or cancels, is left out.
+    """
+    found: dict[str, Tensor] = {}
+    for name in union(adapter.differences for adapter in adapters):
+        parts = [
+            (adapter.differences[name], weight)
+            for adapter, weight in zip(adapters, weights, strict=True)
+            if weight and name in adapter.differences
+        ]
+        if len(parts) == 1 and parts[0][1] == 1.0:
+            found[name] = parts[0][0]
+            continue
+        total = sum(weight * tensor.float() for tensor, weight in parts)
+        cancels = any(weight < 0 for _, weight in parts)
+        if isinstance(total, Tensor) and (bool(total.any()) or not cancels):
+            found[name] = total
+    return found
+
+
 def weighted_parts(
     adapters: Sequence[AdapterFile], weights: Sequence[float], name: str
 ) -> list[Part]:
@@ -149,7 +181,8 @@ def weighted_parts(
 
 def rank_counts(updates: Mapping[str, Update]) -> dict[str, int]:
     """Return rank -> number of modules, by rising rank."""
-    counted = Counter(update.rank for update in updates.values())
+    whole = WeightDifference.kind
+    counted = Counter(update.rank for update in updates.values() if update.kind != whole)
     return {str(rank): counted[rank] for rank in sorted(counted)}
 
 

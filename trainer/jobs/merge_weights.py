@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import fitting_modules
 from trainer.adapters.base import AdapterFile, Update
+from trainer.adapters.difference import ParameterDifference, fitting_differences
 from trainer.contract.diffusers_names import MARKER
 from trainer.contract.errors import ModelFileError
 from trainer.contract.expert_turns import EXPERTS
@@ -92,7 +93,7 @@ class Rounding:
 class _Share:
     """One LoRA's part in one weight."""
 
-    update: Update
+    update: Update | ParameterDifference
     strength: float
 
 
@@ -167,7 +168,7 @@ class Merge:
             return tensor
         _check_finite(name, exact, dtype)
         scale = self._scale(official, exact) if self.tensors[official].scale else torch.ones(1)
-        rows = scale.float().reshape(-1, 1)
+        rows = scale.float().reshape(-1, *(1,) * (exact.dim() - 1))
         bound = torch.finfo(dtype).max
         tensor = (exact / rows).clamp_(-bound, bound).to(dtype)
         self.rounding.add(official, tensor.float().mul_(rows), exact, base)
@@ -207,7 +208,7 @@ def plan_merge(base: Path, loras: Sequence[LoRAUse], dtype: torch.dtype | None =
     """
     files = open_weights(base)
     tensors = official_tensors(files)
-    adapters = [load_adapter(lora.path, expert=lora.expert) for lora in loras]
+    adapters = [load_adapter(lora.path, expert=lora.expert, differences=True) for lora in loras]
     check_same_expert(loras, adapters)
     shares = _shares(files, tensors, loras, adapters)
     plan = _plan(files, tensors, shares, dtype)
@@ -230,7 +231,17 @@ def _shares(
         _check_expert(lora, adapter, files)
         for module, update in fitting_modules(shapes, adapter).items():
             shares.setdefault(f"{module}.weight", []).append(_Share(update, lora.strength))
+        own = shapes_of(files, tensors, adapter.differences)
+        for name, tensor in fitting_differences(own, adapter).items():
+            shares.setdefault(name, []).append(_Share(ParameterDifference(tensor), lora.strength))
     return shares
+
+
+def shapes_of(
+    files: WeightFiles, tensors: Mapping[str, StoredTensor], names: Iterable[str]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of those of these parameters that a transformer's file has."""
+    return {name: tuple(files[tensors[name].name].shape) for name in names if name in tensors}
 
 
 def linear_shapes(

@@ -2,15 +2,17 @@
 
 Texts are encoded and the text encoder is let go; images and control videos are encoded, and their
 encoders are let go; all samples are drawn, and the transformers are let go; then they are decoded
-and written one after the other, also those that were drawn before something went wrong.
+and written one after the other, also those that were drawn before something went wrong. What is
+drawn and cannot be decoded is kept as latents.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +22,11 @@ from torch import Tensor, nn
 from trainer.contract.lora_use import LoRAUse
 from trainer.contract.variants import Expert, Variant
 from trainer.jobs.sample_failures import Failures, StopDrawing, in_phase, subject_of
+from trainer.jobs.sample_kept import KeptLatents
 from trainer.jobs.sample_loras import LoRASwitch, OnMerge
-from trainer.jobs.sample_metadata import sample_metadata
+from trainer.jobs.sample_metadata import DescribeFile, sample_metadata
 from trainer.jobs.sample_target import Target
-from trainer.jobs.sample_write import decode_with, write_drawn
+from trainer.jobs.sample_write import decode_with, write_drawn, write_latents_alone
 from trainer.models.wan.conditioning import LatentEncoder
 from trainer.sampling.conditions import (
     Conditions,
@@ -41,7 +44,7 @@ from trainer.sampling.pipeline import (
     generate,
 )
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.results import FileOptions, latents_beside
+from trainer.sampling.results import FileOptions, describe_file, latents_beside
 from trainer.sampling.schedule import walk_of
 from trainer.sampling.step_cache.cache import BlockObserver
 from trainer.sampling.step_cache.values import StepCacheValues
@@ -127,6 +130,8 @@ class SampleOptions:
     """Given (index, request): what is told of the sample's clean estimates."""
     on_failure: Callable[[str], None] = lambda _words: None
     """Told why a sample is not made, when others are."""
+    on_kept: Callable[[KeptLatents], None] = lambda _kept: None
+    """Told of latents that are not decoded, where some are left."""
 
 
 def run_sample(
@@ -139,7 +144,8 @@ def run_sample(
     """Sample all requests and write them into `output`; nothing is overwritten unasked.
 
     A sample that becomes NaN or does not fit into memory leaves the others alone. Whatever goes
-    wrong, what was drawn until then is decoded and written before the error is raised.
+    wrong, what was drawn until then is decoded and written before the error is raised; what cannot
+    be, or a signal comes while it is decoded, is kept as files of latents.
 
     Args:
         requests: what to make.
@@ -163,13 +169,16 @@ def run_sample(
     if not mine:
         return []
     failures = Failures(options.on_failure) if len(mine) > 1 else Failures()
-    run = _Run(mine, variant, loaders, options, failures)
+    target = Target(output, options.name, options.files)
+    run = _Run(mine, variant, loaders, options, failures, target)
     contexts = run.encode_texts()
     conditions = run.encode_inputs()
-    latents = run.draw(contexts, conditions)
-    run.release()
-    target = Target(output, options.name, options.files)
-    samples = run.write(latents, target) if latents and options.part.writes else []
+    samples: list[Sample] = []
+    with run.keeping_drawn():
+        run.draw(contexts, conditions)
+        run.release()
+        if run.latents and options.part.writes:
+            samples = run.write()
     run.failures.end(len(samples), len(mine))
     return samples
 
@@ -181,8 +190,29 @@ class _Run:
     loaders: SampleLoaders
     options: SampleOptions
     failures: Failures
+    target: Target
     evaluations: dict[int, Evaluations] = field(default_factory=dict)
     """Of each request that was drawn."""
+    latents: dict[int, Tensor] = field(default_factory=dict)
+    """Drawn and not in a file of their own yet, on the CPU."""
+    kept: KeptLatents = field(init=False)
+    describe_file: DescribeFile = field(default_factory=lambda: cache(describe_file))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kept", KeptLatents(self._write_latents))
+
+    @contextmanager
+    def keeping_drawn(self) -> Iterator[None]:
+        """Keep as latents what is drawn and not written when this ends, however it does."""
+        try:
+            yield
+        finally:
+            if self.latents and self.options.part.writes:
+                try:
+                    self.kept.keep(self.latents)
+                finally:
+                    if self.kept.paths:
+                        self.options.on_kept(self.kept)
 
     def encode_texts(self) -> dict[str, Tensor]:
         self._report("texts", 0)
@@ -211,10 +241,8 @@ class _Run:
         self.release()
         return conditions
 
-    def draw(
-        self, contexts: dict[str, Tensor], conditions: dict[int, Conditions]
-    ) -> dict[int, Tensor]:
-        """Return the latents of every sample that could be drawn, on the CPU."""
+    def draw(self, contexts: dict[str, Tensor], conditions: dict[int, Conditions]) -> None:
+        """Fill `latents` with those of every sample that can be drawn."""
         options = self.options
         switch = ExpertSwitch(self.loaders.transformer, options.device)
         loras = LoRASwitch(
@@ -231,7 +259,6 @@ class _Run:
             step_cache=options.step_cache,
         )
         evaluations = {i: walk_of(one).num_steps for i, one in self.requests.items()}
-        latents: dict[int, Tensor] = {}
         before = 0
         with suppress(StopDrawing):
             for index, request in self.requests.items():
@@ -258,46 +285,74 @@ class _Run:
                         observer=options.observer,
                         on_end=on_end,
                     )
-                    latents[index] = result.cpu()
-                if index not in latents:
+                    self.latents[index] = result.cpu()
+                if index not in self.latents:
                     self.release()
                 before += evaluations[index]
-        return latents
+        if self.failures.is_interrupted and options.part.writes:
+            # Who sends SIGTERM may send SIGKILL soon: decoding takes longer than it may wait.
+            self.kept.keep(self.latents)
 
-    def write(self, latents: dict[int, Tensor], target: Target) -> list[Sample]:
+    def write(self) -> list[Sample]:
         samples: list[Sample] = []
         with suppress(StopDrawing):
             with self.failures.noted(spares_others=False), in_phase("decode"):
                 vae = self.loaders.vae() if self.options.files.decodes else None
-            for index, result in latents.items():
+            for index in list(self.latents):
                 request = self.requests[index]
                 subject = subject_of(index, request)
                 with (
                     self.failures.noted(spares_others=True),
                     in_phase("decode", subject),
                 ):
-                    samples.append(self._write(index, vae, result, target))
+                    samples.append(self._write(index, vae))
+                    del self.latents[index]
+                    self.kept.done(index, wanted=self.options.files.save_latents)
                     self.options.on_sample(samples[-1])
                 self.release()
                 self._report("decode", len(samples))
         return samples
 
-    def _write(self, index: int, vae: Vae | None, result: Tensor, target: Target) -> Sample:
+    def _write(self, index: int, vae: Vae | None) -> Sample:
         request, options = self.requests[index], self.options
-        files, made = options.files, self.evaluations[index]
-        models = {"variant": self.variant.name, **options.metadata}
+        files = options.files
+        if files.save_latents:  # they take the name of those that are kept
+            self.kept.done(index)
         path = write_drawn(
-            target.path(index, request, request.name or ""),
+            self._path(index),
             request,
-            result,
+            self.latents[index],
             decode=None if vae is None else decode_with(vae, options.device, options.tile),
             files=files,
-            metadata=sample_metadata(request, options.loras, made, models)
-            if files.metadata
-            else {},
+            metadata=self._metadata(index),
+            on_latents=lambda beside: self.kept.paths.update({index: beside}),
         )
         beside = latents_beside(path) if files.save_latents else None
-        return Sample(path, request, made, index, beside)
+        return Sample(path, request, self.evaluations[index], index, beside)
+
+    def _write_latents(self, index: int, latents: Tensor) -> Path:
+        return write_latents_alone(
+            self._path(index),
+            self.requests[index],
+            latents,
+            files=self.options.files,
+            metadata=self._metadata(index),
+        )
+
+    def _path(self, index: int) -> Path:
+        request = self.requests[index]
+        return self.target.path(index, request, request.name or "")
+
+    def _metadata(self, index: int) -> dict[str, Any]:
+        if not self.options.files.metadata:
+            return {}
+        return sample_metadata(
+            self.requests[index],
+            self.options.loras,
+            self.evaluations[index],
+            {"variant": self.variant.name, **self.options.metadata},
+            describe_file=self.describe_file,
+        )
 
     def _image_encoder(self) -> ImageEncoder | None:
         if self.variant.transformer.image_dim is None or self.loaders.image_encoder is None:

@@ -81,6 +81,11 @@ class Failures:
             if not (spares_others and isinstance(error, _OF_ONE_SAMPLE)):
                 raise StopDrawing from None
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a signal ends the run."""
+        return any(isinstance(error, KeyboardInterrupt) for error in self.errors)
+
     def end(self, num_made: int, num_wanted: int) -> None:
         """Raise what came first, with what became of the others; nothing where all went well.
 

@@ -27,6 +27,8 @@ _LORA_FOLDERS = ("loras", "models/loras", "models", "output")
 _INPUTS = frozenset({"image", "last_image", "control", "video", "control_images"})
 """Fields of `Prompt` that are files."""
 _GUIDANCE = ("guidance_scale", "guidance_scale_high_noise")
+_MAX_NAME = 255
+"""Bytes of a name, on any file system."""
 _ABOUT_A_FILE = frozenset({"file", "size", "sha256"})
 
 
@@ -255,7 +257,8 @@ def _found_file(entry: Mapping[str, Any], option: str, request: SampleJobRequest
 
 def _is_plain(name: str) -> bool:
     """Tell whether it is the name of a file, and no way out of a folder."""
-    return Path(name).name == name and name not in {"", ".", ".."} and "\0" not in name
+    is_one = Path(name).name == name and name not in {"", ".", ".."}
+    return is_one and "\0" not in name and len(name.encode(errors="replace")) <= _MAX_NAME
 
 
 def _folders(request: SampleJobRequest) -> Sequence[Path]:

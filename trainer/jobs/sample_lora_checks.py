@@ -8,6 +8,7 @@ from pathlib import Path
 from trainer.adapters import load_adapter
 from trainer.adapters.apply import fitting_modules
 from trainer.adapters.base import AdapterFile
+from trainer.adapters.difference import fitting_differences, shown_in_blocks
 from trainer.adapters.rank_mask import RankSchedule
 from trainer.contract.config import RunConfig
 from trainer.contract.config_rules import is_fp8
@@ -18,7 +19,7 @@ from trainer.contract.loraid_metadata import SLOT_EXPERTS
 from trainer.contract.variants import Expert, Variant
 from trainer.io.mapped_load import open_weights
 from trainer.jobs.lora_files import lora_file, parts_in
-from trainer.jobs.merge_weights import linear_shapes
+from trainer.jobs.merge_weights import linear_shapes, shapes_of
 from trainer.jobs.sample_loras import open_for, uses_in
 from trainer.models.wan.detect import official_tensors
 from trainer.sampling.requests import SampleRequest
@@ -49,9 +50,11 @@ def check_loras(
     for expert, path in transformers.items() if uses else ():
         used[expert] = open_for(uses, expert if variant.experts else None)
         files = open_weights(path)
-        shapes = linear_shapes(files, official_tensors(files))
+        tensors = official_tensors(files)
+        shapes = linear_shapes(files, tensors)
         for adapter in used[expert].values():
             fitting_modules(shapes, adapter)
+            fitting_differences(shapes_of(files, tensors, adapter.differences), adapter)
     return [*_expert_notes(uses, variant, used)]
 
 
@@ -78,13 +81,22 @@ def check_compiled(
     """Refuse more strengths than attached LoRAs in compiled blocks can have.
 
     Blocks are compiled anew for each strength, for minutes, and after a few times torch gives
-    up and runs them as they are.
+    up and runs them as they are. So it does with whole differences of their norms.
 
     Raises:
-        ConfigError: says how many strengths there are.
+        ConfigError: says how many strengths there are, or names the file and the difference.
+        ModelFileError: a LoRA cannot be read.
     """
     if not config.memory.compile_blocks or not uses:
         return
+    for use in uses:
+        for adapter in _parts_of(use):
+            if (held := shown_in_blocks(adapter)) is not None:
+                raise ConfigError(
+                    f"{use.path} holds {held}, a whole difference that compiled blocks do not take "
+                    "(memory.compile_blocks)",
+                    hint="set it to false, or add the LoRA to the weights: --merge",
+                )
     found = {
         tuple(
             use.strength_at(high_noise=high_noise, share=step / max(1, request.num_steps - 1))
@@ -116,14 +128,15 @@ def _obstacles(
     if any(uses_in(request, uses) != uses_in(requests[0], uses) for request in requests):
         yield "their strengths differ from sample to sample"
     for use in uses:
-        adapter = load_adapter(use.path, expert=use.expert or _any_part(use.path))
+        adapter = next(_parts_of(use))
         if RankSchedule.of_file(adapter.metadata, use.path) is not None:
             yield f"{use.path} is a T-LoRA, which acts with other ranks at each timestep"
 
 
-def _any_part(path: Path) -> Expert | None:
-    """Return an expert whose part of a file can be read; None where it has no parts."""
-    return next(iter(parts_in(path)), None)
+def _parts_of(use: LoRAUse) -> Iterator[AdapterFile]:
+    """Yield what a file holds for each expert that it is used for."""
+    for expert in (use.expert,) if use.expert else (parts_in(use.path) or (None,)):
+        yield load_adapter(use.path, expert=expert, differences=True)
 
 
 def _no_experts(uses: Sequence[LoRAUse], variant: Variant) -> Iterator[Problem]:

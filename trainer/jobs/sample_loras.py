@@ -134,7 +134,9 @@ def open_for(uses: Sequence[LoRAUse], expert: Expert | None) -> dict[int, Adapte
     Raises:
         ModelFileError: a file cannot be read.
     """
-    adapters = [load_adapter(use.path, expert=expert or use.expert) for use in uses]
+    adapters = [
+        load_adapter(use.path, expert=expert or use.expert, differences=True) for use in uses
+    ]
     return {
         index: adapter
         for index, (use, adapter) in enumerate(zip(uses, adapters, strict=True))

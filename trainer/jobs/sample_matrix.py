@@ -40,8 +40,10 @@ from trainer.jobs.sample_run import (
     sample_fields,
     transformer_files,
 )
+from trainer.jobs.sample_settings import step_cache_identity
 from trainer.jobs.sample_sheet_folder import SheetFacts, SheetFolder
 from trainer.jobs.sample_studio import Studio, StudioOptions
+from trainer.jobs.sample_target import check_no_fields
 from trainer.jobs.step_cache_values import step_cache_values
 from trainer.sampling.inputs import check_inputs
 from trainer.sampling.matrix import Cell, Sheet, build_sheet
@@ -65,6 +67,7 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
     """
     if request.merge_loras or request.calibrate:
         raise ConfigError("a sheet merges no LoRAs and calibrates nothing", hint="do it without")
+    check_no_fields(request.output)
     config = read_config(request, "sample")
     variant = settle_variant(config)
     prompts, axes = _prompts_and_axes(request, config)
@@ -85,7 +88,10 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
     device = pick_device(config)
     forwards = list({working_set_of(cell.request, variant): None for cell in sheet.cells})
     config = resolve_for_forwards(config, variant, device, forwards, emit)
-    folder = SheetFolder(request.output, sheet, SheetFacts.of(config, variant, files))
+    bases = _bases(config, variant, files, sheet.cells)
+    step_caches = {base: step_cache_identity(of.step_cache) for base, of in bases.items()}
+    facts = SheetFacts.of(config, variant, files, step_caches)
+    folder = SheetFolder(request.output, sheet, facts)
     missing = folder.missing()
     made = len(sheet.cells) - len(missing)
     emit("log", message=f"{len(sheet.cells)} samples" + (f", {made} are there" if made else ""))
@@ -98,10 +104,6 @@ def run(request: SampleMatrixRequest, emit: Emit) -> None:
         warn=lambda words: emit("warning", message=words),
     )
     studio = Studio(variant, loaders_of(config, variant, files, device), options)
-    bases = {
-        base: _Base.of(base, config, variant, files, sheet.cells)
-        for base in dict.fromkeys(cell.base for cell in sheet.cells)
-    }
     making = _Making(config, device, sheet, folder, studio, bases, emit)
     try:
         making.draw(missing)
@@ -157,7 +159,17 @@ class _Base:
             own[_expert_of(path) if variant.experts else "low_noise"] = path
         requests = [cell.request for cell in cells if cell.base == base]
         step_cache = step_cache_values(config, variant, lambda: own, requests)
-        return cls(own, step_cache, model_metadata(config, variant, own))
+        return cls(own, step_cache, model_metadata(config, variant, own, step_cache))
+
+
+def _bases(
+    config: RunConfig, variant: Variant, files: TransformerFiles, cells: Sequence[Cell]
+) -> dict[tuple[Path, ...], _Base]:
+    """Return the transformers that cells have, by `Cell.base`."""
+    return {
+        base: _Base.of(base, config, variant, files, cells)
+        for base in dict.fromkeys(cell.base for cell in cells)
+    }
 
 
 def _expert_of(path: Path) -> Expert:
@@ -222,7 +234,10 @@ class _Making:
             for number, cell in enumerate(drawn, start=1):
                 with self._failure_of(cell), in_phase("decode"):
                     latents = self.folder.read_latents(cell)
-                    path, beside = self.folder.write(cell, latents, decode)
+                    # The VAE's settings may be others than when the latents were drawn.
+                    now = self.bases[cell.base].metadata
+                    told = {key: now.get(key, value) for key, value in latents.metadata.items()}
+                    path, beside = self.folder.write(cell, latents, decode, told)
                     evaluations = Evaluations(**latents.metadata["evaluations"])
                     sample = Sample(path, cell.request, evaluations, latents=beside)
                     self.emit("sample", **sample_fields(sample))

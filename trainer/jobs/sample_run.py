@@ -59,6 +59,7 @@ from trainer.sampling.inputs import check_inputs
 from trainer.sampling.requests import SampleRequest, requests_of
 from trainer.sampling.results import FileOptions, require_formats
 from trainer.sampling.step_cache.recorder import Recorder
+from trainer.sampling.step_cache.values import StepCacheValues
 
 TransformerFiles = dict[Expert, Path]
 
@@ -77,6 +78,7 @@ class _Plan:
     file_options: FileOptions
     metadata: Mapping[str, Any]
     """What each file says of the models."""
+    step_cache: StepCacheValues
 
 
 def run(request: SampleJobRequest, emit: Emit) -> None:
@@ -126,7 +128,10 @@ def _plan(request: SampleJobRequest) -> _Plan:
     names = [one.name or config.name for one in requests]
     Target(request.output, config.name, options).check(requests, names)
     require_formats(options, requests)
-    metadata = model_metadata(config, variant, files)
+    step_cache = StepCacheValues()
+    if not request.calibrate:  # which measures without one
+        step_cache = step_cache_values(config, variant, lambda: files, requests)
+    metadata = model_metadata(config, variant, files, step_cache)
     return _Plan(
         config=config,
         variant=variant,
@@ -137,6 +142,7 @@ def _plan(request: SampleJobRequest) -> _Plan:
         input_notes=(*again.logs, *input_notes),
         file_options=options,
         metadata=metadata,
+        step_cache=step_cache,
     )
 
 
@@ -152,7 +158,6 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
     requests, recorder = plan.requests, None
     if request.calibrate:
         requests, recorder = requests_to_calibrate(requests), Recorder()
-    step_cache = step_cache_values(config, plan.variant, lambda: plan.files, requests)
 
     samples: list[Sample] = []
     try:
@@ -176,10 +181,11 @@ def _make(request: SampleJobRequest, plan: _Plan, world: World, emit: Emit) -> N
                     tile=(tile, tile) if tile else None,
                     progress=ranks.progress,
                     on_sample=lambda sample: ranks.emit("sample", **sample_fields(sample)),
-                    step_cache=step_cache,
+                    step_cache=plan.step_cache,
                     observer=recorder,
                     preview=drawn,
                     on_failure=lambda words: ranks.emit("warning", message=words),
+                    on_kept=lambda kept: ranks.emit("warning", message=kept.words()[:8000]),
                 ),
             )
     except BaseException as error:

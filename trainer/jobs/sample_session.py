@@ -31,6 +31,7 @@ from trainer.jobs.components import settle_variant, text_encoder_device
 from trainer.jobs.config_job import read_config
 from trainer.jobs.sample import Sample
 from trainer.jobs.sample_failures import in_phase
+from trainer.jobs.sample_kept import KeptLatents
 from trainer.jobs.sample_lora_checks import check_loras, check_merge
 from trainer.jobs.sample_metadata import model_metadata, sample_metadata
 from trainer.jobs.sample_run import (
@@ -43,7 +44,7 @@ from trainer.jobs.sample_run import (
 )
 from trainer.jobs.sample_studio import Studio, StudioOptions
 from trainer.jobs.sample_target import Target, file_options
-from trainer.jobs.sample_write import write_drawn
+from trainer.jobs.sample_write import write_drawn, write_latents_alone
 from trainer.jobs.step_cache_values import step_cache_values
 from trainer.sampling.inputs import check_inputs
 from trainer.sampling.requests import SampleRequest
@@ -184,18 +185,32 @@ class _Session:
         latents = self.studio.draw(request, on_step, step_cache)
         self._leave_if_stopped()
         made, kind = self.studio.evaluations, self.target.files
-        models = model_metadata(self.config, self.variant, self.files)
+        models = model_metadata(self.config, self.variant, self.files, step_cache)
         index = self._num_asked - 1
         decoding = self.studio.decoding() if kind.decodes else nullcontext()
-        with in_phase("decode"), decoding as decode:
-            path = write_drawn(
-                self.target.path(index, request, request.name or ""),
-                request,
-                latents,
-                decode=decode,
-                files=kind,
-                metadata=sample_metadata(request, self.options.loras, made, models),
+        metadata = sample_metadata(request, self.options.loras, made, models)
+        place = self.target.path(index, request, request.name or "")
+        kept = KeptLatents(
+            lambda _, drawn: write_latents_alone(
+                place, request, drawn, files=kind, metadata=metadata
             )
+        )
+        try:
+            with in_phase("decode"), decoding as decode:
+                path = write_drawn(
+                    place,
+                    request,
+                    latents,
+                    decode=decode,
+                    files=kind,
+                    metadata=metadata,
+                    on_latents=lambda beside: kept.paths.update({index: beside}),
+                )
+        except BaseException:
+            kept.keep({index: latents})
+            if kept.paths:
+                self.emit("warning", message=kept.words())
+            raise
         self.num_made += 1
         beside = latents_beside(path) if kind.save_latents else None
         self.emit("sample", **sample_fields(Sample(path, request, made, index, beside)))

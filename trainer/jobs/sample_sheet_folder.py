@@ -17,11 +17,12 @@ from torch import Tensor
 
 from trainer.contract.config import RunConfig
 from trainer.contract.errors import DataError
-from trainer.contract.files import write_text
+from trainer.contract.files import in_bytes, write_text
 from trainer.contract.variants import Expert, Variant
 from trainer.data.fingerprint import digest, identify, model_identity
 from trainer.jobs.sample_loras import described
 from trainer.jobs.sample_metadata import acting_loras
+from trainer.jobs.sample_settings import decoding_settings, drawing_settings
 from trainer.jobs.sample_write import Decode, write_drawn
 from trainer.sampling.grid import Grid, GridCell, is_drawable, write_grid
 from trainer.sampling.latent_files import SUFFIX, LatentFile, read_latents, write_latents
@@ -43,25 +44,54 @@ class SheetFacts:
 
     title: str
     variant: str
-    models: tuple[str, ...]
-    """Identity of all that shapes a sample and is not in its request."""
+    drawing: Mapping[str, Any]
+    """What shapes latents and is not in a request: identities of models, and settings."""
+    encoding: Mapping[str, Any]
+    """What shapes those that start from images and videos, in addition."""
+    decoding: Mapping[str, Any]
+    """What shapes the frames that latents become."""
+    step_caches: Mapping[tuple[Path, ...], str]
+    """`Cell.base` -> identity of what step caches know of these transformers."""
     files: FileOptions
     """What kind of file a sample is."""
 
     @classmethod
-    def of(cls, config: RunConfig, variant: Variant, files: Mapping[Expert, Path]) -> SheetFacts:
+    def of(
+        cls,
+        config: RunConfig,
+        variant: Variant,
+        files: Mapping[Expert, Path],
+        step_caches: Mapping[tuple[Path, ...], str],
+    ) -> SheetFacts:
         """Return the facts of a config; a sample that is made anew takes the place of the old one.
 
         Raises:
             ModelFileError: a model cannot be read.
         """
-        model = config.model
-        paths = [*files.values(), model.vae, model.text_encoder, model.image_encoder]
-        identities = [model_identity(path) for path in paths if path is not None]
-        precision = str(config.memory.weight_format)
-        models = (*identities, precision)
-        options = FileOptions.of(config.sampling, force=True)
-        return cls(config.name, variant.name, models, options)
+        model, decoding = config.model, decoding_settings(config)
+
+        def identities(*paths: Path | None) -> list[str | None]:
+            return [None if path is None else model_identity(path) for path in paths]
+
+        frozen = [one.path for one in config.adapter.frozen]
+        vae = identities(model.vae)
+        return cls(
+            title=config.name,
+            variant=variant.name,
+            drawing={
+                "variant": variant.name,
+                "models": identities(*files.values(), model.text_encoder, model.tokenizer, *frozen),
+                "weight_format": config.memory.weight_format,
+                **drawing_settings(config, variant),
+            },
+            encoding={
+                "models": [*vae, *identities(model.image_encoder)],
+                "vae_dtype": config.memory.vae_dtype,  # of the image encoder, too
+            },
+            decoding={"vae": vae, **decoding},
+            step_caches=step_caches,
+            files=FileOptions.of(config.sampling, force=True),
+        )
 
 
 class SheetFolder:
@@ -92,8 +122,8 @@ class SheetFolder:
         }
         identity_of = cache(model_identity)
         content_of = cache(lambda path: identify(path).content)
-        self._identities = {
-            cell.place: self._identity(cell, identity_of, content_of) for cell in sheet.cells
+        self._drawn = {
+            cell.place: self._drawn_identity(cell, identity_of, content_of) for cell in sheet.cells
         }
         self._files = {
             path.name.rpartition("-")[2].partition(".")[0]: path
@@ -104,7 +134,10 @@ class SheetFolder:
 
     def identity(self, cell: Cell) -> str:
         """Return what two cells have in common whose samples are the same."""
-        return self._identities[cell.place]
+        files = self._facts.files
+        entry = files.entry(cell.request.num_frames)
+        kind = [entry.name, files.quality if entry.has_quality else None, files.metadata]
+        return _short(self._drawn[cell.place], self._facts.decoding, kind)
 
     def missing(self) -> list[Cell]:
         """Return the cells that lack a file, each sample once."""
@@ -114,7 +147,7 @@ class SheetFolder:
 
     def latents(self, cell: Cell) -> Path:
         """Return where the latents of a cell wait for being decoded."""
-        return self._root / "latents" / f"{self.identity(cell)}.safetensors"
+        return self._root / "latents" / f"{self._drawn[cell.place]}.safetensors"
 
     def keep_latents(self, cell: Cell, latents_BCFHW: Tensor, metadata: Mapping[str, Any]) -> None:
         """Write the latents of a cell, and what made them.
@@ -137,8 +170,16 @@ class SheetFolder:
             self.latents(cell).unlink(missing_ok=True)
             raise
 
-    def write(self, cell: Cell, drawn: LatentFile, decode: Decode) -> tuple[Path, Path | None]:
+    def write(
+        self, cell: Cell, drawn: LatentFile, decode: Decode, metadata: Mapping[str, Any]
+    ) -> tuple[Path, Path | None]:
         """Write the sample of a cell; the latents that have waited are not needed any more.
+
+        Args:
+            cell: the sample's.
+            drawn: from `read_latents`.
+            decode: makes frames of them.
+            metadata: what made the sample.
 
         Returns:
             The file, and that of the latents beside it where they are wanted.
@@ -154,7 +195,7 @@ class SheetFolder:
             drawn.latents_CFHW[None],
             decode=decode,
             files=files,
-            metadata=drawn.metadata,
+            metadata=metadata,
         )
         self._files[self.identity(cell)] = path
         self.latents(cell).unlink(missing_ok=True)
@@ -215,12 +256,13 @@ class SheetFolder:
             return False
         return not self._facts.files.save_latents or latents_beside(path).exists()
 
-    def _identity(
+    def _drawn_identity(
         self,
         cell: Cell,
         identity_of: Callable[[Path], str],
         content_of: Callable[[Path], str],
     ) -> str:
+        """Return what two cells have in common whose latents are the same."""
         request = {k: v for k, v in self._told[cell.place].items() if k not in _HIDDEN}
         loras = [
             [identity_of(use.path), described(use)]
@@ -229,11 +271,12 @@ class SheetFolder:
         base = [identity_of(path) for path in cell.base]
         # Files are known by their content already, folders by their name alone.
         folders = [content_of(path) for path in cell.request.files.values() if path.is_dir()]
-        files = self._facts.files
-        entry = files.entry(cell.request.num_frames)
-        kind = [entry.name, files.quality if entry.has_quality else None, files.metadata]
         request = json.loads(json.dumps(request, default=str))
-        return digest([request, loras, base, folders, list(self._facts.models), kind])[:12]
+        facts = self._facts
+        encoding = facts.encoding if cell.request.files else None
+        has_step_cache = cell.request.denoising.step_cache != "none"
+        step_cache = facts.step_caches[cell.base] if has_step_cache else None
+        return _short(request, loras, base, folders, facts.drawing, encoding, step_cache)
 
     def _loras(self, cell: Cell) -> list[dict[str, Any]]:
         return [described(use) for use in acting_loras(cell.request, self._sheet.loras)]
@@ -244,7 +287,7 @@ class SheetFolder:
             for axis in self._sheet.varied
         ]
         slug = re.sub(r"[^\w.+-]+", "_", "_".join(parts))
-        return slug[:100].strip("_.") or "sample"
+        return in_bytes(slug, 100).strip("_.") or "sample"
 
     def _fixed(self) -> list[tuple[str, str]]:
         told = list(self._told.values())
@@ -289,6 +332,10 @@ class SheetFolder:
         return "\n".join(
             _heading(sheet.axes[axis].name, sheet.label(cell, axis)) for axis in sheet.row_axes
         )
+
+
+def _short(*parts: Any) -> str:
+    return digest(parts)[:12]
 
 
 def _heading(key: str, label: str) -> str:

@@ -13,7 +13,7 @@ from trainer.contract.errors import ConfigError
 from trainer.contract.registry import nearest
 from trainer.contract.sample_formats import format_entry, formats_of_suffix
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.results import FileOptions, latents_beside, safe_name
+from trainer.sampling.results import FileOptions, latents_beside, require_only_frames, safe_name
 
 FIELDS = ("name", "index", "seed", "prompt", "width", "height", "num_frames", "num_steps")
 """What may stand in braces in the name of an output file."""
@@ -42,7 +42,10 @@ class Target:
         """Return where one sample goes, if nothing is there; `name` takes the config's place."""
         values = {field: str(getattr(request, field, "")) for field in FIELDS}
         values |= {"name": safe_name(name or self.name), "index": f"{index:02d}"}
-        values["prompt"] = safe_name(request.prompt)[:_MAX_WORDS].strip("_.") or "prompt"
+        values["name"] = (
+            str(values["name"]).lstrip(".-") or "sample"
+        )  # hidden, or taken for an option
+        values["prompt"] = safe_name(request.prompt)[:_MAX_WORDS].strip("_.-") or "prompt"
         if self.is_file:
             return self.output.with_name(self.output.name.format_map(values))
         suffix = self.files.suffix(request.num_frames)
@@ -63,16 +66,22 @@ class Target:
                 ending that is not of such a sample, or a folder that nothing can be written to.
         """
         _check_folder(self.output.parent if self.is_file else self.output)
-        if not self.is_file:
-            return
-        self._check_fields()
+        check_no_fields(self.output.parent if self.is_file else self.output)
         every = names or [self.name] * len(requests)
         paths: list[Path] = []
         pairs = zip(requests, every, strict=True)
+        if not self.is_file:
+            if self.files.force:
+                for index, (request, name) in enumerate(pairs, first_index):
+                    require_only_frames(self.path(index, request, name))
+            return
+        self._check_fields()
         for index, (request, name) in enumerate(pairs, first_index):
             path = self.path(index, request, name)
             self._check_ending(path, request)
-            if len(path.name.encode()) > _MAX_NAME:
+            if self.files.force:
+                require_only_frames(path)
+            if len(os.fsencode(path.name)) > _MAX_NAME:
                 raise ConfigError(
                     f"--output: {path.name} takes more than {_MAX_NAME} bytes",
                     hint="use fewer fields in its name",
@@ -118,11 +127,26 @@ class Target:
 
 def _check_folder(folder: Path) -> None:
     """Refuse a folder that is none, or takes no files: better now than when they are made."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    places = (folder, *folder.absolute().parents)
+    there = next(place for place in places if os.path.lexists(place))  # a link to nowhere, too
     if not there.is_dir():
         raise ConfigError(f"--output: {there} is a file, no folder", hint="give another name")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"--output: {there} is not writable", hint="choose another folder")
+
+
+def check_no_fields(folder: Path) -> None:
+    """Refuse fields where they would be the letters of a folder's name.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    written = next((name for name in FIELDS if f"{{{name}}}" in str(folder)), None)
+    if written is not None:
+        raise ConfigError(
+            f"--output: {{{written}}} is in the name of a folder, where it means nothing",
+            hint="fields are for the name of a file, which has an ending: out/{prompt}_{seed}.mp4",
+        )
 
 
 def is_file(output: Path) -> bool:

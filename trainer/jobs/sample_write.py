@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.sampling.formats.base import Bits
 from trainer.sampling.pipeline import VideoDecoder, decode_frames
 from trainer.sampling.requests import SampleRequest
-from trainer.sampling.results import FileOptions, write_files
+from trainer.sampling.results import FileOptions, latents_beside, write_files
 from trainer.sampling.video_io import AnyFrame
 
 Decode = Callable[[Tensor, Bits], Iterable[AnyFrame]]
@@ -32,6 +32,7 @@ def write_drawn(
     decode: Decode | None,
     files: FileOptions,
     metadata: Mapping[str, Any],
+    on_latents: Callable[[Path], None] = lambda _path: None,
 ) -> Path:
     """Decode a sample as its format wants it, and write it.
 
@@ -42,6 +43,7 @@ def write_drawn(
         decode: makes frames of latents; None where the format holds none.
         files: what kind of file.
         metadata: all that the file says, where `files` wants it.
+        on_latents: told of the latents' file beside it, when that is written.
 
     Raises:
         DiskError: disk full or read-only; nothing is left of this sample.
@@ -55,4 +57,25 @@ def write_drawn(
         metadata=metadata if files.metadata else {},
         files=files,
         latents_BCFHW=latents_BCFHW,
+        on_latents=on_latents,
     )
+
+
+def write_latents_alone(
+    path: Path,
+    request: SampleRequest,
+    latents_BCFHW: Tensor,
+    *,
+    files: FileOptions,
+    metadata: Mapping[str, Any],
+) -> Path:
+    """Write the latents of a sample that is not decoded, under its name; return where.
+
+    What is there is not replaced, whatever `files` says: nobody asked for this file.
+
+    Raises:
+        DiskError: disk full or read-only.
+    """
+    kind = FileOptions(format="latents", metadata=files.metadata)
+    path = latents_beside(path)
+    return write_drawn(path, request, latents_BCFHW, decode=None, files=kind, metadata=metadata)

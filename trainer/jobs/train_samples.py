@@ -82,7 +82,7 @@ class TrainingSamples:
         self._together = config.distributed.zero_stage == 3
         self._trained: Callable[[Expert], WanTransformer | None] | None = None
         self._other: nn.Module | None = None
-        self._metadata = model_metadata(config, variant, _transformers(config))
+        self._metadata = model_metadata(config, variant, _transformers(config), self._step_cache)
         require_formats(FileOptions.of(sampling), self._requests)
         self._encode()
 

@@ -7,17 +7,18 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
 from trainer.contract.config import SamplingSection
-from trainer.contract.errors import ConfigError, DataError
+from trainer.contract.errors import ConfigError, DataError, DiskError
 from trainer.contract.files import disk_errors, in_bytes
+from trainer.contract.free_names import move_unless_taken
 from trainer.contract.sample_formats import (
     SAMPLE_FORMATS,
     FormatEntry,
@@ -148,27 +149,41 @@ def write_files(
     metadata: Mapping[str, Any],
     files: FileOptions,
     latents_BCFHW: Tensor | None = None,
+    on_latents: Callable[[Path], None] = lambda _path: None,
 ) -> Path:
     """Write one sample, and its latents beside it where they are wanted; see `write_sample`.
 
-    The latents come first: they are there when the decoding fails. `metadata` is all that the
-    files say.
+    The latents come first: they are there when the decoding fails, and `on_latents` is told.
+    `metadata` is all that the files say.
 
     Returns:
-        `path`, or the first free one beside it unless `files.force` is set.
+        `path`, or the first free one of `<stem>_2`, `<stem>_3`, … unless `files.force` is set. The
+        name is taken when the file is whole, so that of several processes each gets its own.
     """
     latents = None if latents_BCFHW is None else latents_BCFHW[0].float()
-    path = path if files.force else free_path(path, with_latents=files.save_latents)
+    names = _candidates(path)
+    beside: Path | None = None
     if files.save_latents:
         if latents is None:
             raise ValueError("the latents are wanted, but not given")
-        write_latents(latents_beside(path), latents, metadata, fps=fps)
+        if files.force:
+            write_latents(latents_beside(path), latents, metadata, fps=fps)
+        else:
+            with _finished(latents_beside(path)) as place:
+                write_latents(place, latents, metadata, fps=fps)
+                path = _take_for_latents(place, names)
+        beside = latents_beside(path)
+        on_latents(beside)
     content = Content(
         frames=frames, latents_CFHW=latents, fps=fps, metadata=metadata, quality=files.quality
     )
-    with _room_for(path, force=files.force) as place:
+    if files.force:
+        with _room_for(path) as place:
+            files.writer(num_frames).write(place, content)
+        return path
+    with _finished(path) as place:
         files.writer(num_frames).write(place, content)
-    return path
+        return _take(place, chain([path], names), beside)
 
 
 def latents_beside(path: Path) -> Path:
@@ -220,18 +235,6 @@ def safe_name(text: str) -> str:
     return in_bytes(re.sub(r"[^\w.+-]+", "_", text), MAX_STEM)
 
 
-def free_path(path: Path, *, with_latents: bool = False) -> Path:
-    """Return `path`, or the first of `<stem>_2`, `<stem>_3`, … that does not exist.
-
-    With `with_latents`, the file of the latents beside it does not exist either.
-    """
-    return next(
-        candidate
-        for candidate in _candidates(path)
-        if not candidate.exists() and not (with_latents and latents_beside(candidate).exists())
-    )
-
-
 def require_formats(files: FileOptions, requests: Iterable[SampleRequest]) -> None:
     """Refuse what cannot be written, before anything is made.
 
@@ -243,18 +246,74 @@ def require_formats(files: FileOptions, requests: Iterable[SampleRequest]) -> No
         files.writer(num_frames)
 
 
-@contextmanager
-def _room_for(path: Path, *, force: bool) -> Iterator[Path]:
-    """Yield where to write; a folder of frames takes another's place when it is whole."""
-    if not (force and path.is_dir()):
-        yield path
-        return
-    if any(not _FRAME.fullmatch(file.name) for file in path.iterdir()):
+def require_only_frames(path: Path) -> None:
+    """Refuse a folder that `force` would remove, and that holds more than a sample's frames.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if path.is_dir() and any(not _FRAME.fullmatch(file.name) for file in path.iterdir()):
         raise ConfigError(
             f"{path} holds more than frames, and --force would remove it",
             hint="choose another --output",
         )
-    place = path.with_name(f".{in_bytes(path.name, 80)}.{secrets.token_hex(4)}")
+
+
+@contextmanager
+def _finished(path: Path) -> Iterator[Path]:
+    """Yield a hidden place beside `path` for what has no name yet; nothing stays there."""
+    place = _hidden(path)
+    try:
+        yield place
+    except DiskError as error:
+        words = error.message.replace(str(place), str(path))
+        raise DiskError(words, hint=error.hint) from error
+    finally:
+        if place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                place.unlink()
+
+
+def _take(place: Path, names: Iterator[Path], beside: Path | None) -> Path:
+    """Move a sample to the first free name, and the latents `beside` the first one along."""
+    while True:
+        name = next(names)
+        if name.exists():
+            continue
+        latents = latents_beside(name)
+        if beside is not None and beside != latents:
+            if not move_unless_taken(beside, latents):
+                continue
+            beside = latents
+        if move_unless_taken(place, name):
+            return name
+
+
+def _take_for_latents(place: Path, names: Iterator[Path]) -> Path:
+    """Move latents beside the first free name; return that name."""
+    return next(
+        name
+        for name in names
+        if not name.exists() and move_unless_taken(place, latents_beside(name))
+    )
+
+
+def _hidden(path: Path) -> Path:
+    # The ending says the format. Not more than names may have, with what partial files add to it.
+    suffix = path.suffix if formats_of_suffix(path.suffix) else ""
+    return path.with_name(f".{in_bytes(path.name, 60)}.{secrets.token_hex(4)}{suffix}")
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[Path]:
+    """Yield where to write; a folder of frames takes another's place when it is whole."""
+    if not path.is_dir():
+        yield path
+        return
+    require_only_frames(path)
+    place = _hidden(path)
     yield place
     with disk_errors(path):
         old = path.with_name(f"{place.name}.old")

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence, PngImagePlugin
 
 from trainer.contract.errors import DataError
-from trainer.contract.files import atomic_path, disk_errors
+from trainer.contract.files import atomic_path, disk_errors, utf8
 from trainer.data.frame_pixels import rgb_pixels
 
 Frame = NDArray[np.uint8]
@@ -297,7 +297,7 @@ def _png_info(metadata: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo | No
 
 def as_json(metadata: Mapping[str, Any], *, ascii_only: bool = False) -> str:
     """Return metadata as JSON; with `ascii_only`, other letters are escaped."""
-    return json.dumps(metadata, ensure_ascii=ascii_only, default=str)
+    return utf8(json.dumps(metadata, ensure_ascii=ascii_only, default=str)).decode()
 
 
 def _from_json(text: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli import jobs, output
+from app.cli import completion, jobs, output
 from app.cli.commands.lora_options import Dtype, Expert, File, Force, refuse_existing, show_written
 from app.cli.options import Json
 
@@ -37,6 +37,7 @@ def convert(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument
         typer.Option(
             "--layout",
             help="comfy (ComfyUI, diffusers), kohya (musubi-tuner) or peft (diffusers).",
+            autocompletion=completion.layouts,
         ),
     ] = "comfy",
     dtype: Dtype = None,
@@ -102,6 +103,7 @@ def _part_lines(part: dict[str, Any]) -> list[str]:
             ("norm", _figure(part.get("norm"))),
         ]
     )
+    lines += _differences(part.get("differences") or {})
     if zero := part.get("zero_modules"):
         lines.append(f"{'untrained':<12}{zero} modules change nothing")
     lines += [f"{'largest':<12}{name}  {norm:.4g}" for name, norm in _items(part, "largest")]
@@ -113,6 +115,18 @@ def _part_lines(part: dict[str, Any]) -> list[str]:
     for program, answer in _items(part, "programs"):
         lines.append(f"{program:<12} {'loads it' if answer['loads'] else answer.get('why', 'no')}")
     return lines
+
+
+def _differences(whole: dict[str, Any]) -> list[str]:
+    """Say how many parameters have whole differences, how large they are, and which."""
+    if not whole.get("num"):
+        return []
+    zero = f", {whole['num_zero']} of them zero" if whole.get("num_zero") else ""
+    names = [f"{name} ({count})" for name, count in _items(whole, "names")]
+    return [
+        f"{'differences':<12}{whole['num']} whole{zero}, norm {_figure(whole.get('norm'))}",
+        *(f"{'':<12}{', '.join(names[start : start + 4])}" for start in range(0, len(names), 4)),
+    ]
 
 
 def _pairs(shown: list[tuple[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli import output
+from app.cli import completion, output
 from app.cli.jobs import JobResult
 from trainer.contract.errors import UserError
 
@@ -25,12 +25,20 @@ Target = Annotated[Path, typer.Option("--output", "-o", help="File to write.", s
 Layout = Annotated[
     str | None,
     typer.Option(
-        "--layout", help="comfy, kohya or peft; left out: that of the first file.", metavar="LAYOUT"
+        "--layout",
+        help="comfy, kohya or peft; left out: that of the first file.",
+        metavar="LAYOUT",
+        autocompletion=completion.layouts,
     ),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", help="bf16, fp16 or fp32; left out: the files' own.", metavar="DTYPE"),
+    typer.Option(
+        "--dtype",
+        help="bf16, fp16 or fp32; left out: the files' own.",
+        metavar="DTYPE",
+        autocompletion=completion.dtypes,
+    ),
 ]
 Expert = Annotated[
     str | None,
@@ -38,6 +46,7 @@ Expert = Annotated[
         "--expert",
         metavar="EXPERT",
         help="high_noise or low_noise: the part of a file that holds both experts' LoRAs.",
+        autocompletion=completion.experts,
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]

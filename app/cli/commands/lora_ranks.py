@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import jobs
+from app.cli import completion, jobs
 from app.cli.commands.lora_options import (
     Dtype,
     Energy,
@@ -75,7 +75,12 @@ def extract(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument
         ),
     ] = False,
     device: Annotated[
-        str, typer.Option("--device", help="auto, cpu or cuda: where singular values are computed.")
+        str,
+        typer.Option(
+            "--device",
+            help="auto, cpu or cuda: where singular values are computed.",
+            autocompletion=completion.devices,
+        ),
     ] = "auto",
     layout: Layout = None,
     dtype: Dtype = None,

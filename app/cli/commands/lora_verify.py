@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli import jobs, output
+from app.cli import completion, jobs, output
 from app.cli.exit_codes import ExitCode
 from app.cli.options import Json
 from trainer.contract.errors import UserError
@@ -22,6 +22,7 @@ def verify(
         typer.Option(
             "--expert",
             help="high_noise or low_noise: the part of files that hold both experts' LoRAs.",
+            autocompletion=completion.experts,
         ),
     ] = None,
     as_json: Json = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from app.cli import output
+from app.cli import completion, output
 from app.cli.options import Json, Overrides, command_app
 from trainer.contract.errors import UserError
 from trainer.contract.registry import nearest
@@ -34,16 +34,31 @@ def plan(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         int | None, typer.Option("--slots", "-n", min=1, help="How many slots.")
     ] = None,
     variant: Annotated[
-        str | None, typer.Option("--variant", help="Model, e.g. wan2.1-t2v-14b, without a config.")
+        str | None,
+        typer.Option(
+            "--variant",
+            help="Model, e.g. wan2.1-t2v-14b, without a config.",
+            autocompletion=completion.variants,
+        ),
     ] = None,
     blocks: Annotated[
         int | None, typer.Option("--blocks", min=1, help="Blocks of a model of unknown sizes.")
     ] = None,
     granularity: Annotated[
-        str | None, typer.Option("--granularity", help="pair (default), block, module or linear.")
+        str | None,
+        typer.Option(
+            "--granularity",
+            help="pair (default), block, module or linear.",
+            autocompletion=completion.granularities,
+        ),
     ] = None,
     allocation: Annotated[
-        str | None, typer.Option("--allocation", help="contiguous (default) or spread.")
+        str | None,
+        typer.Option(
+            "--allocation",
+            help="contiguous (default) or spread.",
+            autocompletion=completion.allocations,
+        ),
     ] = None,
     rank: Annotated[
         int | None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli import jobs
+from app.cli import completion, jobs
 from app.cli.commands.lora_options import refuse_existing, show_written
 from app.cli.loraid_options import (
     LoraidCommand,
@@ -51,7 +51,11 @@ def merge(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     loraid_from: LoraidFrom = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="bf16, fp16 or fp32; left out: the base's own."),
+        typer.Option(
+            "--dtype",
+            help="bf16, fp16 or fp32; left out: the base's own.",
+            autocompletion=completion.dtypes,
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     overrides: Overrides = None,

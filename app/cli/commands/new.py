@@ -44,7 +44,11 @@ def new(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     goal: Annotated[
         str | None,
-        typer.Option("--goal", help="What is learned: character, style, motion, images, full."),
+        typer.Option(
+            "--goal",
+            help="What is learned: character, style, motion, images, full.",
+            autocompletion=completion.goals,
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder of clips or images with captions.")
@@ -53,7 +57,12 @@ def new(  # noqa: PLR0913, PLR0917  (Typer makes one option of each argument)
         bool, typer.Option("--demo", help="Train the tiny model that comes with Menma.")
     ] = False,
     variant: Annotated[
-        str, typer.Option("--variant", help="Which model it is; left out: told from the file.")
+        str,
+        typer.Option(
+            "--variant",
+            help="Which model it is; left out: told from the file.",
+            autocompletion=completion.variants,
+        ),
     ] = "",
     transformer: Annotated[
         _File, typer.Option("--transformer", help="Weights. Wan 2.2: the low-noise expert.")

@@ -32,7 +32,11 @@ def list_presets(
     ] = None,
     variant: Annotated[
         str | None,
-        typer.Option("--variant", help="Only those of this model, or of all that begin so."),
+        typer.Option(
+            "--variant",
+            help="Only those of this model, or of all that begin so.",
+            autocompletion=completion.variants,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

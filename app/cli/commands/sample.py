@@ -279,7 +279,7 @@ def _prompts(
             f"--{option} needs a --prompt", hint="in a prompts file, each prompt names its own"
         )
     found = [{"prompt": text, **given} for text in texts]
-    for values in found[:1]:  # they differ in their text alone
+    for values in found:
         _refuse_wrong_values(values)
     return found
 

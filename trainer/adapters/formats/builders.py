@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.adapters.base import LoRAFactors, Update
+from trainer.adapters.difference import WeightDifference
 from trainer.adapters.dora_linear import DoRAFactors
 from trainer.adapters.formats.vera import VeraProjections
 from trainer.adapters.loha_linear import LoHaFactors
@@ -119,6 +120,10 @@ def _vera(module: StoredModule) -> LoRAFactors:
     return LoRAFactors(down, up, float(len(down)))
 
 
+def _difference(module: StoredModule) -> WeightDifference:
+    return WeightDifference(module.tensors["diff"])
+
+
 def _size(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
@@ -128,6 +133,7 @@ BUILDERS: dict[str, Callable[[StoredModule], Update]] = {
     "dora": _dora,
     "loha": _loha,
     "lokr": _lokr,
+    "difference": _difference,
     "vera": _vera,
 }
 """By `StoredKind.name`. What is read becomes an update of its own kind, VeRA becomes a LoRA."""

@@ -26,18 +26,24 @@ _PARTS: dict[Expert, frozenset[str]] = {
 }
 
 
-def load_adapter(path: Path | str, *, expert: Expert | None = None) -> AdapterFile:
+def load_adapter(
+    path: Path | str, *, expert: Expert | None = None, differences: bool = False
+) -> AdapterFile:
     """Read an adapter of any known layout into updates by canonical module name.
 
     Layouts: kohya and musubi (`lora_unet_…`), ComfyUI and diffusion-pipe (`diffusion_model.…`),
     PEFT and diffusers (`transformer.…`, `base_model.model.…`, scale in the header or in
     `adapter_config.json`), bare names; A/B or down/up, with or without alpha, any float dtype.
     Without alpha anywhere the scale is 1, as in ComfyUI and diffusers. Kinds: LoRA, DoRA, LoHa,
-    LoKr, and VeRA, which becomes a LoRA; modules of one file may be of different kinds.
+    LoKr, and VeRA, which becomes a LoRA; modules of one file may be of different kinds. Whole
+    differences (`.diff`, `.diff_b`): of weights of linear layers they are updates like others, of
+    all other parameters they are in `AdapterFile.differences`.
 
     Args:
         path: the file, or a folder that PEFT or diffusers wrote.
         expert: which LoRA to take from a file that holds one for each expert of Wan 2.2.
+        differences: the caller heeds `AdapterFile.differences`; else a file with whole differences
+            is refused, so that none is ever left out.
 
     Raises:
         ModelFileError: missing, damaged, another kind of adapter, or with keys nobody knows.
@@ -46,6 +52,11 @@ def load_adapter(path: Path | str, *, expert: Expert | None = None) -> AdapterFi
     files = open_weights(path)
     keys = _parse_keys(path, list(files))
     keys = _choose_expert(path, keys, expert)
+    if not differences:
+        _check_no_differences(path, keys)
+    found = list(keys.values())
+    vectors = _vectors(path, files, keys)
+    keys = {name: key for name, key in keys.items() if not key.is_vector}
     layers, shared = _group(path, keys)
     kinds = {name: _kind(path, name, layer) for name, layer in layers.items()}
     scales = _Scales(path, files.metadata, keys)
@@ -59,8 +70,9 @@ def load_adapter(path: Path | str, *, expert: Expert | None = None) -> AdapterFi
     return AdapterFile(
         modules,
         path=path,
-        layout="+".join(sorted({key.layout for key in keys.values() if key.module != SHARED})),
+        layout="+".join(sorted({key.layout for key in found if key.module != SHARED})),
         metadata=files.metadata,
+        differences=vectors,
         notes=(*scales.notes(), *projections.notes()),
     )
 
@@ -78,7 +90,7 @@ class _Scales:
 
     def __init__(self, path: Path, metadata: Mapping[str, str], keys: Mapping[str, Key]) -> None:
         settings = find_peft_settings(path, metadata)
-        part = next(iter(keys.values())).part
+        part = next((key.part for key in keys.values()), "")
         self._path = path
         self._own = "menma.kind" in metadata  # written here: the scale is folded in, not unknown
         self.peft = None if settings is None else PeftConfig(settings, path, part)
@@ -224,6 +236,39 @@ def _choose_expert(path: Path, keys: dict[str, Key], expert: Expert | None) -> d
     return {name: key for name, key in keys.items() if key.part in _PARTS[expert]}
 
 
+def _check_no_differences(path: Path, keys: Mapping[str, Key]) -> None:
+    whole = [name for name, key in keys.items() if key.parameter]
+    if whole:
+        raise ModelFileError(
+            f"{path} holds whole differences of {len(whole)} weights, such as {whole[0]}, which "
+            "cannot be used here",
+            hint="`menma sample`, adapter.frozen, `menma merge` and `menma lora inspect`, convert, "
+            "merge, subtract, resize and ema take such a file",
+        )
+
+
+def _vectors(path: Path, files: WeightFiles, keys: Mapping[str, Key]) -> dict[str, Tensor]:
+    """Return the differences of all parameters but the weights of linear layers."""
+    found: dict[str, Tensor] = {}
+    first: dict[str, str] = {}
+    for name, key in keys.items():
+        if not key.is_vector:
+            continue
+        if key.parameter in found:
+            raise ModelFileError(
+                f"{path}: {first[key.parameter]} and {name} are the same difference twice",
+                hint="the file holds several adapters; export one of them",
+            )
+        first[key.parameter] = name
+        if not files[name].dtype.is_floating_point:
+            raise ModelFileError(
+                f"{path}: {name} is no difference of a parameter ({files[name].dtype})",
+                hint="nothing of the file was used",
+            )
+        found[key.parameter] = _finite(path, files, name)
+    return found
+
+
 def _group(path: Path, keys: Mapping[str, Key]) -> tuple[dict[str, _Layer], _Layer]:
     layers: dict[str, _Layer] = {}
     for name, key in keys.items():
@@ -309,6 +354,10 @@ def _tensor(path: Path, files: WeightFiles, key: str) -> Tensor:
             "supported",
             hint="nothing of the file was used",
         )
+    return _finite(path, files, key)
+
+
+def _finite(path: Path, files: WeightFiles, key: str) -> Tensor:
     tensor = files.read(key).clone()
     if not bool(torch.isfinite(tensor if tensor.itemsize > 1 else tensor.float()).all()):
         raise ModelFileError(

@@ -12,10 +12,12 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from trainer.adapters.base import Update
+from trainer.adapters.difference import WeightDifference
 from trainer.adapters.formats.peft_config import HEADER_KEY, header_settings
 from trainer.adapters.formats.reader import load_adapter
 from trainer.contract.errors import ConfigError, ModelFileError
 from trainer.contract.layer_names import diffusers_name
+from trainer.contract.parameter_names import is_bare, stored_name
 from trainer.contract.registry import nearest
 from trainer.contract.stored_kinds import STORED_KINDS, StoredKind, layout_problem
 from trainer.io.atomic_save import same_bytes, save_safetensors
@@ -32,6 +34,7 @@ def save_adapter(
     layout: str = "comfy",
     dtype: torch.dtype = torch.bfloat16,
     metadata: Mapping[str, str] | None = None,
+    differences: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter and verify that reading it gives the same update again.
 
@@ -42,19 +45,24 @@ def save_adapter(
             ComfyUI and diffusers load whole), `kohya` (`lora_unet_…`, with alpha) or `peft`
             (diffusers' names, scale in the header; LoRA and DoRA only, and not both in one file).
         dtype: of the factors in the file; they are rounded once, from what is given. Magnitudes of
-            DoRA are float32 always: their rounding would change whole rows of weights.
+            DoRA are float32 always: their rounding would change whole rows of weights. Whole
+            differences stay in the dtypes that they have.
         metadata: of the header; what describes the tensors (ss_network_dim, ss_network_alpha,
             sshs_model_hash) is set here.
+        differences: of parameters that are no weights of linear layers, by canonical name.
 
     Raises:
-        ConfigError: no such layout, or not for this kind of adapter.
+        ConfigError: no such layout, not for this kind of adapter, or it has no name for a
+            difference.
         ModelFileError: a value does not fit `dtype`, or is not finite.
         DiskError: the disk is full, read-only or faulty.
     """
     if layout not in _WRITERS:
         raise ConfigError(f"unknown LoRA layout {layout!r}", hint=nearest(layout, _WRITERS))
-    if not updates:
+    vectors = dict(differences or {})
+    if not updates and not vectors:
         raise ModelFileError(f"there is no module to write to {path}")
+    _check_names(updates, vectors, layout, path)
     kinds = {name: _kind(name, update) for name, update in updates.items()}
     problems = {p for u in updates.values() if (p := layout_problem(u.kind, layout)) is not None}
     if problems:
@@ -62,13 +70,19 @@ def save_adapter(
     prepare, write = _WRITERS[layout]
     stored = {name: _rounded(name, prepare(update), dtype) for name, update in updates.items()}
     tensors, header = write(stored, kinds)
+    tensors |= _named(vectors, layout)
+    if vectors and "ss_network_module" in header:
+        header["ss_network_module"] = _LYCORIS
     table = {**(metadata or {}), **_facts(stored), **header}
     if "menma.kind" in table:
-        table["menma.kind"] = "+".join(sorted({update.kind for update in updates.values()}))
+        own = {update.kind for update in updates.values()} or {WeightDifference.kind}
+        table["menma.kind"] = "+".join(sorted(own))
     table["sshs_model_hash"] = model_hash(tensors)
 
     def check(file: Path) -> None:
-        _check_equal(stored, load_adapter(file))
+        read = load_adapter(file, differences=True)
+        _check_equal(stored, read)
+        _check_differences(vectors, read.differences)
 
     save_safetensors(tensors, Path(path), table, check=check)
 
@@ -86,10 +100,47 @@ def _write_kohya(stored: Updates, kinds: Kinds) -> tuple[Table, dict[str, str]]:
 
     tensors = _tensors("kohya", stored, kinds, stem)
     for name, update in stored.items():
-        tensors[f"{stem(name)}.alpha"] = torch.tensor(update.alpha)
+        if update.kind != WeightDifference.kind:  # it has none
+            tensors[f"{stem(name)}.alpha"] = torch.tensor(update.alpha)
     modules = {kind.network_module for kind in kinds.values()}
     # LyCORIS's module reads every kind, so a mixture too.
-    return tensors, {"ss_network_module": modules.pop() if len(modules) == 1 else "lycoris.kohya"}
+    return tensors, {"ss_network_module": modules.pop() if len(modules) == 1 else _LYCORIS}
+
+
+_LYCORIS = "lycoris.kohya"
+
+
+def _check_names(updates: Updates, vectors: Table, layout: str, path: Path | str) -> None:
+    """Refuse whole differences that a layout has no name for."""
+    whole = [f"{n}.weight" for n, u in updates.items() if u.kind == WeightDifference.kind]
+    bare = [name for name in vectors if is_bare(name)]
+    none = {"peft": [*whole, *vectors], "kohya": bare}.get(layout, [])
+    if none:
+        others = "comfy" if bare else "comfy or kohya"
+        raise ConfigError(
+            f"{path}: layout {layout} has no name for {stored_name(none[0])}, a whole difference"
+            + (f" ({len(none)} of them)" if len(none) > 1 else ""),
+            hint=f"write layout {others}, or merge it into the model (menma merge)",
+        )
+
+
+def _named(vectors: Table, layout: str) -> Table:
+    """Return differences by the keys that a layout has for them."""
+    if layout == "comfy":
+        return {f"diffusion_model.{stored_name(name)}": t for name, t in vectors.items()}
+    table: Table = {}
+    for name, tensor in vectors.items():
+        module, _, role = stored_name(name).rpartition(".")
+        table[f"lora_unet_{module.replace('.', '_')}.{role}"] = tensor
+    return table
+
+
+def _check_differences(stored: Table, read: Mapping[str, Tensor]) -> None:
+    if stored.keys() != read.keys():
+        raise RuntimeError("the LoRA file that was written does not hold the same differences")
+    for name, tensor in stored.items():
+        if not same_bytes(tensor, read[name]):
+            raise RuntimeError(f"{name} differs in the LoRA file that was written")
 
 
 def _write_peft(stored: Updates, kinds: Kinds) -> tuple[Table, dict[str, str]]:
@@ -145,10 +196,10 @@ LAYOUTS = tuple(_WRITERS)
 
 def _rounded(name: str, update: Update, dtype: torch.dtype) -> Update:
     rounded = {
-        role: tensor.detach().to("cpu", torch.float32 if role in update.precise else dtype)
+        role: tensor.detach().to("cpu", _dtype_of(update, role, tensor, dtype))
         for role, tensor in update.tensors().items()
     }
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in rounded.values()):
+    if not all(bool(torch.isfinite(tensor.float()).all()) for tensor in rounded.values()):
         raise ModelFileError(
             f"the {STORED_KINDS[update.kind].title} of {name} has values that {dtype} cannot hold, "
             "or NaN",
@@ -157,10 +208,17 @@ def _rounded(name: str, update: Update, dtype: torch.dtype) -> Update:
     return update.with_tensors(rounded)
 
 
+def _dtype_of(update: Update, role: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    if update.keeps_dtype:
+        return tensor.dtype
+    return torch.float32 if role in update.precise else dtype
+
+
 def _facts(stored: Updates) -> dict[str, str]:
     # One figure where all modules agree; kohya-style tools write "Dynamic" where they do not.
-    ranks = {u.rank for u in stored.values()}
-    alphas = {u.alpha for u in stored.values()}
+    scaled = [u for u in stored.values() if u.kind != WeightDifference.kind]
+    ranks = {u.rank for u in scaled}
+    alphas = {u.alpha for u in scaled}
     return {
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
