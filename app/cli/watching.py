@@ -35,6 +35,7 @@ def watch(
     run: RunDir,
     on_interrupt: OnInterrupt,
     *,
+    count: Callable[[], int] | None = None,
     offset: int = 0,
     as_json: bool = False,
     plain: bool = False,
@@ -44,6 +45,7 @@ def watch(
     Args:
         run: the run.
         on_interrupt: what Ctrl-C does; it may raise to leave.
+        count: how often Ctrl-C was pressed, of `counted_interrupts`; None: it is counted from now.
         offset: where in the event log to begin, in bytes.
         as_json: write the events as JSON lines to stdout instead of drawing them.
         plain: write lines without control characters, on a terminal too.
@@ -51,10 +53,11 @@ def watch(
     error_shown = False
     handled = 0
     screen = nullcontext(None) if as_json else open_progress(show_errors=True, plain=plain)
-    with _counted_interrupts() as count, screen as progress:
+    counting = counted_interrupts() if count is None else nullcontext(count)
+    with counting as pressed, screen as progress:
         say = output.say if progress is None else progress.say
         for event in follow(run.events, lambda: not _is_live(run), offset=offset):
-            while handled < count():
+            while handled < pressed():
                 handled += 1
                 on_interrupt(handled, say)
             if event is not None:
@@ -133,7 +136,7 @@ def _show(event: Event, progress: Progress | None) -> None:
 
 
 @contextmanager
-def _counted_interrupts() -> Iterator[Callable[[], int]]:
+def counted_interrupts() -> Iterator[Callable[[], int]]:
     """Count Ctrl-C instead of raising, so that it never tears the drawing or a write."""
     count = 0
 

@@ -19,7 +19,7 @@ UNSUPPORTED = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
 """What file systems without locks answer (some NFS). Liveness then rests on pids alone."""
 RETRY_S = 0.05
 PATIENCE_S = 1.0
-"""A reader that looks whether the lock is held has it for an instant; that is not a holder."""
+"""Who looks whether the lock is held shares it for an instant; that is not a holder."""
 
 
 class RunLock:
@@ -65,15 +65,16 @@ def is_held(path: Path) -> bool | None:
     except OSError:  # read-only volume, or somebody else's run
         return None
     try:
-        return _is_locked_elsewhere(descriptor)
+        # Shared: of two who look at once, neither takes the other for a holder.
+        return _is_locked_elsewhere(descriptor, shared=True)
     finally:
         os.close(descriptor)
 
 
-def _is_locked_elsewhere(descriptor: int) -> bool | None:
+def _is_locked_elsewhere(descriptor: int, *, shared: bool = False) -> bool | None:
     """Take the lock if it is free; None when the file system has no locks."""
     try:
-        return not _try_lock(descriptor)
+        return not _try_lock(descriptor, shared=shared)
     except OSError as error:
         if error.errno in UNSUPPORTED:
             return None
@@ -89,7 +90,7 @@ def _open(path: Path) -> int:
 if sys.platform == "win32":
     import msvcrt
 
-    def _try_lock(descriptor: int) -> bool:
+    def _try_lock(descriptor: int, *, shared: bool) -> bool:  # there they are never shared
         os.lseek(descriptor, 0, os.SEEK_SET)
         try:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
@@ -100,9 +101,9 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _try_lock(descriptor: int) -> bool:
+    def _try_lock(descriptor: int, *, shared: bool) -> bool:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True

@@ -3,9 +3,11 @@
 Usage: fake_trainer.py MODE JOB REQUEST.json. Modes of the job `train`:
 
     finish   five steps, an output file, the end
+    held     as `finish`, but after its first step it waits for a file `go` in the run directory
     steps    steps until it is asked to stop; obeys requests and signals as the trainer does
     loading  never makes a step; signals act as they do in a plain Python process
     stuck    makes steps, ignores requests and signals
+    heard    as `stuck`, but writes a file `heard` into the run directory after a signal
     fail     says what is wrong and ends with exit code 1
     child    as `steps`, with a process of its own in the same group; writes its pid to child.pid
 
@@ -46,14 +48,18 @@ def train(mode: str, run: RunDir) -> int:
     if mode == "child":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         (run.root / "child.pid").write_text(str(child.pid))
-    total = 5 if mode == "finish" else 10_000
+    total = 5 if mode in {"finish", "held"} else 10_000
     for step in range(1, total + 1):
         emit(
             "step", step=step, total_steps=total, loss=1 / step, lr=1e-4, step_time_s=STEP_S,
             eta_s=(total - step) * STEP_S,
         )  # fmt: skip
         time.sleep(STEP_S)
-        if mode == "stuck":
+        while mode == "held" and not (run.root / "go").exists():
+            time.sleep(STEP_S)
+        if mode in {"stuck", "heard"}:
+            if signals and mode == "heard":
+                (run.root / "heard").touch()
             continue
         if len(signals) > 1:
             emit("end", reason="interrupted", step=step)

@@ -13,7 +13,7 @@ from textual.pilot import Pilot
 
 from app.tui.app import MenmaApp
 
-LOOKS = 400
+LOOKS = 1200
 PAUSE_S = 0.05
 CALM = 4
 """So many looks in a row must be the same before a screen counts as finished."""

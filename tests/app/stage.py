@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -31,7 +32,7 @@ from app.runs.frames import ClipFrames
 from app.runs.lock import RunLock
 from app.runs.processes import ProcessId
 from app.runs.status import Status
-from app.tui import meters
+from app.tui import meters, outputs
 from app.tui.screens import jobs, library
 from app.tui.screens.config import card_choice
 from app.tui.screens.config import screen as config
@@ -45,6 +46,8 @@ from trainer.contract.memory_model import gpu_of_memory
 from trainer.contract.run_dir import RunDir
 
 HOUR_S = 3600.0
+NOW = time.time()
+"""The moment at which ages of files are told, however long a test takes."""
 CONFIG = """\
 # A character from a dozen clips.
 name = "fish"
@@ -117,6 +120,7 @@ def staged(folder: Path) -> Iterator[Sources]:
             patch.object(each, "ensure_worker", lambda folder: None)
             for each in (config, jobs, library, wizard)
         ),
+        patch.object(outputs, "time", SimpleNamespace(time=lambda: NOW)),
         patch.object(meters, "read_load", lambda run=None: LOAD),
         patch.object(card_choice, "choose_card", lambda name, size: CARD),
         patch.object(cards, "choose_card", lambda name, size: CARD),
@@ -195,7 +199,7 @@ def _run(name: str, steps: int, total: int, age_s: float, error: str = "") -> Ru
     elif steps == total:
         emit("end", reason="done", step=steps)
         _touch(run.output / f"{name}.safetensors")
-        written = time.time() - age_s
+        written = NOW - age_s
         os.utime(run.output / f"{name}.safetensors", (written, written))
     run.config.write_text(CONFIG.replace('"fish"', f'"{name}"'))
     argv = ["menma", "train", f"configs/{name}.toml"]

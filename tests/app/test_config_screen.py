@@ -67,11 +67,11 @@ def drive(
 
 async def seen(pilot: Pilot, app: MenmaApp, words: str, *, gone: bool = False) -> str:
     """Wait until words are on the screen, or no longer; return the screen."""
-    for _ in range(100):
+    for _ in range(1200):
         text = screen_text(app)
         if (words in text) is not gone:
             return text
-        await pilot.pause(0.03)
+        await pilot.pause(0.05)
     raise AssertionError(f"{words!r}, gone {gone}:\n{text}")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 from app_runs import ENVIRONMENT, wait_for
 from terminals import Terminal
-from test_tui import drive, finished_run, folders
+from test_tui import drive, finished_run, folders, true
 from textual import events
 from textual.command import CommandPalette
 from textual.geometry import Size
@@ -21,6 +21,7 @@ from textual.screen import Screen
 
 import app.tui
 from app.tui.fitting import Fitting
+from app.tui.screens.wizard.screen import WizardScreen
 
 __all__ = ["folders"]
 PATIENCE_S = 180.0
@@ -52,19 +53,18 @@ def test_a_size_that_the_window_no_longer_has_is_not_taken(folders, shown, monke
     async def steps(pilot, app):
         if shown == "palette":
             await pilot.press("colon")
-            await pilot.pause()
-            assert isinstance(app.screen, CommandPalette)
+            await true(pilot, lambda: isinstance(app.screen, CommandPalette))
         if shown == "question":
             await pilot.press("n")
-            await pilot.pause()
+            await true(pilot, lambda: isinstance(app.screen, WizardScreen))
         old = Size(60, 20)
         for screen in app.screen_stack:
             screen.post_message(events.Resize(old, old))
             await pilot.pause()
         assert old not in taken
         await pilot.resize_terminal(100, 30)
-        await pilot.pause()
-        assert app.screen.size == Size(100, 30)
+        await true(pilot, lambda: app.screen.size == Size(100, 30))
+        assert old not in taken
         assert Size(100, 30) in taken
 
     finished_run(folders.runs_dir)

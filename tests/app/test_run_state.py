@@ -229,6 +229,24 @@ def test_looking_at_a_lock_neither_takes_nor_breaks_it(run):
     assert not is_held(run.root / "none.lock")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="locks are not shared there")
+def test_of_two_who_look_at_once_neither_takes_the_other_for_a_holder(run, monkeypatch):
+    RunLock.acquire(run.lock).release()
+    seen: list[bool | None] = []
+    close = os.close
+
+    def look_before_it_is_closed(descriptor: int) -> None:
+        if not seen:
+            seen.append(None)
+            seen.append(is_held(run.lock))
+        close(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("app.runs.lock.os.close", look_before_it_is_closed)
+        assert is_held(run.lock) is False
+    assert seen == [None, False]
+
+
 def test_runs_are_listed_newest_first(tmp_path):
     for age, name in enumerate(["new", "old", "oldest"]):
         run = RunDir(tmp_path / name)

@@ -67,6 +67,13 @@ def served(tmp_path_factory) -> Iterator[Served]:
     server.end()
 
 
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it ended between the two
+        return False
+
+
 def status(served: Served, path: str = "/", **headers: str) -> tuple[int, dict[str, str], str]:
     async def ask() -> tuple[int, dict[str, str], str]:
         async with aiohttp.ClientSession() as session:
@@ -207,7 +214,7 @@ def test_to_look_only_and_no_app_outlives_its_server(tmp_path, number):
         code = served.process.wait(PATIENCE_S)
         assert code == (0 if number == signal.SIGINT else -number)
         assert left
-        wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in left), 60)
+        wait_for(lambda: not any(map(lives, left)))
         assert not (tmp_path / "state/menma/queue").exists()
         if number == signal.SIGINT:
             assert "Traceback" not in served.words()

@@ -107,9 +107,11 @@ def test_an_orphan_can_be_ended_now(runs):
 
 
 def test_an_orphan_that_finishes_is_done(runs):
-    run = runs.start("finish")
+    run = runs.start("held")
     wait_for(stepped(run, 1))
     os.kill(read_status(run).supervisor.pid, signal.SIGKILL)
+    wait_for(lambda: state_of(run) is State.ORPHANED)
+    (run.root / "go").touch()
     wait_for(lambda: not state_of(run).is_live)
     assert state_of(run) is State.DONE
 
@@ -199,12 +201,15 @@ def test_a_signal_to_the_supervisor_saves_and_ends(runs, number):
 
 
 def test_three_signals_to_the_supervisor_kill(runs):
-    supervisor = runs.supervise("stuck", "--grace-s", "60")
+    supervisor = runs.supervise("heard", "--grace-s", "600")
     run = runs.started[0]
+    heard = run.root / "heard"
     wait_for(stepped(run))
-    for _ in range(3):
-        supervisor.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
+    supervisor.send_signal(signal.SIGTERM)
+    wait_for(lambda: state_of(run) is State.STOPPING)
+    supervisor.send_signal(signal.SIGTERM)
+    wait_for(heard.exists)  # the second was passed on: a third before that would be lost
+    supervisor.send_signal(signal.SIGTERM)
     assert supervisor.wait(timeout=120) == 128 + 9
 
 
@@ -243,7 +248,7 @@ def test_of_many_starts_at_once_one_wins(runs):
     )
     command = [sys.executable, "-c", script, str(runs.folder)]
     started = [subprocess.Popen(command, env=ENVIRONMENT) for _ in range(4)]
-    codes = sorted(process.wait(timeout=60) for process in started)
+    codes = sorted(process.wait(timeout=120) for process in started)
     runs.started.append(RunDir(runs.folder / "run"))
     assert codes == [0, 3, 3, 3]
 

@@ -67,6 +67,12 @@ def in_order(terminal: Terminal) -> None:
     assert terminal.modes() == terminal.modes_before
 
 
+def last_words(terminal: Terminal) -> str:
+    """Return what was said after the app was left; its reader may be behind the program's end."""
+    said = re.sub(r"\x1b\[[0-9;]*m", "", terminal.output.rpartition("\x1b[<u")[2])
+    return " ".join(said.split())
+
+
 def test_q_leaves_the_terminal_in_order(start):
     terminal = start()
     wait_for(lambda: "fish" in terminal.output, PATIENCE_S)
@@ -125,9 +131,9 @@ def test_a_crash_leaves_it_in_order_and_says_where_its_details_are(start, tmp_pa
     assert terminal.process.wait(PATIENCE_S) == 1
     in_order(terminal)
     log = tmp_path / "state/menma/crash.log"
-    said = re.sub(r"\x1b\[[0-9;]*m", "", terminal.output.rpartition("\x1b[<u")[2])
-    words = " ".join(said.split())
-    assert words == f"error: the app has crashed. Details: {log}. Runs and jobs go on."
+    wait_for(lambda: last_words(terminal).endswith("go on."))
+    told = f"error: the app has crashed. Details: {log}. Runs and jobs go on."
+    assert last_words(terminal) == told
     text = log.read_text()
     assert "RuntimeError: it broke" in text
     assert "of the user" not in text, "no values of variables"
@@ -139,8 +145,9 @@ def test_a_crash_where_nothing_can_be_kept_shows_its_details(start):
     terminal.send("P")
     assert terminal.process.wait(PATIENCE_S) == 1
     in_order(terminal)
+    wait_for(lambda: last_words(terminal).endswith("go on."))
     assert "RuntimeError: it broke" in terminal.output
-    assert "could not be kept" in " ".join(terminal.output.split())
+    assert "could not be kept" in last_words(terminal)
 
 
 def test_a_window_that_is_too_small_gets_words_and_the_list_when_it_grows(start):

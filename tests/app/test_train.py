@@ -8,14 +8,14 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from app_runs import ENVIRONMENT, Runs, wait_for
+from app_runs import ENVIRONMENT, Runs, fake_command, wait_for
 from terminals import Terminal
 
+from app.runs import child, launch
 from app.runs.processes import ProcessId
 from app.runs.state import State, read_state
 from app.runs.status import read_status
@@ -47,6 +47,15 @@ def menma_answer(mode, *arguments, cwd):
     process = menma_process(mode, *arguments, cwd=cwd, **pipes)
     out, err = process.communicate(timeout=90)
     return process.returncode, out, err
+
+
+def read_until(stream, words):
+    """Read lines until one has the words; return them all."""
+    said = []
+    while words not in "".join(said[-1:]):
+        said.append(stream.readline())
+        assert said[-1], f"{words!r} was not said:\n{''.join(said)}"
+    return "".join(said)
 
 
 def stepped(run, num=2):
@@ -83,15 +92,36 @@ def test_ctrl_c_once_saves_and_ends_with_130(run, config, tmp_path):
 def test_ctrl_c_three_times_kills(run, config, tmp_path):
     process = menma_process("stuck", "train", config, cwd=tmp_path, stderr=subprocess.PIPE)
     wait_for(stepped(run))
-    started = time.monotonic()
-    for _ in range(3):
+    # One after the other: of two signals that find the process waiting, it gets one.
+    process.send_signal(signal.SIGINT)
+    read_until(process.stderr, "Ctrl-C again ends now")
+    process.send_signal(signal.SIGINT)
+    read_until(process.stderr, "Ending now.")
+    status = read_status(run)
+    os.kill(status.supervisor.pid, signal.SIGSTOP)  # whose grace period kills, too
+    try:
         process.send_signal(signal.SIGINT)
-        time.sleep(0.8)
-    _, err = process.communicate(timeout=120)
-    assert time.monotonic() - started < 9  # not by the grace period of "end now"
+        read_until(process.stderr, "Killed.")
+        wait_for(lambda: not status.trainer.is_alive())
+    finally:
+        os.kill(status.supervisor.pid, signal.SIGCONT)
+    process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "Killed." in err
-    assert not read_status(run).trainer.is_alive()
+
+
+def test_ctrl_c_while_the_run_begins_ends_the_run_too(run, config, menma, monkeypatch):
+    monkeypatch.setattr(child, "TRAINER", tuple(fake_command("steps")))
+    start = launch.start
+
+    def interrupted(*arguments, **options):
+        start(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(launch, "start", interrupted)
+    code, _, err = menma("train", config)
+    assert code == 130
+    assert "Ctrl-C again ends now" in err
+    assert read_state(run).state is State.STOPPED
 
 
 def test_a_failure_is_shown_and_its_exit_code_passed_on(run, config, tmp_path):
@@ -144,7 +174,7 @@ def test_leaving_a_watched_run_does_not_stop_it(run, config, tmp_path):
     menma_answer("steps", "train", config, "--detach", cwd=tmp_path)
     pipes = {"stderr": subprocess.PIPE}
     process = menma_process("-", "runs", "watch", "fish", cwd=tmp_path, **pipes)
-    wait_for(stepped(run, 30))
+    read_until(process.stderr, "step ")  # it watches: Ctrl-C is not its start's
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130

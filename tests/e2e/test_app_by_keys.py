@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -38,11 +39,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     for process in psutil.process_iter():
         try:
-            ours = process.cwd().startswith(str(tmp_path)) and process.pid != os.getpid()
+            if process.cwd().startswith(str(tmp_path)) and process.pid != os.getpid():
+                process.kill()
         except psutil.Error:
             continue
-        if ours:
-            process.kill()
 
 
 class Hands:
@@ -72,6 +72,15 @@ class Hands:
                 return text
             assert time.monotonic() < end, f"{words} do not come:\n{text}"
             await self._pilot.pause(0.1)
+
+    async def go_to(self, words: str) -> None:
+        """Go down the list, again and again, until words are on the screen."""
+        end = time.monotonic() + PATIENCE_S
+        for number in itertools.count():
+            if words in screen_text(self._app):
+                return
+            assert time.monotonic() < end, f"{words} does not come:\n{screen_text(self._app)}"
+            await self._pilot.press("j" if number % 8 else "g")
 
     async def state_of(self, name: str, kind: str) -> str:
         """Return the state that the list of jobs shows for one line."""
@@ -146,13 +155,8 @@ async def _wizard(hands: Hands) -> None:
 
 
 async def _curve(hands: Hands) -> None:
-    await hands.press("g")
-    for _ in range(6):  # the line of the training
-        await hands.press("enter")
-        text = await hands.see("menma")
-        if f"step {STEPS}/{STEPS}" in text:
-            break
-        await hands.press("escape", "1", "j")
+    await hands.go_to("menma train")  # what is said of the line that the cursor is on
+    await hands.press("enter")
     text = await hands.see(f"step {STEPS}/{STEPS}", "loss")
     assert any(0x2800 < ord(char) < 0x2900 for char in text), "no curve is drawn"
 

@@ -297,7 +297,7 @@ CASES = {
 def main(case: str, folder: Path) -> None:
     rank = int(os.environ["RANK"])
     if case == "death":  # rank 1 is killed in the middle of a run
-        with joined("cpu", timeout_s=20) as world:
+        with joined("cpu", timeout_s=600) as world:
             engine = build(world, 2)
             train(engine, range(2))
             if rank == 1:
@@ -317,7 +317,7 @@ if __name__ == "__main__":
     case, folder = sys.argv[1], Path(sys.argv[2])
     if "RANK" not in os.environ:
         command = [sys.executable, "-m", "tests.engine.ranks", case, str(folder)]
-        sys.exit(run_workers(command, 2, failure_grace_s=10))
+        sys.exit(run_workers(command, 2, failure_grace_s=60))
     try:
         main(case, folder)
     except MenmaError:

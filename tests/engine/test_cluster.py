@@ -45,16 +45,19 @@ for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, note)
 os.write(2, f"a word of rank {rank}\\n".encode())
 write()
+def all_have_begun():
+    while not all(os.path.exists(os.path.join(folder, f"{other}.json")) for other in range(4)):
+        time.sleep(0.01)
 if mode == "ok":
     sys.exit(0)
 if mode == "remote fails" and rank == 3:
-    time.sleep(0.3)
+    all_have_begun()
     sys.exit(3)
 if mode == "remote is killed" and rank == 2:
-    time.sleep(0.3)
+    all_have_begun()
     os.kill(os.getpid(), signal.SIGKILL)
 if mode == "local fails" and rank == 1:
-    time.sleep(0.3)
+    all_have_begun()
     sys.exit(4)
 while True:
     time.sleep(0.05)
@@ -71,14 +74,17 @@ command = [sys.executable, "-c", open(folder + "/worker.py").read(), folder, mod
 hosts = [Host(here, 2, 1), Host(other, 2, 2)]
 try:
     needed = Path(folder) / "worker.py"
-    sys.exit(run_cluster(command, hosts, needed, failure_grace_s=0.5, stop_grace_s=float(grace)))
+    # Whose processes end by themselves once they are told need no grace that ends them.
+    patience_s = 600.0 if mode in {"polite", "second"} else 0.5
+    graces = {"failure_grace_s": patience_s, "stop_grace_s": float(grace)}
+    sys.exit(run_cluster(command, hosts, needed, **graces))
 except MenmaError as error:
     sys.stderr.write(f"error: {error}")
     sys.exit(error.exit_code)
 """
 
 
-def launch(folder: Path, mode: str, *, other: str = "node2", grace_s: float = 60):
+def launch(folder: Path, mode: str, *, other: str = "node2", grace_s: float = 600):
     (folder / "worker.py").write_text(WORKER)
     path = write_fake_ssh(folder)
     environment = os.environ | {
@@ -107,11 +113,17 @@ def job_in(folder: str, needed: str) -> node.NodeJob:
 def start(folder: Path, mode: str, **options):
     process = launch(folder, mode, **options)
     deadline = time.monotonic() + 120
-    while not all((folder / f"{rank}.json").exists() for rank in range(4)):
+    while not all_there(folder):
         assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[1]
+        # The look at the files comes after the one at the process: its last acts count.
+        if process.poll() is not None and not all_there(folder):
+            raise AssertionError(process.communicate()[1])
         time.sleep(0.02)
     return process
+
+
+def all_there(folder: Path) -> bool:
+    return all((folder / f"{rank}.json").exists() for rank in range(4))
 
 
 def seen(folder: Path) -> list[dict]:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -184,10 +183,8 @@ def test_what_fails_on_one_rank_stops_both(tmp_path):
 
 
 def test_a_killed_peer_ends_the_run_with_its_code(tmp_path):
-    start = time.monotonic()
-    done = run_ranks("death", tmp_path)
+    done = run_ranks("death", tmp_path)  # less patient than the survivor's own limit
     assert done.returncode == 128 + 9
-    assert time.monotonic() - start < 60
     assert "RuntimeError" in done.stderr  # the survivor noticed by itself, it was not only killed
 
 

@@ -65,6 +65,7 @@ def train(
 
     Ctrl-C once saves a checkpoint and ends the run, twice ends it now, three times kills it.
     """
+    from app.cli.watching import counted_interrupts
     from app.domain.complete import complete_config
     from app.runs import launch
     from app.runs.child import trainer_command
@@ -89,16 +90,19 @@ def train(
         resume=resume,
         argv=("menma", *sys.argv[1:]),
     )
-    request = launch.prepare(run, preparation)
-    launch.start(run, lock, trainer_command("train", request))
+    command = trainer_command("train", launch.prepare(run, preparation))
     shown = loaded.run_dir
     if detach:
+        launch.start(run, lock, command)
         output.data(str(shown))
         output.say(f"Training in the background. See it: menma runs watch {shown}")
         output.say(f"End it: menma runs stop {shown}")
         return
-    output.say(f"Run {shown}: it goes on when this terminal is closed.")
-    _follow(run, offset, as_json=as_json)
+    # From here on Ctrl-C is meant for the run: raised now, it would leave one behind.
+    with counted_interrupts() as count:
+        launch.start(run, lock, command)
+        output.say(f"Run {shown}: it goes on when this terminal is closed.")
+        _follow(run, offset, count, as_json=as_json)
 
 
 def _settings(gpus: int | None, hostfile: Path | None) -> Iterator[str]:
@@ -156,7 +160,7 @@ def _changes(run: RunDir, text: str) -> list[str]:
     return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
 
 
-def _follow(run: RunDir, offset: int, *, as_json: bool) -> None:
+def _follow(run: RunDir, offset: int, count: Callable[[], int], *, as_json: bool) -> None:
     from app.cli.watching import finish, watch
     from app.runs import control
 
@@ -165,6 +169,7 @@ def _follow(run: RunDir, offset: int, *, as_json: bool) -> None:
         control.stop(run, control.Urgency(level))
         say(INTERRUPT_WORDS[level - 1])
 
-    code = finish(run, watch(run, on_interrupt, offset=offset, as_json=as_json))
+    watched = watch(run, on_interrupt, count=count, offset=offset, as_json=as_json)
+    code = finish(run, watched)
     if code != ExitCode.DONE:
         raise typer.Exit(code)
