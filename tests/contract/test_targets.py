@@ -156,6 +156,22 @@ def test_a_file_of_other_layers_or_ranks_is_refused_by_name_and_key() -> None:
         plan_layers(NAMES, {"rank": "from_weights", "init_from": "x"}, {**FILE, **beyond})
 
 
+@pytest.mark.parametrize("rank", [4, "from_weights"])
+def test_a_slot_starts_from_a_file_of_that_slot_alone(rank: object) -> None:
+    loraid = {"slot": 2, "slots": 12, "granularity": "block"}
+    options = {"rank": rank, "init_from": "old.safetensors", "loraid": loraid}
+    of_slot = {
+        name: FileLayer(key=f"k.{name}", rank=4, inputs=8, outputs=8)
+        for name in NAMES
+        if name.startswith("blocks.1.")
+    }
+    assert list(plan_layers(NAMES, options, of_slot)) == [f"blocks.1.{name}" for name in INSIDE]
+    more = {**of_slot, "blocks.0.ffn.0": FileLayer(key="k0", rank=4, inputs=8, outputs=8)}
+    with pytest.raises(ConfigError, match="would be lost: k0") as caught:
+        plan_layers(NAMES, options, more)
+    assert "of this slot" in str(caught.value)
+
+
 PARAMETERS = tuple(
     f"blocks.{index}.{name}"
     for index in range(3)

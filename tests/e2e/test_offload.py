@@ -110,6 +110,7 @@ def test_a_run_may_keep_its_state_and_weights_in_files(
         {**FULL, **PLACES["2"]},
         {**FULL, **PLACES["3"], "training__gradient_accumulation_steps": 2},
         {"distributed__zero_stage": 1},
+        {"distributed__zero_stage": 1, "adapter__kind": "dora"},
         {"distributed__zero_stage": 0, "memory__weight_format": "fp8_scaled"},
         {
             "distributed__zero_stage": 2,
@@ -120,7 +121,7 @@ def test_a_run_may_keep_its_state_and_weights_in_files(
             ],
         },
     ],
-    ids=["full-2", "full-3", "lora-1", "fp8-0", "technique-2"],
+    ids=["full-2", "full-3", "lora-1", "dora-1", "fp8-0", "technique-2"],
 )
 def test_the_shown_config_is_the_engines_own(
     project: VariantProject, told: list[dict[str, Any]], changes: dict[str, Any]

@@ -43,8 +43,11 @@ class DoRA(ScaledAdapter):
         down = torch.empty(rank, inputs).uniform_(
             -bound, bound, generator=generator(seed, "adapter", name)
         )
-        with torch.no_grad():
-            squares = squared_rows(base).to(device, torch.float32)
+        if device.type == "meta":  # sizes are asked for, and no weights are there to be measured
+            squares = torch.empty(outputs, dtype=torch.float32, device=device)
+        else:
+            with torch.no_grad():
+                squares = squared_rows(base).to(device, torch.float32)
         return DoRALinear(
             base,
             nn.Parameter(down.to(device)),

@@ -85,10 +85,10 @@ def plan_layers(
         ranks = {name: rank_of(name, rank) for name in chosen}
     alpha_of = _table("alpha_pattern", options, chosen, problems, _alone)
     lr_of = _table("lr_pattern", options, chosen, problems, _alone)
-    if in_file is not None and not problems:
-        problems += _differences(ranks, in_file, options)
     if not problems:
         chosen = _of_slot(chosen, names, options, problems)
+    if in_file is not None and not problems:
+        problems += _differences({name: ranks[name] for name in chosen}, in_file, options)
     if problems:
         raise ConfigError(problems=problems)
     return {
@@ -207,6 +207,8 @@ def _differences(
 ) -> Iterator[Problem]:
     """Yield where what is trained and what the file holds are not the same."""
     path, hint = options.get("init_from"), 'set adapter.rank = "from_weights", or train the same'
+    if options.get("loraid") is not None:
+        hint = "name a file of this slot (`menma lora verify` tells a file's slot)"
     lost = [layer for name, layer in in_file.items() if name not in ranks]
     if lost:
         yield Problem(
