@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import subprocess
-import sys
 
 # With other load on two cores, two torch threads are many times slower than one; and a float
 # reduction's order, so a bit-for-bit comparison, depends on their number.
@@ -38,7 +37,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-MANY_MODULES = 20
+MANY_OBJECTS = 100_000
 
 
 @pytest.fixture(autouse=True)
@@ -79,14 +78,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def collections_stay_quick():
-    """Take what was imported out of the collector's sight.
+    """Take what was imported and kept out of the collector's sight.
 
     Jobs collect garbage after each of their parts; among the millions of objects of this process,
     that is a second each time.
     """
-    num_modules = len(sys.modules)
     yield
-    if len(sys.modules) > num_modules + MANY_MODULES:
+    if len(gc.get_objects()) > MANY_OBJECTS:  # those in sight
         _freeze()
 
 
