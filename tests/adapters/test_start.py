@@ -377,7 +377,12 @@ def test_what_is_not_what_its_metadata_say_is_refused(tmp_path):
         begun("vera", init_from=str(path), rank="from_weights")
     with pytest.raises(ModelFileError, match=r"old\.safetensors.*one matrix"):
         begun("singlora", init_from=str(path), rank="from_weights", ramp_steps=0)
-    for text, words in (("{", "damaged"), ("[]", "damaged"), ('{"rank": 9}', "for rank 9")):
+    for text, words in (
+        ("{", "damaged"),
+        ("[" * 9999, "damaged"),
+        ("[]", "damaged"),
+        ('{"rank": 9}', "for rank 9"),
+    ):
         for kind, key in STATE_KEYS.items():
             rewritten(path, **dict.fromkeys(STATE_KEYS.values(), text))
             with pytest.raises(ConfigError, match=words) as caught:

@@ -165,6 +165,12 @@ def test_the_ending_says_the_format(
     assert (found.format, found.quality) == (fmt, quality)
 
 
+def test_latents_beside_a_file_of_latents_are_refused() -> None:
+    wanted = SamplingSection(save_latents=True)
+    with pytest.raises(ConfigError, match="the latents are the sample already"):
+        file_options(Path("x.safetensors"), [], wanted, force=False)
+
+
 def test_nothing_is_overwritten_unless_asked_for(tmp_path: Path) -> None:
     first = write_sample(tmp_path, "v", REQUEST, FRAMES)
     second = write_sample(tmp_path, "v", REQUEST, FRAMES + 200)

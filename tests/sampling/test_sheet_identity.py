@@ -15,7 +15,7 @@ from trainer.contract.config import MemorySection, ModelSection, Prompt
 from trainer.contract.config_io import load_config
 from trainer.contract.variants import get_variant
 from trainer.contract.vary import parse_vary
-from trainer.jobs import sample_matrix, sample_studio
+from trainer.jobs import sample_matrix, sample_metadata, sample_studio
 from trainer.jobs.components import settle_variant
 from trainer.jobs.sample_run import transformer_files
 from trainer.jobs.sample_sheet_folder import SheetFacts, SheetFolder
@@ -192,6 +192,7 @@ def test_drawn_latents_are_decoded_with_other_settings_of_the_vae(
 
     with monkeypatch.context() as patch:
         patch.setattr(sample_matrix._Making, "decode", stopped)
+        patch.setattr(sample_metadata, "menma_version", lambda: "as it was drawn")
         with pytest.raises(KeyboardInterrupt):
             make(scene, parse_vary("seed=1,2"))
     with monkeypatch.context() as patch:
@@ -201,6 +202,7 @@ def test_drawn_latents_are_decoded_with_other_settings_of_the_vae(
     assert len(cells) == 2
     told = [read_sample_metadata(cell) for cell in cells]
     assert {one["settings"]["memory.vae_tile"] for one in told} == {128}
+    assert {one["menma"] for one in told} == {"as it was drawn"}
     # What starts from an image is encoded by the VAE: there its precision shapes the latents.
     clip = picture(tmp_path / "clip.png", (250, 10, 90))
     wanted = Prompt(prompt="a cat", video=clip, strength=0.5, num_frames=1, seed=3)

@@ -145,8 +145,10 @@ class ShownSum:
             differences: by the names of the parameters in the module.
         """
         self.strength = 1.0
+        self._module = module
         self._differences = {name: ParameterDifference(d) for name, d in differences.items()}
         self._covered: dict[str, Tensor | None] = {}
+        self._shown: dict[str, Tensor] = {}
         self._handles: tuple[RemovableHandle, ...] = (
             module.register_forward_pre_hook(self._show),
             # Others that came before this one show theirs below it, and take them away later.
@@ -155,27 +157,32 @@ class ShownSum:
 
     def remove(self) -> None:
         """Take it off the module."""
+        self._uncover()
         for handle in self._handles:
             handle.remove()
         self._handles = ()
 
     def _show(self, module: nn.Module, _args: Any) -> None:
-        self._covered = {}
+        self._uncover()  # a signal in the midst of a forward skips `_hide`
         if self.strength == 0.0:
             return
         for name, difference in self._differences.items():
             parameter: Tensor = getattr(module, name)
             self._covered[name] = module.__dict__.get(name)
             total = difference.added_to(parameter, self.strength)
-            module.__dict__[name] = total.to(parameter.dtype)
+            module.__dict__[name] = self._shown[name] = total.to(parameter.dtype)
 
-    def _hide(self, module: nn.Module, _args: Any, _output: Any) -> None:
+    def _hide(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self._uncover()
+
+    def _uncover(self) -> None:
+        seen = self._module.__dict__
         for name, covered in self._covered.items():
             if covered is None:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = covered
-        self._covered = {}
+                seen.pop(name, None)
+            elif seen.get(name) is self._shown.get(name):
+                seen[name] = covered
+        self._covered, self._shown = {}, {}
 
 
 def parameter_shapes(model: nn.Module, parameters: Sequence[str]) -> dict[str, tuple[int, ...]]:

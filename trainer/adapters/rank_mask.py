@@ -81,7 +81,7 @@ class RankSchedule:
             return None
         try:
             return cls(**json.loads(text))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ModelFileError(
                 f"{path}: the metadata {TLORA_KEY} hold no rank schedule: {error}",
                 hint="the file was edited; without this key it is a plain LoRA",

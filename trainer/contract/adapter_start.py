@@ -136,11 +136,11 @@ def start_problems(
         return
     try:
         told = json.loads(metadata[key])
-    except ValueError:
+    except (ValueError, RecursionError):
         told = None
     if not isinstance(told, dict):
         yield Problem(
-            f"{path}: its metadata {key} are damaged: {metadata[key]!r}",
+            f"{path}: its metadata {key} are damaged: {metadata[key][:80]!r}",
             _PATH_KEY,
             hint="the file was edited; name another one",
         )

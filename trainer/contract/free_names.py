@@ -9,8 +9,6 @@ from pathlib import Path
 from trainer.contract.files import disk_errors, fsync
 
 _TAKEN = frozenset({errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR})
-_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
-"""File systems without hard links: FAT, some network shares."""
 
 
 def move_unless_taken(source: Path, target: Path) -> bool:
@@ -46,9 +44,7 @@ def _moved_file(source: Path, target: Path) -> bool:
         os.link(source, target)
     except FileExistsError:
         return False
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
+    except OSError:  # FAT and some network shares have no hard links, and say so in many ways
         return _moved_without_links(source, target)
     source.unlink()
     return True

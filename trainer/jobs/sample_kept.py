@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.contract.errors import DiskError
+from trainer.contract.errors import MenmaError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -28,7 +28,7 @@ class KeptLatents:
     def keep(self, drawn: Mapping[int, Tensor]) -> None:
         """Write those that are in no file yet, undisturbed: it takes a moment.
 
-        Where the disk is full they are lost.
+        Where the disk is full they are lost, each for itself.
 
         Raises:
             KeyboardInterrupt: a signal came meanwhile; all is written.
@@ -36,7 +36,7 @@ class KeptLatents:
         with undisturbed():
             for index, latents in drawn.items():
                 if index not in self.paths:
-                    with suppress(DiskError):
+                    with suppress(MenmaError, OSError):
                         self.paths[index] = self.write(index, latents)
 
     def done(self, index: int, *, wanted: bool = False) -> None:

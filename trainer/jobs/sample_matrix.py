@@ -53,6 +53,9 @@ from trainer.sampling.results import FileOptions, require_formats
 from trainer.sampling.schedule import walk_of
 from trainer.sampling.step_cache.values import StepCacheValues
 
+_OF_DECODING = ("settings", "vae")
+"""Keys of a sample's metadata that tell how its latents became frames; the rest is of drawing."""
+
 
 def run(request: SampleMatrixRequest, emit: Emit) -> None:
     """Make what is missing of a sheet; write its page and its contact sheet.
@@ -236,7 +239,8 @@ class _Making:
                     latents = self.folder.read_latents(cell)
                     # The VAE's settings may be others than when the latents were drawn.
                     now = self.bases[cell.base].metadata
-                    told = {key: now.get(key, value) for key, value in latents.metadata.items()}
+                    changed = {key: now[key] for key in _OF_DECODING if key in now}
+                    told = {**latents.metadata, **changed}
                     path, beside = self.folder.write(cell, latents, decode, told)
                     evaluations = Evaluations(**latents.metadata["evaluations"])
                     sample = Sample(path, cell.request, evaluations, latents=beside)

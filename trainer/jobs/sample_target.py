@@ -161,6 +161,9 @@ def file_options(
 
     The ending of a file decides, unless a format is among `settings` (`section.key=value`). A
     quality is left out where the ending asks for a format that has none.
+
+    Raises:
+        ConfigError: latents are asked for beside a file of latents.
     """
     files = FileOptions.of(sampling, force=force)
     explicit = any(text.partition("=")[0].strip() == "sampling.format" for text in settings)
@@ -168,6 +171,11 @@ def file_options(
     if explicit or not of_ending or files.format in of_ending:
         return files
     name = of_ending[0]
+    if files.save_latents and not format_entry(name).decodes:
+        raise ConfigError(
+            f"--output {output.name}: the latents are the sample already",
+            hint="leave --save-latents (sampling.save_latents) out, or give the ending of a video",
+        )
     quality = files.quality if format_entry(name).has_quality else None
     return replace(files, format=name, quality=quality)
 

@@ -163,7 +163,7 @@ def write_files(
     latents = None if latents_BCFHW is None else latents_BCFHW[0].float()
     names = _candidates(path)
     beside: Path | None = None
-    if files.save_latents:
+    if files.save_latents and files.decodes:  # else they are the sample itself
         if latents is None:
             raise ValueError("the latents are wanted, but not given")
         if files.force:
