@@ -13,13 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.adapters.tiny_models import make_transformer
+from tests.adapters.tiny_models import batch, make_transformer
 from trainer.adapters.singlora import Ramp
 from trainer.contract.catalog import ADAPTERS
 from trainer.contract.config import RunConfig
 from trainer.contract.variants import VARIANTS
 from trainer.core.seams import BuildContext
-from trainer.core.types import Batch
 from trainer.engine.process_group import World
 from trainer.jobs.train_parts import assemble_model, build_engine, learning_rate
 
@@ -73,16 +72,6 @@ NEEDED: dict[str, dict[str, Any]] = {
     "dora": {"rank": 2},
     "none": {},
 }
-
-
-def batch(number: int) -> Batch:
-    random = torch.Generator().manual_seed(number)
-    return Batch(
-        latents_BCFHW=torch.randn(1, 16, 2, 4, 4, generator=random),
-        context=(torch.randn(3, 32, generator=random),),
-        captions=("a",),
-        item_seeds=(number,),
-    )
 
 
 def trained(kind: str, **options: Any) -> dict[str, Any]:

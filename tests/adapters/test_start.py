@@ -22,13 +22,12 @@ from trainer.contract.memory_model.trained import find_targets
 from trainer.contract.stored_kinds import STORED_KINDS
 from trainer.contract.variants import VARIANTS
 from trainer.core.seams import BuildContext
-from trainer.core.types import Batch
 from trainer.engine.process_group import World
 from trainer.jobs.train_parts import assemble_model, build_engine
 
 from .kinds import make_updates
 from .test_kind_files import PEFT_CONFIGS, SHAPES, TARGETS, peft_folder
-from .tiny_models import make_transformer, make_twin, model_inputs, run, run_twin
+from .tiny_models import batch, make_transformer, make_twin, model_inputs, run, run_twin
 
 BUILD = BuildContext(
     variant=VARIANTS["wan2.1-t2v-1.3b"], seed=3, device=torch.device("cpu"), total_steps=4
@@ -58,16 +57,6 @@ LAYOUTS = [
     for layout in ("comfy", "peft")
     if layout in STORED_KINDS[stored_kind(case.partition(",")[0])].written
 ]
-
-
-def batch(number: int) -> Batch:
-    random = torch.Generator().manual_seed(number)
-    return Batch(
-        latents_BCFHW=torch.randn(1, 16, 2, 4, 4, generator=random),
-        context=(torch.randn(3, 32, generator=random),),
-        captions=("a",),
-        item_seeds=(number,),
-    )
 
 
 def config_of(kind: str, **options: Any) -> RunConfig:

@@ -8,6 +8,7 @@ from trainer.adapters.base import LoRAFactors
 from trainer.adapters.targets import linear_layers
 from trainer.contract.diffusers_names import to_diffusers_name
 from trainer.contract.variants import TransformerConfig
+from trainer.core.types import Batch
 from trainer.models.wan.transformer import WanTransformer
 
 SIZES = {"dim": 24, "ffn_dim": 48, "num_heads": 2, "num_layers": 3, "text_dim": 32, "freq_dim": 16}
@@ -21,6 +22,17 @@ def make_transformer(*, image: bool = False, seed: int = 0, **sizes: int) -> Wan
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     return model
+
+
+def batch(number: int) -> Batch:
+    """Return a clip for the tiny model, another one for each number."""
+    random = torch.Generator().manual_seed(number)
+    return Batch(
+        latents_BCFHW=torch.randn(1, 16, 2, 4, 4, generator=random),
+        context=(torch.randn(3, 32, generator=random),),
+        captions=("a",),
+        item_seeds=(number,),
+    )
 
 
 def make_twin(model: WanTransformer):

@@ -19,10 +19,12 @@ from test_sample_run import config, models
 from test_sample_session import talk
 
 from tests.sampling.sampling_fakes import FakeVae
+from trainer.contract.errors import DiskError
 from trainer.engine.launch import worker_environment
 from trainer.jobs import sample, sample_write
 from trainer.jobs.sample import SampleOptions, run_sample
 from trainer.jobs.sample_kept import KeptLatents, undisturbed
+from trainer.sampling import results
 from trainer.sampling.latent_files import read_latents
 from trainer.sampling.results import FileOptions
 
@@ -100,6 +102,31 @@ def test_a_signal_while_drawing_keeps_the_latents_until_they_are_decoded(tmp_pat
     assert names(tmp_path) == ["sample_00_42.mp4", "sample_01_43.mp4"]
 
 
+def test_what_is_kept_stays_until_the_same_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latents that are wanted take its name; where they cannot be written, it is as it was."""
+    seen: list[int] = []
+
+    def full(*_arguments: Any, **_rest: Any) -> None:
+        seen.append(len(list(tmp_path.glob("*.safetensors"))))
+        raise DiskError("no space left")
+
+    monkeypatch.setattr(results, "write_latents", full)
+    parts = loaders(lambda: Breaking(64, KeyboardInterrupt()))
+    told: list[str] = []
+    options = SampleOptions(
+        files=FileOptions(save_latents=True), on_kept=lambda kept: told.append(kept.words())
+    )
+    with pytest.raises((DiskError, KeyboardInterrupt)):
+        run_sample(requests(32, 48, 64), T2V, parts, tmp_path, options)
+    kept = ["sample_00_42.safetensors", "sample_01_43.safetensors"]
+    assert names(tmp_path) == kept
+    assert seen
+    assert set(seen) == {2}, "of each sample one file is there all the time"
+    assert all(str(tmp_path / name) in told[0] for name in kept)
+
+
 def test_a_second_signal_waits_until_all_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,8 +150,6 @@ def test_handlers_are_those_of_before() -> None:
 
 
 def test_a_full_disk_keeps_what_it_takes(tmp_path: Path) -> None:
-    from trainer.contract.errors import DiskError
-
     def write(index: int, _latents: torch.Tensor) -> Path:
         if index == 0:
             raise DiskError("no space left")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -316,17 +316,17 @@ class _Run:
     def _write(self, index: int, vae: Vae | None) -> Sample:
         request, options = self.requests[index], self.options
         files = options.files
-        if files.save_latents:  # they take the name of those that are kept
-            self.kept.done(index)
-        path = write_drawn(
-            self._path(index),
-            request,
-            self.latents[index],
-            decode=None if vae is None else decode_with(vae, options.device, options.tile),
-            files=files,
-            metadata=self._metadata(index),
-            on_latents=lambda beside: self.kept.paths.update({index: beside}),
-        )
+        # Latents that are wanted take the name of those that are kept.
+        with self.kept.aside(index) if files.save_latents else nullcontext():
+            path = write_drawn(
+                self._path(index),
+                request,
+                self.latents[index],
+                decode=None if vae is None else decode_with(vae, options.device, options.tile),
+                files=files,
+                metadata=self._metadata(index),
+                on_latents=lambda beside: self.kept.paths.update({index: beside}),
+            )
         beside = latents_beside(path) if files.save_latents else None
         return Sample(path, request, self.evaluations[index], index, beside)
 

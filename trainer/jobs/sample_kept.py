@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.contract.errors import MenmaError
+from trainer.contract.errors import DiskError, MenmaError
+from trainer.contract.files import disk_errors, in_bytes
+from trainer.contract.free_names import move_unless_taken
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -45,6 +48,32 @@ class KeptLatents:
         if path is not None and not wanted:
             with suppress(OSError):
                 path.unlink()
+
+    @contextmanager
+    def aside(self, index: int) -> Iterator[None]:
+        """Give the name of a kept file to what is written now; without that it comes back.
+
+        Raises:
+            DiskError: the disk is read-only or gone.
+        """
+        path = self.paths.get(index)
+        if path is None or not path.exists():
+            yield
+            return
+        place = path.with_name(f".{in_bytes(path.stem, 60)}.{secrets.token_hex(4)}{path.suffix}")
+        with disk_errors(path):
+            path.rename(place)
+        self.paths[index] = place
+        try:
+            yield
+        finally:
+            if self.paths[index] != place:
+                with suppress(OSError):
+                    place.unlink()
+            else:
+                with suppress(DiskError):  # it stays where it is, which is told
+                    if move_unless_taken(place, path):
+                        self.paths[index] = path
 
     def words(self) -> str:
         """Return where they are, and what to do with them."""
